@@ -1,0 +1,1 @@
+"""The configuration tree: yaml for people, `conf.schema` for types."""

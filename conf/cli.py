@@ -1,0 +1,59 @@
+"""What every command line of the project shares: typed configs, and errors in one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+USER_ERRORS = (ValueError, OSError)
+USER_ERROR_CODE = 2
+
+
+def typed(cfg: DictConfig) -> Any:
+    """The dataclass behind a composed config, checked; a ValueError says what is wrong."""
+    return OmegaConf.to_object(cfg)
+
+
+@contextmanager
+def user_errors(quiet: bool = False) -> Iterator[None]:
+    """Turn what a user did wrong into one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows where it was."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        fail(error, quiet)
+
+
+def fail(error: Exception, quiet: bool = False) -> None:
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    if not quiet:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+    sys.exit(USER_ERROR_CODE)
+
+
+def sentence(error: Exception) -> str:
+    """An error in one sentence; the operating system's own errors get the path they are about."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f" {error.filename}" if error.filename else ""
+        remedies = {
+            28: "free some space, or put runs_dir and data.cache_dir on another disk",
+            13: "choose a runs_dir and data.cache_dir that you may write to",
+            30: "the file system is read-only: choose another runs_dir or data.cache_dir",
+        }
+        return f"{error.strerror}:{place}; {remedies.get(error.errno or 0, 'check the path and its permissions')}."
+    return " ".join(str(error).split())
+
+
+def hush_other_ranks() -> None:
+    """Silence the standard error of every rank but 0, while all ranks find the same errors; `speak` ends it."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until `speak`
+
+
+def speak() -> None:
+    sys.stderr = sys.__stderr__

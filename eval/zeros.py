@@ -1,0 +1,37 @@
+"""How many weights of a model's linear layers are exactly zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparsity.prunable import linear_weights
+
+
+@dataclass(frozen=True)
+class ZeroCount:
+    num_weights: int
+    num_zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.num_zeros / self.num_weights
+
+
+@dataclass(frozen=True)
+class ModelZeros(ZeroCount):
+    layers: dict[str, ZeroCount]
+
+
+def count_zeros(model: nn.Module) -> ModelZeros:
+    """Zeros of each linear layer's weight, and of all of them; a weight shared by several layers counts once."""
+    weights = {id(weight): (name, weight) for name, weight in linear_weights(model).items()}
+    layers = {
+        name: ZeroCount(weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
+        for name, weight in weights.values()
+    }
+    return ModelZeros(
+        sum(layer.num_weights for layer in layers.values()), sum(layer.num_zeros for layer in layers.values()), layers
+    )

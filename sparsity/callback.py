@@ -1,0 +1,195 @@
+"""SparsityCallback: *when* weights are pruned, inside any `transformers.Trainer`: one process, DDP, FSDP2 or HSDP."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsity.mask import (
+    check_replicas_agree,
+    count_kept,
+    make_shards,
+    mask_gradients,
+    masks_from_zeros,
+    state_holder,
+    zero_pruned_,
+    zero_pruned_state_,
+)
+from sparsity.prunable import prunable_parameters
+from sparsity.schedule import Schedule
+from sparsity.score import ScoreName, magnitude_of_key, score_named
+from sparsity.select import prune_smallest_
+from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layout
+
+
+class SparsityCallback(TrainerCallback):
+    """Prunes the globally smallest weights before the steps that the schedule names, and keeps them at exactly 0.
+
+    `include` and `requires_dense` are name patterns, see `prunable_parameters`. Figures go into the Trainer's log
+    history and, with `report` and a running wandb run, to wandb. Draws from no global random generator and leaves
+    survivors untouched: with a sparsity of 0 a run equals one without the callback to the last bit.
+
+    Every rank runs it alike; an event's collectives sum counts over the shard group and compare a hash over replicas.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        score: ScoreName = "magnitude",
+        include: Sequence[str] | None = None,
+        requires_dense: Sequence[str] = (),
+        seed: int = 0,
+        report: bool = True,
+    ) -> None:
+        self.schedule = schedule
+        self.score = score_named(score, seed)
+        self.include = include
+        self.requires_dense = requires_dense
+        self.report = report
+        self.threshold: float | None = None
+        """The largest magnitude that the last event pruned; None before the first and for other scores."""
+        self.kept: dict[str, int] = {}
+        """Kept weights of each prunable parameter, over all ranks."""
+        self.num_prunable = 0
+        self._has_magnitudes = score == "magnitude"
+        self._events = frozenset(schedule.events())
+        self._density_sum = 0.0
+        self._num_steps = 0
+        self._parameters: dict[str, Tensor] = {}
+        self._shards: list[ParameterShard] = []
+        self._layout = RankLayout()
+        self._hooks: list[RemovableHandle] = []
+
+    @property
+    def density(self) -> float:
+        """Share of the prunable weights that is kept now."""
+        return sum(self.kept.values()) / self.num_prunable if self.num_prunable else 1.0
+
+    @property
+    def average_density(self) -> float:
+        """Mean density over the steps run so far."""
+        return self._density_sum / self._num_steps if self._num_steps else 1.0
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The figures to log while `step` is the last step that ran."""
+        figures = {
+            "sparsity/density": self.density,
+            "sparsity/target_density": self.schedule.density(step),
+            "sparsity/average_density": self.average_density,
+            "sparsity/nonzero_linear_params": float(sum(self.kept.values())),
+        }
+        return figures if self.threshold is None else {**figures, "sparsity/threshold": self.threshold}
+
+    def layer_densities(self) -> dict[str, float]:
+        """Share kept of each prunable parameter."""
+        return {name: self.kept[name] / param.numel() for name, param in self._parameters.items()}
+
+    # --- the Trainer's events ---
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        if self._events and max(self._events) > state.max_steps - 1:
+            raise ValueError(
+                f"The prune window ends at step {max(self._events)}, outside a run of {state.max_steps} steps: end the "
+                "window earlier or train longer."
+            )
+        self.bind(model)
+        if state.global_step > 0:
+            self._restore(state.global_step)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step in self._events:
+            self.prune(self.schedule.density(state.global_step), optimizer)
+        self._density_sum += self.density
+        self._num_steps += 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.report or not self._num_steps:
+            return
+        figures = self.metrics(max(0, state.global_step - 1))
+        if state.log_history:
+            state.log_history[-1].update(figures)
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None and state.is_world_process_zero:
+            wandb.log({**figures, "train/global_step": state.global_step})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # --- what the events do; each can be called without a loop ---
+
+    def bind(self, model: nn.Module) -> None:
+        """Find the prunable parameters of a prepared model and mask their gradients from now on."""
+        self._parameters = prunable_parameters(model, self.include, self.requires_dense)
+        self._layout = rank_layout(list(self._parameters.values()))
+        self._shards = make_shards(self._parameters)
+        self._hooks = mask_gradients(zip(self._parameters.values(), self._shards, strict=True))
+        self.num_prunable = sum(param.numel() for param in self._parameters.values())
+        self.kept = {name: param.numel() for name, param in self._parameters.items()}
+
+    def prune(self, density: float, optimizer: Any = None) -> None:
+        """Prune to `density`: round((1 - density) x N) weights in all. Collective over all ranks."""
+        num_pruned = round((1.0 - density) * self.num_prunable)
+        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
+            # FSDP2 may have put the shard into new memory since the last event.
+            shard.values = local_values(param)
+        threshold = prune_smallest_(self._shards, num_pruned, score=self.score, layout=self._layout)
+        if threshold is None:
+            return
+        check_replicas_agree(self._shards, self._layout)
+        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
+            zero_pruned_(param, shard.mask)
+            if optimizer is not None:
+                zero_pruned_state_(state_holder(optimizer), param, shard.mask)
+        self._count()
+        if self._has_magnitudes:
+            self.threshold = magnitude_of_key(threshold.key)
+
+    def _restore(self, global_step: int) -> None:
+        """Take the masks of a resumed run from its zeros, and refuse weights that are not as sparse as they must be."""
+        num_pruned = round((1.0 - self.schedule.density(global_step - 1)) * self.num_prunable)
+        if num_pruned:
+            masks_from_zeros(self._shards)
+            self._count()
+            found = self.num_prunable - sum(self.kept.values())
+            if found != num_pruned:
+                raise ValueError(
+                    f"The checkpoint has {found:,} zero weights where {num_pruned:,} are pruned after step "
+                    f"{global_step - 1}: it is not of this run or lost its masks; resume from another one."
+                )
+        self._num_steps = global_step
+        self._density_sum = self.schedule.average_density(global_step) * global_step
+
+    def _count(self) -> None:
+        self.kept = dict(zip(self._parameters, count_kept(self._shards, self._layout), strict=True))

@@ -1,0 +1,114 @@
+"""A mask on weights, gradients and optimizer moments: what is pruned is exactly 0 and stays so.
+
+With its weight, gradient and both moments at zero, an AdamW update with decay leaves a weight at exactly 0.0. Zeros are
+written with `masked_fill_`: a product with the mask would leave -0.0 and keep NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from sparsity.shards import ParameterShard, RankLayout, local_tensor, local_values, shard_offset
+
+
+def make_shards(parameters: dict[str, Tensor]) -> list[ParameterShard]:
+    """The local shard of each parameter, with a mask that keeps everything. Masks take one byte a local weight."""
+    shards = []
+    for name, param in parameters.items():
+        values = local_values(param)
+        mask = torch.ones(values.numel(), dtype=torch.bool, device=values.device)
+        shards.append(ParameterShard(name, values, mask, shard_offset(param), param.numel()))
+    return shards
+
+
+@torch.no_grad()
+def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
+    """Write 0 into `tensor` (any shape, plain or DTensor) where the flat local `mask` is False."""
+    local = local_tensor(tensor)
+    local.masked_fill_(~mask.view(local.shape), 0)
+
+
+def zero_pruned_state_(optimizer: torch.optim.Optimizer, param: Tensor, mask: Tensor) -> None:
+    """Write 0 into every state of `param` that has its shape: Adam's two moments, a momentum buffer."""
+    for state in optimizer.state.get(param, {}).values():
+        if isinstance(state, Tensor) and state.shape == param.shape and state.is_floating_point():
+            zero_pruned_(state, mask)
+
+
+def mask_gradients(parameters: Iterable[tuple[Tensor, ParameterShard]]) -> list[RemovableHandle]:
+    """Make pruned gradients exactly 0, NaN included, as soon as they are accumulated, so before any clipping.
+
+    Under FSDP2 the hook sees the reduced gradient of the shard. Returns the hooks' handles.
+    """
+
+    def hook_for(shard: ParameterShard) -> Callable[[Tensor], None]:
+        def hook(param: Tensor) -> None:
+            if param.grad is not None:
+                zero_pruned_(param.grad, shard.mask)
+
+        return hook
+
+    return [param.register_post_accumulate_grad_hook(hook_for(shard)) for param, shard in parameters]
+
+
+def count_kept(shards: Sequence[ParameterShard], layout: RankLayout) -> list[int]:
+    """Kept weights of each full parameter. Collective over the shard group."""
+    counts = [torch.count_nonzero(shard.mask) for shard in shards]
+    return [int(count) for count in layout.sum_counts(torch.stack(counts)).tolist()]
+
+
+def masks_from_zeros(shards: Sequence[ParameterShard]) -> None:
+    """Take the masks over from the weights: what is exactly 0 is pruned."""
+    for shard in shards:
+        torch.ne(shard.values, 0, out=shard.mask)
+
+
+def mask_hash(shards: Sequence[ParameterShard]) -> int:
+    """A 64-bit hash of the local masks; equal masks have equal hashes, on any device."""
+    device = shards[0].mask.device
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(1 << 62), 1 << 62, (4096,), generator=generator).to(device)
+    digest = torch.zeros((), dtype=torch.int64, device=device)
+    for shard in shards:
+        words = _as_words(shard.mask)
+        while words.numel() > 1:
+            rows = -(-words.numel() // factors.numel())
+            padded = torch.zeros(rows * factors.numel(), dtype=torch.int64, device=device)
+            padded[: words.numel()] = words
+            words = (padded.view(rows, -1) * factors | 1).sum(dim=1) ^ rows
+        digest = digest * 6364136223846793005 + words.sum()
+    return int(digest)
+
+
+def check_replicas_agree(shards: Sequence[ParameterShard], layout: RankLayout) -> None:
+    """Raise where ranks that hold the same shard have different masks. Collective over the replica groups."""
+    if not layout.replica_groups:
+        return
+    mine = mask_hash(shards)
+    for group in layout.replica_groups:
+        bounds = torch.tensor([mine, ~mine], dtype=torch.int64, device=shards[0].mask.device)
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
+        largest, smallest = int(bounds[0]), ~int(bounds[1])
+        if largest != smallest:
+            raise RuntimeError(
+                f"Replicas disagree on their masks (rank {dist.get_rank()} has hash {mine:x}, others between {smallest:x} "
+                f"and {largest:x}): their weights differ, so the run cannot be trusted; restart from a checkpoint."
+            )
+
+
+def _as_words(mask: Tensor) -> Tensor:
+    words = -(-mask.numel() // 8)
+    padded = torch.zeros(words * 8, dtype=torch.uint8, device=mask.device)
+    padded[: mask.numel()] = mask
+    return padded.view(torch.int64)
+
+
+def state_holder(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)

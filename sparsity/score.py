@@ -1,0 +1,71 @@
+"""What ranks a weight: a score turns weights into integer keys, and the smallest keys are pruned first.
+
+A key is an int32 of at least 0. Weights that were pruned before must have the key 0, so that they stay the smallest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsity.shards import ParameterShard
+
+Score = Callable[[ParameterShard, slice], Tensor]
+"""Keys [stop - start] of a slice of a shard's local elements."""
+ScoreName = Literal["magnitude", "random"]
+
+NUM_KEY_BITS = 31
+_SIGN_OFF = 0x7FFFFFFF
+
+
+def magnitude(shard: ParameterShard, part: slice) -> Tensor:
+    """The bits of |w| as float32: they have the order of |w|, denormals and infinities included; NaN comes last.
+
+    bfloat16 and float16 widen to float32 exactly, so parameters of different types compare by value.
+    """
+    values = shard.values[part]
+    if values.dtype == torch.float64:
+        raise ValueError(
+            f"{shard.name} is float64: magnitudes are compared as float32, bfloat16 or float16; convert it."
+        )
+    return values.float().view(torch.int32) & _SIGN_OFF
+
+
+def random(seed: int = 0) -> Score:
+    """Keys that are a hash of (seed, name, flat index in the full tensor): the same for any world size."""
+
+    def keys(shard: ParameterShard, part: slice) -> Tensor:
+        digest = hashlib.blake2b(f"{seed}:{shard.name}".encode(), digest_size=8).digest()
+        start = shard.offset + part.start
+        index = torch.arange(start, start + part.stop - part.start, device=shard.values.device)
+        bits = _mix(index + int.from_bytes(digest, "little", signed=True))
+        kept = ((bits >> 33) & _SIGN_OFF).clamp_(min=1)
+        return kept.masked_fill_(~shard.mask[part], 0).to(torch.int32)
+
+    return keys
+
+
+def score_named(name: ScoreName, seed: int = 0) -> Score:
+    return magnitude if name == "magnitude" else random(seed)
+
+
+def magnitude_of_key(key: int) -> float:
+    """The |w| whose key this is."""
+    return float(struct.unpack("<f", struct.pack("<I", key))[0])
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele et al. 2014) on int64, wrapping around."""
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right: torch's `>>` copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,115 @@
+"""A parameter as one rank sees it: its local shard, where that lies in the full tensor, and who holds the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+
+@dataclass
+class ParameterShard:
+    """The local part of one prunable parameter and its mask.
+
+    `values` [local numel] is a flat view of the parameter: in-place work on it changes the weight. `mask` [local numel]
+    is True where the weight is kept. Both cover the flat indices offset .. offset + local numel of the full tensor.
+    """
+
+    name: str
+    values: Tensor
+    mask: Tensor
+    offset: int
+    full_numel: int
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """Which ranks share out the parameters (`shard_group`) and which hold copies of the same shard.
+
+    A group of None stands for this rank alone. Counts are summed over the shard group and never over replicas.
+    """
+
+    shard_group: dist.ProcessGroup | None = None
+    replica_groups: tuple[dist.ProcessGroup, ...] = field(default=())
+
+    @property
+    def shard_rank(self) -> int:
+        return 0 if self.shard_group is None else dist.get_rank(self.shard_group)
+
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """Sum int64 `counts` over the shard group, in place. Collective over the shard group."""
+        if self.shard_group is not None:
+            dist.all_reduce(counts, group=self.shard_group)
+        return counts
+
+    def gather_count(self, count: int, device: torch.device) -> list[int]:
+        """Each rank's `count`, in the order of the shard group. Collective over the shard group."""
+        if self.shard_group is None:
+            return [count]
+        counts = torch.zeros(dist.get_world_size(self.shard_group), dtype=torch.int64, device=device)
+        counts[self.shard_rank] = count
+        return [int(c) for c in self.sum_counts(counts).tolist()]
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of `tensor` that lies on this rank: in-place work on it reaches the parameter."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_values(param: Tensor) -> Tensor:
+    """A flat view [local numel] of a parameter's shard, outside autograd."""
+    return local_tensor(param.detach()).view(-1)
+
+
+def shard_offset(param: Tensor) -> int:
+    """Flat index in the full tensor of the local shard's first element; the shard is a run of whole rows."""
+    if not isinstance(param, DTensor):
+        return 0
+    dim = _shard_dim(param)
+    if dim is None or param.shape[0] == 0:
+        return 0
+    world, rank = param.device_mesh.size(dim), param.device_mesh.get_local_rank(dim)
+    rows = -(-param.shape[0] // world)
+    return min(rank * rows, param.shape[0]) * (param.numel() // param.shape[0])
+
+
+def rank_layout(params: Sequence[Tensor]) -> RankLayout:
+    """The layout that all `params` share: plain and DDP parameters, FSDP2 (`Shard(0)`), or HSDP."""
+    layouts = {_layout_of(param) for param in params}
+    if len(layouts) > 1:
+        raise ValueError(
+            f"The prunable parameters are laid out in {len(layouts)} different ways: one FSDP2 mesh must hold them all."
+        )
+    return layouts.pop() if layouts else RankLayout()
+
+
+def _layout_of(param: Tensor) -> RankLayout:
+    if not isinstance(param, DTensor):
+        replicated = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return RankLayout(None, (dist.group.WORLD,) if replicated else ())  # type: ignore[arg-type]
+    mesh, shard_dim = param.device_mesh, _shard_dim(param)
+    replicas = tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if dim != shard_dim and mesh.size(dim) > 1)
+    return RankLayout(None if shard_dim is None else mesh.get_group(shard_dim), replicas)
+
+
+def _shard_dim(param: DTensor) -> int | None:
+    """The mesh dimension along which rows are shared out; None where the parameter is whole on every rank."""
+    sharded = [dim for dim, placement in enumerate(param.placements) if isinstance(placement, Shard)]
+    whole_rows = all(param.placements[dim] == Shard(0) for dim in sharded)
+    if len(sharded) > 1 or not whole_rows or any(isinstance(p, Partial) for p in param.placements):
+        raise ValueError(
+            f"A parameter of shape {tuple(param.shape)} is placed as {param.placements}: pruning needs plain FSDP2 or HSDP "
+            "shards of rows, Shard(0) along one mesh dimension; turn tensor parallelism off."
+        )
+    return sharded[0] if sharded else None
+
+
+def chunks(size: int, device: torch.device) -> Iterator[slice]:
+    """Slices that cover `size` elements: as many at a time as stay in a CPU's cache, or as keep a GPU busy."""
+    step = 1 << 18 if device.type == "cpu" else 1 << 25
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))

@@ -1,0 +1,229 @@
+"""How far the plan's memory model is off: measured peaks of training steps against `launch.plan.memory`.
+
+    python -m tests.benchmarks.memory        -> runs/bench/memory.json
+
+Each case is a process of its own (two under FSDP2) that trains a few steps of a random model and reports the growth of
+its peak resident memory over the moment before the model was made; on a GPU `torch.cuda.max_memory_allocated`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conf.schema import ModelConfig
+from launch.plan.memory import GpuMemory, Setting, gpu_memory
+from train.counts import count_parameters
+
+OUTPUT = Path("runs/bench/memory.json")
+SMALL = {"vocab_size": 8000, "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6}
+LARGE = {"vocab_size": 16000, "hidden_size": 640, "num_hidden_layers": 12, "num_attention_heads": 10}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. `micro_batches` above 1 accumulates gradients as accelerate does, without reducing them."""
+
+    name: str
+    width: dict[str, int]
+    world_size: int = 1
+    micro_batch_size: int = 4
+    micro_batches: int = 1
+    sequence_length: int = 256
+    gradient_checkpointing: bool = False
+
+    def model(self) -> ModelConfig:
+        hidden, heads = self.width["hidden_size"], self.width["num_attention_heads"]
+        return ModelConfig(
+            name=self.name, intermediate_size=4 * hidden, num_key_value_heads=heads, **self.width
+        )  # fmt: skip
+
+    def setting(self, compute_bytes: int) -> Setting:
+        return Setting(
+            world_size=self.world_size,
+            micro_batch_size=self.micro_batch_size,
+            sequence_length=self.sequence_length,
+            compute_bytes=compute_bytes,
+            accumulates=self.micro_batches > 1,
+            gradient_checkpointing=self.gradient_checkpointing,
+            fsdp=self.world_size > 1 or compute_bytes == 2,
+        )
+
+    def predicted(self, compute_bytes: int) -> GpuMemory:
+        return gpu_memory(self.model(), count_parameters(self.model()).linear, self.setting(compute_bytes))
+
+
+CASES = (
+    Case("small", SMALL),
+    Case("small, batch of 16", SMALL, micro_batch_size=16),
+    Case("small, batch of 16, checkpointing", SMALL, micro_batch_size=16, gradient_checkpointing=True),
+    Case("large", LARGE),
+    Case("large, batch of 8", LARGE, micro_batch_size=8),
+    Case("large, batch of 8, accumulation", LARGE, micro_batch_size=8, micro_batches=2),
+    Case("large, two ranks", LARGE, world_size=2),
+    Case("large, two ranks, accumulation", LARGE, world_size=2, micro_batches=2),
+)
+
+
+def measure(case: Case) -> dict[str, float | str | int]:
+    """Run a case in processes of its own and compare."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # One memory arena and every large tensor mapped on its own, so that freed memory leaves the resident set.
+    env = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "tests.benchmarks.memory", "--case", json.dumps(asdict(case))]
+    processes = []
+    for rank in range(case.world_size):
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.world_size}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {**os.environ, **env, **{key: str(value) for key, value in world.items()}}
+        processes.append(subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True))
+    reports = [process.communicate(timeout=600)[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"The case {case.name} failed, see above.")
+    report = max((json.loads(text.splitlines()[-1]) for text in reports), key=lambda found: found["bytes"])
+    predicted = case.predicted(report["compute_bytes"])
+    return {
+        "name": case.name,
+        "device": report["device"],
+        "num_params": count_parameters(case.model()).total,
+        "measured_bytes": report["bytes"],
+        "predicted_bytes": predicted.peak,
+        "peak_in": predicted.peak_phase,
+        "relative_error": predicted.peak / report["bytes"] - 1,
+    }
+
+
+def train_steps(case: Case, num_steps: int = 3) -> dict[str, float | str | int]:
+    """The body of a measured process."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from train.model import llama_config
+
+    on_gpu = torch.cuda.is_available() and case.world_size == 1
+    device = torch.device("cuda" if on_gpu else "cpu")
+    warm_up(device)
+    baseline = torch.cuda.memory_allocated() if on_gpu else resident_bytes()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(llama_config(case.model()), dtype=torch.float32)
+    if case.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if case.world_size > 1 or on_gpu:
+        shard(model, device, case.world_size)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    masks = [torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters() if is_prunable(name)]
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(num_steps):
+        for micro_batch in range(case.micro_batches):
+            if case.world_size > 1 or on_gpu:
+                model.set_requires_gradient_sync(micro_batch == case.micro_batches - 1)
+            shape = (case.micro_batch_size, case.sequence_length)
+            tokens = torch.randint(case.model().vocab_size, shape, device=device)
+            loss = model(input_ids=tokens, labels=tokens).loss
+            (loss / case.micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0 and not on_gpu:
+            reset_peak()
+    assert masks
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return {"bytes": peak - baseline, "device": str(device), "compute_bytes": 2 if on_gpu else 4}
+
+
+def is_prunable(name: str) -> bool:
+    return "_proj." in name or name == "lm_head.weight"
+
+
+def shard(model, device, world_size: int) -> None:  # type: ignore[no-untyped-def]
+    """FSDP2 in the units that accelerate makes: each block, the embedding, and the final norm with lm_head."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    mesh = init_device_mesh(device.type, (world_size,))
+    bf16 = torch.bfloat16 if device.type == "cuda" else None
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=bf16)}
+    for block in model.model.layers:
+        fully_shard(block, reshard_after_forward=True, **options)
+    fully_shard(model.model.embed_tokens, reshard_after_forward=True, **options)
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
+    fully_shard(model, **options)
+
+
+def warm_up(device) -> None:  # type: ignore[no-untyped-def]
+    """Load what the first step would load: the libraries' code is no part of a step."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from train.model import llama_config
+
+    width = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM._from_config(llama_config(Case("warm-up", width).model())).to(device)
+    tokens = torch.randint(64, (2, 32), device=device)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def reset_peak() -> None:
+    """Forget the peak so far, where the system allows it: making the model is no part of a step."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", help="the body of one measured process, started by this script")
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(train_steps(Case(**json.loads(arguments.case)))))
+        return
+    found = []
+    for case in CASES:
+        found.append(measure(case))
+        line = found[-1]
+        print(
+            f"{line['name']:<36} measured {line['measured_bytes'] / 2**20:8.0f} MiB   "
+            f"predicted {line['predicted_bytes'] / 2**20:8.0f} MiB   {100 * line['relative_error']:+6.1f} %   "
+            f"(peak in {line['peak_in']})",
+            flush=True,
+        )
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    OUTPUT.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"wrote {OUTPUT}")
+
+
+if __name__ == "__main__":
+    main()

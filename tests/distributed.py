@@ -1,0 +1,76 @@
+"""Run a plain function on several gloo ranks, with a timeout, and hand back what each returned."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+    """`body(*args)` on `world_size` ranks of one thread each; the results in rank order. `body` must be importable."""
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    port = free_port()
+    ranks = [
+        context.Process(target=_rank_main, args=(body, rank, world_size, port, args, results), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    found: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    try:
+        while len(found) < world_size:
+            try:
+                rank, value, error = results.get(timeout=max(0.1, deadline - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(f"{world_size - len(found)} ranks did not finish within {timeout_s} s") from None
+            if error:
+                raise AssertionError(f"rank {rank} failed:\n{error}")
+            found[rank] = value
+    finally:
+        for process in ranks:
+            process.join(timeout=5 if len(found) == world_size else 0)
+            if process.is_alive():
+                process.kill()
+    return [found[rank] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank_main(
+    body: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        CUDA_VISIBLE_DEVICES="",
+    )
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        value = body(*args)
+        dist.barrier()
+        results.put((rank, value, None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        dist.destroy_process_group()

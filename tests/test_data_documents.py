@@ -1,0 +1,173 @@
+"""Every kind of file gives the same documents, in parts or whole, and bad input is named by file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from train.data.documents import DOCUMENT_BYTES, limit_parts, read_documents
+from train.data.parts import cut_file, cut_files, find_files, text_cuts
+from train.data.split import is_heldout
+
+TEXTS = [f"document {index}: größe 你好\nline two\r\nend" for index in range(50)]
+
+
+def read(path: Path, part_bytes: int = 1 << 20, text_field: str = "text") -> list[str]:
+    return [text for part in cut_file(path, part_bytes) for text in read_documents(part, text_field)]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    pq.write_table(pa.table({"text": TEXTS, "id": range(50)}), tmp_path / "a.parquet", row_group_size=7)
+    return tmp_path / "a.parquet"
+
+
+def test_jsonl_gzip_and_parquet_give_the_same_documents(tmp_path: Path, parquet: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
+    assert read(tmp_path / "a.jsonl") == read(tmp_path / "a.jsonl.gz") == read(parquet) == TEXTS
+
+
+@pytest.mark.parametrize("part_bytes", [1, 100, 1000])
+def test_parts_together_are_the_file(tmp_path: Path, parquet: Path, part_bytes: int) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS).rstrip(b"\n"))
+    assert len(cut_file(tmp_path / "a.jsonl", part_bytes)) > 1
+    assert len(cut_file(parquet, part_bytes)) > 1
+    assert read(tmp_path / "a.jsonl", part_bytes) == read(parquet, part_bytes) == TEXTS
+
+
+def test_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
+    text = "".join(f"paragraph {index} über alles\n" * 3 + "\n" for index in range(3000))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    for part_bytes in (100_000, 1 << 20):
+        documents = read(tmp_path / "a.txt", part_bytes)
+        assert "".join(documents) == text
+        assert all(document.endswith("\n\n") for document in documents)
+        assert max(len(document.encode()) for document in documents) <= 2 * DOCUMENT_BYTES
+        assert len(documents) > 10
+
+
+@pytest.mark.parametrize("unit", ["ä", "word ", "line\n", "你"])
+def test_text_without_blank_lines_is_cut_inside_no_character(unit: str) -> None:
+    data = (unit * 1000).encode()
+    stops = list(text_cuts(data, 100))
+    pieces = [data[start:stop].decode() for start, stop in zip([0, *stops], stops, strict=False)]
+    assert "".join(pieces) == unit * 1000
+    assert all(len(piece.encode()) <= 200 for piece in pieces)
+
+
+def test_files_of_a_folder_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b/1.txt", "a.jsonl", "b/0.parquet", "c.jsonl.gz", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(file.relative_to(tmp_path)) for file in find_files(tmp_path)] == [
+        "a.jsonl",
+        "b/0.parquet",
+        "b/1.txt",
+        "c.jsonl.gz",
+    ]
+
+
+def test_max_documents_are_the_first_ones_over_all_files(tmp_path: Path) -> None:
+    for index in range(4):
+        (tmp_path / f"{index}.jsonl").write_bytes(jsonl(TEXTS[10 * index : 10 * index + 10]))
+    parts = limit_parts(cut_files(find_files(tmp_path)), "text", 25)
+    assert [text for part in parts for text in read_documents(part, "text")] == TEXTS[:25]
+
+
+def test_empty_documents_and_blank_lines_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": ""}\n  \n{"text": "x"}\n')
+    assert read(tmp_path / "a.jsonl") == ["x"]
+
+
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", GOOD + b"{oops\n", r"a\.jsonl, line 2 is not JSON \(.*\): give one JSON object a line"),
+        ("a.jsonl", GOOD + b'{"body": "x", "id": 1}\n', r"line 2 has no field text but the fields body, id: "),
+        ("a.jsonl", GOOD + b'["text"]\n', r"line 2 has no field text but a list: "),
+        ("a.jsonl", GOOD + b'{"text": 3}\n', r"line 2 has a int as text: give a string in data\.text_field=text"),
+        ("a.jsonl", GOOD + b'{"text": null}\n', r"line 2 has null as text"),
+        ("a.jsonl", GOOD + b'{"text": "\xff"}\n', r"line 2 is not UTF-8: convert"),
+        ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', r"line 2 has half a surrogate pair"),
+        ("a.txt", b"one\ntwo\n\xff\n", r"a\.txt, line 3 is not UTF-8: convert"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be read|is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], r"a\.jsonl\.gz is not a whole gzip file"),
+        ("a.parquet", b"PAR1 but not really", r"a\.parquet is not a readable parquet file"),
+    ],
+)
+def test_bad_content_is_named_by_file_and_line(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_number_counts_from_the_front_of_the_file_not_of_the_part(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD * 40 + b"oops\n")
+    with pytest.raises(ValueError, match="line 41 is not JSON"):
+        read(tmp_path / "a.jsonl", part_bytes=100)
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ({"body": ["x"]}, r"has no column text but body: name its text in data\.text_field"),
+        ({"text": ["x", None]}, r"a\.parquet, row 1 has null as text"),
+        ({"text": [1, 2]}, r"a\.parquet, row 0 has a int as text"),
+    ],
+)
+def test_bad_parquet_is_named_by_column_or_row(tmp_path: Path, table: dict[str, list], sentence: str) -> None:
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=sentence):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_path_that_is_missing_empty_or_of_no_known_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").touch()
+    for path, sentence in {
+        tmp_path / "nowhere": "does not exist: give",
+        tmp_path / "empty": "holds no data: give",
+        tmp_path / "a.csv": "has a suffix that is not known: give",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            find_files(path)
+
+
+def test_a_file_without_read_permission_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(GOOD)
+    parts = cut_file(file, 1 << 20)
+    file.chmod(0)
+    if os.access(file, os.R_OK):
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(13, "Permission denied", str(file))
+
+        # The superuser reads everything.
+        monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ValueError, match=r"a\.jsonl cannot be read \(Permission denied\): give"):
+        list(read_documents(parts[0], "text"))
+
+
+def test_the_split_follows_from_the_text_alone_and_grows_with_the_share() -> None:
+    texts = [f"text {index}".encode() for index in range(20_000)]
+    small, large = ({text for text in texts if is_heldout(text, share)} for share in (0.01, 0.1))
+    assert 140 < len(small) < 260
+    assert 1800 < len(large) < 2200
+    assert small < large
+    assert small == {text for text in reversed(texts) if is_heldout(text, 0.01)}

@@ -1,0 +1,34 @@
+"""One process of a run: `accelerate launch --config_file launch/accelerate/cpu.yaml -m train experiment=demo`."""
+
+import os
+
+import hydra
+from omegaconf import DictConfig
+
+from conf import cli, schema
+from train.plan import plan_run, world_size_asked
+
+schema.register()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    # What every rank finds alike in the configuration is said by rank 0; torch is imported only when it holds.
+    is_main = os.environ.get("RANK", "0") == "0"
+    with cli.user_errors(quiet=not is_main):
+        config = cli.typed(cfg)
+        plan = plan_run(config, world_size_asked(config, os.environ))
+
+    from train.distributed import join_world
+    from train.run import run
+
+    with cli.user_errors(quiet=not is_main):
+        world = join_world(config.trainer.ddp_timeout)
+    cli.speak()
+    run(config, plan, world)
+    world.leave()
+
+
+if __name__ == "__main__":
+    cli.hush_other_ranks()
+    main()

@@ -1,0 +1,48 @@
+"""Text to blocks of tokens: documents, split, tokenizer, packed streams, and the order they are trained in.
+
+Names are handed out on first use (PEP 562): the processes that tokenize import this package without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.data.pipeline import PreparedData, SplitCounts, prepare
+    from train.data.sampler import PermutationSampler
+    from train.data.stream import Blocks, TokenStream, heldout_tokens, training_blocks
+    from train.data.tokenizer import load_tokenizer
+    from train.data.unigram import unigram_bits_per_byte
+
+__all__ = [
+    "Blocks",
+    "PermutationSampler",
+    "PreparedData",
+    "SplitCounts",
+    "TokenStream",
+    "heldout_tokens",
+    "load_tokenizer",
+    "prepare",
+    "training_blocks",
+    "unigram_bits_per_byte",
+]
+
+_HOME = {
+    "Blocks": "stream",
+    "PermutationSampler": "sampler",
+    "PreparedData": "pipeline",
+    "SplitCounts": "pipeline",
+    "TokenStream": "stream",
+    "heldout_tokens": "stream",
+    "load_tokenizer": "tokenizer",
+    "prepare": "pipeline",
+    "training_blocks": "stream",
+    "unigram_bits_per_byte": "unigram",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,67 @@
+"""The three sources as one thing: files of documents, and a key that stands for what they say."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.schema import DataConfig
+from train.data import fineweb, pydocs
+from train.data.documents import limit_parts
+from train.data.files import build_once, digest, sha256_of_all
+from train.data.parts import Part, cut_files, explained, find_files
+
+
+@dataclass(frozen=True)
+class Corpus:
+    key: str
+    """Equal for equal content, wherever the files lie and whatever they are called."""
+    files: tuple[Path, ...]
+    text_field: str
+    max_documents: int | None
+
+    def parts(self) -> list[Part]:
+        parts = cut_files(self.files)
+        return parts if self.max_documents is None else limit_parts(parts, self.text_field, self.max_documents)
+
+
+def find_corpus(config: DataConfig, cache: Path) -> Corpus:
+    """The configured source; pydocs are parsed and hub data fetched here unless that was done before."""
+    if config.source == "pydocs":
+        key, files = pydocs_files(pydocs.default_roots(), cache, config.num_workers)
+        return _corpus(key, files, "text", config.max_documents)
+    if config.source == "fineweb_edu" and config.path is None:
+        key, files = fineweb.hub_files(config.subset, config.max_documents, cache)
+        return _corpus(key, files, "text", config.max_documents)
+    assert config.path is not None
+    if config.source == "fineweb_edu":
+        files = fineweb.local_files(config.path, config.subset)
+        return _corpus(content_key(files, cache), files, "text", config.max_documents)
+    files = find_files(config.path)
+    return _corpus(content_key(files, cache), files, config.text_field, config.max_documents)
+
+
+def _corpus(key: str, files: Sequence[Path], text_field: str, max_documents: int | None) -> Corpus:
+    return Corpus(digest([key, text_field, max_documents]), tuple(files), text_field, max_documents)
+
+
+def content_key(files: Sequence[Path], cache: Path) -> str:
+    """A hash of the files' bytes in their order, and of their kinds."""
+    with explained(os.path.commonpath(files)):
+        hashes = sha256_of_all(files, memo=cache / "sha256.json")
+    return digest([[file.suffixes[-1], value] for file, value in zip(files, hashes, strict=True)])
+
+
+def pydocs_files(roots: Sequence[str | Path], cache: Path, num_workers: int | None) -> tuple[str, list[Path]]:
+    """(key, jsonl files) of the docstrings below the roots; the key hashes every Python file that is read."""
+    sources = pydocs.find_sources(roots)
+    hashes = sha256_of_all(source.path for source in sources)
+    modules = [[source.module, value] for source, value in zip(sources, hashes, strict=True)]
+    key = digest([pydocs.FORMAT, platform.python_version(), modules])
+    folder = build_once(
+        cache / "documents" / key, lambda partial: pydocs.write_documents(sources, partial, num_workers)
+    )
+    return key, find_files(folder)

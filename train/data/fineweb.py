@@ -1,0 +1,84 @@
+"""FineWeb-Edu's parquet files: from the hub, or from a local copy of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from train.data import hub
+from train.data.files import build_once, digest
+from train.data.parts import find_files
+
+REPOSITORY = "HuggingFaceFW/fineweb-edu"
+LINES_PER_FILE = 50_000
+
+
+def subset_folder(subset: str | None) -> str:
+    """The repository's folder of a subset: sample/10BT for `sample-10BT`, data/CC-MAIN-2024-10 for that dump."""
+    if subset is None or subset == "default":
+        return "data"
+    return f"sample/{subset.removeprefix('sample-')}" if subset.startswith("sample-") else f"data/{subset}"
+
+
+def local_files(path: str, subset: str | None) -> list[Path]:
+    """Parquet files of the subset below a copy of the repository; all of them where the folder has no such layout."""
+    root = Path(path).expanduser()
+    folder = root / subset_folder(subset)
+    files = [file for file in find_files(folder if folder.is_dir() else root) if file.suffix == ".parquet"]
+    if not files:
+        raise ValueError(f"data.path={path} holds no .parquet file: give a folder with FineWeb-Edu's parquet files.")
+    return files
+
+
+def hub_files(subset: str | None, max_documents: int | None, cache: Path) -> tuple[str, list[Path]]:
+    """(key of the content, files): the subset's parquet files in the hub's own cache, or its first documents as jsonl.
+
+    With `max_documents` only those documents are streamed, not the files they are in.
+    """
+    try:
+        if not hub.is_reachable():
+            raise ConnectionError("it does not answer")
+        if max_documents is None:
+            return _download(subset)
+        return _stream(subset, max_documents, cache)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{REPOSITORY} ({subset or 'default'}) cannot be read from the hub ({reason}): "
+            "connect to the network, or give a folder with its parquet files in data.path."
+        ) from None
+
+
+def _download(subset: str | None) -> tuple[str, list[Path]]:
+    from huggingface_hub import snapshot_download
+
+    folder = subset_folder(subset)
+    patterns = [f"{folder}/*.parquet", f"{folder}/*/*.parquet"]
+    snapshot = Path(snapshot_download(REPOSITORY, repo_type="dataset", allow_patterns=patterns))
+    # The snapshot's folder is named by the commit.
+    return digest([REPOSITORY, snapshot.name, folder]), find_files(snapshot / folder)
+
+
+def _stream(subset: str | None, max_documents: int, cache: Path) -> tuple[str, list[Path]]:
+    from huggingface_hub import HfApi
+
+    revision = HfApi().dataset_info(REPOSITORY).sha
+    key = digest([REPOSITORY, revision, subset, max_documents])
+
+    def build(folder: Path) -> None:
+        from datasets import load_dataset
+
+        rows = load_dataset(REPOSITORY, subset or "default", split="train", revision=revision, streaming=True)
+        texts = (row["text"] for row in islice(rows, max_documents))
+        for index, lines in enumerate(_groups(texts, LINES_PER_FILE)):
+            file = folder / f"part-{index:05}.jsonl"
+            file.write_text("".join(f"{json.dumps({'text': text})}\n" for text in lines))
+
+    return key, find_files(build_once(cache / "documents" / key, build))
+
+
+def _groups(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+    while group := list(islice(texts, size)):
+        yield group

@@ -1,0 +1,75 @@
+"""index.json: what a finished folder of tokens holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data.files import aside
+from train.data.pack import SPLITS, Job, id_dtype
+
+INDEX = "index.json"
+COUNTS = "counts.npy"
+
+
+def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
+    """Sum up the parts, all of them done: counts.npy (training tokens by id), and last index.json.
+
+    Keys: dtype, vocab_size, separator, tokenizer (hash of its files); splits: num_documents, num_tokens and num_bytes
+    (UTF-8) of `train` and `heldout`; parts: for each split the file's name, its counts and its sha256.
+    """
+    records = [json.loads(job.sidecar.read_text()) for job in jobs]
+    vocab_size = jobs[0].vocab_size
+    counts = np.zeros(vocab_size, np.int64)
+    for job in jobs:
+        counts += np.load(job.counts)
+    with aside(folder / COUNTS) as partial, open(partial, "wb") as file:
+        np.save(file, counts)
+    totals = {
+        split: {
+            name: sum(record[split][name] for record in records)
+            for name in ("num_documents", "num_tokens", "num_bytes")
+        }
+        for split in SPLITS
+    }
+    index = {
+        "dtype": id_dtype(vocab_size).str,
+        "vocab_size": vocab_size,
+        "separator": jobs[0].separator,
+        "tokenizer": tokenizer_key,
+        "splits": totals,
+        "parts": [
+            {split: {"file": job.tokens(split).name, **record[split]} for split in SPLITS}
+            for job, record in zip(jobs, records, strict=True)
+        ],
+    }
+    with aside(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=1))
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """The index of a prepared folder, or a `ValueError` where this machine has none."""
+    try:
+        return json.loads(Path(folder, INDEX).read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} holds no prepared tokens on this machine: "
+            "put data.cache_dir on storage that all machines of the run share."
+        ) from None
+
+
+def is_complete(folder: Path) -> bool:
+    """True if the folder was finished and every file still has the size that the index tells."""
+    if not (folder / INDEX).exists() or not (folder / COUNTS).exists():
+        return False
+    index = read_index(folder)
+    width = np.dtype(index["dtype"]).itemsize
+    records = [part[split] for part in index["parts"] for split in SPLITS]
+    try:
+        return all((folder / one["file"]).stat().st_size == one["num_tokens"] * width for one in records)
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,84 @@
+"""A new order of the training blocks every epoch, from a few numbers instead of a list of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+ROUNDS = 6
+CHUNK = 1 << 16
+
+
+def round_keys(seed: int, epoch: int) -> list[np.uint64]:
+    """`ROUNDS` keys that follow from the two numbers alone; no global generator is read or moved."""
+    state = blake2b(f"{seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+    return [np.uint64(key) for key in np.frombuffer(state, "<u8")]
+
+
+def permute(indices: npt.ArrayLike, num_items: int, keys: list[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Where a pseudo-random permutation of 0..num_items-1 sends each index: O(1) memory, any index on its own.
+
+    A Feistel network permutes the smallest square power of two that holds `num_items`; values outside are sent
+    through it again until they fall inside, which keeps it a bijection (cycle walking, at most 4 rounds on average).
+    """
+    half = np.uint64(max(1, (num_items - 1).bit_length() + 1 >> 1))
+    values = np.array(indices, np.uint64, ndmin=1)
+    waiting = np.arange(len(values))
+    while len(waiting):
+        values[waiting] = _feistel(values[waiting], half, keys)
+        waiting = waiting[values[waiting] >= num_items]
+    return values
+
+
+def _feistel(values: npt.NDArray[np.uint64], half: np.uint64, keys: list[np.uint64]) -> npt.NDArray[np.uint64]:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mixed(right ^ key) & mask)
+    return (left << half) | right
+
+
+def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of splitmix64: every bit of the result hangs on every bit of the value."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class PermutationSampler(Sampler[int]):
+    """The blocks 0..num_blocks-1, each once, in an order that `seed` and the epoch fix.
+
+    `start` leaves out the first positions of the epoch the sampler was made with, for a run that goes on in the
+    middle of one; another epoch starts at 0. Every rank makes the same sampler and takes its share of it.
+    """
+
+    def __init__(self, num_blocks: int, seed: int = 0, *, epoch: int = 0, start: int = 0) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks={num_blocks} must be at least 1: give more data.")
+        if not 0 <= start <= num_blocks:
+            raise ValueError(f"start={start} is outside 0..{num_blocks}: give a position in the epoch.")
+        self.num_blocks = num_blocks
+        self.seed = seed
+        self.epoch = epoch
+        self.start = start
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def permute(self, position: int) -> int:
+        """The block at a position of the epoch."""
+        return int(permute([position], self.num_blocks, round_keys(self.seed, self.epoch))[0])
+
+    def __len__(self) -> int:
+        return self.num_blocks - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        keys = round_keys(self.seed, self.epoch)
+        for start in range(self.start, self.num_blocks, CHUNK):
+            positions = np.arange(start, min(start + CHUNK, self.num_blocks), dtype=np.uint64)
+            yield from permute(positions, self.num_blocks, keys).tolist()

@@ -1,0 +1,92 @@
+"""Tokens on disk as one long array, and as the fixed-length blocks that training reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from train.data.index import read_index
+
+if TYPE_CHECKING:
+    from train.data.pack import Split
+    from train.data.pipeline import PreparedData
+
+
+class TokenStream:
+    """The tokens of a split, part after part, read from the files as they are asked for.
+
+    `stream[a:b]` is an array of the ids a..b-1, wherever they lie; it may be a read-only view of a file. Files are
+    opened in the process that reads them, so a stream can be sent to the workers of a dataloader.
+    """
+
+    def __init__(self, folder: str | Path, split: Split) -> None:
+        index = read_index(folder)
+        records = [part[split] for part in index["parts"] if part[split]["num_tokens"]]
+        self.dtype = np.dtype(index["dtype"])
+        self.paths = [str(Path(folder, record["file"])) for record in records]
+        self.starts = np.cumsum([0] + [record["num_tokens"] for record in records])
+        self._maps: dict[int, np.memmap[Any, Any]] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, span: slice) -> np.ndarray[Any, Any]:
+        start, stop, step = span.indices(len(self))
+        if step != 1:
+            raise IndexError(f"a TokenStream has no step {step}: slice it with [start:stop].")
+        pieces = []
+        part = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            offset, end = int(self.starts[part]), min(stop, int(self.starts[part + 1]))
+            pieces.append(self._map(part)[start - offset : end - offset])
+            start, part = end, part + 1
+        if not pieces:
+            return np.empty(0, self.dtype)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _map(self, part: int) -> np.memmap[Any, Any]:
+        if part not in self._maps:
+            self._maps[part] = np.memmap(self.paths[part], self.dtype, mode="r")
+        return self._maps[part]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}
+
+
+class Blocks(Dataset[dict[str, torch.Tensor]]):
+    """Item i: the tokens i x L to (i + 1) x L - 1 as `input_ids` and `labels`, int64 [L]; the tail is left out.
+
+    Documents follow one another across blocks. `labels` are not shifted: transformers models do that.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int) -> None:
+        self.stream = stream
+        self.sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.sequence_length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} is outside 0..{len(self) - 1}")
+        start = index * self.sequence_length
+        ids = torch.from_numpy(self.stream[start : start + self.sequence_length].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def training_blocks(prepared: PreparedData) -> Blocks:
+    """The training split in blocks of the length it was prepared for."""
+    return Blocks(TokenStream(prepared.folder, "train"), prepared.sequence_length)
+
+
+def heldout_tokens(prepared: PreparedData) -> np.ndarray[Any, Any]:
+    """int64 ids of the held-out split behind one separator, so that every token has a context to be scored in.
+
+    Length 1 + `prepared.heldout.num_tokens`; the text of tokens [1:] has `prepared.heldout.num_bytes` bytes.
+    """
+    tokens = TokenStream(prepared.folder, "heldout")[:]
+    return np.concatenate([np.array([prepared.separator]), tokens]).astype(np.int64)

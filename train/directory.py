@@ -1,0 +1,108 @@
+"""A run's folder: claimed by one process at a time, and by one configuration.
+
+runs/NAME/  config.yaml  metrics.jsonl  summary.json  report.png  model/  checkpoints/  wandb/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from conf.schema import Config
+
+NOT_PART_OF_A_RUN = ("overwrite", "resume", "dry_run", "launch", "logger", "runs_dir")
+"""Keys that may differ when a run is started again."""
+
+
+class RunDirectory:
+    """Paths of a run, and the lock that one process holds on them while it lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.report = path / "report.png"
+        self.sample = path / "sample.txt"
+        self.model = path / "model"
+        self.checkpoints = path / "checkpoints"
+        self.wandb = path / "wandb"
+        self._lock = FileLock(path / ".lock")
+
+    def claim(self, config: Config) -> dict[str, Any] | None:
+        """Lock the folder for this process, emptied with `overwrite`; the summary where its run has ended.
+
+        A ValueError says why the folder can't be had: a live process, another config, files of something else, a run
+        that was not finished.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{self.path} is in use by a live process: wait for it or end it, or take another run_name."
+            ) from None
+        if config.overwrite:
+            self._empty()
+        elif self.config.exists():
+            self._check_same(config)
+            if self.summary.exists():
+                return json.loads(self.summary.read_text())
+            raise ValueError(
+                f"{self.path} holds a run that was not finished: set overwrite=true to start it anew, or take another "
+                "run_name."
+            )
+        elif any(entry.name != ".lock" for entry in self.path.iterdir()):
+            raise ValueError(f"{self.path} holds files that are no run's: take another run_name, or set overwrite=true.")
+        return None
+
+    def begin(self, config: Config) -> None:
+        """Mark the folder as this configuration's."""
+        write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+    def _empty(self) -> None:
+        """Remove what a run writes; a file with another name stays."""
+        for file in (self.config, self.metrics, self.summary, self.report, self.sample):
+            file.unlink(missing_ok=True)
+        for folder in (self.model, self.model.with_name("model.tmp"), self.checkpoints, self.wandb):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _check_same(self, config: Config) -> None:
+        before, now = run_identity(OmegaConf.load(self.config)), run_identity(config)
+        if changed := _differences(before, now):
+            raise ValueError(
+                f"{self.path} is in use by a run with another config ({'; '.join(changed)}): take another run_name, or set "
+                "overwrite=true to start it anew."
+            )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, sync and rename: the file is whole or not there."""
+    aside = path.with_name(f"{path.name}.tmp")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def run_identity(config: Any) -> dict[str, Any]:
+    """What must be the same for two commands to mean the same run."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config) if isinstance(config, Config) else config)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key not in NOT_PART_OF_A_RUN}
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = list(dict.fromkeys([*before, *now]))
+        found = [_differences(before.get(key), now.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
+        return [difference for differences in found for difference in differences]
+    return [] if before == now else [f"{prefix} was {before}, is {now}"]

@@ -1,0 +1,111 @@
+"""The processes of a run: FSDP2 through accelerate on GPUs and on CPUs, checked, and ended in order.
+
+Everything that has to know how accelerate sets up FSDP2 without a GPU is in this file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate import __version__ as accelerate_version
+from accelerate.utils import DistributedType
+
+from conf.cli import USER_ERRORS, fail
+
+Result = TypeVar("Result")
+PREPARATION_LIMIT = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `control` is a gloo group for small objects, patient enough for data preparation."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def on_main(self, function: Callable[..., Result], *args: Any) -> Result:
+        """`function(*args)` on rank 0 alone, its result on every rank. Collective; what a user did wrong ends all."""
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = function(*args)
+            except USER_ERRORS as error:
+                answer[1] = error
+        if self.control is not None:
+            # Between the processes of one run, so unpickling is safe.
+            dist.broadcast_object_list(answer, src=0, group=self.control)
+        if answer[1] is not None:
+            self.leave()
+            fail(answer[1], quiet=not self.is_main)
+        return answer[0]
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of `values` over the ranks. Collective."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over the ranks. Collective."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def leave(self) -> None:
+        """End the process group in order. Collective: without the barrier a rank now and then aborts at exit."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def join_world(timeout_s: int) -> World:
+    """Join the process group that accelerate launched this process for. Collective.
+
+    A ValueError says when the world is not what accelerate was asked for: accelerate itself would start independent
+    runs that each believe to be alone.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if wants_fsdp() and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate was asked for FSDP but started one process without a rendezvous, as it does with use_cpu: true or "
+            "--cpu: use launch/accelerate/cpu.yaml, where use_cpu is false, or `python -m launch`."
+        )
+    on_cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
+    if on_cpu and wants_fsdp() and state.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate turns only GPU worlds into FSDP worlds; FSDP2 itself runs on gloo all the same.
+        state.distributed_type = DistributedType.MULTI_GPU
+    if state.num_processes != asked:
+        raise ValueError(
+            f"accelerate was asked for {asked} processes but made a world of {state.num_processes}, {asked} runs that would "
+            "not know of each other: use a config of launch/accelerate, where use_cpu is false, or `python -m launch`."
+        )
+    control = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT) if dist.is_initialized() else None
+    return World(state.process_index, state.num_processes, state.device, control)
+
+
+def wants_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_fsdp2(accelerator: Accelerator) -> None:
+    """Refuse to train where FSDP2 was asked for and is not in force."""
+    if wants_fsdp() and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"FSDP2 was asked for, but accelerate {accelerate_version} set up {accelerator.distributed_type.value}: on GPUs "
+            "set fsdp_version: 2; on CPUs this accelerate no longer allows it, install accelerate 1.15."
+        )

@@ -1,0 +1,43 @@
+"""A LLaMA from the configuration, with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
+
+from conf.schema import ModelConfig
+
+
+def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        max_position_embeddings=model.max_position_embeddings,
+        rms_norm_eps=model.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_word_embeddings,
+        initializer_range=model.initializer_range,
+        use_cache=False,
+        **token_ids,
+    )
+
+
+def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> LlamaForCausalLM:
+    """A model in float32 whose weights follow from `seed` alone: the same on every rank and for any world size."""
+    set_seed(seed)
+    config = llama_config(model, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    options = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
+    llama = LlamaForCausalLM._from_config(config, dtype=torch.float32, **options)
+    llama.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        max_length=model.max_position_embeddings,
+    )
+    return llama

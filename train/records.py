@@ -1,0 +1,148 @@
+"""The run's records: the same to metrics.jsonl and to wandb, one for each logged step."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from conf.schema import Config
+from sparsity import SparsityCallback
+from train.plan import RunPlan
+
+
+class Recorder(TrainerCallback):
+    """Writes each log of the Trainer, with tokens, speed and the sparsity's figures, to metrics.jsonl and wandb.
+
+    Only the main process is given one that writes. Keys have the form group/name, by which wandb makes its panels.
+    """
+
+    def __init__(self, plan: RunPlan, sparsity: SparsityCallback | None, metrics: Path, wandb_run: Any | None) -> None:
+        self.plan = plan
+        self.sparsity = sparsity
+        self.wandb_run = wandb_run
+        self._file = open(metrics, "a", buffering=1)  # noqa: SIM115 - open for as long as the run
+        self._last: tuple[int, float] = (0, time.monotonic())
+        self._layers: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last = (state.global_step, time.monotonic())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        figures = {name: value for name, value in (logs or {}).items() if not name.startswith("train_")}
+        if "loss" in figures or any(name.startswith("eval_") for name in figures):
+            self.write(self._record(state.global_step, figures))
+
+    def _record(self, step: int, figures: dict[str, float]) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "train/global_step": step,
+            "train/tokens": step * self.plan.batch_tokens,
+            **{_grouped(name): value for name, value in figures.items()},
+        }
+        if "loss" in figures:
+            before, since = self._last
+            self._last = (step, time.monotonic())
+            seconds = max(self._last[1] - since, 1e-9)
+            record["train/tokens_per_second"] = (step - before) * self.plan.batch_tokens / seconds
+        if self.sparsity is not None:
+            record |= self.sparsity.metrics(step - 1)
+            layers = self.sparsity.layer_densities()
+            if layers != self._layers:
+                self._layers = layers
+                record |= {f"layer_density/{name}": density for name, density in layers.items()}
+        return record
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        if self.wandb_run is None:
+            return
+        if any(name.startswith("layer_density/") for name in record):
+            import wandb
+
+            layers = [value for name, value in record.items() if name.startswith("layer_density/")]
+            record = {**record, "sparsity/layer_density": wandb.Histogram(layers, num_bins=20)}
+        self.wandb_run.log(record)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.summary.update(summary)
+            self.wandb_run.finish()
+
+
+def _grouped(name: str) -> str:
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+def start_wandb(config: Config, config_values: dict[str, Any], run_dir: Path) -> Any | None:
+    """A wandb run in the run's folder: offline where no key is configured; None where wandb is off."""
+    if not config.logger.wandb:
+        return None
+    import wandb
+
+    logger = config.logger
+    mode = os.environ.get("WANDB_MODE") if logger.mode == "auto" else logger.mode
+    run = wandb.init(
+        dir=str(run_dir),
+        project=logger.project,
+        entity=logger.entity,
+        group=logger.group or config.sweep_name,
+        job_type=logger.job_type,
+        tags=logger.tags or None,
+        name=config.run_name or run_dir.name,
+        config=config_values,
+        mode=mode or ("online" if has_wandb_key() else "offline"),  # type: ignore[arg-type]
+        settings=wandb.Settings(silent=True),
+    )
+    run.define_metric("train/tokens")
+    for group in ("train/*", "eval/*", "sparsity/*", "layer_density/*"):
+        run.define_metric(group, step_metric="train/tokens")
+    return run
+
+
+def has_wandb_key() -> bool:
+    """Whether `wandb login` was run here, or a key is in the environment."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)
+
+
+class ProgressBar(ProgressCallback):
+    """transformers' progress bar with the loss and the density behind it instead of a line for each log."""
+
+    def __init__(self, sparsity: SparsityCallback | None) -> None:
+        super().__init__()
+        self.sparsity = sparsity
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+            if not sys.stderr.isatty():
+                self.training_bar.mininterval = 15.0
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            density = self.sparsity.density if self.sparsity else 1.0
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", density=f"{density:.3f}", refresh=False)

@@ -1,0 +1,169 @@
+"""One run from top to bottom: world, folder, data, model, training, figures, finished model."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback, default_data_collator
+from transformers.utils import logging as transformers_logging
+
+from conf.cli import user_errors
+from conf.schema import Config
+from sparsity import SparsityCallback, prunable_parameters
+from sparsity.prunable import linear_weights
+from sparsity.shards import local_values, rank_layout
+from train.arguments import training_arguments
+from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
+from train.directory import RunDirectory, write_atomically
+from train.distributed import World
+from train.export import export_model
+from train.figure import draw_report, read_records
+from train.model import build_model
+from train.plan import RunPlan
+from train.records import ProgressBar, Recorder, start_wandb
+from train.scoring import Score, score_stream
+from train.summary import summarize
+from train.text import closing_words, opening_words, write_sample
+from train.trainer import PretrainingTrainer
+
+
+def run(config: Config, plan: RunPlan, world: World) -> None:
+    """Train, evaluate and export one model. Collective: every rank of the world calls it."""
+    started = time.monotonic()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    directory = RunDirectory(plan.run_dir)
+    with user_errors(quiet=not world.is_main):
+        arguments = training_arguments(config, plan, directory.checkpoints)
+    finished = world.on_main(directory.claim, config)
+    if finished is not None:
+        say(world, closing_words(finished, directory, config.next_commands))
+        return
+    data = world.on_main(prepare, config.data, config.tokenizer, plan.model.vocab_size, plan.sequence_length)
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    model = build_model(plan.model, tokenizer, config.trainer.seed)
+    with user_errors(quiet=not world.is_main):
+        prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
+    world.on_main(directory.begin, config)
+
+    sparsity = sparsity_callback(config, plan)
+    recorder = make_recorder(config, plan, directory, sparsity) if world.is_main else None
+    trainer = PretrainingTrainer(
+        world=world,
+        evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
+        model=model,
+        args=arguments,
+        train_dataset=Blocks(TokenStream(data.folder, "train"), plan.sequence_length),
+        eval_dataset=[],
+        data_collator=default_data_collator,
+        callbacks=[callback for callback in (sparsity, recorder) if callback is not None],
+    )
+    show_progress(trainer, sparsity)
+    fsdp_version = 2 if trainer.is_fsdp_enabled else 0
+    say(world, opening_words(plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
+    training = time.monotonic()
+    trainer.train()
+    train_seconds = time.monotonic() - training
+
+    score = score_heldout(trainer.model_wrapped, data, config, world)
+    export_model(
+        trainer.model,
+        tokenizer,
+        directory.model,
+        dtype=config.export.dtype,
+        max_shard_size=config.export.max_shard_size,
+        world=world,
+    )
+    summary = summarize(
+        config,
+        plan,
+        step_losses=trainer.step_losses(),
+        nonzero_linear_params=count_nonzero_linear(trainer.model),
+        num_prunable=sparsity.num_prunable if sparsity else 0,
+        average_density=sparsity.average_density if sparsity else 1.0,
+        score=score,
+        heldout_bytes=data.heldout.num_bytes,
+        unigram_bits_per_byte=unigram_bits_per_byte(data) if world.is_main else 0.0,
+        fsdp_version=fsdp_version,
+        train_seconds=train_seconds,
+        seconds=time.monotonic() - started,
+    )
+    if recorder is not None:
+        finish(config, directory, recorder, summary)
+
+
+def say(world: World, words: str) -> None:
+    if world.is_main:
+        print(words, flush=True)
+
+
+def sparsity_callback(config: Config, plan: RunPlan) -> SparsityCallback | None:
+    """The callback of a sparse run; its figures go out through the Recorder."""
+    if plan.schedule is None:
+        return None
+    return SparsityCallback(
+        plan.schedule,
+        score=config.sparsity.score,  # type: ignore[arg-type]
+        include=config.sparsity.include,
+        requires_dense=config.sparsity.requires_dense,
+        seed=config.trainer.seed,
+        report=False,
+    )
+
+
+def make_recorder(
+    config: Config, plan: RunPlan, directory: RunDirectory, sparsity: SparsityCallback | None
+) -> Recorder:
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(values, dict)
+    schedule = {"schedule": asdict(plan.schedule)} if plan.schedule else {}  # type: ignore[call-overload]
+    wandb_run = start_wandb(config, {**values, **schedule, "world_size": plan.world_size}, directory.path)
+    return Recorder(plan, sparsity, directory.metrics, wandb_run)
+
+
+def show_progress(trainer: PretrainingTrainer, sparsity: SparsityCallback | None) -> None:
+    """Put our progress bar in the place of transformers' own reporting."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        bar: TrainerCallback = ProgressBar(sparsity)
+        trainer.add_callback(bar)
+
+
+def score_heldout(model: nn.Module, data: PreparedData, config: Config, world: World) -> Score:
+    """The held-out split's likelihood. Collective."""
+    return score_stream(
+        model,
+        heldout_tokens(data),
+        window=data.sequence_length,
+        batch_size=config.trainer.per_device_eval_batch_size,
+        world=world,
+        show_progress=not config.trainer.disable_tqdm,
+    )
+
+
+def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
+    return {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte(data.heldout.num_bytes)}
+
+
+@torch.no_grad()
+def count_nonzero_linear(model: nn.Module) -> int:
+    """Weights of the linear layers that are not exactly 0, over all shards. Collective over the shard group."""
+    weights = {id(weight): weight for weight in linear_weights(model).values()}
+    counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights.values()])
+    return int(rank_layout(list(weights.values())).sum_counts(counts).sum())
+
+
+def finish(config: Config, directory: RunDirectory, recorder: Recorder, summary: dict[str, Any]) -> None:
+    """Rank 0's last work: sample, report, and at the very end the summary, which marks the run as finished."""
+    write_sample(directory.model, config.prompt, directory.sample)
+    recorder.finish(summary)
+    draw_report(read_records(directory.metrics), summary, directory.report)
+    write_atomically(directory.summary, json.dumps(summary, indent=2) + "\n")
+    print(closing_words(summary, directory, config.next_commands), flush=True)
