@@ -299,8 +299,8 @@ class Config:
 class EvalConfig:
     """One evaluation of a finished model."""
 
-    model: str = MISSING
-    """A transformers folder."""
+    folder: str = MISSING
+    """A transformers folder; `python -m eval` takes it as model=DIR."""
     data: DataConfig = MISSING
     tokenizer: str | None = None
     """The model's own where it is null."""

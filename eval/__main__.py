@@ -24,5 +24,11 @@ def main(cfg: DictConfig) -> None:
     print(json.dumps(figures, indent=2) if config.format == "json" else figures_text(figures))
 
 
+def folder_named_model(argument: str) -> str:
+    """Hydra would look for the value of model= among the configs in conf/model."""
+    return f"folder={argument.removeprefix('model=')}" if argument.startswith("model=") else argument
+
+
 if __name__ == "__main__":
+    sys.argv[1:] = map(folder_named_model, sys.argv[1:])
     main()

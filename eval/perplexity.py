@@ -17,9 +17,9 @@ from train.scoring import score_stream
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Perplexity and bits per byte on the held-out split of `config.data`, and the zero counts of the linear layers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    model = AutoModelForCausalLM.from_pretrained(config.model).eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(config.folder).eval().to(device)
     window = config.window or model.config.max_position_embeddings
-    data = prepare(config.data, config.tokenizer or config.model, model.config.vocab_size, window)
+    data = prepare(config.data, config.tokenizer or config.folder, model.config.vocab_size, window)
     score = score_stream(
         model,
         heldout_tokens(data),
@@ -30,7 +30,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     )
     zeros = count_zeros(model)
     return {
-        "model": config.model,
+        "model": config.folder,
         "data": config.data.source,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "perplexity": score.perplexity,

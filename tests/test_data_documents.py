@@ -99,12 +99,12 @@ GOOD = b'{"text": "good"}\n'
         ("a.jsonl", GOOD + b"{oops\n", r"a\.jsonl, line 2 is not JSON \(.*\): give one JSON object a line"),
         ("a.jsonl", GOOD + b'{"body": "x", "id": 1}\n', r"line 2 has no field text but the fields body, id: "),
         ("a.jsonl", GOOD + b'["text"]\n', r"line 2 has no field text but a list: "),
-        ("a.jsonl", GOOD + b'{"text": 3}\n', r"line 2 has a int as text: give a string in data\.text_field=text"),
+        ("a.jsonl", GOOD + b'{"text": 3}\n', r"line 2 has a number as text: give a string in data\.text_field=text"),
         ("a.jsonl", GOOD + b'{"text": null}\n', r"line 2 has null as text"),
         ("a.jsonl", GOOD + b'{"text": "\xff"}\n', r"line 2 is not UTF-8: convert"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', r"line 2 has half a surrogate pair"),
         ("a.txt", b"one\ntwo\n\xff\n", r"a\.txt, line 3 is not UTF-8: convert"),
-        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be read|is not a whole gzip file"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz is not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], r"a\.jsonl\.gz is not a whole gzip file"),
         ("a.parquet", b"PAR1 but not really", r"a\.parquet is not a readable parquet file"),
     ],
@@ -127,7 +127,7 @@ def test_a_line_number_counts_from_the_front_of_the_file_not_of_the_part(tmp_pat
     [
         ({"body": ["x"]}, r"has no column text but body: name its text in data\.text_field"),
         ({"text": ["x", None]}, r"a\.parquet, row 1 has null as text"),
-        ({"text": [1, 2]}, r"a\.parquet, row 0 has a int as text"),
+        ({"text": [1, 2]}, r"a\.parquet, row 0 has a number as text"),
     ],
 )
 def test_bad_parquet_is_named_by_column_or_row(tmp_path: Path, table: dict[str, list], sentence: str) -> None:

@@ -19,6 +19,7 @@ raise RuntimeError("imported")
 def function(a, /, b=1, *rest, c, **others):
     """{LONG}function
 
+    Example:
         indented
     """
 
@@ -65,7 +66,7 @@ def texts(files: list[Path]) -> list[str]:
 def test_a_document_is_headed_by_its_name_and_parameters() -> None:
     documents = dict(documents_of(MODULE.encode(), "alpha"))
     assert documents["alpha"] == f"{LONG}module"
-    assert documents["alpha.function(a, b, *rest, c, **others)"] == f"{LONG}function\n\n    indented"
+    assert documents["alpha.function(a, b, *rest, c, **others)"] == f"{LONG}function\n\nExample:\n    indented"
     assert documents["class alpha.Thing"] == f"{LONG}class\n\n__init__(self, x)\n{LONG}init"
     assert documents["alpha.waits()"] == "short"
     assert not any("private" in heading for heading in documents)

@@ -1,4 +1,4 @@
-"""A tokenizer is trained, or read from a folder or a SentencePiece model, and anything else is refused in a sentence."""
+"""A tokenizer is trained, or read from a folder or a SentencePiece model; anything else is refused in a sentence."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def draw_report(records: list[dict[str, Any]], summary: dict[str, Any], path: Pa
     upper.set_title(title, loc="left", fontweight="bold")
 
     densities = [record.get("sparsity/density", 1.0) for record in steps]
-    lower.step(tokens, densities, where="post", color=blue, linewidth=1.8)
+    lower.step(tokens, densities, where="pre", color=blue, linewidth=1.8)
     average = summary["average_density"]
     lower.axhline(average, color=grey, linestyle="--", linewidth=1)
     lower.annotate(

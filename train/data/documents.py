@@ -47,14 +47,14 @@ def text_of(line: bytes, text_field: str) -> str:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error}): {remedy}.") from None
     if not isinstance(record, dict) or text_field not in record:
-        fields = f"the fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        fields = f"the fields {', '.join(record)}" if isinstance(record, dict) else _named(record)
         raise ValueError(f"has no field {text_field} but {fields}: {remedy}.")
     return _checked(record[text_field], text_field)
 
 
 def _checked(value: Any, text_field: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"has {_json_name(value)} as {text_field}: give a string in data.text_field={text_field}.")
+        raise ValueError(f"has {_named(value)} as {text_field}: give a string in data.text_field={text_field}.")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -62,8 +62,11 @@ def _checked(value: Any, text_field: str) -> str:
     return value
 
 
-def _json_name(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+def _named(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    names = {type(None): "null", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _read_text(part: Part, _: str) -> Iterator[str]:
@@ -93,11 +96,11 @@ def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
 
 def _lines(part: Part) -> Iterator[bytes]:
     if part.kind == ".jsonl.gz":
-        try:
-            with explained(part.path), open(part.path, "rb") as raw, gzip.open(raw) as file:
+        with explained(part.path), open(part.path, "rb") as raw, gzip.open(raw) as file:
+            try:
                 yield from file
-        except (EOFError, zlib.error) as error:
-            raise _bad_gzip(part, error) from None
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{part.path} is not a whole gzip file ({error}): compress it anew.") from None
         return
     with explained(part.path), open(part.path, "rb") as plain:
         plain.seek(part.start)
@@ -105,10 +108,6 @@ def _lines(part: Part) -> Iterator[bytes]:
         while position < part.stop and (line := plain.readline()):
             position += len(line)
             yield line
-
-
-def _bad_gzip(part: Part, error: Exception) -> ValueError:
-    return ValueError(f"{part.path} is not a whole gzip file ({error}): compress it anew.")
 
 
 def _lines_before(part: Part) -> int:
@@ -123,7 +122,6 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    row = -1
     try:
         with explained(part.path), pq.ParquetFile(part.path) as file:
             names = file.schema_arrow.names
@@ -131,7 +129,7 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
                 raise ValueError(
                     f"{part.path} has no column {text_field} but {', '.join(names)}: name its text in data.text_field."
                 )
-            row = sum(file.metadata.row_group(index).num_rows for index in range(part.start))
+            row = -1 + sum(file.metadata.row_group(index).num_rows for index in range(part.start))
             groups = list(range(part.start, part.stop))
             for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[text_field]):
                 for value in batch.column(0):

@@ -36,7 +36,8 @@ def parallel(
     """`[function(item) for item in items]`, in that order, computed by up to `num_workers` spawned processes.
 
     `function` is a module's own, items and results can be pickled. `sizes` are bytes per item, for the progress bar.
-    The first error stops the other processes and is raised as the `ValueError` it was in the worker.
+    The first error stops the other processes and is raised as the `ValueError` it was in the worker; a worker that
+    was killed is one too.
     """
     sizes = sizes if sizes is not None else [1] * len(items)
     num_workers = min(num_workers or num_cores(), len(items))
@@ -69,11 +70,11 @@ def _in_processes(
             results[index] = future.result()
             progress.add(sizes[index])
     except BaseException as error:
-        executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
+        executor.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
-            raise RuntimeError(
+            raise ValueError(
                 f"{progress.label}: a worker process was killed, most often for want of memory: "
                 f"lower data.num_workers={num_workers}."
             ) from None

@@ -1,0 +1,56 @@
+"""Files of the cache are whole or absent, and their content is hashed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from train.data import files
+from train.data.files import aside, build_once, sha256_of_all
+
+
+def test_a_file_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with aside(tmp_path / "a") as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    with aside(tmp_path / "a") as partial:
+        partial.write_text("whole")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a", "whole")]
+
+
+def test_a_folder_is_built_once_and_not_left_half_built(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").touch()
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        build_once(tmp_path / "a", fail)
+    assert not (tmp_path / "a").exists()
+    build_once(tmp_path / "a", lambda folder: (folder / "whole").touch())
+    assert [file.name for file in build_once(tmp_path / "a", fail).iterdir()] == ["whole"]
+
+
+def test_a_large_file_is_hashed_again_only_when_it_was_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    original = files.sha256_of
+
+    def counted(path: str) -> str:
+        hashed.append(Path(path).name)
+        return original(path)
+
+    monkeypatch.setattr(files, "MEMO_BYTES", 4)
+    monkeypatch.setattr(files, "sha256_of", counted)
+    (tmp_path / "small").write_text("abc")
+    (tmp_path / "large").write_text("abcdef")
+    paths = [tmp_path / "small", tmp_path / "large"]
+    first = sha256_of_all(paths, memo=tmp_path / "memo" / "sha256.json")
+    assert sha256_of_all(paths, memo=tmp_path / "memo" / "sha256.json") == first
+    assert sorted(hashed) == ["large", "small", "small"]
+    (tmp_path / "large").write_text("abcdeg")
+    assert sha256_of_all(paths, memo=tmp_path / "memo" / "sha256.json")[1] != first[1]

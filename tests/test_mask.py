@@ -1,0 +1,164 @@
+"""Pruned weights are exactly 0 and stay so; survivors are untouched."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparsity import SparsityCallback
+from sparsity.mask import make_shards, mask_gradients, mask_hash, masks_from_zeros, zero_pruned_, zero_pruned_state_
+from sparsity.prunable import linear_weights, plain_name, prunable_parameters
+from sparsity.schedule import Geometric
+
+
+def test_zeroing_leaves_no_negative_zero_and_no_nan():
+    tensor = torch.tensor([[-1.0, float("nan")], [float("inf"), 2.0]])
+    zero_pruned_(tensor, torch.tensor([False, False, False, True]))
+    assert tensor.tolist() == [[0.0, 0.0], [0.0, 2.0]]
+    assert not torch.signbit(tensor).any()
+
+
+def test_a_nan_gradient_of_a_pruned_weight_vanishes_before_clipping():
+    layer = nn.Linear(3, 2, bias=False)
+    parameters = prunable_parameters(layer)
+    shards = make_shards(parameters)
+    shards[0].mask[1] = False
+    mask_gradients(zip(parameters.values(), shards, strict=True))
+    (layer.weight * torch.tensor([[1.0, float("nan"), 2.0], [1.0, 1.0, 1.0]])).sum().backward()
+    assert layer.weight.grad[0].tolist() == [1.0, 0.0, 2.0]
+    assert torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0).isfinite()
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_every_moment_of_a_pruned_weight_is_zeroed(optimizer_class):
+    param = nn.Parameter(torch.randn(4, 5))
+    options = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
+    optimizer = optimizer_class([param], lr=0.1, **options)
+    param.grad = torch.randn(4, 5)
+    optimizer.step()
+    mask = torch.arange(20) % 3 != 0
+    zero_pruned_state_(optimizer, param, mask)
+    states = [s for s in optimizer.state[param].values() if torch.is_tensor(s) and s.shape == param.shape]
+    assert states
+    for state in states:
+        assert (state.view(-1)[~mask] == 0).all()
+        assert (state.view(-1)[mask] != 0).all()
+
+
+def test_masked_adamw_equals_a_reference_that_trains_only_the_survivors():
+    torch.manual_seed(0)
+    inputs, goals = torch.randn(32, 6), torch.randn(32, 4)
+    layer = nn.Linear(6, 4, bias=False)
+    start = layer.weight.detach().clone()
+    callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
+    callback.bind(layer)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.1)
+    callback.prune(0.5, optimizer)
+    mask = (layer.weight != 0).detach()
+
+    survivors = nn.Parameter(start[mask].clone())
+    reference = torch.optim.AdamW([survivors], lr=0.05, weight_decay=0.1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        ((layer(inputs) - goals) ** 2).mean().backward()
+        optimizer.step()
+        reference.zero_grad()
+        weight = torch.zeros_like(start).masked_scatter(mask, survivors)
+        ((inputs @ weight.T - goals) ** 2).mean().backward()
+        reference.step()
+        assert (layer.weight[~mask] == 0).all()
+    assert int(mask.sum()) == 12
+    assert torch.allclose(layer.weight[mask], survivors, atol=1e-6)
+
+
+def test_each_event_prunes_exactly_k_and_nothing_comes_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 7), nn.LayerNorm(7), nn.Linear(7, 5, bias=False))
+    schedule = Geometric(0.9, 0, 40, 10)
+    callback = SparsityCallback(schedule)
+    callback.bind(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    pruned_before = torch.zeros(13 * 7 + 7 * 5, dtype=torch.bool)
+    for step in range(50):
+        if step in schedule.events():
+            callback.prune(schedule.density(step), optimizer)
+        model(torch.randn(8, 13)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        zeros = torch.cat([model[0].weight.view(-1), model[2].weight.view(-1)]) == 0
+        assert int(zeros.sum()) == round((1 - schedule.density(step)) * zeros.numel())
+        assert not (pruned_before & ~zeros).any()
+        pruned_before = zeros
+    assert callback.density == pytest.approx(int((~zeros).sum()) / zeros.numel())
+
+
+def test_masks_can_be_taken_over_from_zeros():
+    layer = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        layer.weight[0, 1] = layer.weight[1, 3] = 0
+    shards = make_shards(prunable_parameters(layer))
+    masks_from_zeros(shards)
+    assert shards[0].mask.tolist() == [True, False, True, True, True, True, True, False]
+
+
+def test_the_mask_hash_tells_masks_apart():
+    layer = nn.Linear(100, 50, bias=False)
+    shards = make_shards(prunable_parameters(layer))
+    hashes = {mask_hash(shards)}
+    for index in (0, 1, 7, 8, 2500, 4999):
+        shards[0].mask[index] = False
+        hashes.add(mask_hash(shards))
+        shards[0].mask[index] = True
+    shards[0].mask[:] = False
+    hashes.add(mask_hash(shards))
+    assert len(hashes) == 8
+    shards[0].mask[:] = True
+    assert mask_hash(shards) in hashes
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.up = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_linear_weights_are_prunable_and_embeddings_norms_and_biases_are_not():
+    model = nn.ModuleDict({"e": nn.Embedding(9, 4), "l": nn.Linear(4, 4), "n": nn.LayerNorm(4), "h": nn.Linear(4, 9)})
+    assert list(prunable_parameters(model)) == ["l.weight", "h.weight"]
+
+
+def test_conv1d_of_transformers_is_linear():
+    from transformers.pytorch_utils import Conv1D
+
+    assert list(linear_weights(nn.Sequential(Conv1D(4, 3)))) == ["0.weight"]
+
+
+def test_a_tied_head_stays_dense_unless_named_and_it_is_said():
+    with pytest.warns(UserWarning, match=r"head.weight shares its weight with an embedding and stays dense"):
+        assert list(prunable_parameters(Tied())) == ["up.weight"]
+    assert list(prunable_parameters(Tied(), include=["head.weight", "up.weight"])) == ["up.weight", "head.weight"]
+
+
+def test_patterns_choose_and_spare_by_name():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    assert list(prunable_parameters(model, requires_dense=["2.*"])) == ["0.weight", "1.weight"]
+    assert list(prunable_parameters(model, include=["*.weight"], requires_dense=["0*"])) == ["1.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("option", ["include", "requires_dense"])
+def test_a_pattern_that_matches_nothing_is_refused(option):
+    with pytest.raises(ValueError, match=r"'mlp\.\*' in " + option + " matches no parameter"):
+        prunable_parameters(nn.Sequential(nn.Linear(3, 3)), **{option: ["mlp.*"]})
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(ValueError, match="No parameter of the model is prunable"):
+        prunable_parameters(nn.LayerNorm(3))
+
+
+def test_names_lose_what_wrappers_add():
+    assert plain_name("module._orig_mod.model.layers.0._checkpoint_wrapped_module.mlp.weight") == (
+        "model.layers.0.mlp.weight"
+    )

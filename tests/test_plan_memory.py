@@ -1,0 +1,145 @@
+"""What a plan says of memory, compute, network and disk."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf.schema import ModelConfig
+from launch.plan.compute import event_network_bytes, flops_per_token, step_network_bytes, training_days
+from launch.plan.figure import density_curve, draw_density
+from launch.plan.forecast import forecast
+from launch.plan.memory import Setting, gpu_memory, largest_micro_batch, parse_bytes
+from launch.plan.request import read_request
+from tests.benchmarks.memory import Case, measure
+from train.counts import count_parameters
+from train.plan import plan_run
+
+ONE_B = ModelConfig(
+    name="1b", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=8,
+    num_key_value_heads=8,
+)  # fmt: skip
+LINEAR = 1_139_277_824
+
+
+def test_state_is_shared_out_over_the_ranks():
+    one = gpu_memory(ONE_B, LINEAR, Setting(1, 1, 2048))
+    many = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048))
+    assert (one.weights, one.gradients, one.moments, one.masks) == (
+        4 * 1_204_881_408,
+        4 * 1_204_881_408,
+        8 * 1_204_881_408,
+        LINEAR,
+    )
+    assert many.weights == 4 * -(-1_204_881_408 // 64)
+    assert many.activations == one.activations
+
+
+def test_activations_by_hand_at_1b():
+    # Per block and token in bf16: 24 widths of norms, queries, keys, values and attention's output, 8 MLP widths, and
+    # a float32 for each head; behind the blocks the last norm.
+    found = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048))
+    assert found.activations == 2048 * (16 * (24 * 2048 + 8 * 8192 + 4 * 8) + 8 * 2048)
+
+
+def test_checkpointing_and_a_fused_loss_save_memory():
+    plain = gpu_memory(ONE_B, LINEAR, Setting(64, 8, 2048))
+    saving = gpu_memory(ONE_B, LINEAR, Setting(64, 8, 2048, gradient_checkpointing=True))
+    assert saving.activations == 8 * 2048 * (16 * 2 * 2048 + 8 * 2048)
+    assert saving.peak < plain.peak
+    fused = gpu_memory(ONE_B, LINEAR, Setting(64, 8, 2048, fused_loss=True))
+    assert fused.transients["the loss"] < plain.transients["the loss"]
+
+
+def test_accumulation_holds_whole_gradients_between_micro_batches():
+    setting = Setting(64, 1, 2048)
+    waiting = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048, accumulates=True))
+    assert waiting.waiting_gradients == 2 * 1_204_881_408
+    assert waiting.peak - gpu_memory(ONE_B, LINEAR, setting).peak == 2 * 1_204_881_408
+
+
+def test_the_largest_micro_batch_divides_the_share_and_fits():
+    setting = Setting(64, 1, 2048)
+    size, memory = largest_micro_batch(ONE_B, LINEAR, setting, share=64, budget_bytes=100e9)
+    assert 64 % size == 0
+    assert memory.peak <= 100e9
+    doubled = gpu_memory(ONE_B, LINEAR, Setting(64, 2 * size, 2048, accumulates=2 * size < 64))
+    assert doubled.peak > 100e9
+    assert largest_micro_batch(ONE_B, LINEAR, setting, share=64, budget_bytes=1e9) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("141GB", 141 * 10**9), ("80GiB", 80 << 30), ("1.5TB", 15 * 10**11), ("24 GB", 24 * 10**9)]
+)
+def test_device_memory_is_read_with_its_unit(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["GB", "-3GB", "nan", "12parsecs", "0GB"])
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(ValueError, match="device_memory="):
+        parse_bytes(text)
+
+
+def test_the_1b_costs_7_64_gflop_a_token():
+    assert flops_per_token(ONE_B, LINEAR, 2048) == 6 * LINEAR + 12 * 16 * 2048 * 2048
+    assert round(flops_per_token(ONE_B, LINEAR, 2048) / 1e9, 2) == 7.64
+    # 50 % of 989.5 TFLOP/s are 64.8k tokens/s on one GPU.
+    days = training_days(64_750 * 86_400 * flops_per_token(ONE_B, LINEAR, 2048), 1, 989.5, 0.5)
+    assert days == pytest.approx(1, rel=0.001)
+
+
+def test_network_traffic():
+    assert step_network_bytes(ONE_B, 1, 2, 4) == event_network_bytes(1) == 0
+    total, tail = count_parameters(ONE_B).total, 32001 * 2048
+    assert step_network_bytes(ONE_B, 2, 2, 1) == 3 * total - tail
+    assert event_network_bytes(1024) < 2 * 8 * (3 * 2**16 + 2)
+
+
+def test_average_flops_follow_the_schedule():
+    request = read_request(["experiment=sparsellm-1b-80p", "runs_dir=none"])
+    found = forecast(request.runs[0], plan_run(request.runs[0], 64), request.plan)
+    compute, tokens = found["compute"], found["total_tokens_true"]
+    saved = 6 * (LINEAR - found["avg_linear_params"]) * tokens
+    assert compute["training_flops_dense"] - compute["training_flops_average"] == pytest.approx(saved)
+    assert found["disk"]["checkpoint_bytes"] == 12 * 1_204_881_408 + LINEAR
+    assert found["schedule"]["compute_share_at_start"] == pytest.approx(0.25, abs=0.01)
+    assert found["schedule"]["compute_share_at_end"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_the_curve_is_the_schedules_staircase(tmp_path):
+    config = read_request(["experiment=sparsellm-1b-80p"]).runs[0]
+    plan = plan_run(config, 64)
+    steps, densities = density_curve(plan)
+    area = sum((steps[i + 1] - steps[i]) * densities[i] for i in range(len(steps) - 1) if steps[i + 1] > steps[i])
+    assert area / plan.num_steps == pytest.approx(plan.average_density)
+    draw_density([plan], tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_a_plan_of_70b_takes_under_3_seconds_and_1_gigabyte(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    arguments = ["experiment=sparsellm-1b-80p", "model=llama2_70b", "devices=1024", "format=json", "runs_dir=none"]
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); from launch.plan.__main__ import main; main({arguments!r});"
+    code += "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert json.loads(done.stdout)["total_params"] == 68_976_648_192
+    # Processor time, so that a busy machine does not decide the test.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+    assert int(done.stderr.split()[-1]) < 1e6
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_the_memory_model_is_within_a_quarter_of_a_measured_step():
+    case = Case(
+        "tiny", {"vocab_size": 8000, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    )  # fmt: skip
+    found = measure(case)
+    assert abs(found["relative_error"]) < 0.25, found
