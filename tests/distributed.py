@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import queue
 import socket
 import time
@@ -37,7 +38,7 @@ def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
                 raise TimeoutError(f"{world_size - len(found)} ranks did not finish within {timeout_s} s") from None
             if error:
                 raise AssertionError(f"rank {rank} failed:\n{error}")
-            found[rank] = value
+            found[rank] = pickle.loads(value)
     finally:
         for process in ranks:
             process.join(timeout=5 if len(found) == world_size else 0)
@@ -69,7 +70,8 @@ def _rank_main(
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         value = body(*args)
         dist.barrier()
-        results.put((rank, value, None))
+        # As bytes: torch would share tensors through files that go with the process.
+        results.put((rank, pickle.dumps(value), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
     finally:

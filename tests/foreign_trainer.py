@@ -82,7 +82,7 @@ def main() -> None:
 
     digest, zeros, weights = hashlib.sha256(), 0, 0
     for name, param in trainer.model.named_parameters():
-        full = param.full_tensor() if isinstance(param, DTensor) else param.detach()
+        full = (param.full_tensor() if isinstance(param, DTensor) else param).detach()
         digest.update(full.float().numpy().tobytes())
         if "proj" in name or "lm_head" in name:
             zeros, weights = zeros + int((full == 0).sum()), weights + full.numel()

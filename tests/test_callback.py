@@ -17,6 +17,7 @@ WEIGHTS = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 97 * 32
 
 
 def foreign(tmp_path: Path, *options: str, processes: int = 1) -> dict[str, Any]:
+    tmp_path.mkdir(exist_ok=True)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
     done = run_command([*launcher, "tests.foreign_trainer", str(tmp_path), *options], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

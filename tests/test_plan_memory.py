@@ -45,6 +45,13 @@ def test_activations_by_hand_at_1b():
     assert found.activations == 2048 * (16 * (24 * 2048 + 8 * 8192 + 4 * 8) + 8 * 2048)
 
 
+def test_the_loss_of_the_1b_holds_three_float32_copies_of_its_logits():
+    # And under FSDP2 in bf16 the gathered lm_head with the last norm, and two blocks.
+    found = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048))
+    gathered = 2 * (32001 * 2048 + 2 * (4 * 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048))
+    assert found.transients["the loss"] == 2048 * 12 * 32000 + gathered
+
+
 def test_checkpointing_and_a_fused_loss_save_memory():
     plain = gpu_memory(ONE_B, LINEAR, Setting(64, 8, 2048))
     saving = gpu_memory(ONE_B, LINEAR, Setting(64, 8, 2048, gradient_checkpointing=True))

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from conf.schema import ModelConfig
-from launch.plan.memory import GpuMemory, Setting, gpu_memory
+from launch.plan.memory import SELECTION_CHUNK, GpuMemory, Setting, gpu_memory
 from train.counts import count_parameters
 
 OUTPUT = Path("runs/bench/memory.json")
-SMALL = {"vocab_size": 8000, "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6}
-LARGE = {"vocab_size": 16000, "hidden_size": 640, "num_hidden_layers": 12, "num_attention_heads": 10}
+SMALL = {"vocab_size": 8000, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+LARGE = {"vocab_size": 16000, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Case:
             accumulates=self.micro_batches > 1,
             gradient_checkpointing=self.gradient_checkpointing,
             fsdp=self.world_size > 1 or compute_bytes == 2,
+            selection_chunk=1 << 18 if compute_bytes == 4 else SELECTION_CHUNK,
         )
 
     def predicted(self, compute_bytes: int) -> GpuMemory:
@@ -78,7 +79,7 @@ def measure(case: Case) -> dict[str, float | str | int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # One memory arena and every large tensor mapped on its own, so that freed memory leaves the resident set.
-    env = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    env = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
     command = [sys.executable, "-m", "tests.benchmarks.memory", "--case", json.dumps(asdict(case))]
     processes = []
     for rank in range(case.world_size):
@@ -102,7 +103,7 @@ def measure(case: Case) -> dict[str, float | str | int]:
     }
 
 
-def train_steps(case: Case, num_steps: int = 3) -> dict[str, float | str | int]:
+def train_steps(case: Case, num_steps: int = 2) -> dict[str, float | str | int]:
     """The body of a measured process."""
     import torch
     from transformers import LlamaForCausalLM

@@ -1,0 +1,70 @@
+"""FLOPs, days, network traffic and disk space of a run, in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.schema import ModelConfig
+from train.counts import count_parameters
+
+SECONDS_PER_DAY = 86_400
+FORMULA = "tokens x (6 x linear parameters + 12 x layers x width x sequence length)"
+# An event sums int64 counts over the ranks: the sample's 2^16 bins, two counts, and one or two histograms of 2^16 bins
+# (sparsity.select); the larger number here.
+EVENT_COUNTS = 3 * (1 << 16) + 2
+COUNT_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of the whole run: as if all weights stayed, which is what a GPU computes, and with the weights then active."""
+
+    dense: float
+    average: float
+
+
+def flops_per_token(model: ModelConfig, linear_params: float, sequence_length: int) -> float:
+    """Forward and backward: 2 and 4 FLOPs a weight, and the two products of attention (arXiv 2204.02311, appendix B).
+
+    Nothing is taken off for the causal mask, and recomputed activations do not count, as is usual for MFU.
+    """
+    logits = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
+    return 6 * (linear_params + logits) + 12 * model.num_hidden_layers * model.hidden_size * sequence_length
+
+
+def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length: int, total_tokens: int) -> Flops:
+    linear = count_parameters(model).linear
+    return Flops(
+        dense=total_tokens * flops_per_token(model, linear, sequence_length),
+        average=total_tokens * flops_per_token(model, avg_linear_params, sequence_length),
+    )
+
+
+def training_days(flops: float, num_devices: int, peak_tflops: float, mfu: float) -> float:
+    return flops / (num_devices * peak_tflops * 1e12 * mfu) / SECONDS_PER_DAY
+
+
+def step_network_bytes(model: ModelConfig, world_size: int, compute_bytes: int, num_micro_batches: int) -> int:
+    """Bytes that one GPU receives in an optimizer step under FSDP2, with rings.
+
+    Each micro-batch gathers the weights for its forward and again for its backward, only the final norm and lm_head
+    stay in between; the last one reduces and scatters the gradients.
+    """
+    counts = count_parameters(model)
+    tail = (model.vocab_size + 1) * model.hidden_size
+    gathered = num_micro_batches * (2 * counts.total - tail)
+    return round(compute_bytes * (gathered + counts.total) * (world_size - 1) / world_size)
+
+
+def event_network_bytes(world_size: int) -> int:
+    """Bytes that one GPU receives in a prune event: counts alone, whatever the model's size."""
+    return round(2 * COUNT_BYTES * EVENT_COUNTS * (world_size - 1) / world_size)
+
+
+def checkpoint_bytes(model: ModelConfig, num_prunable: int) -> int:
+    """Float32 weights and both moments, and a byte for each mask entry: all ranks together."""
+    return 12 * count_parameters(model).total + num_prunable
+
+
+def export_bytes(model: ModelConfig, dtype: str) -> int:
+    return (2 if dtype == "bfloat16" else 4) * count_parameters(model).total

@@ -1,0 +1,139 @@
+"""Everything that is known of one run before it runs, as one plain dictionary: what json and text are made from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from conf.schema import Config, PlanConfig
+from launch.plan.compute import (
+    FORMULA,
+    checkpoint_bytes,
+    event_network_bytes,
+    export_bytes,
+    step_network_bytes,
+    training_days,
+    training_flops,
+)
+from launch.plan.memory import GpuMemory, Setting, gpu_memory, largest_micro_batch, parse_bytes
+from launch.plan.prunable import count_prunable
+from launch.plan.series import table_row
+from train.plan import RunPlan
+
+
+def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, Any]:
+    """The run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name."""
+    row = table_row(config, plan)
+    num_prunable = count_prunable(plan.model, config.sparsity) if plan.schedule else 0
+    setting = run_setting(config, plan)
+    flops = training_flops(plan.model, row["avg_linear_params"], plan.sequence_length, plan.total_tokens)
+    days = training_days(flops.dense, plan.world_size, request.peak_tflops, request.mfu)
+    twin = plan.twin
+    return {
+        **row,
+        "run_dir": str(plan.run_dir),
+        "schedule": _schedule(plan),
+        "twin": None
+        if twin is None
+        else {
+            "hidden_size": twin.model.hidden_size,
+            "intermediate_size": twin.model.intermediate_size,
+            "target_linear_params": twin.target_linear_params,
+            "linear_params": twin.linear_params,
+            "relative_error": twin.relative_error,
+        },
+        "batch": {
+            "devices": plan.world_size,
+            "sequences": plan.batch_size,
+            "sequence_length": plan.sequence_length,
+            "micro_batch_size": plan.micro_batch_size,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "tokens_per_step": plan.batch_tokens,
+        },
+        "compute": {
+            "formula": FORMULA,
+            "training_flops_dense": flops.dense,
+            "training_flops_average": flops.average,
+            "mfu": request.mfu,
+            "peak_tflops": request.peak_tflops,
+            "seconds_per_step": days * 86_400 / plan.num_steps,
+            "days": days,
+        },
+        "memory": _memory(gpu_memory(plan.model, num_prunable, setting)),
+        "fits": _largest_fit(plan, num_prunable, setting, request),
+        "network": {
+            "bytes_per_step": step_network_bytes(
+                plan.model, plan.world_size, setting.compute_bytes, plan.gradient_accumulation_steps
+            ),
+            "bytes_per_prune_event": event_network_bytes(plan.world_size) if plan.schedule else 0,
+        },
+        "disk": {
+            "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable),
+            "export_bytes": export_bytes(plan.model, config.export.dtype),
+            "export_dtype": config.export.dtype,
+        },
+    }
+
+
+def run_setting(config: Config, plan: RunPlan) -> Setting:
+    """How the run computes on GPUs: there the compute type is bfloat16 unless the config says otherwise."""
+    trainer = config.trainer
+    half = trainer.fp16 or trainer.bf16 is not False
+    return Setting(
+        world_size=plan.world_size,
+        micro_batch_size=plan.micro_batch_size,
+        sequence_length=plan.sequence_length,
+        compute_bytes=2 if half else 4,
+        accumulates=plan.gradient_accumulation_steps > 1,
+        gradient_checkpointing=trainer.gradient_checkpointing,
+        fused_loss=trainer.use_liger_kernel,
+    )
+
+
+def _schedule(plan: RunPlan) -> dict[str, Any]:
+    schedule = plan.schedule
+    if schedule is None:
+        return {"steps": plan.num_steps, "prune_start_step": None, "prune_end_step": None}
+    return {
+        "steps": plan.num_steps,
+        "prune_start_step": schedule.start_step,
+        "prune_end_step": schedule.end_step,
+        "every_steps": schedule.every_steps,
+        "num_events": schedule.num_events,
+        "compute_share_at_start": schedule.start_step / schedule.dense_equivalent_steps(plan.num_steps),
+        "compute_share_at_end": schedule.dense_equivalent_steps(max(1, schedule.end_step))
+        / schedule.dense_equivalent_steps(plan.num_steps),
+    }
+
+
+def _memory(memory: GpuMemory) -> dict[str, Any]:
+    return {
+        "weights_bytes": memory.weights,
+        "gradients_bytes": memory.gradients,
+        "waiting_gradients_bytes": memory.waiting_gradients,
+        "moments_bytes": memory.moments,
+        "masks_bytes": memory.masks,
+        "activations_bytes": memory.activations,
+        "largest_transient_bytes": memory.transient,
+        "peak_bytes": memory.peak,
+        "peak_phase": memory.peak_phase,
+    }
+
+
+def _largest_fit(plan: RunPlan, num_prunable: int, setting: Setting, request: PlanConfig) -> dict[str, Any]:
+    """The largest micro-batch that fits into the device's memory less its headroom; sizes are None where none does."""
+    device = parse_bytes(request.device_memory)
+    share = plan.batch_size // plan.world_size
+    budget = device * (1 - request.memory_headroom)
+    fit = largest_micro_batch(plan.model, num_prunable, setting, share=share, budget_bytes=budget)
+    found: dict[str, Any] = {"device_memory_bytes": device, "memory_headroom": request.memory_headroom}
+    if fit is None:
+        one = gpu_memory(plan.model, num_prunable, replace(setting, micro_batch_size=1, accumulates=share > 1))
+        return {**found, "micro_batch_size": None, "gradient_accumulation_steps": None, "peak_bytes": one.peak}
+    size, memory = fit
+    return {
+        **found,
+        "micro_batch_size": size,
+        "gradient_accumulation_steps": share // size,
+        "peak_bytes": memory.peak,
+    }

@@ -1,0 +1,45 @@
+"""The command line of a plan: its own keys go to conf/plan.yaml, all others are the run's and go to conf/train.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from conf.cli import typed
+from conf.schema import Config, PlanConfig, register
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked, and the runs it is asked of, each with the name it was found by."""
+
+    plan: PlanConfig
+    runs: list[Config]
+    is_series: bool
+
+
+def read_request(arguments: Sequence[str]) -> Request:
+    """Compose a plan's arguments: the runs of the series, or with experiment= (or model=) that one run."""
+    own_keys = {field.name for field in fields(PlanConfig)}
+    own: list[str] = []
+    run: list[str] = []
+    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    for text, override in zip(arguments, parsed, strict=True):
+        if override.is_sweep_override():
+            raise ValueError(
+                f"{text} asks for several runs: the plan takes one at a time, or the table of series=[...]."
+            )
+        (own if override.key_or_group in own_keys else run).append(text)
+    names_a_run = any(override.key_or_group in ("experiment", "model") for override in parsed)
+    register()
+    with initialize_config_module("conf", version_base="1.3"):
+        plan: PlanConfig = typed(compose("plan", overrides=own))
+        if names_a_run:
+            return Request(plan, [typed(compose("train", overrides=run))], is_series=False)
+        if not plan.series:
+            raise ValueError("series=[] names no experiment: give a list of them, or experiment=NAME.")
+        configs = [typed(compose("train", overrides=[f"experiment={name}", *run])) for name in plan.series]
+    return Request(plan, configs, is_series=True)
