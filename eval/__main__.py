@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import cli, schema
+from conf.compose import check_arguments
 
 schema.register()
 
@@ -31,4 +32,6 @@ def folder_named_model(argument: str) -> str:
 
 if __name__ == "__main__":
     sys.argv[1:] = map(folder_named_model, sys.argv[1:])
+    with cli.user_errors():
+        check_arguments("eval", sys.argv[1:])
     main()

@@ -1,11 +1,13 @@
 """One process of a run: `accelerate launch --config_file launch/accelerate/cpu.yaml -m train experiment=demo`."""
 
 import os
+import sys
 
 import hydra
 from omegaconf import DictConfig
 
 from conf import cli, schema
+from conf.compose import check_arguments
 from train.plan import plan_run, world_size_asked
 
 schema.register()
@@ -31,4 +33,6 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     cli.hush_other_ranks()
+    with cli.user_errors():
+        check_arguments("train", sys.argv[1:])
     main()

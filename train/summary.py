@@ -45,7 +45,7 @@ def summarize(
     schedule = plan.schedule
     return {
         "run_name": config.run_name or plan.run_dir.name,
-        "model": config.model.name,
+        "model": plan.model.name,
         "data": config.data.source,
         "world_size": plan.world_size,
         "fsdp_version": fsdp_version,

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
-
-from hydra.errors import HydraException
 
 from conf.cli import user_errors
-from conf.schema import Config, PlanConfig
 from launch.plan.figure import draw_density
 from launch.plan.forecast import forecast
 from launch.plan.request import read_request
@@ -32,10 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     with user_errors():
-        try:
-            request = read_request(arguments)
-        except (HydraException, OSError) as error:
-            raise ValueError(composition_sentence(error)) from error
+        request = read_request(arguments)
         plan = request.plan
         planned = [(config, plan_run(config, plan.devices)) for config in request.runs]
         if request.is_series:
@@ -50,31 +40,6 @@ def main(arguments: Sequence[str]) -> None:
             Path(figure).parent.mkdir(parents=True, exist_ok=True)
             draw_density([run for _, run in planned], Path(figure))
             print(f"wrote {figure}", file=sys.stderr)
-
-
-def composition_sentence(error: Exception) -> str:
-    """Hydra's message in one line, without its search path and advice; a mistyped key gets the nearest one there is."""
-    cause = error
-    while isinstance(cause.__cause__, Exception):
-        cause = cause.__cause__
-    lines = [line.strip() for part in (error, cause) for line in str(part).split("Config search path")[0].splitlines()]
-    idle = ("See https", "full_key", "object_type", "reference_type", "To append")
-    said = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(idle)))
-    unknown = re.search(r"Could not override '([\w.]+)'|Key '(\w+)' not in", said)
-    if unknown is None:
-        return said
-    key = (unknown[1] or unknown[2]).split(".")[-1]
-    paths = {path.split(".")[-1]: path for path in [*key_paths(Config), *key_paths(PlanConfig)]}
-    near = difflib.get_close_matches(key, paths, n=1)
-    return said.rstrip(".") + (f": did you mean {paths[near[0]]}?" if near else ": conf/ lists the keys there are.")
-
-
-def key_paths(schema: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of a config dataclass's keys, at any depth, the outer ones last."""
-    for key, kind in get_type_hints(schema).items():
-        if is_dataclass(kind):
-            yield from key_paths(kind, f"{prefix}{key}.")
-        yield f"{prefix}{key}"
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
-from conf.cli import typed
-from conf.schema import Config, PlanConfig, register
+from conf.compose import composed, composition_sentence
+from conf.schema import Config, PlanConfig
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,10 @@ def read_request(arguments: Sequence[str]) -> Request:
     own_keys = {field.name for field in fields(PlanConfig)}
     own: list[str] = []
     run: list[str] = []
-    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(arguments))
+    except HydraException as error:
+        raise ValueError(composition_sentence(error)) from error
     for text, override in zip(arguments, parsed, strict=True):
         if override.is_sweep_override():
             raise ValueError(
@@ -34,12 +37,10 @@ def read_request(arguments: Sequence[str]) -> Request:
             )
         (own if override.key_or_group in own_keys else run).append(text)
     names_a_run = any(override.key_or_group in ("experiment", "model") for override in parsed)
-    register()
-    with initialize_config_module("conf", version_base="1.3"):
-        plan: PlanConfig = typed(compose("plan", overrides=own))
-        if names_a_run:
-            return Request(plan, [typed(compose("train", overrides=run))], is_series=False)
-        if not plan.series:
-            raise ValueError("series=[] names no experiment: give a list of them, or experiment=NAME.")
-        configs = [typed(compose("train", overrides=[f"experiment={name}", *run])) for name in plan.series]
+    plan: PlanConfig = composed("plan", own)
+    if names_a_run:
+        return Request(plan, [composed("train", run)], is_series=False)
+    if not plan.series:
+        raise ValueError("series=[] names no experiment: give a list of them, or experiment=NAME.")
+    configs = [composed("train", [f"experiment={name}", *run]) for name in plan.series]
     return Request(plan, configs, is_series=True)

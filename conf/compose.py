@@ -1,0 +1,58 @@
+"""Composing configs, with Hydra's messages in one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from conf.schema import Config, EvalConfig, PlanConfig, register
+
+SCHEMAS = {"train": (Config, PlanConfig), "plan": (Config, PlanConfig), "eval": (EvalConfig,)}
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> Any:
+    """The typed config that `overrides` make of `config_name`; a ValueError says in one sentence what is wrong."""
+    register()
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            return OmegaConf.to_object(compose(config_name, overrides=list(overrides)))
+    except (HydraException, OSError) as error:
+        raise ValueError(composition_sentence(error, *SCHEMAS.get(config_name, ()))) from error
+
+
+def check_arguments(config_name: str, arguments: Sequence[str]) -> None:
+    """Compose what Hydra is about to, so that a mistake is said in one sentence; calls with flags are left to Hydra."""
+    if not any(argument.startswith("-") for argument in arguments):
+        composed(config_name, arguments)
+
+
+def composition_sentence(error: Exception, *schemas: Any) -> str:
+    """Hydra's message in one line, without its search path and advice; a mistyped key gets the nearest of `schemas`."""
+    cause = error
+    while isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+    lines = [line.strip() for part in (error, cause) for line in str(part).split("Config search path")[0].splitlines()]
+    idle = ("See https", "full_key", "object_type", "reference_type", "To append")
+    said = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(idle)))
+    unknown = re.search(r"Could not override '([\w.]+)'|Key '(\w+)' not in", said)
+    if unknown is None:
+        return said
+    key = (unknown[1] or unknown[2]).split(".")[-1]
+    paths = {path.split(".")[-1]: path for schema in schemas for path in key_paths(schema)}
+    near = difflib.get_close_matches(key, paths, n=1)
+    return said.rstrip(".") + (f": did you mean {paths[near[0]]}?" if near else ": conf/ lists the keys there are.")
+
+
+def key_paths(schema: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of a config dataclass's keys, at any depth, the outer ones last."""
+    for key, kind in get_type_hints(schema).items():
+        if is_dataclass(kind):
+            yield from key_paths(kind, f"{prefix}{key}.")
+        yield f"{prefix}{key}"
