@@ -15,8 +15,9 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from conf.schema import Config
+from train.disk import check_room
 
-NOT_PART_OF_A_RUN = ("overwrite", "resume", "dry_run", "launch", "logger", "runs_dir")
+NOT_PART_OF_A_RUN = ("overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card")
 """Keys that may differ when a run is started again."""
 
 
@@ -35,11 +36,11 @@ class RunDirectory:
         self.wandb = path / "wandb"
         self._lock = FileLock(path / ".lock")
 
-    def claim(self, config: Config) -> dict[str, Any] | None:
+    def claim(self, config: Config, needed_bytes: int) -> dict[str, Any] | None:
         """Lock the folder for this process, emptied with `overwrite`; the summary where its run has ended.
 
         A ValueError says why the folder can't be had: a live process, another config, files of something else, a run
-        that was not finished.
+        that was not finished, a disk without room for `needed_bytes`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -59,7 +60,10 @@ class RunDirectory:
                 "run_name."
             )
         elif any(entry.name != ".lock" for entry in self.path.iterdir()):
-            raise ValueError(f"{self.path} holds files that are no run's: take another run_name, or set overwrite=true.")
+            raise ValueError(
+                f"{self.path} holds files that are no run's: take another run_name, or set overwrite=true."
+            )
+        check_room(self.path, needed_bytes)
         return None
 
     def begin(self, config: Config) -> None:

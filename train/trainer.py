@@ -41,7 +41,8 @@ class PretrainingTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PermutationSampler(len(train_dataset or self.train_dataset), seed=seed)
+        blocks: Any = self.train_dataset if train_dataset is None else train_dataset
+        return PermutationSampler(len(blocks), seed=seed)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Held-out figures by the same function that `python -m eval` uses. Collective."""
