@@ -12,9 +12,14 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from conf.schema import Config, EvalConfig, PlanConfig, register
+from conf.schema import Config, EvalConfig, PlanConfig, ScalingLawConfig, register
 
-SCHEMAS = {"train": (Config, PlanConfig), "plan": (Config, PlanConfig), "eval": (EvalConfig,)}
+SCHEMAS = {
+    "train": (Config, PlanConfig),
+    "plan": (Config, PlanConfig),
+    "eval": (EvalConfig,),
+    "scaling_law": (ScalingLawConfig,),
+}
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:

@@ -48,8 +48,7 @@ def dense_law_residuals(points: Points, average: Fit) -> tuple[Array, Array] | N
 
     None where there is no sparse run, or the dense runs do not identify a law.
     """
-    problem, sparsity = average.problem, points.column("sparsity")
-    dense = sparsity == 0
+    problem, dense = average.problem, points.percents == 0
     if dense.all() or not dense.any():
         return None
     chosen = problem.params[dense], problem.tokens[dense]
@@ -113,9 +112,8 @@ def verdict(pair: dict[str, Any] | None, has_sparse_runs: bool) -> str:
     return f"These runs do not tell which predicts the loss better: {errors}."
 
 
-def by_sparsity(sparsity: Array, residuals: Array, held_out: Array) -> list[dict[str, Any]]:
+def by_sparsity(percents: NDArray[np.intp], residuals: Array, held_out: Array) -> list[dict[str, Any]]:
     """Residuals of the runs of each sparsity, in whole per cent, from dense up: bias and size."""
-    percents = np.round(100 * sparsity).astype(int)
     rows = []
     for percent in np.unique(percents):
         chosen = percents == percent

@@ -28,8 +28,8 @@ RESTART_RANKS = (0, 8, 24)
 MAX_REDRAWS = 50
 SINGULAR = 1e-6
 """Below this ratio of its singular values the Jacobian counts as degenerate."""
-LEAST_SHARE = 1e-4
-"""A term that is nowhere a larger share of the loss has vanished, and its coefficients with it."""
+LEAST_SHARE = HUBER_DELTA
+"""A term that is nowhere a larger share of the loss has vanished: the objective hardly sees it."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Array = NDArray[np.float64]
 Objective = Callable[[Array, NDArray[np.intp]], tuple[Array, Array]]
 
 ARMIJO = 1e-4
-MAX_HALVINGS = 30
+MAX_HALVINGS = 20
 
 
 def minimise(

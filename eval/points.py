@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eval.identifiable import levels
 from eval.lbfgs import Array
@@ -53,14 +54,16 @@ class Points:
         return np.array([getattr(point, name) for point in self.points], dtype=float)
 
     @property
-    def configurations(self) -> list[int]:
-        """A number for each point, the same for runs that differ in nothing but their seed."""
-        columns = ("avg_linear_params", "final_linear_params", "total_tokens")
-        keys = list(zip(*(levels(self.column(name)) for name in columns), self._percents(), strict=True))
-        return [list(dict.fromkeys(keys)).index(key) for key in keys]
+    def percents(self) -> NDArray[np.intp]:
+        """Sparsity in whole per cent; 0 is a dense run."""
+        return np.round(100 * self.column("sparsity")).astype(np.intp)
 
-    def _percents(self) -> list[int]:
-        return [round(100 * point.sparsity) for point in self.points]
+    @property
+    def configurations(self) -> NDArray[np.intp]:
+        """A number for each point, from 0 up, the same for runs that differ in nothing but their seed."""
+        columns = ("avg_linear_params", "final_linear_params", "total_tokens")
+        keys = np.stack([*(levels(self.column(name)) for name in columns), self.percents])
+        return np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def read_points(runs: Sequence[str], loss: str = "auto") -> Points:

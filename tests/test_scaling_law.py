@@ -93,7 +93,7 @@ def test_minimise_finds_the_valley_of_rosenbrock_from_every_start():
 def test_the_objectives_gradient_is_that_of_finite_differences(form):
     params, tokens = grid()
     problem = Problem.of(params, tokens, noisy(TRUE, params, tokens, 0.01), form)
-    theta = _grid(problem)[[7, 60]] + 0.1
+    theta = _grid(problem)[[7, 23]] + 0.1
     weights = np.random.default_rng(0).random((2, len(params)))
     _, gradient = _objective(problem, theta, weights)
     for index in range(theta.shape[1]):
@@ -107,7 +107,7 @@ def test_the_objectives_gradient_is_that_of_finite_differences(form):
     ("law", "form"),
     [
         (TRUE, "nd"),
-        (Law.of(A=20, alpha=0.9, E=0.7, B=3000, beta=0.5), "nd"),
+        (Law.of(A=2e5, alpha=0.9, E=0.7, B=3000, beta=0.5), "nd"),
         (Law.of(A=406.4, alpha=0.34, E=2.93), "n"),
         (Law.of(A=30.0, alpha=0.12), "power"),
     ],
@@ -121,7 +121,7 @@ def test_runs_that_follow_a_law_exactly_give_back_its_coefficients(law, form):
 
 
 @pytest.mark.parametrize("noise", [0.002, 0.01])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_intervals_of_noisy_runs_hold_the_true_coefficients(noise, seed):
     params, tokens = grid()
     fit = fit_law(params, tokens, noisy(TRUE, params, tokens, noise, seed), "nd")
@@ -285,7 +285,7 @@ def test_dense_runs_alone_compare_nothing(tmp_path, capsys):
 
 def test_runs_of_one_final_size_have_a_law_of_their_average(tmp_path, capsys):
     law = Law.of(A=300, alpha=0.34, E=2.0)
-    rows = [row for row in series(law, sizes=(1e6,), tokens=(1e7,), noise=0)]
+    rows = series(law, sizes=(1e6,), tokens=(1e7,), noise=0)
     for row in rows:
         row["final_linear_params"] = 1e5
     file = write_csv(rows, tmp_path / "runs.csv")

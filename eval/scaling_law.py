@@ -1,0 +1,59 @@
+"""The scaling law of finished runs: `python -m eval.scaling_law runs=runs/SWEEP [key=value ...] [format=json]`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from conf.cli import user_errors
+from conf.compose import composed
+from conf.schema import ScalingLawConfig
+
+LISTS = ("runs", "predict.overrides")
+USAGE = """python -m eval.scaling_law runs=runs/SWEEP                     fit L = E + A / N^alpha + B / D^beta
+python -m eval.scaling_law runs=[runs/a,runs/b*,points.csv] form=n  runs on equally many tokens: L = E + A / N^alpha
+    ... predict.experiment=NAME [predict.overrides=[sparsity.target=0.6]]    the loss of a planned run
+    ... predict.avg_linear_params=4.5e8 predict.total_tokens=2e11            the same, from numbers
+    ... target_loss=2.5                                                      the cheapest N-bar and D
+N is the average of the linear parameters over the run, and beside it the final, non-zero ones. A CSV file has columns
+avg_linear_params, final_linear_params (or nonzero_linear_params), total_tokens, loss, sparsity. Keys: conf/scaling_law.yaml,
+ScalingLawConfig in conf/schema.py."""
+
+
+def quoted_list(argument: str) -> str:
+    """runs=a/sparsity.target=0.8,b as runs=['a/sparsity.target=0.8','b']: Hydra reads no bare `=` or `,` in a value.
+
+    Values that are quoted or nested are left as they are.
+    """
+    key, _, value = argument.partition("=")
+    if key not in LISTS or re.search(r"""['"{}$]|.\[|\].""", value):
+        return argument
+    names = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
+    return f"{key}=[{','.join(repr(name) for name in names if name)}]"
+
+
+def main(arguments: Sequence[str]) -> None:
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(USAGE)
+        return
+    with user_errors():
+        config: ScalingLawConfig = composed("scaling_law", [quoted_list(argument) for argument in arguments])
+        from eval.law_figure import draw_laws
+        from eval.law_report import report
+        from eval.law_text import report_text
+        from eval.points import read_points
+
+        points = read_points(config.runs, config.loss)
+        figures, fits = report(config, points)
+        if config.figure:
+            Path(config.figure).parent.mkdir(parents=True, exist_ok=True)
+            draw_laws(points, figures, fits, Path(config.figure))
+            print(f"wrote {config.figure}", file=sys.stderr)
+    print(json.dumps(figures, indent=2) if config.format == "json" else report_text(figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
