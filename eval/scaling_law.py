@@ -41,10 +41,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     with user_errors():
         config: ScalingLawConfig = composed("scaling_law", [quoted_list(argument) for argument in arguments])
-        from eval.law_figure import draw_laws
-        from eval.law_report import report
-        from eval.law_text import report_text
-        from eval.points import read_points
+        from eval.law.figure import draw_laws
+        from eval.law.points import read_points
+        from eval.law.report import report
+        from eval.law.text import report_text
 
         points = read_points(config.runs, config.loss)
         figures, fits = report(config, points)

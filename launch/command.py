@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -81,10 +80,6 @@ def printable(command: Sequence[str]) -> str:
     from shlex import join
 
     return join(["accelerate", "launch", *command[3:]])
-
-
-def has_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def _shortest(path: Path) -> Path:

@@ -32,9 +32,15 @@ def foreign(tmp_path: Path, *options: str, processes: int = 1) -> dict[str, Any]
         (1, ["--bf16", "--compile"]),
         (2, ["--accumulate", "2"]),
         (2, ["--fsdp2", "--accumulate", "2"]),
-        (2, ["--fsdp2", "--bf16"]),
+        (2, ["--fsdp2", "--bf16", "--compile"]),
     ],
-    ids=["one process, accumulation", "one process, bf16, compiled", "DDP, accumulation", "FSDP2", "FSDP2, bf16"],
+    ids=[
+        "one process, accumulation",
+        "one process, bf16, compiled",
+        "DDP, accumulation",
+        "FSDP2",
+        "FSDP2, bf16, compiled",
+    ],
 )
 def test_three_lines_prune_a_foreign_trainer_to_the_target(tmp_path, processes, options):
     found = foreign(tmp_path, "--sparsity", "0.8", *options, processes=processes)

@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from eval.claim import held_out_residuals, paired, verdict
-from eval.identifiable import levels
-from eval.law import Law
-from eval.law_fit import Fit, Problem, _grid, _objective, bootstrap, check_hessian, fit_law
-from eval.law_report import interval
-from eval.lbfgs import minimise
-from eval.points import read_points
+from eval.law.claim import held_out_residuals, paired, verdict
+from eval.law.fit import Fit, Problem, _grid, _objective, bootstrap, check_hessian, fit_law
+from eval.law.identifiable import levels
+from eval.law.law import Law
+from eval.law.lbfgs import minimise
+from eval.law.points import read_points
+from eval.law.report import interval
 from eval.scaling_law import main, quoted_list
 from launch.plan.request import read_request
 from launch.plan.series import table_row

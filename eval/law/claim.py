@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.identifiable import check_points
-from eval.law_fit import Fit, fit_law, identifies, refit
-from eval.lbfgs import Array
-from eval.points import Points
+from eval.law.fit import Fit, fit_law, identifies, refit
+from eval.law.identifiable import check_points
+from eval.law.lbfgs import Array
+from eval.law.points import Points
 
 NUM_DRAWS = 10_000
 

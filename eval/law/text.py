@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eval.law import COEFFICIENTS
+from eval.law.law import COEFFICIENTS
 from train.table import count_text
 
 SIDES = ("average", "final")

@@ -12,9 +12,9 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.identifiable import check_points
-from eval.law import COEFFICIENTS, FORMULAS, Form, Law
-from eval.lbfgs import Array, minimise
+from eval.law.identifiable import check_points
+from eval.law.law import COEFFICIENTS, FORMULAS, Form, Law
+from eval.law.lbfgs import Array, minimise
 
 HUBER_DELTA = 1e-3
 GRID_SCALES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from eval.lbfgs import Array
+from eval.law.lbfgs import Array
 
 Form = Literal["nd", "n", "power"]
 

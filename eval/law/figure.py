@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.identifiable import levels
-from eval.law_fit import Fit
-from eval.lbfgs import Array
-from eval.points import Points
+from eval.law.fit import Fit
+from eval.law.identifiable import levels
+from eval.law.lbfgs import Array
+from eval.law.points import Points
 
 MAX_CURVES = 5
 MAX_LABELLED = 16

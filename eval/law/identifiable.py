@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.law import COEFFICIENTS, FORMULAS, Form
-from eval.lbfgs import Array
+from eval.law.law import COEFFICIENTS, FORMULAS, Form
+from eval.law.lbfgs import Array
 from train.table import count_text
 
 LEVEL = 0.05

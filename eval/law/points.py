@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.identifiable import levels
-from eval.lbfgs import Array
+from eval.law.identifiable import levels
+from eval.law.lbfgs import Array
 
 COLUMNS = {
     "avg_linear_params": ("avg_linear_params",),

@@ -10,12 +10,12 @@ import numpy as np
 
 from conf.compose import composed
 from conf.schema import PredictConfig, ScalingLawConfig
-from eval.claim import by_sparsity, dense_law_residuals, held_out_residuals, paired, verdict
-from eval.identifiable import SAME_TOKENS
-from eval.law import FLOPS_PER_PARAM_TOKEN, FORMULAS, Form, Law
-from eval.law_fit import Fit, Problem, bootstrap, check_hessian, fit_law
-from eval.lbfgs import Array
-from eval.points import Points
+from eval.law.claim import by_sparsity, dense_law_residuals, held_out_residuals, paired, verdict
+from eval.law.fit import Fit, Problem, bootstrap, check_hessian, fit_law
+from eval.law.identifiable import SAME_TOKENS
+from eval.law.law import FLOPS_PER_PARAM_TOKEN, FORMULAS, Form, Law
+from eval.law.lbfgs import Array
+from eval.law.points import Points
 from launch.plan.series import table_row
 from train.plan import plan_run
 from train.table import count_text
