@@ -11,6 +11,7 @@ import pytest
 from sparsity.schedule import Geometric
 from tests.commands import run_command
 from tests.foreign_trainer import STEPS
+from tests.wandb_file import read_history
 
 SCHEDULE = Geometric(sparsity=0.8, start_step=2, end_step=8, every_steps=2)
 WEIGHTS = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 97 * 32
@@ -93,34 +94,8 @@ def test_a_resumed_run_without_its_zeros_is_refused(tmp_path):
 
 def test_density_reaches_a_wandb_run_that_the_trainer_started(tmp_path):
     foreign(tmp_path, "--sparsity", "0.8", "--wandb")
-    history = read_offline_history(next((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")))
+    history = read_history(next((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")))
     densities = [float(record["sparsity/density"]) for record in history if "sparsity/density" in record]
     assert len(densities) >= STEPS
     assert densities[-1] == pytest.approx(0.2, abs=1e-3)
     assert any("sparsity/average_density" in record for record in history)
-
-
-def read_offline_history(path: Path) -> list[dict[str, Any]]:
-    """History records of an offline .wandb file: a 7-byte header, then LevelDB-style log blocks of 32 KiB."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, position, record, found = path.read_bytes(), 7, b"", []
-    while position + 7 <= len(data):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            message = Record.FromString(record)
-            record = b""
-            if message.WhichOneof("record_type") == "history":
-                found.append(
-                    {
-                        item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                        for item in message.history.item
-                    }
-                )
-    return found

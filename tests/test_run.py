@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsity.prunable import linear_weights
 from sparsity.schedule import Geometric
 from tests.commands import run_command
-from tests.test_callback import read_offline_history
+from tests.wandb_file import read_config, read_history, read_summary, step_metrics
 
 STEPS = 24
 SUMMARY_KEYS = {
@@ -116,11 +116,24 @@ def test_records_hold_what_a_dashboard_needs(records):
 
 
 def test_wandb_holds_the_same_records(run, records):
-    history = read_offline_history(next(run["dir"].glob("wandb/offline-run-*/run-*.wandb")))
+    history = read_history(next(run["dir"].glob("wandb/offline-run-*/run-*.wandb")))
     assert len(history) == len(records)
     for mine, theirs in zip(records, history, strict=True):
         assert {key: theirs[key] for key in mine} == mine
     assert any("sparsity/layer_density" in record or "sparsity/layer_density/_type" in record for record in history)
+
+
+def test_wandb_holds_config_and_summary_and_has_tokens_as_its_axis(run, summary):
+    path = next(run["dir"].glob("wandb/offline-run-*/run-*.wandb"))
+    config = read_config(path)
+    assert config["sparsity"]["target"] == 0.8
+    assert config["schedule"]["end_step"] == summary["prune_end_step"]
+    assert config["model"]["hidden_size"] == 32
+    found = read_summary(path)
+    for name in ("perplexity", "bits_per_byte", "average_density", "nonzero_linear_params", "total_tokens"):
+        assert found[name] == summary[name]
+    assert step_metrics(path)["sparsity/*"] == "train/tokens"
+    assert step_metrics(path)["train/*"] == "train/tokens"
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth(records):
