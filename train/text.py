@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +58,7 @@ def closing_words(summary: dict[str, Any], directory: RunDirectory, commands: Se
     if directory.sample.exists():
         lines += ["", "a sample:", *(f"  {line}" for line in directory.sample.read_text().splitlines())]
     return "\n".join(
-        [*lines, "", "next:", *(f"  {command}" for command in [*own_commands(summary, directory), *commands])]
+        [*lines, "", "next:", *(f"  {as_typed(command)}" for command in [*own_commands(summary, directory), *commands])]
     )
 
 
@@ -64,6 +67,16 @@ def own_commands(summary: dict[str, Any], directory: RunDirectory) -> list[str]:
     if any("offline" in path.name for path in directory.wandb.glob("*run-*")):
         commands.append(f"wandb sync {directory.wandb}/offline-run-*")
     return commands
+
+
+def as_typed(command: str) -> str:
+    """The command with the programs of this environment, as they are typed where it is not activated."""
+    here = Path(sys.executable)
+    program, _, rest = command.partition(" ")
+    if not (here.parent / program).exists() or shutil.which(program) == str(here.parent / program):
+        return command
+    place = os.path.relpath(here.parent) if here.is_relative_to(Path.cwd()) else str(here.parent)
+    return f"{place}/{program} {rest}"
 
 
 def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: int = 60) -> None:
