@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparsity.mask import (
     check_replicas_agree,
     count_kept,
+    count_nonzero_pruned,
     make_shards,
     mask_gradients,
     masks_from_zeros,
@@ -65,6 +66,7 @@ class SparsityCallback(TrainerCallback):
         self._shards: list[ParameterShard] = []
         self._layout = RankLayout()
         self._hooks: list[RemovableHandle] = []
+        self._is_loaded = False
 
     @property
     def density(self) -> float:
@@ -100,6 +102,9 @@ class SparsityCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        if self._is_loaded:
+            self._is_loaded = False
+            return
         assert model is not None
         if self._events and max(self._events) > state.max_steps - 1:
             raise ValueError(
@@ -175,6 +180,54 @@ class SparsityCallback(TrainerCallback):
         self._count()
         if self._has_magnitudes:
             self.threshold = magnitude_of_key(threshold.key)
+
+    # --- checkpoints that carry masks ---
+
+    @property
+    def shards(self) -> list[ParameterShard]:
+        """The local shards with their masks, after `bind`."""
+        return self._shards
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the masks of `shards`: plain numbers, the same on every rank."""
+        return {
+            "density_sum": self._density_sum,
+            "num_steps": self._num_steps,
+            "threshold": self.threshold,
+            "kept": dict(self.kept),
+        }
+
+    def load_state(self, state: dict[str, Any], global_step: int) -> None:
+        """Go on at `global_step` from `state`, once `bind` was called and the saved masks were written into `shards`.
+
+        A ValueError says what disagrees: the masks with the saved counts, the weights with the masks, or the number
+        pruned with the schedule. The next on_train_begin then leaves everything as it is. Collective.
+        """
+        self._count()
+        for name in dict.fromkeys([*self.kept, *state["kept"]]):
+            found, saved = self.kept.get(name), state["kept"].get(name)
+            if found != saved:
+                raise ValueError(
+                    f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks "
+                    "or is of another model; resume from another checkpoint."
+                )
+        alive = count_nonzero_pruned(self._shards, self._layout)
+        if alive:
+            raise ValueError(
+                f"The checkpoint has {alive:,} weights that its masks prune but that are not 0: it is damaged or was "
+                "edited; resume from another checkpoint."
+            )
+        density = self.schedule.density(global_step - 1) if global_step else 1.0
+        scheduled = round((1.0 - density) * self.num_prunable)
+        pruned = self.num_prunable - sum(self.kept.values())
+        if pruned != scheduled:
+            raise ValueError(
+                f"The checkpoint has {pruned:,} pruned weights where the schedule prunes {scheduled:,} before step "
+                f"{global_step}: it is of another schedule; resume from another checkpoint."
+            )
+        self.threshold = state["threshold"]
+        self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
+        self._is_loaded = True
 
     def _restore(self, global_step: int) -> None:
         """Take the masks of a resumed run from its zeros, and refuse weights that are not as sparse as they must be."""

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from conf import cli, schema
 from conf.compose import check_arguments
 from train.plan import plan_run, world_size_asked
+from train.stop import RunStopped
 
 schema.register()
 
@@ -27,7 +28,11 @@ def main(cfg: DictConfig) -> None:
     with cli.user_errors(quiet=not is_main):
         world = join_world(config.trainer.ddp_timeout)
     cli.speak()
-    run(config, plan, world)
+    try:
+        run(config, plan, world)
+    except RunStopped as stopped:
+        world.leave()
+        cli.stop(str(stopped), stopped.code, quiet=not is_main)
     world.leave()
 
 

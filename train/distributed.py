@@ -52,6 +52,15 @@ class World:
             fail(answer[1], quiet=not self.is_main)
         return answer[0]
 
+    def gather(self, value: Result) -> list[Result]:
+        """Each rank's `value`, in rank order, on all ranks. Collective; a peer that died ends it with an error."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        # Between the processes of one run, so unpickling is safe.
+        dist.all_gather_object(values, value)
+        return values
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `values` over the ranks. Collective."""
         if self.size > 1:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparsity.prunable import plain_name
-from train.directory import write_atomically
+from train.durable import publish_folder, write_atomically
 from train.distributed import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,8 +59,7 @@ def export_model(
     config.save_pretrained(aside)
     model.generation_config.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    publish_folder(aside, folder)
 
 
 def full_names(model: nn.Module) -> dict[str, Tensor]:

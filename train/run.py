@@ -20,17 +20,19 @@ from sparsity.prunable import linear_weights
 from sparsity.shards import local_values, rank_layout
 from train.arguments import training_arguments
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
-from train.directory import RunDirectory, write_atomically
+from train.directory import RunDirectory
 from train.distributed import World
+from train.durable import write_atomically
 from train.export import export_model
 from train.figure import draw_report, read_records
 from train.model import build_model
 from train.plan import RunPlan
 from train.records import ProgressBar, Recorder, start_wandb
+from train.resume import checkpoint_to_resume, data_fingerprint
 from train.scoring import Score, score_stream
 from train.summary import summarize
 from train.text import closing_words, opening_words, write_sample
-from train.trainer import PretrainingTrainer
+from train.trainer import PretrainingTrainer, RunState
 
 
 def run(config: Config, plan: RunPlan, world: World) -> None:
@@ -50,12 +52,21 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
     model = build_model(plan.model, tokenizer, config.trainer.seed)
     with user_errors(quiet=not world.is_main):
         prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
+    fingerprint = world.on_main(data_fingerprint, data.folder)
+    resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
     world.on_main(directory.begin, config)
 
     sparsity = sparsity_callback(config, plan)
     recorder = make_recorder(config, plan, directory, sparsity) if world.is_main else None
     trainer = PretrainingTrainer(
         world=world,
+        sparsity=sparsity,
+        run_state=RunState(
+            identity=identity(plan),
+            carried={"data": fingerprint},
+            before_save=recorder.sync if recorder else lambda: None,
+        ),
+        batch_size=plan.batch_size,
         evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
         model=model,
         args=arguments,
@@ -67,9 +78,9 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
     show_progress(trainer, sparsity)
     fsdp_version = 2 if trainer.is_fsdp_enabled else 0
     say(world, opening_words(plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
-    training = time.monotonic()
-    trainer.train()
-    train_seconds = time.monotonic() - training
+    if resume_from is not None:
+        say(world, f"  resumed from {resume_from}")
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
 
     score = score_heldout(trainer.model_wrapped, data, config, world)
     export_model(
@@ -91,11 +102,21 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
         heldout_bytes=data.heldout.num_bytes,
         unigram_bits_per_byte=unigram_bits_per_byte(data) if world.is_main else 0.0,
         fsdp_version=fsdp_version,
-        train_seconds=train_seconds,
-        seconds=time.monotonic() - started,
+        train_seconds=trainer.train_seconds,
+        seconds=trainer.earlier_seconds + time.monotonic() - started,
     )
     if recorder is not None:
         finish(config, directory, recorder, summary)
+
+
+def identity(plan: RunPlan) -> dict[str, Any]:
+    """What a step of the run is: a checkpoint with another one is of another run."""
+    return {
+        "batch_size": plan.batch_size,
+        "sequence_length": plan.sequence_length,
+        "num_steps": plan.num_steps,
+        "schedule": asdict(plan.schedule) if plan.schedule else None,  # type: ignore[call-overload]
+    }
 
 
 def say(world: World, words: str) -> None:
