@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 
@@ -13,6 +14,8 @@ from conf.cli import USER_ERROR_CODE
 
 def main() -> None:
     arguments = launch_command_parser().parse_args()
+    # torch's elastic agent reports each failed rank at length; here it is one line.
+    logging.disable(logging.ERROR)
     try:
         launch_command(arguments)
     except ChildFailedError as error:

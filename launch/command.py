@@ -43,7 +43,9 @@ def accelerate_command(config: Config, overrides: Sequence[str], gpus: int) -> l
     processes = num_processes(config, gpus)
     config_file = config.launch.config_file or str(_shortest(CONFIGS / ("gpu.yaml" if gpus else "cpu.yaml")))
     if not Path(config_file).is_file():
-        raise ValueError(f"launch.config_file={config_file} does not exist: give an accelerate config, or leave it null.")
+        raise ValueError(
+            f"launch.config_file={config_file} does not exist: give an accelerate config, or leave it null."
+        )
     return [
         sys.executable,
         "-m",
@@ -67,8 +69,6 @@ def child_environment(environment: Mapping[str, str], gpus: int) -> dict[str, st
     return {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # torch's elastic agent reports each failed rank at length; launch.agent says it in a line.
-        "LOGLEVEL": "CRITICAL",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **environment,
         "PYTHONPATH": os.pathsep.join(python_path),

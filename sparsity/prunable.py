@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -60,8 +60,9 @@ def _leave_tied_dense(model: nn.Module, chosen: dict[str, Tensor]) -> None:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name in [name for name, param in chosen.items() if id(param) in embeddings]:
         del chosen[name]
-        warnings.warn(f"{name} shares its weight with an embedding and stays dense; name it in include to prune it.")
+        message = f"{name} shares its weight with an embedding and stays dense; name it in include to prune it."
+        warnings.warn(message, stacklevel=2)
 
 
-def _an_example(parameters: dict[str, Tensor]) -> str:
+def _an_example(parameters: Mapping[str, Tensor]) -> str:
     return next((name for name in parameters if "proj" in name), next(iter(parameters), ""))

@@ -183,9 +183,8 @@ def geometric_window(
     first, last = round(start / scale), round(end / scale)
     if of == "tokens" and every_steps:
         last = first + round((last - first) / every_steps) * every_steps
-    elif start != first * scale or end != last * scale:
-        if of == "steps":
-            raise ValueError(f"The prune window from {start} to {end} is not in whole steps: give whole numbers.")
+    elif of == "steps" and (start, end) != (first, last):
+        raise ValueError(f"The prune window from {start} to {end} is not in whole steps: give whole numbers.")
     schedule = Geometric(sparsity, first, last, every_steps or _interval(last - first))
     schedule.check_fits(num_steps)
     return schedule

@@ -130,16 +130,16 @@ def _sample_bracket(shards: Sequence[ParameterShard], rank: int, score: Score, l
     device = shards[0].values.device
     numel = sum(shard.full_numel for shard in shards)
     generator = torch.Generator(device).manual_seed(layout.shard_rank)
-    histogram = torch.zeros(1 << NUM_BIN_BITS, dtype=torch.int64, device=device)
     shift = NUM_KEY_BITS - NUM_BIN_BITS
+    keys = [torch.zeros(0, dtype=torch.int32, device=device)]
     for shard in shards:
         local = shard.values.numel()
         size = min(local, math.ceil(SAMPLE_SIZE * local / numel))
         if size:
             index = torch.randint(local, (size,), generator=generator, device=device)
             sample = ParameterShard(shard.name, shard.values[index], shard.mask[index], shard.offset, shard.full_numel)
-            histogram += torch.bincount(score(sample, slice(0, size)) >> shift, minlength=1 << NUM_BIN_BITS)
-    layout.sum_counts(histogram)
+            keys.append(score(sample, slice(0, size)))
+    histogram = layout.sum_counts(torch.bincount(torch.cat(keys) >> shift, minlength=1 << NUM_BIN_BITS))
     size, share = int(histogram.sum()), rank / numel
     slack = SAMPLE_SIGMAS * math.sqrt(size * share * (1 - share)) + 1
     first = find_bin(histogram, max(1, math.floor(share * size - slack)))[0]
@@ -150,7 +150,8 @@ def _sample_bracket(shards: Sequence[ParameterShard], rank: int, score: Score, l
 def _count_and_collect(shards: Sequence[ParameterShard], score: Score, bracket: _Range) -> tuple[int, _Candidates]:
     """One pass over the local shards: how many keys lie below the bracket, and those inside it."""
     limit = max(MIN_CANDIDATES, int(CANDIDATE_SHARE * sum(shard.values.numel() for shard in shards)))
-    below, inside, collected, num_collected = 0, 0, [], 0
+    below, inside, num_collected = 0, 0, 0
+    collected = [torch.zeros(0, dtype=torch.int32, device=shards[0].values.device)]
     for shard in shards:
         for part in chunks(shard.values.numel(), shard.values.device):
             keys = score(shard, part)
@@ -164,7 +165,7 @@ def _count_and_collect(shards: Sequence[ParameterShard], score: Score, bracket: 
                 inside += count
             else:
                 inside += int(torch.count_nonzero(within))
-    candidates = _Candidates(shards, score, collected if num_collected <= limit else None)
+    candidates = _Candidates(shards, score, [torch.cat(collected)] if num_collected <= limit else None)
     candidates.num_inside = inside
     return below, candidates
 

@@ -110,6 +110,6 @@ def _shard_dim(param: DTensor) -> int | None:
 
 def chunks(size: int, device: torch.device) -> Iterator[slice]:
     """Slices that cover `size` elements: as many at a time as stay in a CPU's cache, or as keep a GPU busy."""
-    step = 1 << 18 if device.type == "cpu" else 1 << 25
+    step = 1 << 18 if device.type == "cpu" else 1 << 22
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

@@ -112,6 +112,9 @@ def read_offline_history(path: Path) -> list[dict[str, Any]]:
             record = b""
             if message.WhichOneof("record_type") == "history":
                 found.append(
-                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in message.history.item}
+                    {
+                        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                        for item in message.history.item
+                    }
                 )
     return found

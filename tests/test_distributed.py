@@ -76,7 +76,13 @@ def assert_equal_masks(found: list[list[torch.Tensor]], expected: list[list[torc
             assert torch.equal(a, b), f"event {event}, parameter {index}"
 
 
-CASES = [("normal", "magnitude"), ("ties", "magnitude"), ("ones", "magnitude"), ("bfloat16", "magnitude"), ("ones", "random")]
+CASES = [
+    ("normal", "magnitude"),
+    ("ties", "magnitude"),
+    ("ones", "magnitude"),
+    ("bfloat16", "magnitude"),
+    ("ones", "random"),
+]
 
 
 def prune_all(layout: str) -> list[list[list[torch.Tensor]]]:
@@ -103,7 +109,9 @@ def globally_smallest() -> bool:
     callback.prune(0.3)
     kept = torch.cat([mask.view(-1) for mask in full_masks(callback)])
     num_pruned = round(0.7 * before.numel())
-    assert set(torch.sort(before, stable=True).indices[:num_pruned].tolist()) == set((~kept).nonzero().view(-1).tolist())
+    assert set(torch.sort(before, stable=True).indices[:num_pruned].tolist()) == set(
+        (~kept).nonzero().view(-1).tolist()
+    )
     return True
 
 

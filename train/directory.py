@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 
 from conf.schema import Config
 from train.checkpoint import checkpoints, remove_leftovers
+from train.disk import bytes_below, check_room
 from train.durable import write_atomically
 
 NOT_PART_OF_A_RUN = (
-    "overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "max_skipped", "trainer.save_steps",
+    "overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card", "max_skipped", "trainer.save_steps",
     "trainer.save_total_limit", "trainer.ddp_timeout", "trainer.disable_tqdm", "trainer.dataloader_num_workers",
     "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
     "trainer.gradient_accumulation_steps",
@@ -41,11 +42,11 @@ class RunDirectory:
         self.wandb = path / "wandb"
         self._lock = FileLock(path / ".lock")
 
-    def claim(self, config: Config) -> dict[str, Any] | None:
+    def claim(self, config: Config, needed_bytes: int) -> dict[str, Any] | None:
         """Lock the folder for this process, emptied with `overwrite`; the summary where its run has ended.
 
-        A ValueError says why the folder can't be had: a live process, another config, files of something else, or what
-        `resume` forbids.
+        A ValueError says why the folder can't be had: a live process, another config, files of something else, what
+        `resume` forbids, a disk without room for `needed_bytes`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -66,10 +67,13 @@ class RunDirectory:
                     "anew, or resume=auto to go on with it."
                 )
         elif any(entry.name != ".lock" for entry in self.path.iterdir()):
-            raise ValueError(f"{self.path} holds files that are no run's: take another run_name, or set overwrite=true.")
+            raise ValueError(
+                f"{self.path} holds files that are no run's: take another run_name, or set overwrite=true."
+            )
         remove_leftovers(self.checkpoints)
         if config.resume == "must" and not checkpoints(self.checkpoints):
             raise ValueError(f"{self.path} has no checkpoint to resume from and resume=must: set resume=auto to start.")
+        check_room(self.path, needed_bytes - bytes_below(self.checkpoints))
         return None
 
     def begin(self, config: Config) -> None:

@@ -90,8 +90,8 @@ def join_world(timeout_s: int) -> World:
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if wants_fsdp() and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "accelerate was asked for FSDP but started one process without a rendezvous, as it does with use_cpu: true or "
-            "--cpu: use launch/accelerate/cpu.yaml, where use_cpu is false, or `python -m launch`."
+            "accelerate was asked for FSDP but started one process that belongs to no world, as --cpu makes it: use a config "
+            "of launch/accelerate, or `python -m launch`."
         )
     on_cpu = not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
@@ -100,8 +100,8 @@ def join_world(timeout_s: int) -> World:
         state.distributed_type = DistributedType.MULTI_GPU
     if state.num_processes != asked:
         raise ValueError(
-            f"accelerate was asked for {asked} processes but made a world of {state.num_processes}, {asked} runs that would "
-            "not know of each other: use a config of launch/accelerate, where use_cpu is false, or `python -m launch`."
+            f"accelerate was asked for {asked} processes but made a world of {state.num_processes}, so that {asked} runs would "
+            "not know of each other: use a config of launch/accelerate, or `python -m launch`."
         )
     control = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT) if dist.is_initialized() else None
     return World(state.process_index, state.num_processes, state.device, control)

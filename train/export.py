@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparsity.prunable import plain_name
-from train.durable import publish_folder, write_atomically
 from train.distributed import World
+from train.durable import publish_folder, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def export_model(
-    model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_shard_size: str, world: World
-) -> None:
+def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_shard_size: str, world: World) -> None:
     """Write config, generation config, tokenizer and safetensors; the folder appears only when it is whole.
 
     Weights are gathered tensor by tensor and kept on rank 0 for one file at a time. Collective.

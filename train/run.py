@@ -19,14 +19,17 @@ from sparsity import SparsityCallback, prunable_parameters
 from sparsity.prunable import linear_weights
 from sparsity.shards import local_values, rank_layout
 from train.arguments import training_arguments
+from train.card import write_card
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
 from train.directory import RunDirectory
+from train.disk import run_bytes
 from train.distributed import World
 from train.durable import write_atomically
 from train.export import export_model
 from train.figure import draw_report, read_records
 from train.model import build_model
 from train.plan import RunPlan
+from train.publish import push_to_hub, renew_card
 from train.records import ProgressBar, Recorder, start_wandb
 from train.resume import checkpoint_to_resume, data_fingerprint
 from train.scoring import Score, score_stream
@@ -43,9 +46,11 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
     directory = RunDirectory(plan.run_dir)
     with user_errors(quiet=not world.is_main):
         arguments = training_arguments(config, plan, directory.checkpoints)
-    finished = world.on_main(directory.claim, config)
+    finished = world.on_main(directory.claim, config, run_bytes(config, plan))
     if finished is not None:
+        world.on_main(renew_card, config, plan, directory, finished)
         say(world, closing_words(finished, directory, config.next_commands))
+        world.on_main(push_to_hub, config.card, directory.model)
         return
     data = world.on_main(prepare, config.data, config.tokenizer, plan.model.vocab_size, plan.sequence_length)
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
@@ -95,7 +100,7 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
         config,
         plan,
         step_losses=trainer.step_losses(),
-        nonzero_linear_params=count_nonzero_linear(trainer.model),
+        nonzero_linear_params=count_nonzero_linear(trainer.model_wrapped),
         num_prunable=sparsity.num_prunable if sparsity else 0,
         average_density=sparsity.average_density if sparsity else 1.0,
         score=score,
@@ -106,7 +111,8 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
         seconds=trainer.earlier_seconds + time.monotonic() - started,
     )
     if recorder is not None:
-        finish(config, directory, recorder, summary)
+        finish(config, plan, directory, recorder, summary)
+    world.on_main(push_to_hub, config.card, directory.model)
 
 
 def identity(plan: RunPlan) -> dict[str, Any]:
@@ -141,9 +147,8 @@ def sparsity_callback(config: Config, plan: RunPlan) -> SparsityCallback | None:
 def make_recorder(
     config: Config, plan: RunPlan, directory: RunDirectory, sparsity: SparsityCallback | None
 ) -> Recorder:
-    values = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(values, dict)
-    schedule = {"schedule": asdict(plan.schedule)} if plan.schedule else {}  # type: ignore[call-overload]
+    values: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    schedule = {"schedule": asdict(plan.schedule)} if plan.schedule else {}
     wandb_run = start_wandb(config, {**values, **schedule, "world_size": plan.world_size}, directory.path)
     return Recorder(plan, sparsity, directory.metrics, wandb_run)
 
@@ -170,7 +175,11 @@ def score_heldout(model: nn.Module, data: PreparedData, config: Config, world: W
 
 
 def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
-    return {"loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte(data.heldout.num_bytes)}
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte(data.heldout.num_bytes),
+    }
 
 
 @torch.no_grad()
@@ -181,10 +190,11 @@ def count_nonzero_linear(model: nn.Module) -> int:
     return int(rank_layout(list(weights.values())).sum_counts(counts).sum())
 
 
-def finish(config: Config, directory: RunDirectory, recorder: Recorder, summary: dict[str, Any]) -> None:
-    """Rank 0's last work: sample, report, and at the very end the summary, which marks the run as finished."""
+def finish(config: Config, plan: RunPlan, directory: RunDirectory, recorder: Recorder, summary: dict[str, Any]) -> None:
+    """Rank 0's last work: sample, report, card, and at the very end the summary, which marks the run as finished."""
     write_sample(directory.model, config.prompt, directory.sample)
     recorder.finish(summary)
     draw_report(read_records(directory.metrics), summary, directory.report)
+    write_card(config, plan, directory, summary)
     write_atomically(directory.summary, json.dumps(summary, indent=2) + "\n")
     print(closing_words(summary, directory, config.next_commands), flush=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from train.distributed import World
@@ -65,7 +66,14 @@ def score_stream(
     was_training = model.training
     model.eval()
     rounds = range(0, len(starts), per_round)
-    for first in tqdm(rounds, desc="held-out", unit="batch", disable=not (show_progress and world.is_main), leave=False, mininterval=0.5 if sys.stderr.isatty() else 15.0):
+    for first in tqdm(
+        rounds,
+        desc="held-out",
+        unit="batch",
+        disable=not (show_progress and world.is_main),
+        leave=False,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    ):
         mine = starts[first : first + per_round][world.rank :: world.size]
         totals += _score_windows(model, tokens, mine, (batch_size, window), world.device)
     model.train(was_training)
@@ -82,7 +90,9 @@ def score_stream(
 
 
 @torch.no_grad()
-def _score_windows(model: nn.Module, tokens: np.ndarray, starts: range, shape: tuple[int, int], device: torch.device) -> Tensor:
+def _score_windows(
+    model: nn.Module, tokens: np.ndarray, starts: range, shape: tuple[int, int], device: torch.device
+) -> Tensor:
     """[nats of the full windows without the token that follows each, nats of all tokens]."""
     window = shape[1]
     inputs = torch.zeros(shape, dtype=torch.int64)
@@ -104,5 +114,5 @@ def _score_windows(model: nn.Module, tokens: np.ndarray, starts: range, shape: t
 def _reshard(model: nn.Module) -> None:
     """A forward pass without gradient leaves FSDP2's last group gathered; give the memory back."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
+        if isinstance(module, FSDPModule):
             module.reshard()

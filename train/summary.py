@@ -44,7 +44,7 @@ def summarize(
     average_linear = linear - (1 - average_density) * num_prunable
     schedule = plan.schedule
     return {
-        "run_name": config.run_name or plan.run_dir.name,
+        "run_name": plan.run_dir.name,
         "model": plan.model.name,
         "data": config.data.source,
         "world_size": plan.world_size,
@@ -53,7 +53,7 @@ def summarize(
         "linear_params": linear,
         "nonzero_linear_params": nonzero_linear_params,
         "sparsity": 1 - nonzero_linear_params / linear,
-        "target_sparsity": config.sparsity.target,
+        "target_sparsity": schedule.sparsity if schedule else 0.0,
         "average_density": average_linear / linear,
         "avg_linear_params": average_linear,
         "steps": len(step_losses),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
@@ -23,6 +24,8 @@ COLUMNS = {
 
 def half_up(value: float, digits: int) -> str:
     """`value` with `digits` decimals; a half goes up, as in the cards."""
+    if not math.isfinite(value):
+        return str(float(value))
     return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_HALF_UP))
 
 
@@ -46,7 +49,8 @@ def percent_text(share: float) -> str:
 
 def cells(figures: Mapping[str, Any]) -> dict[str, str]:
     """One run's cells from its summary's figures; what was not measured stays empty."""
-    loss, spread = figures.get("final_train_loss"), figures.get("final_train_loss_std")
+    loss: Any = figures.get("final_train_loss")
+    spread: Any = figures.get("final_train_loss_std")
     perplexity = figures.get("perplexity")
     return {
         "model": str(figures["run_name"]),
@@ -67,6 +71,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as an aligned Markdown table."""
     table = [list(COLUMNS.values()), *[[row[column] for column in COLUMNS] for row in map(cells, rows)]]
     widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
+    ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -54,7 +54,9 @@ def closing_words(summary: dict[str, Any], directory: RunDirectory, commands: Se
         lines.append(f"wandb    {wandb_runs[-1]}")
     if directory.sample.exists():
         lines += ["", "a sample:", *(f"  {line}" for line in directory.sample.read_text().splitlines())]
-    return "\n".join([*lines, "", "next:", *(f"  {command}" for command in [*own_commands(summary, directory), *commands])])
+    return "\n".join(
+        [*lines, "", "next:", *(f"  {command}" for command in [*own_commands(summary, directory), *commands])]
+    )
 
 
 def own_commands(summary: dict[str, Any], directory: RunDirectory) -> list[str]:
@@ -75,6 +77,12 @@ def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: in
     with torch.random.fork_rng():
         torch.manual_seed(0)
         generated = model.generate(
-            **inputs, max_new_tokens=min(max_new_tokens, room), max_length=None, do_sample=True, temperature=0.7, top_p=0.9
+            **inputs,
+            max_new_tokens=min(max_new_tokens, room),
+            max_length=None,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.9,
         )
-    path.write_text(tokenizer.decode(generated[0], skip_special_tokens=True).strip() + "\n")
+    text = str(tokenizer.decode(generated[0], skip_special_tokens=True))
+    path.write_text(text.strip() + "\n")

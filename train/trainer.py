@@ -101,8 +101,8 @@ class PretrainingTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        num_blocks = len(train_dataset or self.train_dataset)  # type: ignore[arg-type]
-        self._sampler = PermutationSampler(num_blocks, seed=seed, batch_size=self.batch_size)
+        blocks: Any = self.train_dataset if train_dataset is None else train_dataset
+        self._sampler = PermutationSampler(len(blocks), seed=seed, batch_size=self.batch_size)
         return self._sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

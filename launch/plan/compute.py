@@ -59,12 +59,3 @@ def step_network_bytes(model: ModelConfig, world_size: int, compute_bytes: int, 
 def event_network_bytes(world_size: int) -> int:
     """Bytes that one GPU receives in a prune event: counts alone, whatever the model's size."""
     return round(2 * COUNT_BYTES * EVENT_COUNTS * (world_size - 1) / world_size)
-
-
-def checkpoint_bytes(model: ModelConfig, num_prunable: int) -> int:
-    """Float32 weights and both moments, and a byte for each mask entry: all ranks together."""
-    return 12 * count_parameters(model).total + num_prunable
-
-
-def export_bytes(model: ModelConfig, dtype: str) -> int:
-    return (2 if dtype == "bfloat16" else 4) * count_parameters(model).total

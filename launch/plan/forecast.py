@@ -8,9 +8,7 @@ from typing import Any
 from conf.schema import Config, PlanConfig
 from launch.plan.compute import (
     FORMULA,
-    checkpoint_bytes,
     event_network_bytes,
-    export_bytes,
     step_network_bytes,
     training_days,
     training_flops,
@@ -18,6 +16,7 @@ from launch.plan.compute import (
 from launch.plan.memory import GpuMemory, Setting, gpu_memory, largest_micro_batch, parse_bytes
 from launch.plan.prunable import count_prunable
 from launch.plan.series import table_row
+from train.disk import checkpoint_bytes, export_bytes
 from train.plan import RunPlan
 
 

@@ -25,7 +25,7 @@ FLOAT32_BYTES = 4
 MASK_BYTES = 1
 # Elements that one pass of the pruning threshold looks at, on a GPU, and the bytes of its temporaries for each:
 # int32 keys, int64 differences and bins, three comparisons (sparsity.select, sparsity.shards.chunks).
-SELECTION_CHUNK = 1 << 25
+SELECTION_CHUNK = 1 << 22
 SELECTION_BYTES = 24
 CANDIDATE_SHARE = 1 / 32
 

@@ -11,18 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import socket
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from conf.schema import ModelConfig
 from launch.plan.memory import SELECTION_CHUNK, GpuMemory, Setting, gpu_memory
+from tests.benchmarks.common import EXACT_MEMORY, ONE_THREAD, RESULTS, peak_resident_bytes, reset_peak, resident_bytes
+from tests.distributed import free_port
 from train.counts import count_parameters
 
-OUTPUT = Path("runs/bench/memory.json")
+OUTPUT = RESULTS / "memory.json"
 SMALL = {"vocab_size": 8000, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
 LARGE = {"vocab_size": 16000, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
 
@@ -75,17 +74,13 @@ CASES = (
 
 def measure(case: Case) -> dict[str, float | str | int]:
     """Run a case in processes of its own and compare."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # One memory arena and every large tensor mapped on its own, so that freed memory leaves the resident set.
-    env = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    port = free_port()
     command = [sys.executable, "-m", "tests.benchmarks.memory", "--case", json.dumps(asdict(case))]
     processes = []
     for rank in range(case.world_size):
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.world_size}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        variables = {**os.environ, **env, **{key: str(value) for key, value in world.items()}}
+        variables = {**os.environ, **ONE_THREAD, **EXACT_MEMORY, **{key: str(value) for key, value in world.items()}}
         processes.append(subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True))
     reports = [process.communicate(timeout=600)[0] for process in processes]
     if any(process.returncode for process in processes):
@@ -179,29 +174,6 @@ def warm_up(device) -> None:  # type: ignore[no-untyped-def]
     tokens = torch.randint(64, (2, 32), device=device)
     model(input_ids=tokens, labels=tokens).loss.backward()
     torch.optim.AdamW(model.parameters(), fused=True).step()
-
-
-def resident_bytes() -> int:
-    return _status("VmRSS")
-
-
-def peak_resident_bytes() -> int:
-    if sys.platform == "linux":
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def reset_peak() -> None:
-    """Forget the peak so far, where the system allows it: making the model is no part of a step."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return 1024 * int(line.split()[1])
 
 
 def main() -> None:

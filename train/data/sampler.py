@@ -59,9 +59,7 @@ class PermutationSampler(Sampler[int]):
     epoch has the same steps for any number of processes and any micro-batch.
     """
 
-    def __init__(
-        self, num_blocks: int, seed: int = 0, *, epoch: int = 0, start: int = 0, batch_size: int = 1
-    ) -> None:
+    def __init__(self, num_blocks: int, seed: int = 0, *, epoch: int = 0, start: int = 0, batch_size: int = 1) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks={num_blocks} must be at least 1: give more data.")
         if num_blocks < batch_size:

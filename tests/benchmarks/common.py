@@ -1,0 +1,160 @@
+"""What the benchmarks share: rows of runs/bench/*.json, the table, this machine, and this process's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("runs/bench")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# One memory arena and every large tensor mapped on its own, so that freed memory leaves the resident set.
+EXACT_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measurement beside what it is measured against; `details` are further keys of the row."""
+
+    name: str
+    seconds: float
+    baseline: str
+    baseline_seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        return self.baseline_seconds / self.seconds
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "seconds": self.seconds,
+            "baseline": self.baseline,
+            "baseline_seconds": self.baseline_seconds,
+            "ratio": self.ratio,
+            **self.details,
+        }
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers come from: processor, cores, GPU, torch."""
+    import torch
+
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"machine": processor(), "cores": os.cpu_count(), **gpu, "torch": torch.__version__}
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def publish(comparisons: Sequence[Comparison], output: Path, columns: Sequence[str] = ()) -> None:
+    """Write the rows and print them as a table, with `columns` of their details."""
+    from rich.console import Console
+    from rich.table import Table
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps([comparison.row() for comparison in comparisons], indent=2) + "\n")
+    table = Table("", "seconds", "baseline", "baseline seconds", "ratio", *columns)
+    for found in comparisons:
+        figures = [f"{found.seconds:.3f}", found.baseline, f"{found.baseline_seconds:.3f}", f"{found.ratio:.2f}"]
+        table.add_row(found.name, *figures, *(_cell(found.details.get(column)) for column in columns))
+    where = ", ".join(str(value) for value in machine().values())
+    # Wide enough for every column where the output is a file or a log.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print(f"{output} ({where})", highlight=False)
+
+
+def finish(missed: Sequence[str]) -> None:
+    """Exit with 1 and the sentences where goals were missed."""
+    if missed:
+        raise SystemExit(" ".join(missed))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def in_process(module: str, function: str, *arguments: object, **environment: str) -> Any:
+    """`module.function(*arguments)` in a fresh process of one thread; arguments and value as JSON."""
+    call = (
+        f"import json; from importlib import import_module; body = import_module({module!r}).{function}; "
+        f"print(json.dumps(body(*json.loads({json.dumps(arguments)!r}))))"
+    )
+    variables = {**os.environ, **ONE_THREAD, **environment}
+    done = subprocess.run([sys.executable, "-c", call], env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def clock(body: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
+    """Seconds of a call, and its value."""
+    synchronize(device)
+    started = time.perf_counter()
+    value = body()
+    synchronize(device)
+    return time.perf_counter() - started, value
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+# --- memory of this process ---
+
+
+def peak_beyond(body: Callable[[], Any], device: str = "cpu") -> int | None:
+    """By how much the peak during a call exceeds what is in use before; None where it cannot be measured."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        body()
+        return torch.cuda.max_memory_allocated() - before
+    if not reset_peak():
+        return None
+    before = resident_bytes()
+    body()
+    return max(0, peak_resident_bytes() - before)
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def reset_peak() -> bool:
+    """Forget the peak so far; False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,220 @@
+"""What sparsity costs a training step outside events: a sparse run against a dense one that takes turns with it.
+
+    python -m tests.benchmarks.overhead [--pairs 60] [key=value ...]     -> runs/bench/overhead.json
+
+Both runs are the project's own, the Trainer with FSDP2 on every GPU or on two CPU ranks, from the configuration
+`experiment=demo` (on GPUs a 162M model) and the overrides. In each rank they are two threads of which one works at a
+time, a step each, so that noise of the machine meets both. A sparse step is divided by the mean of the dense steps
+before and after it; the median of these ratios is the overhead. Exits with 1 where it is above 1.02.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, default_data_collator, set_seed
+from transformers.utils import logging
+
+from conf.compose import composed
+from launch.command import CONFIGS, DEFAULT_CPU_PROCESSES, child_environment, num_gpus
+from sparsity import Geometric, SparsityCallback
+from tests.benchmarks.common import RESULTS, Comparison, clock, finish, machine, publish, synchronize
+from train.arguments import training_arguments
+from train.data import Blocks
+from train.distributed import join_world
+from train.model import llama_config
+from train.plan import plan_run
+from train.trainer import PretrainingTrainer
+
+MOST_OVERHEAD = 1.02
+EVENTS = {"start_step": 2, "end_step": 8, "every_steps": 2}
+WARM_UP = 10
+ON_GPU = ("model=llama_162m", "trainer.per_device_train_batch_size=8")
+ALWAYS = ("experiment=demo", "batch_size=null", "trainer.save_strategy=no", "trainer.disable_tqdm=true")
+
+
+class Turns:
+    """Two threads of which one works at a time; the first begins."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._turn = 0
+        self._left: set[int] = set()
+
+    def wait(self, mine: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn == mine)
+
+    def hand_over(self, mine: int, leave: bool = False) -> None:
+        with self._changed:
+            if leave:
+                self._left.add(mine)
+            if 1 - mine not in self._left:
+                self._turn = 1 - mine
+            self._changed.notify_all()
+
+
+def run_in_turns(bodies: Sequence[Callable[[], Any]], turns: Turns) -> None:
+    """Run two functions as threads in turns. A rank that fails ends at once: its peers would wait for ever."""
+
+    def work(mine: int) -> None:
+        turns.wait(mine)
+        try:
+            bodies[mine]()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        turns.hand_over(mine, leave=True)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class Laps(TrainerCallback):
+    """Seconds from one step's begin to the next one's: data, step, callbacks, log. Ranks start each lap together."""
+
+    def __init__(self, turns: Turns, mine: int, device: str) -> None:
+        self.turns, self.mine, self.device = turns, mine, device
+        self.seconds: list[float] = []
+        self.started: float | None = None
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        synchronize(self.device)
+        if self.started is not None:
+            self.seconds.append(time.perf_counter() - self.started)
+        self.turns.hand_over(self.mine)
+        self.turns.wait(self.mine)
+        dist.barrier()
+        self.started = time.perf_counter()
+
+
+class TimedEvents(SparsityCallback):
+    """Keeps the seconds of each event."""
+
+    def __init__(self, schedule: Geometric, device: str) -> None:
+        super().__init__(schedule)
+        self.device, self.seconds = device, list[float]()
+
+    def prune(self, density: float, optimizer: Any = None) -> None:
+        self.seconds.append(clock(lambda: super(TimedEvents, self).prune(density, optimizer), self.device)[0])
+
+
+def rank_main(pairs: int, overrides: Sequence[str], output: Path) -> None:
+    """One rank of both runs; rank 0 writes the seconds of their laps and events, the slowest rank's each."""
+    logging.set_verbosity_error()
+    # A lap ends where the next step begins, so the last step has none.
+    config = composed("train", [*overrides, f"trainer.max_steps={WARM_UP + pairs + 2}"])
+    world = join_world(timeout_s=300)
+    plan = plan_run(config, world.size)
+    turns, device = Turns(), world.device.type
+    dense_laps, sparse_laps = Laps(turns, 0, device), Laps(turns, 1, device)
+    sparsity = TimedEvents(Geometric(sparsity=0.8, **EVENTS), device)
+    num_tokens = plan.batch_size * plan.num_steps * plan.sequence_length
+    tokens = np.random.default_rng(0).integers(plan.model.vocab_size, size=num_tokens)
+    trainers = []
+    for callbacks in ([dense_laps], [sparse_laps, sparsity]):
+        set_seed(0)
+        trainer = PretrainingTrainer(
+            world=world,
+            evaluator=lambda module: {},
+            model=LlamaForCausalLM._from_config(llama_config(plan.model), dtype=torch.float32),
+            args=training_arguments(config, plan, output.parent / "run"),
+            train_dataset=Blocks(tokens, plan.sequence_length),  # type: ignore[arg-type]
+            eval_dataset=[],
+            data_collator=default_data_collator,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainers.append(trainer)
+    run_in_turns([trainer.train for trainer in trainers], turns)
+
+    seconds = [dense_laps.seconds, sparse_laps.seconds, sparsity.seconds]
+    slowest = torch.tensor([*chain(*seconds)], dtype=torch.float64, device=world.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    dense, sparse, events = slowest.cpu().split([len(part) for part in seconds])
+    if world.is_main:
+        figures = {"dense": dense[WARM_UP:].tolist(), "sparse": sparse[WARM_UP:].tolist(), "events": events.tolist()}
+        details = {"model": plan.model.name, "num_params": plan.counts.total, "batch_tokens": plan.batch_tokens}
+        details |= {"device": device, "ranks": world.size, **machine()}
+        output.write_text(json.dumps({**figures, "details": details}))
+    world.leave()
+
+
+def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
+    """Train both runs through accelerate on this machine's devices."""
+    gpus = num_gpus(os.environ)
+    overrides = [*ALWAYS, *(ON_GPU if gpus else ()), *overrides]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "laps.json")
+        command = [
+            *(
+                sys.executable,
+                "-m",
+                "launch.agent",
+                "--config_file",
+                str(CONFIGS / ("gpu.yaml" if gpus else "cpu.yaml")),
+            ),
+            *("--num_processes", str(gpus or DEFAULT_CPU_PROCESSES), "--main_process_port", "0"),
+            *("-m", "tests.benchmarks.overhead", "--rank", str(output), "--pairs", str(pairs), *overrides),
+        ]
+        subprocess.run(command, env=child_environment(os.environ, gpus), check=True, stdout=sys.stderr)
+        return compare(**json.loads(output.read_text()))
+
+
+def compare(dense: list[float], sparse: list[float], events: list[float], details: dict[str, Any]) -> list[Comparison]:
+    """The rows of the laps: each sparse one lies between two dense ones. The first event, a warm-up, is left out."""
+    ratios = [2 * lap / (before + after) for lap, before, after in zip(sparse, dense, dense[1:], strict=False)]
+    # Standard error of a median: 1.2533 times a mean's; the deviation from the quartiles, so that bursts do not count.
+    quartiles = statistics.quantiles(ratios, n=4)
+    error = 1.2533 * (quartiles[2] - quartiles[0]) / 1.349 / len(ratios) ** 0.5
+    paired = {"overhead": statistics.median(ratios), "overhead_error": error, "pairs": len(ratios)}
+    step, event = statistics.median(dense), statistics.median(events[1:])
+    return [
+        Comparison("sparse step", statistics.median(sparse), "dense step", step, {**paired, **details}),
+        Comparison("prune event", event, "dense step", step, {"events": len(events), **details}),
+    ]
+
+
+def missed_goals(comparisons: Sequence[Comparison]) -> list[str]:
+    overhead = comparisons[0].details["overhead"]
+    if overhead <= MOST_OVERHEAD:
+        return []
+    return [f"A sparse step takes {overhead:.4f} times a dense one, the goal is at most {MOST_OVERHEAD}."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--output", type=Path, default=RESULTS / "overhead.json")
+    parser.add_argument("--rank", type=Path, help="the body of one rank, started by this script")
+    parser.add_argument("overrides", nargs="*", help="of the configuration, such as model=llama_58m")
+    options = parser.parse_args()
+    if options.rank:
+        rank_main(options.pairs, options.overrides, options.rank)
+        return
+    found = measure(options.pairs, options.overrides)
+    publish(found, options.output, ["overhead", "overhead_error", "device", "ranks"])
+    finish(missed_goals(found))
+
+
+if __name__ == "__main__":
+    main()

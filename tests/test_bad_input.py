@@ -1,0 +1,178 @@
+"""What bad input gets: one sentence that names the value, the rule and the remedy, from one rank, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from filelock import FileLock
+
+from conf.cli import sentence
+from tests.commands import run_command
+from tests.test_run import tiny, write_text
+
+
+def the_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The one error line of a command that failed without a traceback."""
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stderr, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+CONFIG_MISTAKES = [
+    ("sparsity.target=1", "sparsity.target=1.0 is outside [0, 1)"),
+    ("sparsity.target=-0.1", "sparsity.target=-0.1 is outside [0, 1)"),
+    ("sparsity.target=80", "0.8 for 80 %"),
+    ("sparsity.window={start:30,end:10}", "reversed"),
+    ("sparsity.window={start:10,end:500}", "outside a run of 360 steps"),
+    ("sparsity.window={start:10,end:20,every:3}", "not divisible by every_steps=3"),
+    ("sparsity.window={start:10,end:20,every:0}", "sparsity.window.every=0 must be at least 1"),
+    ("sparsity.targt=0.5", "did you mean sparsity.target?"),
+    ("trainer.learning_rat=1", "did you mean trainer.learning_rate?"),
+    ("trainer.max_steps=many", "trainer.max_steps"),
+    ("trainer.max_steps=0", "trainer.max_steps=0 must be at least 1"),
+    ("model=nothing", "Could not find 'model/nothing'"),
+    ("model.hidden_size=100", "model.hidden_size=100 must be"),
+    ("data=text", "data=text needs data.path"),
+    ("data.heldout_share=1.5", "data.heldout_share=1.5 is outside (0, 1)"),
+    ("data.sequence_length=4096", "data.sequence_length=4096 is longer than the model's context"),
+    ("launch.num_processes=0", "launch.num_processes=0 must be at least 1"),
+    ("launch.num_processes=7", "cannot be shared by 7 processes"),
+    ("launch.config_file=nowhere.yaml", "launch.config_file=nowhere.yaml does not exist"),
+    ("run_name=../outside", "leaves the runs folder"),
+    ("resume=maybe", "resume=maybe is not known"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), CONFIG_MISTAKES)
+def test_a_mistake_in_the_config_is_said_before_any_process_starts(override, message, tmp_path):
+    done = run_command(["launch", "experiment=demo", override], cwd=tmp_path)
+    assert message in the_error(done)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["launch", "train", "eval", "launch.plan"])
+def test_every_command_names_a_mistyped_key(module, tmp_path):
+    assert "data.heldout_shar" in the_error(run_command([module, "data.heldout_shar=0.5"], cwd=tmp_path))
+
+
+DATA_MISTAKES = {
+    "not json": ([json.dumps({"text": "words " * 30})] * 11 + ['{"text": '], "bad.jsonl, line 12"),
+    "too small": ([json.dumps({"text": "words"})], "less than one block of 32"),
+}
+
+
+@pytest.mark.parametrize("kind", DATA_MISTAKES)
+def test_bad_data_is_named_by_one_rank_and_leaves_no_run(kind, tmp_path):
+    lines, message = DATA_MISTAKES[kind]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(lines))
+    done = run_command(["launch", *tiny(tmp_path, f"data.path={path}")])
+    assert message in the_error(done)
+    assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
+
+
+OTHER_MISTAKES = [
+    (["sparsity.include=[model.nothing.*]"], "matches no parameter"),
+    (["+trainer.extra.neftune_noise_alph=1"], "did you mean neftune_noise_alpha?"),
+    (["tokenizer=nobody/nothing"], "nobody/nothing"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), OTHER_MISTAKES)
+def test_what_only_the_ranks_can_find_is_said_once(overrides, message, tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    assert message in the_error(run_command(["launch", *tiny(tmp_path), *overrides]))
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
+    from train.data.tokenizer import train_bpe, wrap_bpe
+
+    train_bpe(["some words to train on " * 20], 270, tmp_path / "tokenizer.json")
+    wrap_bpe(tmp_path / "tokenizer.json", 32).save_pretrained(tmp_path / "tokenizer")
+    write_text(tmp_path / "text.jsonl")
+    overrides = [f"tokenizer={tmp_path}/tokenizer", "model.vocab_size=100"]
+    error = the_error(run_command(["launch", *tiny(tmp_path, *overrides)]))
+    assert "vocab_size=100" in error
+
+
+def test_a_folder_in_use_by_a_live_process_is_refused(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        done = run_command(["launch", *tiny(tmp_path, "overwrite=true")])
+    assert "in use by a live process" in the_error(done)
+
+
+def test_an_existing_folder_of_something_else_is_left_alone(tmp_path):
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    done = run_command(["launch", *tiny(tmp_path)])
+    assert "holds files that are no run's" in the_error(done)
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_disk_without_room_is_refused(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    done = run_command(["launch", *tiny(tmp_path, "model.num_hidden_layers=100000000", "launch.num_processes=1")])
+    error = the_error(done)
+    assert "GB free and the run needs" in error
+    assert "another runs_dir" in error
+
+
+def test_a_runs_dir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_command(["launch", *tiny(tmp_path), f"runs_dir={tmp_path}/file"])
+    assert "Not a directory" in the_error(done)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_runs_dir_without_permission_is_refused(tmp_path):
+    (tmp_path / "runs").mkdir(mode=0o500)
+    done = run_command(["launch", *tiny(tmp_path)])
+    assert "Permission denied" in the_error(done)
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(28, "free some space"), (13, "you may write to"), (30, "read-only")])
+def test_errors_of_the_file_system_name_path_and_remedy(number, remedy):
+    said = sentence(OSError(number, os.strerror(number), "runs/demo/config.yaml"))
+    assert "runs/demo/config.yaml" in said
+    assert remedy in said
+
+
+def test_a_process_that_belongs_to_no_world_is_refused(tmp_path):
+    done = run_command(["train", *tiny(tmp_path)], ACCELERATE_USE_FSDP="true")
+    assert "one process that belongs to no world" in the_error(done)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_world_smaller_than_accelerate_was_asked_for_is_refused(monkeypatch):
+    """What stock accelerate does on CPUs: each process believes to be alone."""
+    import train.distributed as distributed
+
+    alone = SimpleNamespace(num_processes=1, process_index=0, distributed_type="NO", device="cpu")
+    monkeypatch.setattr(distributed, "PartialState", lambda **_: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="asked for 2 processes but made a world of 1"):
+        distributed.join_world(60)
+
+
+def test_a_world_without_fsdp2_is_refused_where_it_was_asked_for(monkeypatch):
+    from train.distributed import check_fsdp2
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    without = SimpleNamespace(is_fsdp2=False, distributed_type=SimpleNamespace(value="MULTI_CPU"))
+    with pytest.raises(ValueError, match=r"FSDP2 was asked for, but accelerate .* set up MULTI_CPU"):
+        check_fsdp2(without)
+
+
+def test_more_processes_in_the_config_than_were_started_are_refused(tmp_path):
+    done = run_command(["train", *tiny(tmp_path, "launch.num_processes=2")])
+    assert "launch.num_processes=2, but 1 was started" in the_error(done)

@@ -1,0 +1,64 @@
+"""The benchmarks on the smallest inputs: what their files hold, and when a goal counts as missed. Never their times."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.benchmarks import overhead, selection
+from tests.benchmarks.common import Comparison, publish
+
+CONTRACT = {"name", "seconds", "baseline", "baseline_seconds", "ratio"}
+
+
+def test_the_selection_benchmark_writes_what_the_contract_names(tmp_path, capsys):
+    publish(selection.measure(numel=200_000, sparsity=0.8, rounds=1), tmp_path / "selection.json", ["extra_bytes"])
+    rows = json.loads((tmp_path / "selection.json").read_text())
+    baselines = ["global_unstructured", "topk", "kthvalue", "global_unstructured, one process", "gather + kthvalue"]
+    assert [row["baseline"] for row in rows if row["device"] == "cpu"] == baselines
+    for row in rows:
+        assert row.keys() >= CONTRACT | {"numel", "threads", "ranks", "machine", "torch"}
+        assert row["ratio"] == row["baseline_seconds"] / row["seconds"] > 0
+    assert "gather + kthvalue" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_overhead_benchmark_writes_what_the_contract_names(tmp_path):
+    small = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.max_position_embeddings=16"]
+    publish(overhead.measure(2, [*small, "trainer.per_device_train_batch_size=2"]), tmp_path / "overhead.json")
+    step, event = json.loads((tmp_path / "overhead.json").read_text())
+    assert (step["name"], step["baseline"], step["pairs"]) == ("sparse step", "dense step", 2)
+    assert (event["name"], event["events"]) == ("prune event", 4)
+    for row in (step, event):
+        assert row.keys() >= CONTRACT
+        assert row["ratio"] == row["baseline_seconds"] / row["seconds"] > 0
+    assert step["overhead"] > 0
+
+
+def test_a_sparse_step_is_compared_with_the_dense_ones_around_it():
+    step, event = overhead.compare(dense=[1.0, 3.0, 1.0], sparse=[2.2, 2.0, 9.0], events=[9.0, 0.5], details={})
+    assert step.details["overhead"] == pytest.approx(1.05)
+    assert (event.seconds, event.baseline_seconds) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "extra_bytes", "num_missed"), [(1.0, 1 << 20, 0), (1.1, None, 1), (1.1, 64 << 20, 2)]
+)
+def test_selection_misses_its_goals_below_15_times_or_from_64_mib(seconds, extra_bytes, num_missed):
+    details = {"device": "cpu", "extra_bytes": extra_bytes}
+    missed = selection.missed_goals([Comparison("ours", seconds, "global_unstructured", 15.0, details)])
+    assert len(missed) == num_missed
+
+
+@pytest.mark.parametrize(("ratio", "num_missed"), [(1.02, 0), (1.021, 1)])
+def test_overhead_misses_its_goal_above_two_percent(ratio, num_missed):
+    assert (
+        len(overhead.missed_goals([Comparison("sparse step", 1.0, "dense step", 1.0, {"overhead": ratio})]))
+        == num_missed
+    )
+
+
+@pytest.mark.parametrize("numel", [999, 200_000, 2_000_000])
+def test_the_weights_are_as_many_as_asked_for(numel):
+    assert sum(weight.numel() for weight in selection.make_weights(numel)) == numel
