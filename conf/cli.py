@@ -39,7 +39,8 @@ def fail(error: Exception, quiet: bool = False) -> None:
 def stop(words: str, code: int, quiet: bool = False) -> None:
     """End this process with a sentence on stderr and an exit code."""
     if not quiet:
-        print(f"error: {words}", file=sys.stderr, flush=True)
+        # A progress bar may stand in the line.
+        print(f"\nerror: {words}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -5,57 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.commands import run_command
+from tests.interrupted import STEPS, interrupted, one_error, records_of, tensors_of, unfinished
 from tests.processes import launched
 from tests.test_callback import read_offline_history
-from tests.test_run import tiny, write_text
 
-STEPS = 60
 KILLS = {"before the window": 12, "in the window": 30, "after the window": 49}
 
 
-def interrupted(folder: Path, name: str, *overrides: str) -> list[str]:
-    """60 steps of 17 an epoch, two micro-batches a step, pruned at steps 20 to 40; saving and logging out of step."""
-    return tiny(
-        folder, f"run_name={name}", f"trainer.max_steps={STEPS}", "data.max_documents=44", "trainer.save_steps=7",
-        "trainer.logging_steps=3", "sparsity.window.of=steps", "sparsity.window.start=20", "sparsity.window.end=40",
-        "sparsity.window.every=2", *overrides,
-    )  # fmt: skip
-
-
-def records_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's records, without the one figure that is a matter of time."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "train/tokens_per_second"} for record in records]
-
-
-def tensors_of(run_dir: Path, pattern: str) -> dict[str, bytes]:
-    """Every tensor's bytes, of all files that fit."""
-    return {
-        f"{path.name}:{name}": tensor.contiguous().view(-1).numpy().tobytes()
-        for path in sorted(run_dir.glob(pattern))
-        for name, tensor in load_file(path).items()
-    }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    write_text(folder / "text.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(folder) -> Path:
-    """The run that nothing happened to."""
-    done = run_command(["launch", *interrupted(folder, "whole", "logger=none")])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "runs" / "whole"
+def copy_run(run_dir: Path, name: str) -> None:
+    """The run as it lies there, under another name."""
+    copy = run_dir.with_name(name)
+    shutil.copytree(run_dir, copy)
+    config = (copy / "config.yaml").read_text().replace(f"run_name: {run_dir.name}", f"run_name: {name}")
+    (copy / "config.yaml").write_text(config)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +35,9 @@ def killed(folder, whole) -> Path:
         with launched(command, run_dir) as run:
             run.wait_for_step(step)
             run.kill_all()
+        if step == KILLS["in the window"]:
+            for name in ("one", "three"):
+                copy_run(run_dir, name)
     with open(run_dir / "metrics.jsonl", "a") as metrics:
         metrics.write('{"train/global_step": 51, "train/lo')
     with launched(command, run_dir) as run:
@@ -114,27 +85,6 @@ def test_no_file_of_a_run_is_a_pickle(killed):
         assert not path.is_file() or b"\x80\x04\x95" not in path.read_bytes()[:4096]
 
 
-def unfinished(folder: Path, whole: Path, name: str) -> Path:
-    """A copy of the whole run as it would be had it been killed in its evaluation."""
-    run_dir = folder / "runs" / name
-    shutil.copytree(whole, run_dir)
-    for file in ("summary.json", "report.png", "sample.txt"):
-        (run_dir / file).unlink()
-    config = (run_dir / "config.yaml").read_text().replace("run_name: whole", f"run_name: {name}")
-    (run_dir / "config.yaml").write_text(config)
-    return run_dir
-
-
-def one_error(command: list[str], **options: Any) -> str:
-    """The one line that `python -m launch` says is wrong."""
-    done = run_command(["launch", *command, *[f"{key}={value}" for key, value in options.items()]])
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode != 0
-    assert len(errors) == 1, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    return errors[0]
-
-
 def test_resume_never_refuses_an_unfinished_run_and_must_an_empty_folder(folder, whole):
     unfinished(folder, whole, "never")
     refusal = one_error(interrupted(folder, "never", "logger=none", "resume=never"))
@@ -166,3 +116,24 @@ def test_a_kill_in_the_export_is_survived_and_a_damaged_checkpoint_is_passed_ove
         "checkpoint-56", "checkpoint-60", "checkpoint-60.damaged",
     ]  # fmt: skip
     assert not (run_dir / "model.tmp").exists()
+
+
+@pytest.mark.parametrize(("name", "worlds"), [("one", (1, 2)), ("three", (3,))], ids=["2 -> 1 -> 2", "2 -> 3"])
+def test_another_number_of_ranks_goes_on_with_the_same_masks_and_losses(folder, whole, killed, name, worlds):
+    run_dir = folder / "runs" / name
+    for world in worlds:
+        command = interrupted(folder, name, f"launch.num_processes={world}")
+        with launched(command, run_dir) as run:
+            if world != worlds[-1]:
+                run.wait_for_step(45)
+                run.kill_all()
+            else:
+                assert run.wait() == 0, run.stderr[-3000:]
+    found, expected = records_of(run_dir), records_of(whole)
+    assert [record["train/global_step"] for record in found] == [record["train/global_step"] for record in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+        assert mine["sparsity/density"] == theirs["sparsity/density"]
+        assert mine["sparsity/average_density"] == theirs["sparsity/average_density"]
+    mine, theirs = (load_file(path / "model" / "model.safetensors") for path in (run_dir, whole))
+    assert all(torch.equal(mine[tensor] == 0, theirs[tensor] == 0) for tensor in theirs)

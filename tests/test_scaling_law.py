@@ -5,15 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from eval.law_report import interval
+from eval.scaling_law import main, quoted_list
 
 from eval.claim import held_out_residuals, paired, verdict
 from eval.identifiable import levels
 from eval.law import Law
 from eval.law_fit import Fit, Problem, _grid, _objective, bootstrap, check_hessian, fit_law
-from eval.law_report import interval
 from eval.lbfgs import minimise
 from eval.points import read_points
-from eval.scaling_law import main, quoted_list
 from launch.plan.request import read_request
 from launch.plan.series import table_row
 from tests.commands import run_command

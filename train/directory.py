@@ -6,6 +6,7 @@ runs/NAME/  config.yaml  metrics.jsonl  summary.json  report.png  model/  checkp
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,15 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} is in use by a live process: wait for it or end it, or take another run_name."
             ) from None
-        if config.overwrite:
+        # The agent that starts a run again after a failure repeats the command: it must not begin anew.
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if config.overwrite and not is_restart:
             self._empty()
         elif self.config.exists():
             self._check_same(config)
             if self.summary.exists():
                 return json.loads(self.summary.read_text())
-            if config.resume == "never":
+            if config.resume == "never" and not is_restart:
                 raise ValueError(
                     f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
                     "anew, or resume=auto to go on with it."

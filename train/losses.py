@@ -32,6 +32,10 @@ class StepLosses:
             self._num_averaged = num_steps
         return self._values[:num_steps]
 
+    def latest(self, step: int) -> Tensor:
+        """This rank's own loss of a step that was not averaged yet."""
+        return self._values[step]
+
     def load(self, averaged: Tensor) -> None:
         """Go on behind the losses of a checkpoint."""
         self._values.zero_()

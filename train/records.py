@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import netrc
 import os
 import sys
@@ -85,7 +86,7 @@ class Recorder(TrainerCallback):
         if _identity(record) in self._written:
             return
         self._written.add(_identity(record))
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
         if self.wandb_run is None:
             return
         if any(name.startswith("layer_density/") for name in record):
@@ -94,6 +95,12 @@ class Recorder(TrainerCallback):
             layers = [value for name, value in record.items() if name.startswith("layer_density/")]
             record = {**record, "sparsity/layer_density": wandb.Histogram(layers, num_bins=20)}
         self.wandb_run.log(record)
+
+    def close(self) -> None:
+        """End the records where the run is interrupted."""
+        self._file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=1)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._file.close()
@@ -116,6 +123,11 @@ def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
 def _identity(record: dict[str, Any]) -> tuple[int, str]:
     """A step has one record of each kind: of training, of evaluation."""
     return record["train/global_step"], "train" if "train/loss" in record else "eval"
+
+
+def _finite(value: Any) -> Any:
+    """json has no NaN: what is not finite becomes null."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _grouped(name: str) -> str:

@@ -27,19 +27,26 @@ from train.distributed import World
 from train.durable import write_atomically
 from train.export import export_model
 from train.figure import draw_report, read_records
+from train.guard import StepGuard
+from train.heartbeat import Heartbeat
 from train.model import build_model
 from train.plan import RunPlan
+from train.preempt import Preemption
 from train.publish import push_to_hub, renew_card
 from train.records import ProgressBar, Recorder, start_wandb
 from train.resume import checkpoint_to_resume, data_fingerprint
 from train.scoring import Score, score_stream
+from train.stop import RunStopped
 from train.summary import summarize
 from train.text import closing_words, opening_words, write_sample
 from train.trainer import PretrainingTrainer, RunState
 
 
-def run(config: Config, plan: RunPlan, world: World) -> None:
-    """Train, evaluate and export one model. Collective: every rank of the world calls it."""
+def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
+    """Train, evaluate and export one model. Collective: every rank of the world calls it.
+
+    RunStopped, on every rank, where the run ends early and can go on.
+    """
     started = time.monotonic()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -71,6 +78,8 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
             carried={"data": fingerprint},
             before_save=recorder.sync if recorder else lambda: None,
         ),
+        guard=StepGuard(world, preemption, config.max_skipped),
+        heartbeat=heartbeat,
         batch_size=plan.batch_size,
         evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
         model=model,
@@ -85,7 +94,12 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
     say(world, opening_words(plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
     if resume_from is not None:
         say(world, f"  resumed from {resume_from}")
-    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    except RunStopped:
+        if recorder is not None:
+            recorder.close()
+        raise
 
     score = score_heldout(trainer.model_wrapped, data, config, world)
     export_model(
@@ -121,7 +135,7 @@ def identity(plan: RunPlan) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "sequence_length": plan.sequence_length,
         "num_steps": plan.num_steps,
-        "schedule": asdict(plan.schedule) if plan.schedule else None,  # type: ignore[call-overload]
+        "schedule": asdict(plan.schedule) if plan.schedule else None,
     }
 
 

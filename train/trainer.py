@@ -19,6 +19,8 @@ from train.checkpoint_read import CheckpointReader, load_masks, load_optimizer, 
 from train.checkpoint_write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.data.sampler import PermutationSampler
 from train.distributed import World, check_fsdp2
+from train.guard import StepGuard
+from train.heartbeat import Heartbeat
 from train.losses import StepLosses
 from train.rng import rng_state, set_rng_state
 from train.stop import RunStopped
@@ -49,6 +51,8 @@ class PretrainingTrainer(Trainer):
         evaluator: Callable[[nn.Module], dict[str, float]],
         sparsity: SparsityCallback | None,
         run_state: RunState,
+        guard: StepGuard,
+        heartbeat: Heartbeat,
         batch_size: int,
         **kwargs: Any,
     ) -> None:
@@ -58,6 +62,9 @@ class PretrainingTrainer(Trainer):
         self.evaluator = evaluator
         self.sparsity = sparsity
         self.run_state = run_state
+        self.guard = guard
+        self.heartbeat = heartbeat
+        self.add_callback(guard)
         self.batch_size = batch_size
         self.model_accepts_loss_kwargs = False
         self.train_seconds = 0.0
@@ -70,9 +77,14 @@ class PretrainingTrainer(Trainer):
         self._sampler: PermutationSampler | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train to the end, or to the step at which the guard stops the run: then RunStopped, behind a checkpoint."""
         self._since = time.monotonic()
+        self.guard.preemption.at_step_ends = True
         result = super().train(*args, **kwargs)
         self._count_time()
+        if self.guard.stop is not None:
+            raise self.guard.stop
+        self.guard.preemption.at_step_ends = False
         return result
 
     def _count_time(self) -> None:
@@ -87,15 +99,28 @@ class PretrainingTrainer(Trainer):
         return [name for name, _ in model.named_parameters()]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.heartbeat.beat(self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.add(self.state.global_step, loss)
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The gradient norm; where it or the loss is not finite the gradients are dropped, so that no update is "
+        "made."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # With a loss scaler infinite gradients are its business: it skips the update and lowers the scale.
+        norm = None if getattr(self.accelerator, "scaler", None) is not None else grad_norm
+        if not self.guard.allows_update(self._losses.latest(self.state.global_step), norm):
+            assert self.optimizer is not None
+            self.optimizer.zero_grad()
+        return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean loss since the last logged step, wherever the run was resumed in between. Collective."""
         if "loss" in logs:
             losses = self.step_losses()[self._last_logged_step :]
-            logs["loss"] = float(losses.mean())
+            logs["loss"] = float(losses[losses.isfinite()].mean())
+            logs["skipped_steps"] = self.guard.num_skipped
             self._last_logged_step = self.state.global_step
         super().log(logs, start_time)
 
@@ -153,6 +178,7 @@ class PretrainingTrainer(Trainer):
             },
             "scaler": scaler.state_dict() if scaler is not None else None,
             "sparsity": self.sparsity.state() if self.sparsity else None,
+            "num_skipped": self.guard.num_skipped,
             "last_logged_step": self._last_logged_step,
             "train_seconds": self.train_seconds,
         }
@@ -186,6 +212,7 @@ class PretrainingTrainer(Trainer):
         losses = reader.tensor("losses", 0)
         assert losses is not None
         self._losses.load(losses)
+        self.guard.num_skipped = state["num_skipped"]
         self._last_logged_step = state["last_logged_step"]
         self.earlier_seconds = self.train_seconds = state["train_seconds"]
         if self.sparsity is not None:
