@@ -48,6 +48,10 @@ class ModelConfig:
             self.match in (None, "average"),
             f"model.match={self.match} is not known: give average for a dense twin, or null.",
         )
+        check(
+            not {"", ".", ".."} & set(self.name.split("/")),
+            f"model.name={self.name} names the run's folder and leaves the runs folder: give a plain name.",
+        )
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             value = getattr(self, key)
             check(value > 0, f"model.{key}={value} must be at least 1.")
@@ -327,6 +331,8 @@ class Config:
     dry_run: bool = False
     batch_size: int | None = None
     """Sequences per optimizer step over all processes, kept whatever the number of devices."""
+    init_from: str | None = None
+    """A transformers folder to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient norm are not finite, before the run stops."""
     tokenizer: str = "train"
@@ -352,7 +358,7 @@ class Config:
         for key in ("run_name", "sweep_name"):
             name = getattr(self, key)
             check(
-                name is None or (name != "" and not name.startswith("/") and ".." not in name.split("/")),
+                name is None or not {"", ".", ".."} & set(name.split("/")),
                 f"{key}={name} leaves the runs folder: give a plain name, or a path below {self.runs_dir}.",
             )
 

@@ -31,7 +31,8 @@ from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layou
 class SparsityCallback(TrainerCallback):
     """Prunes the globally smallest weights before the steps that the schedule names, and keeps them at exactly 0.
 
-    `include` and `requires_dense` are name patterns, see `prunable_parameters`. Figures go into the Trainer's log
+    `include` and `requires_dense` are name patterns, see `prunable_parameters`. With `keep_zeros` a run that starts from
+    a sparse model keeps its zeros, and events prune only beyond them. Figures go into the Trainer's log
     history and, with `report` and a running wandb run, to wandb. Draws from no global random generator and leaves
     survivors untouched: with a sparsity of 0 a run equals one without the callback to the last bit.
 
@@ -47,12 +48,16 @@ class SparsityCallback(TrainerCallback):
         requires_dense: Sequence[str] = (),
         seed: int = 0,
         report: bool = True,
+        keep_zeros: bool = False,
     ) -> None:
         self.schedule = schedule
         self.score = score_named(score, seed)
         self.include = include
         self.requires_dense = requires_dense
         self.report = report
+        self.keep_zeros = keep_zeros
+        self.num_inherited = 0
+        """Weights that were zero when the run began and are kept so."""
         self.threshold: float | None = None
         """The largest magnitude that the last event pruned; None before the first and for other scores."""
         self.kept: dict[str, int] = {}
@@ -114,6 +119,8 @@ class SparsityCallback(TrainerCallback):
         self.bind(model)
         if state.global_step > 0:
             self._restore(state.global_step)
+        elif self.keep_zeros:
+            self.inherit()
 
     def on_step_begin(
         self,
@@ -123,7 +130,7 @@ class SparsityCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if state.global_step in self._events:
+        if state.global_step in self._events and self.schedule.density(state.global_step) < self.density:
             self.prune(self.schedule.density(state.global_step), optimizer)
         self._density_sum += self.density
         self._num_steps += 1
@@ -163,6 +170,12 @@ class SparsityCallback(TrainerCallback):
         self.num_prunable = sum(param.numel() for param in self._parameters.values())
         self.kept = {name: param.numel() for name, param in self._parameters.items()}
 
+    def inherit(self) -> None:
+        """Take the masks over from the model's exact zeros. Collective."""
+        masks_from_zeros(self._shards)
+        self._count()
+        self.num_inherited = self.num_prunable - sum(self.kept.values())
+
     def prune(self, density: float, optimizer: Any = None) -> None:
         """Prune to `density`: round((1 - density) x N) weights in all. Collective over all ranks."""
         num_pruned = round((1.0 - density) * self.num_prunable)
@@ -194,6 +207,7 @@ class SparsityCallback(TrainerCallback):
             "density_sum": self._density_sum,
             "num_steps": self._num_steps,
             "threshold": self.threshold,
+            "num_inherited": self.num_inherited,
             "kept": dict(self.kept),
         }
 
@@ -218,13 +232,14 @@ class SparsityCallback(TrainerCallback):
                 "edited; resume from another checkpoint."
             )
         density = self.schedule.density(global_step - 1) if global_step else 1.0
-        scheduled = round((1.0 - density) * self.num_prunable)
+        scheduled = max(round((1.0 - density) * self.num_prunable), state["num_inherited"])
         pruned = self.num_prunable - sum(self.kept.values())
         if pruned != scheduled:
             raise ValueError(
                 f"The checkpoint has {pruned:,} pruned weights where the schedule prunes {scheduled:,} before step "
                 f"{global_step}: it is of another schedule; resume from another checkpoint."
             )
+        self.num_inherited = state["num_inherited"]
         self.threshold = state["threshold"]
         self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
         self._is_loaded = True
@@ -232,11 +247,11 @@ class SparsityCallback(TrainerCallback):
     def _restore(self, global_step: int) -> None:
         """Take the masks of a resumed run from its zeros, and refuse weights that are not as sparse as they must be."""
         num_pruned = round((1.0 - self.schedule.density(global_step - 1)) * self.num_prunable)
-        if num_pruned:
+        if num_pruned or self.keep_zeros:
             masks_from_zeros(self._shards)
             self._count()
             found = self.num_prunable - sum(self.kept.values())
-            if found != num_pruned:
+            if found != num_pruned and not (self.keep_zeros and found > num_pruned):
                 raise ValueError(
                     f"The checkpoint has {found:,} zero weights where {num_pruned:,} are pruned after step "
                     f"{global_step - 1}: it is not of this run or lost its masks; resume from another one."

@@ -17,6 +17,7 @@ from conf.cli import user_errors
 from conf.schema import Config
 from sparsity import SparsityCallback, prunable_parameters
 from sparsity.prunable import linear_weights
+from sparsity.schedule import Unpruned
 from sparsity.shards import local_values, rank_layout
 from train.arguments import training_arguments
 from train.card import write_card
@@ -29,6 +30,7 @@ from train.export import export_model
 from train.figure import draw_report, read_records
 from train.guard import StepGuard
 from train.heartbeat import Heartbeat
+from train.initial import load_initial_weights
 from train.model import build_model
 from train.plan import RunPlan
 from train.preempt import Preemption
@@ -63,6 +65,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
     model = build_model(plan.model, tokenizer, config.trainer.seed)
     with user_errors(quiet=not world.is_main):
+        if config.init_from is not None:
+            load_initial_weights(model, config.init_from)
         prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
     fingerprint = world.on_main(data_fingerprint, data.folder)
     resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
@@ -145,11 +149,12 @@ def say(world: World, words: str) -> None:
 
 
 def sparsity_callback(config: Config, plan: RunPlan) -> SparsityCallback | None:
-    """The callback of a sparse run; its figures go out through the Recorder."""
-    if plan.schedule is None:
+    """The callback of a sparse run, or of one that may start sparse; its figures go out through the Recorder."""
+    if plan.schedule is None and config.init_from is None:
         return None
     return SparsityCallback(
-        plan.schedule,
+        plan.schedule or Unpruned(),
+        keep_zeros=config.init_from is not None,
         score=config.sparsity.score,  # type: ignore[arg-type]
         include=config.sparsity.include,
         requires_dense=config.sparsity.requires_dense,
