@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench torture clean
 .DEFAULT_GOAL := demo
 
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -35,6 +35,9 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.selection
 	$(BIN)/python -m tests.benchmarks.overhead
+
+torture: $(READY)
+	$(BIN)/python -m tests.torture
 
 clean:
 	rm -rf $(VENV) *.egg-info

@@ -36,6 +36,14 @@ def fail(error: Exception, quiet: bool = False) -> None:
     sys.exit(USER_ERROR_CODE)
 
 
+def stop(words: str, code: int, quiet: bool = False) -> None:
+    """End this process with a sentence on stderr and an exit code."""
+    if not quiet:
+        # A progress bar may stand in the line.
+        print(f"\nerror: {words}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 def sentence(error: Exception) -> str:
     """An error in one sentence; the operating system's own errors get the path they are about."""
     if isinstance(error, OSError) and error.strerror:

@@ -48,6 +48,10 @@ class ModelConfig:
             self.match in (None, "average"),
             f"model.match={self.match} is not known: give average for a dense twin, or null.",
         )
+        check(
+            not {"", ".", ".."} & set(self.name.split("/")),
+            f"model.name={self.name} names the run's folder and leaves the runs folder: give a plain name.",
+        )
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             value = getattr(self, key)
             check(value > 0, f"model.{key}={value} must be at least 1.")
@@ -204,7 +208,8 @@ class TrainerConfig(OptimConfig):
     dataloader_num_workers: int = 0
     dataloader_pin_memory: bool = True
     dataloader_prefetch_factor: int | None = None
-    ddp_timeout: int = 1800
+    ddp_timeout: int = 600
+    """Seconds that a rank waits for the others in a collective before the run ends with an error."""
     disable_tqdm: bool | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     """Any other TrainingArguments name: `+trainer.extra.neftune_noise_alpha=5`."""
@@ -214,6 +219,11 @@ class TrainerConfig(OptimConfig):
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"trainer.{key}={value} must be at least 1.")
+        check(self.ddp_timeout >= 1, f"trainer.ddp_timeout={self.ddp_timeout} must be at least 1 second.")
+        check(
+            self.save_total_limit >= 1,
+            f"trainer.save_total_limit={self.save_total_limit} must be at least 1: the newest checkpoint is always kept.",
+        )
         check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
 
 
@@ -297,12 +307,15 @@ class LaunchConfig:
     """Processes on this machine; where it is null all GPUs, and two processes on a machine without."""
     config_file: str | None = None
     """An accelerate config; where it is null the one in launch/accelerate that fits this machine."""
+    max_restarts: int = 0
+    """How often a run that lost a rank is started again from its checkpoint, without being asked."""
 
     def __post_init__(self) -> None:
         check(
             self.num_processes is None or self.num_processes >= 1,
             f"launch.num_processes={self.num_processes} must be at least 1.",
         )
+        check(self.max_restarts >= 0, f"launch.max_restarts={self.max_restarts} must be at least 0.")
 
 
 @dataclass
@@ -318,6 +331,10 @@ class Config:
     dry_run: bool = False
     batch_size: int | None = None
     """Sequences per optimizer step over all processes, kept whatever the number of devices."""
+    init_from: str | None = None
+    """A transformers folder to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
+    max_skipped: int = 10
+    """Updates in a row that may be skipped because loss or gradient norm are not finite, before the run stops."""
     tokenizer: str = "train"
     """A hub name, a local folder, a SentencePiece .model file, or `train`: a BPE of the model's vocabulary size."""
     prompt: str = "The "
@@ -336,11 +353,12 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choice("resume", self.resume, ("auto", "never", "must"))
+        check(self.max_skipped >= 0, f"max_skipped={self.max_skipped} must be at least 0.")
         check(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
         for key in ("run_name", "sweep_name"):
             name = getattr(self, key)
             check(
-                name is None or (name != "" and not name.startswith("/") and ".." not in name.split("/")),
+                name is None or not {"", ".", ".."} & set(name.split("/")),
                 f"{key}={name} leaves the runs folder: give a plain name, or a path below {self.runs_dir}.",
             )
 

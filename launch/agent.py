@@ -1,29 +1,83 @@
-"""`accelerate launch` without its traceback: what went wrong in a rank was already said there, and is said once."""
+"""`accelerate launch` for runs that are interrupted: signals reach the ranks, their exit codes and words reach the user.
+
+torch's elastic agent would answer SIGTERM by ending the ranks within 30 s, and would restart a run that was preempted or
+that has an error in its configuration. Here the ranks decide when to end, and only failures are restarted.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import sys
+from types import FrameType
+from typing import Any
 
+import torch.distributed.launcher.api as launcher
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from conf.cli import USER_ERROR_CODE
+from train.stop import PREEMPTED_CODE
+
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+FINAL_CODES = (USER_ERROR_CODE, PREEMPTED_CODE)
+
+
+class PassingAgent(LocalElasticAgent):
+    """torch's agent with the ranks' process ids at hand, and no restarts of what a restart does not help."""
+
+    current: PassingAgent | None = None
+    is_asked_to_stop = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        PassingAgent.current = self
+
+    def _monitor_workers(self, worker_group: Any) -> Any:
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed() and (
+            self.is_asked_to_stop or any(failure.exitcode in FINAL_CODES for failure in result.failures.values())
+        ):
+            self._remaining_restarts = 0
+        return result
+
+    def pids(self) -> list[int]:
+        return list(self._pcontext.pids().values()) if self._pcontext is not None else []
 
 
 def main() -> None:
     arguments = launch_command_parser().parse_args()
     # torch's elastic agent reports each failed rank at length; here it is one line.
     logging.disable(logging.ERROR)
+    # What torch's agent is to answer itself; the parser of its options reads this.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    launcher.LocalElasticAgent = PassingAgent  # type: ignore[misc]
+    for number in PASSED_ON:
+        signal.signal(number, pass_on)
     try:
         launch_command(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == USER_ERROR_CODE:
-            sys.exit(USER_ERROR_CODE)
+        if PassingAgent.is_asked_to_stop and failure.exitcode in (PREEMPTED_CODE, *(-number for number in PASSED_ON)):
+            sys.exit(PREEMPTED_CODE)
+        if failure.exitcode in FINAL_CODES:
+            sys.exit(failure.exitcode)
         print(f"error: rank {rank} {_ending(failure.exitcode)}; what it said is above.", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+def pass_on(number: int, _frame: FrameType | None) -> None:
+    """Hand a signal to every rank and go on waiting; before there are ranks, end."""
+    PassingAgent.is_asked_to_stop = True
+    pids = PassingAgent.current.pids() if PassingAgent.current is not None else []
+    if not pids:
+        sys.exit(PREEMPTED_CODE)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _ending(exitcode: int) -> str:

@@ -55,6 +55,8 @@ def accelerate_command(config: Config, overrides: Sequence[str], gpus: int) -> l
         str(processes),
         "--main_process_port",
         "0",
+        "--max_restarts",
+        str(config.launch.max_restarts),
         "-m",
         "train",
         *overrides,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-PR_SET_PDEATHSIG = 1
+from train.process import die_with_parent
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run `command` to its end and return its exit code; signals to this process go to it."""
-    child = subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=_die_with_parent)
+    child = subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=die_with_parent)
 
     def forward(number: int, _frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -28,11 +27,3 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process when the launcher is killed (Linux; elsewhere nothing happens)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() == 1:
-            os._exit(1)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparsity.mask import (
     check_replicas_agree,
     count_kept,
+    count_nonzero_pruned,
     make_shards,
     mask_gradients,
     masks_from_zeros,
@@ -30,7 +31,8 @@ from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layou
 class SparsityCallback(TrainerCallback):
     """Prunes the globally smallest weights before the steps that the schedule names, and keeps them at exactly 0.
 
-    `include` and `requires_dense` are name patterns, see `prunable_parameters`. Figures go into the Trainer's log
+    `include` and `requires_dense` are name patterns, see `prunable_parameters`. With `keep_zeros` a run that starts from
+    a sparse model keeps its zeros, and events prune only beyond them. Figures go into the Trainer's log
     history and, with `report` and a running wandb run, to wandb. Draws from no global random generator and leaves
     survivors untouched: with a sparsity of 0 a run equals one without the callback to the last bit.
 
@@ -46,12 +48,16 @@ class SparsityCallback(TrainerCallback):
         requires_dense: Sequence[str] = (),
         seed: int = 0,
         report: bool = True,
+        keep_zeros: bool = False,
     ) -> None:
         self.schedule = schedule
         self.score = score_named(score, seed)
         self.include = include
         self.requires_dense = requires_dense
         self.report = report
+        self.keep_zeros = keep_zeros
+        self.num_inherited = 0
+        """Weights that were zero when the run began and are kept so."""
         self.threshold: float | None = None
         """The largest magnitude that the last event pruned; None before the first and for other scores."""
         self.kept: dict[str, int] = {}
@@ -65,6 +71,7 @@ class SparsityCallback(TrainerCallback):
         self._shards: list[ParameterShard] = []
         self._layout = RankLayout()
         self._hooks: list[RemovableHandle] = []
+        self._is_loaded = False
 
     @property
     def density(self) -> float:
@@ -100,6 +107,9 @@ class SparsityCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        if self._is_loaded:
+            self._is_loaded = False
+            return
         assert model is not None
         if self._events and max(self._events) > state.max_steps - 1:
             raise ValueError(
@@ -109,6 +119,8 @@ class SparsityCallback(TrainerCallback):
         self.bind(model)
         if state.global_step > 0:
             self._restore(state.global_step)
+        elif self.keep_zeros:
+            self.inherit()
 
     def on_step_begin(
         self,
@@ -118,7 +130,7 @@ class SparsityCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if state.global_step in self._events:
+        if state.global_step in self._events and self.schedule.density(state.global_step) < self.density:
             self.prune(self.schedule.density(state.global_step), optimizer)
         self._density_sum += self.density
         self._num_steps += 1
@@ -158,6 +170,12 @@ class SparsityCallback(TrainerCallback):
         self.num_prunable = sum(param.numel() for param in self._parameters.values())
         self.kept = {name: param.numel() for name, param in self._parameters.items()}
 
+    def inherit(self) -> None:
+        """Take the masks over from the model's exact zeros. Collective."""
+        masks_from_zeros(self._shards)
+        self._count()
+        self.num_inherited = self.num_prunable - sum(self.kept.values())
+
     def prune(self, density: float, optimizer: Any = None) -> None:
         """Prune to `density`: round((1 - density) x N) weights in all. Collective over all ranks."""
         num_pruned = round((1.0 - density) * self.num_prunable)
@@ -176,14 +194,64 @@ class SparsityCallback(TrainerCallback):
         if self._has_magnitudes:
             self.threshold = magnitude_of_key(threshold.key)
 
+    # --- checkpoints that carry masks ---
+
+    @property
+    def shards(self) -> list[ParameterShard]:
+        """The local shards with their masks, after `bind`."""
+        return self._shards
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the masks of `shards`: plain numbers, the same on every rank."""
+        return {
+            "density_sum": self._density_sum,
+            "num_steps": self._num_steps,
+            "threshold": self.threshold,
+            "num_inherited": self.num_inherited,
+            "kept": dict(self.kept),
+        }
+
+    def load_state(self, state: dict[str, Any], global_step: int) -> None:
+        """Go on at `global_step` from `state`, once `bind` was called and the saved masks were written into `shards`.
+
+        A ValueError says what disagrees: the masks with the saved counts, the weights with the masks, or the number
+        pruned with the schedule. The next on_train_begin then leaves everything as it is. Collective.
+        """
+        self._count()
+        for name in dict.fromkeys([*self.kept, *state["kept"]]):
+            found, saved = self.kept.get(name), state["kept"].get(name)
+            if found != saved:
+                raise ValueError(
+                    f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks "
+                    "or is of another model; resume from another checkpoint."
+                )
+        alive = count_nonzero_pruned(self._shards, self._layout)
+        if alive:
+            raise ValueError(
+                f"The checkpoint has {alive:,} weights that its masks prune but that are not 0: it is damaged or was "
+                "edited; resume from another checkpoint."
+            )
+        density = self.schedule.density(global_step - 1) if global_step else 1.0
+        scheduled = max(round((1.0 - density) * self.num_prunable), state["num_inherited"])
+        pruned = self.num_prunable - sum(self.kept.values())
+        if pruned != scheduled:
+            raise ValueError(
+                f"The checkpoint has {pruned:,} pruned weights where the schedule prunes {scheduled:,} before step "
+                f"{global_step}: it is of another schedule; resume from another checkpoint."
+            )
+        self.num_inherited = state["num_inherited"]
+        self.threshold = state["threshold"]
+        self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
+        self._is_loaded = True
+
     def _restore(self, global_step: int) -> None:
         """Take the masks of a resumed run from its zeros, and refuse weights that are not as sparse as they must be."""
         num_pruned = round((1.0 - self.schedule.density(global_step - 1)) * self.num_prunable)
-        if num_pruned:
+        if num_pruned or self.keep_zeros:
             masks_from_zeros(self._shards)
             self._count()
             found = self.num_prunable - sum(self.kept.values())
-            if found != num_pruned:
+            if found != num_pruned and not (self.keep_zeros and found > num_pruned):
                 raise ValueError(
                     f"The checkpoint has {found:,} zero weights where {num_pruned:,} are pruned after step "
                     f"{global_step - 1}: it is not of this run or lost its masks; resume from another one."

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -63,10 +64,27 @@ def count_kept(shards: Sequence[ParameterShard], layout: RankLayout) -> list[int
     return [int(count) for count in layout.sum_counts(torch.stack(counts)).tolist()]
 
 
+def count_nonzero_pruned(shards: Sequence[ParameterShard], layout: RankLayout) -> int:
+    """Weights that the masks prune and that are not 0, over all shards. Collective over the shard group."""
+    counts = [torch.count_nonzero(shard.values.masked_fill(shard.mask, 0)) for shard in shards]
+    return int(layout.sum_counts(torch.stack(counts).sum()))
+
+
 def masks_from_zeros(shards: Sequence[ParameterShard]) -> None:
     """Take the masks over from the weights: what is exactly 0 is pruned."""
     for shard in shards:
         torch.ne(shard.values, 0, out=shard.mask)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """A bool mask [n] as bits, uint8 [ceil(n / 8)] on the CPU; weight i is bit i % 8 of byte i // 8."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little"))
+
+
+def unpack_mask(bits: Tensor, start: int, stop: int) -> Tensor:
+    """The masks of the weights start .. stop, bool [stop - start]; `bits` begins with the byte of weight `start`."""
+    unpacked = np.unpackbits(bits.numpy(), bitorder="little").astype(bool)
+    return torch.from_numpy(unpacked[start % 8 : start % 8 + stop - start])
 
 
 def mask_hash(shards: Sequence[ParameterShard]) -> int:

@@ -106,6 +106,20 @@ def _divisor_hint(schedule: Geometric) -> str:
     return f"take every_steps={below} or end at {end}"
 
 
+@dataclass(frozen=True)
+class Unpruned:
+    """No event at all: what is pruned when the run begins is all that ever is."""
+
+    def density(self, step: int) -> float:
+        return 1.0
+
+    def events(self) -> Sequence[int]:
+        return ()
+
+    def average_density(self, num_steps: int) -> float:
+        return 1.0
+
+
 def mean_window_density(sparsity: float, num_events: int) -> float:
     """Mean density from the first event of a geometric window to just before its last."""
     if num_events < 2 or sparsity == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,18 +19,22 @@ def run_command(
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=cwd,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "WANDB_MODE": "offline",
-            "WANDB_SILENT": "true",
-            "HF_HUB_OFFLINE": "1",
-            **environment,
-        },
+        env=quiet_environment(environment),
         capture_output=True,
         text=True,
         timeout=timeout_s,
         check=False,
     )
+
+
+def quiet_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "HF_HUB_OFFLINE": "1",
+        **changes,
+    }

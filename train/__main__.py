@@ -9,6 +9,8 @@ from omegaconf import DictConfig
 from conf import cli, schema
 from conf.compose import check_arguments
 from train.plan import plan_run, world_size_asked
+from train.process import die_with_parent
+from train.stop import RunStopped
 
 schema.register()
 
@@ -22,16 +24,30 @@ def main(cfg: DictConfig) -> None:
         plan = plan_run(config, world_size_asked(config, os.environ))
 
     from train.distributed import join_world
+    from train.heartbeat import Heartbeat, is_lost_peer
+    from train.preempt import Preemption
     from train.run import run
 
     with cli.user_errors(quiet=not is_main):
         world = join_world(config.trainer.ddp_timeout)
     cli.speak()
-    run(config, plan, world)
+    preemption, heartbeat = Preemption(), Heartbeat(world.rank, world.size)
+    preemption.listen()
+    try:
+        run(config, plan, world, preemption, heartbeat)
+    except RunStopped as stopped:
+        world.leave()
+        cli.stop(str(stopped), stopped.code, quiet=not is_main)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        heartbeat.report_and_exit(error)
     world.leave()
 
 
 if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     cli.hush_other_ranks()
     with cli.user_errors():
         check_arguments("train", sys.argv[1:])

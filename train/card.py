@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from conf.schema import Config
-from train.directory import RunDirectory, write_atomically
+from train.directory import RunDirectory
+from train.durable import write_atomically
 from train.plan import RunPlan
 from train.siblings import Figures, find_siblings, finite, is_sparse, match_words
 from train.summary import SHARE_OF_FINAL_STEPS

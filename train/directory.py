@@ -15,10 +15,17 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from conf.schema import Config
-from train.disk import check_room
+from train.checkpoint import checkpoints, remove_leftovers
+from train.disk import bytes_below, check_room
+from train.durable import write_atomically
 
-NOT_PART_OF_A_RUN = ("overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card")
-"""Keys that may differ when a run is started again."""
+NOT_PART_OF_A_RUN = (
+    "overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card", "max_skipped", "trainer.save_steps",
+    "trainer.save_total_limit", "trainer.ddp_timeout", "trainer.disable_tqdm", "trainer.dataloader_num_workers",
+    "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
+    "trainer.gradient_accumulation_steps",
+)  # fmt: skip
+"""Keys that may differ when a run is started again; what a step trains on is compared with the checkpoint's."""
 
 
 class RunDirectory:
@@ -39,8 +46,8 @@ class RunDirectory:
     def claim(self, config: Config, needed_bytes: int) -> dict[str, Any] | None:
         """Lock the folder for this process, emptied with `overwrite`; the summary where its run has ended.
 
-        A ValueError says why the folder can't be had: a live process, another config, files of something else, a run
-        that was not finished, a disk without room for `needed_bytes`.
+        A ValueError says why the folder can't be had: a live process, another config, files of something else, what
+        `resume` forbids, a disk without room for `needed_bytes`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -49,25 +56,33 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} is in use by a live process: wait for it or end it, or take another run_name."
             ) from None
-        if config.overwrite:
+        # The agent that starts a run again after a failure repeats the command: it must not begin anew.
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if config.overwrite and not is_restart:
             self._empty()
         elif self.config.exists():
             self._check_same(config)
             if self.summary.exists():
                 return json.loads(self.summary.read_text())
-            raise ValueError(
-                f"{self.path} holds a run that was not finished: set overwrite=true to start it anew, or take another "
-                "run_name."
-            )
+            if config.resume == "never" and not is_restart:
+                raise ValueError(
+                    f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
+                    "anew, or resume=auto to go on with it."
+                )
         elif any(entry.name != ".lock" for entry in self.path.iterdir()):
             raise ValueError(
                 f"{self.path} holds files that are no run's: take another run_name, or set overwrite=true."
             )
-        check_room(self.path, needed_bytes)
+        remove_leftovers(self.checkpoints)
+        if config.resume == "must" and not checkpoints(self.checkpoints):
+            raise ValueError(f"{self.path} has no checkpoint to resume from and resume=must: set resume=auto to start.")
+        check_room(self.path, needed_bytes - bytes_below(self.checkpoints))
         return None
 
     def begin(self, config: Config) -> None:
-        """Mark the folder as this configuration's."""
+        """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with."""
+        if self.config.exists():
+            return
         write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     def _empty(self) -> None:
@@ -81,26 +96,19 @@ class RunDirectory:
         before, now = run_identity(OmegaConf.load(self.config)), run_identity(config)
         if changed := _differences(before, now):
             raise ValueError(
-                f"{self.path} is in use by a run with another config ({'; '.join(changed)}): take another run_name, or set "
-                "overwrite=true to start it anew."
+                f"{self.path} is in use by a run with another config ({'; '.join(changed)}): take another run_name, or "
+                "set overwrite=true to start it anew."
             )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write aside, sync and rename: the file is whole or not there."""
-    aside = path.with_name(f"{path.name}.tmp")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def run_identity(config: Any) -> dict[str, Any]:
     """What must be the same for two commands to mean the same run."""
     plain = OmegaConf.to_container(OmegaConf.structured(config) if isinstance(config, Config) else config)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key not in NOT_PART_OF_A_RUN}
+    for path in NOT_PART_OF_A_RUN:
+        group, _, key = path.rpartition(".")
+        (plain[group] if group else plain).pop(key, None)
+    return {str(key): value for key, value in plain.items()}
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

@@ -28,6 +28,11 @@ def run_bytes(config: Config, plan: RunPlan) -> int:
     return checkpoints + export_bytes(plan.model, config.export.dtype) + ROOM_FOR_SMALL_FILES
 
 
+def bytes_below(folder: Path) -> int:
+    """What lies in `folder` now; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def check_room(path: Path, needed: int) -> None:
     """Refuse a run whose files don't fit on the disk that holds `path`."""
     free = shutil.disk_usage(path).free

@@ -25,7 +25,8 @@ PREPARATION_LIMIT = timedelta(days=2)
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `control` is a gloo group for small objects, patient enough for data preparation."""
+    """This process among its peers. `control` is a gloo group for small objects, patient enough for data "
+    "preparation."""
 
     rank: int
     size: int
@@ -52,11 +53,26 @@ class World:
             fail(answer[1], quiet=not self.is_main)
         return answer[0]
 
+    def gather(self, value: Result) -> list[Result]:
+        """Each rank's `value`, in rank order, on all ranks. Collective; a peer that died ends it with an error."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        # Between the processes of one run, so unpickling is safe.
+        dist.all_gather_object(values, value)
+        return values
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `values` over the ranks. Collective."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
+        return values
+
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of each value over the ranks. Collective."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -81,21 +97,34 @@ def join_world(timeout_s: int) -> World:
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if wants_fsdp() and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "accelerate was asked for FSDP but started one process that belongs to no world, as --cpu makes it: use a config "
-            "of launch/accelerate, or `python -m launch`."
+            "accelerate was asked for FSDP but started one process that belongs to no world, as --cpu makes it: use a "
+            "config of launch/accelerate, or `python -m launch`."
         )
     on_cpu = not torch.cuda.is_available()
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        _join_again("gloo" if on_cpu else "nccl", timedelta(seconds=timeout_s))
     state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
     if on_cpu and wants_fsdp() and state.distributed_type == DistributedType.MULTI_CPU:
         # accelerate turns only GPU worlds into FSDP worlds; FSDP2 itself runs on gloo all the same.
         state.distributed_type = DistributedType.MULTI_GPU
     if state.num_processes != asked:
         raise ValueError(
-            f"accelerate was asked for {asked} processes but made a world of {state.num_processes}, so that {asked} runs would "
-            "not know of each other: use a config of launch/accelerate, or `python -m launch`."
+            f"accelerate was asked for {asked} processes but made a world of {state.num_processes}, so that {asked} "
+            "runs would not know of each other: use a config of launch/accelerate, or `python -m launch`."
         )
     control = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT) if dist.is_initialized() else None
     return World(state.process_index, state.num_processes, state.device, control)
+
+
+def _join_again(backend: str, timeout: timedelta) -> None:
+    """Join after a restart under fresh keys: the agent's store still holds the addresses of ranks that are gone."""
+    environment = os.environ
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
+    fresh = dist.PrefixStore(f"restart-{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if backend == "nccl":
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=timeout)
 
 
 def wants_fsdp() -> bool:
@@ -106,6 +135,6 @@ def check_fsdp2(accelerator: Accelerator) -> None:
     """Refuse to train where FSDP2 was asked for and is not in force."""
     if wants_fsdp() and not accelerator.is_fsdp2:
         raise ValueError(
-            f"FSDP2 was asked for, but accelerate {accelerate_version} set up {accelerator.distributed_type.value}: on GPUs "
-            "set fsdp_version: 2; on CPUs this accelerate no longer allows it, install accelerate 1.15."
+            f"FSDP2 was asked for, but accelerate {accelerate_version} set up {accelerator.distributed_type.value}: on "
+            "GPUs set fsdp_version: 2; on CPUs this accelerate no longer allows it, install accelerate 1.15."
         )

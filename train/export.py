@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparsity.prunable import plain_name
-from train.directory import write_atomically
 from train.distributed import World
+from train.durable import publish_folder, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,8 +57,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
     config.save_pretrained(aside)
     model.generation_config.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    publish_folder(aside, folder)
 
 
 def full_names(model: nn.Module) -> dict[str, Tensor]:

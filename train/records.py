@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import netrc
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from conf.schema import Config
 from sparsity import SparsityCallback
+from train.durable import write_atomically
 from train.plan import RunPlan
 
 
@@ -27,7 +30,9 @@ class Recorder(TrainerCallback):
         self.plan = plan
         self.sparsity = sparsity
         self.wandb_run = wandb_run
+        self._earlier = keep_whole_records(metrics)
         self._file = open(metrics, "a", buffering=1)  # noqa: SIM115 - open for as long as the run
+        self._written = {_identity(record) for record in self._earlier}
         self._last: tuple[int, float] = (0, time.monotonic())
         self._layers: dict[str, float] = {}
 
@@ -35,6 +40,15 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._last = (state.global_step, time.monotonic())
+        for record in self._earlier:
+            if record["train/global_step"] <= state.global_step:
+                layers = {name: value for name, value in record.items() if name.startswith("layer_density/")}
+                self._layers = {name.partition("/")[2]: value for name, value in layers.items()} or self._layers
+        self._earlier = []
+
+    def sync(self) -> None:
+        """Have every record so far survive a crash of the machine: a checkpoint must not be ahead of them."""
+        os.fsync(self._file.fileno())
 
     def on_log(
         self,
@@ -68,7 +82,11 @@ class Recorder(TrainerCallback):
         return record
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        """Write a record, unless a run that was interrupted wrote it before."""
+        if _identity(record) in self._written:
+            return
+        self._written.add(_identity(record))
+        self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
         if self.wandb_run is None:
             return
         if any(name.startswith("layer_density/") for name in record):
@@ -78,6 +96,12 @@ class Recorder(TrainerCallback):
             record = {**record, "sparsity/layer_density": wandb.Histogram(layers, num_bins=20)}
         self.wandb_run.log(record)
 
+    def close(self) -> None:
+        """End the records where the run is interrupted."""
+        self._file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=1)
+
     def finish(self, summary: dict[str, Any]) -> None:
         self._file.close()
         if self.wandb_run is not None:
@@ -85,19 +109,49 @@ class Recorder(TrainerCallback):
             self.wandb_run.finish()
 
 
+def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
+    """The records that are there; a last line that was cut off by a kill is removed from the file."""
+    if not metrics.exists():
+        return []
+    data = metrics.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(metrics, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _identity(record: dict[str, Any]) -> tuple[int, str]:
+    """A step has one record of each kind: of training, of evaluation."""
+    return record["train/global_step"], "train" if "train/loss" in record else "eval"
+
+
+def _finite(value: Any) -> Any:
+    """json has no NaN: what is not finite becomes null."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
 def _grouped(name: str) -> str:
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 
 def start_wandb(config: Config, config_values: dict[str, Any], run_dir: Path) -> Any | None:
-    """A wandb run in the run's folder: offline where no key is configured; None where wandb is off."""
+    """A wandb run in the run's folder, under the same id when the run goes on: offline where no key is configured.
+
+    None where wandb is off.
+    """
     if not config.logger.wandb:
         return None
     import wandb
 
     logger = config.logger
     mode = os.environ.get("WANDB_MODE") if logger.mode == "auto" else logger.mode
+    id_file = run_dir / "wandb" / "id.txt"
+    if not id_file.exists():
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(id_file, uuid.uuid4().hex[:8] + "\n")
     run = wandb.init(
+        id=id_file.read_text().strip(),
+        resume="allow",
         dir=str(run_dir),
         project=logger.project,
         entity=logger.entity,

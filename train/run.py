@@ -17,27 +17,38 @@ from conf.cli import user_errors
 from conf.schema import Config
 from sparsity import SparsityCallback, prunable_parameters
 from sparsity.prunable import linear_weights
+from sparsity.schedule import Unpruned
 from sparsity.shards import local_values, rank_layout
 from train.arguments import training_arguments
 from train.card import write_card
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
-from train.directory import RunDirectory, write_atomically
+from train.directory import RunDirectory
 from train.disk import run_bytes
 from train.distributed import World
+from train.durable import write_atomically
 from train.export import export_model
 from train.figure import draw_report, read_records
+from train.guard import StepGuard
+from train.heartbeat import Heartbeat
+from train.initial import load_initial_weights
 from train.model import build_model
 from train.plan import RunPlan
+from train.preempt import Preemption
 from train.publish import push_to_hub, renew_card
 from train.records import ProgressBar, Recorder, start_wandb
+from train.resume import checkpoint_to_resume, data_fingerprint
 from train.scoring import Score, score_stream
+from train.stop import RunStopped
 from train.summary import summarize
 from train.text import closing_words, opening_words, write_sample
-from train.trainer import PretrainingTrainer
+from train.trainer import PretrainingTrainer, RunState
 
 
-def run(config: Config, plan: RunPlan, world: World) -> None:
-    """Train, evaluate and export one model. Collective: every rank of the world calls it."""
+def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
+    """Train, evaluate and export one model. Collective: every rank of the world calls it.
+
+    RunStopped, on every rank, where the run ends early and can go on.
+    """
     started = time.monotonic()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -54,13 +65,26 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
     model = build_model(plan.model, tokenizer, config.trainer.seed)
     with user_errors(quiet=not world.is_main):
+        if config.init_from is not None:
+            load_initial_weights(model, config.init_from)
         prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
+    fingerprint = world.on_main(data_fingerprint, data.folder)
+    resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
     world.on_main(directory.begin, config)
 
     sparsity = sparsity_callback(config, plan)
     recorder = make_recorder(config, plan, directory, sparsity) if world.is_main else None
     trainer = PretrainingTrainer(
         world=world,
+        sparsity=sparsity,
+        run_state=RunState(
+            identity=identity(plan),
+            carried={"data": fingerprint},
+            before_save=recorder.sync if recorder else lambda: None,
+        ),
+        guard=StepGuard(world, preemption, config.max_skipped),
+        heartbeat=heartbeat,
+        batch_size=plan.batch_size,
         evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
         model=model,
         args=arguments,
@@ -72,9 +96,14 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
     show_progress(trainer, sparsity)
     fsdp_version = 2 if trainer.is_fsdp_enabled else 0
     say(world, opening_words(plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
-    training = time.monotonic()
-    trainer.train()
-    train_seconds = time.monotonic() - training
+    if resume_from is not None:
+        say(world, f"  resumed from {resume_from}")
+    try:
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    except RunStopped:
+        if recorder is not None:
+            recorder.close()
+        raise
 
     score = score_heldout(trainer.model_wrapped, data, config, world)
     export_model(
@@ -96,12 +125,22 @@ def run(config: Config, plan: RunPlan, world: World) -> None:
         heldout_bytes=data.heldout.num_bytes,
         unigram_bits_per_byte=unigram_bits_per_byte(data) if world.is_main else 0.0,
         fsdp_version=fsdp_version,
-        train_seconds=train_seconds,
-        seconds=time.monotonic() - started,
+        train_seconds=trainer.train_seconds,
+        seconds=trainer.earlier_seconds + time.monotonic() - started,
     )
     if recorder is not None:
         finish(config, plan, directory, recorder, summary)
     world.on_main(push_to_hub, config.card, directory.model)
+
+
+def identity(plan: RunPlan) -> dict[str, Any]:
+    """What a step of the run is: a checkpoint with another one is of another run."""
+    return {
+        "batch_size": plan.batch_size,
+        "sequence_length": plan.sequence_length,
+        "num_steps": plan.num_steps,
+        "schedule": asdict(plan.schedule) if plan.schedule else None,
+    }
 
 
 def say(world: World, words: str) -> None:
@@ -110,11 +149,12 @@ def say(world: World, words: str) -> None:
 
 
 def sparsity_callback(config: Config, plan: RunPlan) -> SparsityCallback | None:
-    """The callback of a sparse run; its figures go out through the Recorder."""
-    if plan.schedule is None:
+    """The callback of a sparse run, or of one that may start sparse; its figures go out through the Recorder."""
+    if plan.schedule is None and config.init_from is None:
         return None
     return SparsityCallback(
-        plan.schedule,
+        plan.schedule or Unpruned(),
+        keep_zeros=config.init_from is not None,
         score=config.sparsity.score,  # type: ignore[arg-type]
         include=config.sparsity.include,
         requires_dense=config.sparsity.requires_dense,

@@ -15,6 +15,7 @@ SHARE_OF_FINAL_STEPS = 0.01
 
 def final_loss(step_losses: Tensor) -> tuple[float, float]:
     """Mean and population standard deviation of the training loss over the last 1 % of the steps, at least 2."""
+    step_losses = step_losses[step_losses.isfinite()]
     num_final = min(len(step_losses), max(2, round(SHARE_OF_FINAL_STEPS * len(step_losses))))
     final = step_losses[-num_final:].double()
     return float(final.mean()), float(final.std(correction=0))

@@ -1,48 +1,144 @@
-"""`transformers.Trainer` for packed blocks: the series' recipe, a sampler without a list, and every step's loss kept."""
+"""`transformers.Trainer` for packed blocks: the series' recipe, every step's loss, and checkpoints that lose "
+"nothing."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from sparsity import SparsityCallback
+from train import checkpoint as layout
+from train.checkpoint_read import CheckpointReader, load_masks, load_optimizer, load_weights
+from train.checkpoint_write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.data.sampler import PermutationSampler
 from train.distributed import World, check_fsdp2
+from train.guard import StepGuard
+from train.heartbeat import Heartbeat
+from train.losses import StepLosses
+from train.rng import rng_state, set_rng_state
+from train.stop import RunStopped
+
+
+@dataclass
+class RunState:
+    """What a checkpoint says about its run, beside what the Trainer itself knows."""
+
+    identity: dict[str, Any]
+    """What must be the same for a checkpoint to be this run's; compared when it is loaded."""
+    carried: dict[str, Any] = field(default_factory=dict)
+    """Plain data that goes with every checkpoint: the data's fingerprint, the wandb run."""
+    before_save: Callable[[], None] = lambda: None
+    """Called by every rank before a checkpoint is written: the records before it must not be lost."""
 
 
 class PretrainingTrainer(Trainer):
-    """A Trainer that decays every parameter and keeps each step's loss on the device until it is asked for.
+    """A Trainer that decays every parameter, keeps each step's loss on the device, and writes our checkpoints.
 
     Blocks all have the same length, so the mean of the micro-batches' losses is the loss of the step.
     """
 
-    def __init__(self, *, world: World, evaluator: Callable[[nn.Module], dict[str, float]], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        world: World,
+        evaluator: Callable[[nn.Module], dict[str, float]],
+        sparsity: SparsityCallback | None,
+        run_state: RunState,
+        guard: StepGuard,
+        heartbeat: Heartbeat,
+        batch_size: int,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_fsdp2(self.accelerator)
         self.world = world
         self.evaluator = evaluator
+        self.sparsity = sparsity
+        self.run_state = run_state
+        self.guard = guard
+        self.heartbeat = heartbeat
+        self.add_callback(guard)
+        self.batch_size = batch_size
         self.model_accepts_loss_kwargs = False
-        self._losses = torch.zeros(self.args.max_steps, device=self.args.device)
+        self.train_seconds = 0.0
+        """Spent in training, those before a resume included."""
+        self.earlier_seconds = 0.0
+        """Spent in training before the checkpoint that this process began from."""
+        self._since = 0.0
+        self._losses = StepLosses(self.args.max_steps, world)
+        self._last_logged_step = 0
+        self._sampler: PermutationSampler | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train to the end, or to the step at which the guard stops the run: then RunStopped, behind a checkpoint."""
+        self._since = time.monotonic()
+        self.guard.preemption.at_step_ends = True
+        result = super().train(*args, **kwargs)
+        self._count_time()
+        if self.guard.stop is not None:
+            raise self.guard.stop
+        self.guard.preemption.at_step_ends = False
+        return result
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.train_seconds, self._since = self.train_seconds + now - self._since, now
 
     def step_losses(self) -> Tensor:
         """The training loss of each step run so far, over all ranks [num_steps]. Collective."""
-        return self.world.mean(self._losses[: self.state.global_step].clone())
+        return self._losses.averaged(self.state.global_step)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.heartbeat.beat(self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._losses[self.state.global_step] += loss
+        self._losses.add(self.state.global_step, loss)
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The gradient norm; where it or the loss is not finite the gradients are dropped, so that no update is "
+        "made."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # With a loss scaler infinite gradients are its business: it skips the update and lowers the scale.
+        norm = None if getattr(self.accelerator, "scaler", None) is not None else grad_norm
+        if not self.guard.allows_update(self._losses.latest(self.state.global_step), norm):
+            assert self.optimizer is not None
+            self.optimizer.zero_grad()
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the mean loss since the last logged step, wherever the run was resumed in between. Collective."""
+        if "loss" in logs:
+            losses = self.step_losses()[self._last_logged_step :]
+            logs["loss"] = float(losses[losses.isfinite()].mean())
+            logs["skipped_steps"] = self.guard.num_skipped
+            self._last_logged_step = self.state.global_step
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         blocks: Any = self.train_dataset if train_dataset is None else train_dataset
-        return PermutationSampler(len(blocks), seed=seed)
+        self._sampler = PermutationSampler(len(blocks), seed=seed, batch_size=self.batch_size)
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch, or nothing where a resumed run has no step left: the Trainer itself would run one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        assert self._sampler is not None
+        # accelerate does not reach the sampler behind the batches it skips.
+        self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Held-out figures by the same function that `python -m eval` uses. Collective."""
@@ -52,3 +148,95 @@ class PretrainingTrainer(Trainer):
 
     def store_flos(self) -> None:
         """Nothing: the plan knows the run's FLOPs, and counting them here would gather at every log."""
+
+    # --- checkpoints: the Trainer decides when, `train.checkpoint_write` and `train.checkpoint_read` how ---
+
+    @property
+    def _module(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write a checkpoint of this step and remove those beyond `save_total_limit`. Collective."""
+        self.run_state.before_save()
+        shards = self.sparsity.shards if self.sparsity else []
+        tensors, rows, scalars = rank_tensors(self._module, self.optimizer, shards, rng_state(), self.world.rank)
+        losses = self.step_losses()
+        if self.world.is_main:
+            tensors["losses"] = losses
+        self._count_time()
+        assert self.lr_scheduler is not None
+        root, step = Path(str(self.args.output_dir)), self.state.global_step
+        scaler = getattr(self.accelerator, "scaler", None)
+        state = {
+            "identity": self.run_state.identity,
+            "carried": self.run_state.carried,
+            "shapes": {name: list(param.shape) for name, param in parameters_of(self._module).items()},
+            "optimizer": {"scalars": scalars, **optimizer_figures(self.optimizer, parameters_of(self._module))},
+            "scheduler": {
+                name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"
+            },
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "sparsity": self.sparsity.state() if self.sparsity else None,
+            "num_skipped": self.guard.num_skipped,
+            "last_logged_step": self._last_logged_step,
+            "train_seconds": self.train_seconds,
+        }
+        write_checkpoint(root, step, self.world, tensors, rows, state, self.state.save_to_json)
+        if self.world.is_main:
+            layout.prune(root, self.args.save_total_limit or 1, step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing yet: weights and moments are loaded together, into the shards that `prepare` makes."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load weights, moments, rates and losses; load and verify the masks. RunStopped says what is wrong. "
+        "Collective."""
+        if checkpoint is None:
+            return
+        try:
+            self._load(CheckpointReader(Path(checkpoint)))
+        except ValueError as error:
+            raise RunStopped(str(error)) from error
+
+    def _load(self, reader: CheckpointReader) -> None:
+        state, parameters = reader.state, parameters_of(self._module)
+        load_weights(reader, parameters)
+        load_optimizer(reader, self.optimizer, parameters)
+        assert self.lr_scheduler is not None
+        lambdas = [None] * len(state["scheduler"]["base_lrs"])
+        self.lr_scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and state["scaler"] is not None:
+            scaler.load_state_dict(state["scaler"])
+        losses = reader.tensor("losses", 0)
+        assert losses is not None
+        self._losses.load(losses)
+        self.guard.num_skipped = state["num_skipped"]
+        self._last_logged_step = state["last_logged_step"]
+        self.earlier_seconds = self.train_seconds = state["train_seconds"]
+        if self.sparsity is not None:
+            self.sparsity.bind(self._module)
+            load_masks(reader, self.sparsity.shards, lambda name: row_size(parameters[name]))
+            if state["sparsity"] is None:
+                raise ValueError(
+                    f"{reader.folder} is of a dense run, this one is sparse: set overwrite=true to start anew."
+                )
+            self.sparsity.load_state(state["sparsity"], reader.step)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: the scaler is loaded with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """This rank's generators as they were; with more ranks than before the new ones keep those of the seed."""
+        if checkpoint is None:
+            return
+        reader = CheckpointReader(Path(checkpoint))
+        if self.world.rank < reader.state["world_size"]:
+            names = ("torch", "python", "numpy", "cuda")
+            found = {name: reader.tensor(f"rng/{name}", self.world.rank) for name in names}
+            set_rng_state({name: value for name, value in found.items() if value is not None})
+
+
+def row_size(param: Tensor) -> int:
+    return param.numel() // param.shape[0] if param.shape[0] else 1

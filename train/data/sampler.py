@@ -54,17 +54,26 @@ class PermutationSampler(Sampler[int]):
 
     `start` leaves out the first positions of the epoch the sampler was made with, for a run that goes on in the
     middle of one; another epoch starts at 0. Every rank makes the same sampler and takes its share of it.
+
+    An epoch ends with its last whole batch of `batch_size` blocks: what is left over comes up in other epochs. So an
+    epoch has the same steps for any number of processes and any micro-batch.
     """
 
-    def __init__(self, num_blocks: int, seed: int = 0, *, epoch: int = 0, start: int = 0) -> None:
+    def __init__(self, num_blocks: int, seed: int = 0, *, epoch: int = 0, start: int = 0, batch_size: int = 1) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks={num_blocks} must be at least 1: give more data.")
+        if num_blocks < batch_size:
+            raise ValueError(
+                f"batch_size={batch_size} is more than the {num_blocks} training blocks there are: give more text or a "
+                "smaller batch."
+            )
         if not 0 <= start <= num_blocks:
             raise ValueError(f"start={start} is outside 0..{num_blocks}: give a position in the epoch.")
         self.num_blocks = num_blocks
         self.seed = seed
         self.epoch = epoch
         self.start = start
+        self.num_taken = num_blocks // batch_size * batch_size
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
@@ -75,10 +84,10 @@ class PermutationSampler(Sampler[int]):
         return int(permute([position], self.num_blocks, round_keys(self.seed, self.epoch))[0])
 
     def __len__(self) -> int:
-        return self.num_blocks - self.start
+        return max(0, self.num_taken - self.start)
 
     def __iter__(self) -> Iterator[int]:
         keys = round_keys(self.seed, self.epoch)
-        for start in range(self.start, self.num_blocks, CHUNK):
-            positions = np.arange(start, min(start + CHUNK, self.num_blocks), dtype=np.uint64)
+        for start in range(self.start, self.num_taken, CHUNK):
+            positions = np.arange(start, min(start + CHUNK, self.num_taken), dtype=np.uint64)
             yield from permute(positions, self.num_blocks, keys).tolist()

@@ -1,0 +1,83 @@
+"""A finished model starts another run: its zeros stay zero, and a window prunes beyond them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsity.callback import SparsityCallback
+from sparsity.schedule import Geometric, Unpruned
+from tests.commands import run_command
+from tests.interrupted import interrupted
+from train.initial import load_initial_weights
+
+
+def small(hidden_size: int = 16) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=hidden_size, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "4KB"], ids=["one file", "many files"])
+def test_every_weight_comes_over_from_a_transformers_folder(tmp_path, max_shard_size):
+    source, target = small(), small()
+    source.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    load_initial_weights(target, str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_a_folder_of_another_model_or_of_none_is_refused_in_a_sentence(tmp_path):
+    small(32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the configured model"):
+        load_initial_weights(small(), str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no model.safetensors"):
+        load_initial_weights(small(), str(tmp_path / "nowhere"))
+    (tmp_path / "model.safetensors").write_bytes(b"not this")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_initial_weights(small(), str(tmp_path))
+
+
+def test_a_pickled_folder_is_never_opened(tmp_path):
+    torch.save(small().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"holds no model.safetensors"):
+        load_initial_weights(small(), str(tmp_path))
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [(Unpruned(), 0.5), (Geometric(0.8, 0, 4, 1), 0.2)])
+def test_events_prune_only_beyond_the_zeros_that_were_inherited(schedule, expected):
+    model = small()
+    with torch.no_grad():
+        model.lm_head.weight.view(-1)[::2] = 0
+    callback = SparsityCallback(schedule, include=["lm_head.weight"], keep_zeros=True)
+    callback.bind(model)
+    callback.inherit()
+    assert callback.density == 0.5
+    densities = []
+    for step in range(6):
+        if step in schedule.events() and schedule.density(step) < callback.density:
+            callback.prune(schedule.density(step))
+        densities.append(callback.density)
+    assert densities == sorted(densities, reverse=True)
+    assert densities[-1] == pytest.approx(expected, abs=1e-3)
+    assert not model.lm_head.weight.view(-1)[::2].any()
+
+
+def test_a_run_keeps_the_masks_of_the_model_it_starts_from(folder, whole):
+    command = interrupted(
+        folder, "second", "logger=none", "sparsity=dense", f"init_from={whole}/model", "trainer.max_steps=8"
+    )
+    command = [item for item in command if not item.startswith("sparsity.")]
+    done = run_command(["launch", *command])
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (load_file(Path(run) / "model" / "model.safetensors") for run in (whole, whole.with_name("second")))
+    for name, tensor in before.items():
+        if "proj" in name or name == "lm_head.weight":
+            assert torch.equal(after[name] == 0, tensor == 0), name
+    assert any(not torch.equal(after[name], before[name]) for name in before)

@@ -1,0 +1,139 @@
+"""A run that was killed goes on as if nothing had happened: the same records, the same model, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.commands import run_command
+from tests.interrupted import STEPS, interrupted, one_error, records_of, tensors_of, unfinished
+from tests.processes import launched
+from tests.test_callback import read_offline_history
+
+KILLS = {"before the window": 12, "in the window": 30, "after the window": 49}
+
+
+def copy_run(run_dir: Path, name: str) -> None:
+    """The run as it lies there, under another name."""
+    copy = run_dir.with_name(name)
+    shutil.copytree(run_dir, copy)
+    config = (copy / "config.yaml").read_text().replace(f"run_name: {run_dir.name}", f"run_name: {name}")
+    (copy / "config.yaml").write_text(config)
+
+
+@pytest.fixture(scope="module")
+def killed(folder, whole) -> Path:
+    """The same run, killed with SIGKILL before, in and after the prune window, started again each time."""
+    run_dir = folder / "runs" / "killed"
+    command = interrupted(folder, "killed")
+    for step in KILLS.values():
+        with launched(command, run_dir) as run:
+            run.wait_for_step(step)
+            run.kill_all()
+        if step == KILLS["in the window"]:
+            for name in ("one", "three"):
+                copy_run(run_dir, name)
+    with open(run_dir / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"train/global_step": 51, "train/lo')
+    with launched(command, run_dir) as run:
+        assert run.wait() == 0, run.stderr[-3000:]
+    return run_dir
+
+
+def test_a_run_killed_three_times_writes_the_records_of_the_whole_one(whole, killed):
+    assert records_of(killed) == records_of(whole)
+    steps = [record["train/global_step"] for record in records_of(killed)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == STEPS
+
+
+def test_its_model_moments_and_masks_are_the_same_to_the_last_bit(whole, killed):
+    for pattern in ("model/*.safetensors", f"checkpoints/checkpoint-{STEPS}/rank-*.safetensors"):
+        found, expected = tensors_of(killed, pattern), tensors_of(whole, pattern)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if found[name] != expected[name]] == []
+    assert any(":mask/" in name for name in expected)
+    assert any(":optim.exp_avg_sq/" in name for name in expected)
+
+
+def test_its_summary_is_the_same_but_for_the_clock(whole, killed):
+    found, expected = (json.loads((run / "summary.json").read_text()) for run in (killed, whole))
+    for key in expected.keys() - {"run_name", "seconds", "train_seconds", "tokens_per_second"}:
+        assert found[key] == expected[key], key
+
+
+def test_its_wandb_runs_have_one_id_and_each_step_once(killed):
+    files = sorted(killed.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == len(KILLS) + 1
+    assert {file.stem for file in files} == {f"run-{(killed / 'wandb' / 'id.txt').read_text().strip()}"}
+    steps = [record["train/global_step"] for file in files for record in read_offline_history(file)]
+    assert steps == sorted(set(steps))
+
+
+def test_the_newest_checkpoints_are_kept_and_nothing_half_written(killed):
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["checkpoint-56", "checkpoint-60"]
+
+
+def test_no_file_of_a_run_is_a_pickle(killed):
+    for path in killed.rglob("*"):
+        assert path.suffix not in (".pt", ".pth", ".bin", ".pkl", ".distcp", ".metadata")
+        assert not path.is_file() or b"\x80\x04\x95" not in path.read_bytes()[:4096]
+
+
+def test_resume_never_refuses_an_unfinished_run_and_must_an_empty_folder(folder, whole):
+    unfinished(folder, whole, "never")
+    refusal = one_error(interrupted(folder, "never", "logger=none", "resume=never"))
+    assert "was not finished and resume=never" in refusal
+    assert "overwrite=true" in refusal
+    nothing = one_error(interrupted(folder, "must", "logger=none", "resume=must"))
+    assert "no checkpoint to resume from and resume=must" in nothing
+
+
+def test_a_kill_in_the_export_is_survived_and_a_damaged_checkpoint_is_passed_over(folder, whole):
+    """One rerun for both: a flipped bit in the newest checkpoint, a half-written export and a half-saved checkpoint."""
+    run_dir = unfinished(folder, whole, "export")
+    shutil.move(run_dir / "model", run_dir / "model.tmp")
+    (run_dir / "model.tmp" / "model.safetensors").write_bytes(b"half")
+    newest = run_dir / "checkpoints" / f"checkpoint-{STEPS}" / "rank-00001.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    (run_dir / "checkpoints" / ".checkpoint-57.tmp").mkdir()
+    done = run_command(["launch", *interrupted(folder, "export", "logger=none")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1
+    assert "rank-00001.safetensors does not have the checksum" in warnings[0]
+    assert "checkpoint-56" in done.stdout
+    assert tensors_of(run_dir, "model/*.safetensors") == tensors_of(whole, "model/*.safetensors")
+    assert records_of(run_dir) == records_of(whole)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "checkpoint-56", "checkpoint-60", "checkpoint-60.damaged",
+    ]  # fmt: skip
+    assert not (run_dir / "model.tmp").exists()
+
+
+@pytest.mark.parametrize(("name", "worlds"), [("one", (1, 2)), ("three", (3,))], ids=["2 -> 1 -> 2", "2 -> 3"])
+def test_another_number_of_ranks_goes_on_with_the_same_masks_and_losses(folder, whole, killed, name, worlds):
+    run_dir = folder / "runs" / name
+    for world in worlds:
+        command = interrupted(folder, name, f"launch.num_processes={world}")
+        with launched(command, run_dir) as run:
+            if world != worlds[-1]:
+                run.wait_for_step(45)
+                run.kill_all()
+            else:
+                assert run.wait() == 0, run.stderr[-3000:]
+    found, expected = records_of(run_dir), records_of(whole)
+    assert [record["train/global_step"] for record in found] == [record["train/global_step"] for record in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+        assert mine["sparsity/density"] == theirs["sparsity/density"]
+        assert mine["sparsity/average_density"] == theirs["sparsity/average_density"]
+    mine, theirs = (load_file(path / "model" / "model.safetensors") for path in (run_dir, whole))
+    assert all(torch.equal(mine[tensor] == 0, theirs[tensor] == 0) for tensor in theirs)

@@ -1,0 +1,123 @@
+"""Checkpoints on disk: a folder is named like one only when it is whole, and is believed only if its checksums agree.
+
+checkpoints/checkpoint-<step>/
+    rank-00000.safetensors ...  each rank's rows: model/NAME, optim.STATE/NAME, mask/NAME (a bit a weight), rng/...
+    state.json                  step, world size, which rank holds which rows, figures, scalars, identity, versions
+    trainer_state.json          as transformers writes it
+    SHA256SUMS                  of all of these, for `sha256sum -c`
+
+Written in `.checkpoint-<step>.tmp`; one that fails its checksums is set aside as `checkpoint-<step>.damaged`. Tensors
+and json alone: nothing here can execute code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.distributed import World
+from train.durable import remove_folder
+from train.stop import RunStopped
+
+FORMAT = 1
+STATE = "state.json"
+TRAINER_STATE = "trainer_state.json"
+SUMS = "SHA256SUMS"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"checkpoint-{step}"
+
+
+def aside_of(root: Path, step: int) -> Path:
+    return root / f".checkpoint-{step}.tmp"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The checkpoints below `root`, newest first."""
+    found = [path for path in root.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint, None if nothing; `share` (i, n) looks at every n-th file, from the i-th."""
+    try:
+        sums = read_sums((folder / SUMS).read_text())
+        for name, expected in sorted(sums.items())[share[0] :: share[1]]:
+            if sha256_of(folder / name) != expected:
+                return f"{name} does not have the checksum it was written with"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+    except ValueError:
+        return f"{SUMS} is garbled"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_sums(text: str) -> dict[str, str]:
+    """Names and sha256 sums, in sha256sum's format; a ValueError where the text is anything else or is cut off."""
+    lines = text.split("\n")
+    found = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines[:-1]]
+    sums = {match[2]: match[1] for match in found if match}
+    if lines[-1] or len(sums) != len(lines) - 1 or not {STATE, TRAINER_STATE, rank_file(0)} <= set(sums):
+        raise ValueError("not a complete list of sums")
+    return sums
+
+
+def newest_whole(root: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose checksums agree, and a warning for each damaged one that was set aside.
+
+    The ranks share out the files. Collective. RunStopped where there are checkpoints but not one is whole.
+    """
+    warnings: list[str] = []
+    for folder in world.on_main(checkpoints, root):
+        found = [problem for problem in world.gather(damage(folder, (world.rank, world.size))) if problem]
+        if not found:
+            return folder, warnings
+        world.on_main(set_aside, folder)
+        warnings.append(f"{folder} is damaged ({found[0]}): it is now {folder.name}.damaged and is not used")
+    if warnings:
+        raise RunStopped(
+            f"No checkpoint is left to resume from: {'; '.join(warnings)}; set overwrite=true to start anew."
+        )
+    return None, []
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint: it counts no longer, and its files can be looked at."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    remove_folder(aside)
+    folder.rename(aside)
+
+
+def remove_leftovers(root: Path) -> None:
+    """What a killed process left half-written or half-removed."""
+    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.removed"):
+        for folder in root.glob(pattern):
+            remove_folder(folder)
+
+
+def prune(root: Path, keep: int, newest: int) -> Sequence[Path]:
+    """Remove all checkpoints but the newest `keep` up to step `newest`, never the last one; those removed."""
+    assert keep >= 1
+    doomed = [folder for folder in checkpoints(root) if step_of(folder) <= newest][keep:]
+    for folder in doomed:
+        remove_folder(folder)
+    return doomed

@@ -1,0 +1,135 @@
+"""Reading a checkpoint: each rank takes its rows from whichever files hold them, so any number of ranks can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sparsity.mask import state_holder, unpack_mask
+from sparsity.shards import ParameterShard, local_tensor
+from train import checkpoint as layout
+from train.checkpoint_write import rows_of
+
+
+class CheckpointReader:
+    """One checkpoint, opened: `state` is its state.json; tensors are read as they are asked for, in any cut."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state: dict[str, Any] = json.loads((folder / layout.STATE).read_text())
+        if self.state.get("format") != layout.FORMAT:
+            raise ValueError(
+                f"{folder} has format {self.state.get('format')} where this version reads {layout.FORMAT}: resume with "
+                "the version that wrote it, or set overwrite=true to start anew."
+            )
+        self._files: dict[int, Any] = {}
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def tensor(self, name: str, rank: int) -> Tensor | None:
+        """A whole tensor of one rank's file, None where it is not there."""
+        file = self._file(rank)
+        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 - not a dict
+
+    def rows(self, key: str, name: str, start: int, stop: int) -> Tensor | None:
+        """The rows start .. stop of `key`/`name`; None for no rows."""
+        pieces = [
+            self._file(rank).get_slice(f"{key}/{name}")[first - offset : last - offset]
+            for rank, offset, first, last in self._pieces(name, start, stop)
+        ]
+        return torch.cat(pieces) if pieces else None
+
+    def mask(self, name: str, start: int, stop: int, per_row: int) -> Tensor:
+        """The mask of the flat weights start .. stop, whole rows of `per_row` weights, bool [stop - start]."""
+        pieces = [torch.empty(0, dtype=torch.bool)]
+        for rank, offset, first, last in self._pieces(name, start // per_row, stop // per_row):
+            begin, end = (first - offset) * per_row, (last - offset) * per_row
+            bits = self._file(rank).get_slice(f"mask/{name}")[begin // 8 : -(-end // 8)]
+            pieces.append(unpack_mask(bits, begin, end))
+        return torch.cat(pieces)
+
+    def _pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """(rank, its first row, first and last row to take) of the files that cover start .. stop, in order."""
+        for rank, offset, end in sorted(self.state["rows"][name], key=lambda piece: piece[1]):
+            first, last = max(start, offset), min(stop, end)
+            if first < last:
+                yield rank, offset, first, last
+
+    def _file(self, rank: int) -> Any:
+        if rank not in self._files:
+            self._files[rank] = safe_open(self.folder / layout.rank_file(rank), framework="pt").__enter__()
+        return self._files[rank]
+
+
+@torch.no_grad()
+def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> None:
+    """Copy this rank's rows of every parameter; a ValueError where model and checkpoint name other parameters."""
+    saved = set(reader.state["rows"])
+    if saved != set(parameters):
+        other = sorted(saved ^ set(parameters))[0]
+        raise ValueError(
+            f"{reader.folder} is of another model: {other} is in {'the checkpoint' if other in saved else 'the model'} "
+            "alone; resume with the model it was written by, or set overwrite=true to start anew."
+        )
+    for name, param in parameters.items():
+        shape = tuple(reader.state["shapes"][name])
+        if shape != tuple(param.shape):
+            raise ValueError(
+                f"{reader.folder} holds {name} as {shape} where this run has {tuple(param.shape)}: it is of another "
+                "model; resume with the model it was written by, or set overwrite=true to start anew."
+            )
+        _fill(reader, "model", name, param, param)
+
+
+@torch.no_grad()
+def load_optimizer(reader: CheckpointReader, optimizer: Any, parameters: Mapping[str, Tensor]) -> None:
+    """Moments, counters and learning rates, in the layout that the parameters have now."""
+    saved, inner = reader.state["optimizer"], state_holder(optimizer)
+    groups = {param: group for group in inner.param_groups for param in group["params"]}
+    for name, param in parameters.items():
+        group = groups.get(param)
+        if group is None:
+            continue
+        state: dict[str, Any] = {}
+        for key, by_name in saved["scalars"].items():
+            if name in by_name:
+                on_device = group.get("fused") or group.get("capturable")
+                device = param.device if on_device else torch.device("cpu")
+                state[key] = torch.tensor(by_name[name], dtype=torch.float32, device=device)
+        for key, names in saved["states"].items():
+            if name in names:
+                state[key] = torch.zeros_like(param, dtype=getattr(torch, names[name]))
+                _fill(reader, f"optim.{key}", name, state[key], param)
+        if state:
+            inner.state[param] = state
+    for group, rates in zip(inner.param_groups, saved["groups"], strict=True):
+        group.update(rates)
+
+
+def load_masks(reader: CheckpointReader, shards: list[ParameterShard], row_sizes: Callable[[str], int]) -> None:
+    """Fill the masks of `shards` in place; a ValueError where the checkpoint carries none."""
+    for shard in shards:
+        if reader.tensor(f"mask/{shard.name}", 0) is None:
+            raise ValueError(
+                f"{reader.folder} has no mask of {shard.name}: going on from it would train a dense model; resume from "
+                "a checkpoint of this sparse run, or set overwrite=true to start anew."
+            )
+        stop = shard.offset + shard.values.numel()
+        shard.mask.copy_(reader.mask(shard.name, shard.offset, stop, row_sizes(shard.name)))
+
+
+def _fill(reader: CheckpointReader, key: str, name: str, tensor: Tensor, param: Tensor) -> None:
+    rows = rows_of(param, 0)
+    local = local_tensor(tensor.detach())
+    found = reader.rows(key, name, rows.start, rows.stop)
+    if found is None:
+        found = torch.empty(0, *local.shape[1:], dtype=local.dtype)
+    local.copy_(found)

@@ -1,0 +1,196 @@
+"""Writing a checkpoint: every rank its own rows, rank 0 the rest, and a name only for what is whole."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from conf.cli import sentence
+from sparsity.mask import pack_mask, state_holder
+from sparsity.prunable import plain_name
+from sparsity.shards import ParameterShard, local_tensor, shard_offset
+from train import checkpoint as layout
+from train.distributed import World
+from train.durable import remove_folder, sync_file, sync_folder, write_synced
+from train.stop import RunStopped
+from train.tensorfile import file_bytes, write_tensors
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows start .. stop of a parameter, which this rank holds, and whether this rank writes them."""
+
+    start: int
+    stop: int
+    is_written_here: bool
+
+
+def rows_of(param: Tensor, rank: int) -> Rows:
+    """Where the local shard lies in the full parameter; of replicas, the first one writes."""
+    per_row = param.numel() // param.shape[0] if param.shape[0] else 1
+    start = shard_offset(param) // max(1, per_row)
+    stop = start + local_tensor(param.detach()).shape[0]
+    if not isinstance(param, DTensor):
+        return Rows(start, stop, rank == 0)
+    mesh = param.device_mesh
+    replicas = [dim for dim, placement in enumerate(param.placements) if not isinstance(placement, Shard)]
+    return Rows(start, stop, all(mesh.get_local_rank(dim) == 0 for dim in replicas))
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Each parameter once, by its transformers name."""
+    return {plain_name(name): param for name, param in model.named_parameters()}
+
+
+def optimizer_state(
+    optimizer: Any, parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """({state: {name: tensor of the parameter's shape}}, {state: {name: number}}); RunStopped for any other state."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    scalars: dict[str, dict[str, float]] = {}
+    states = state_holder(optimizer).state
+    for name, param in parameters.items():
+        for key, value in states.get(param, {}).items():
+            if isinstance(value, Tensor) and value.shape == param.shape:
+                tensors.setdefault(key, {})[name] = value
+            elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+                scalars.setdefault(key, {})[name] = float(value)
+            else:
+                raise RunStopped(
+                    f"The optimizer keeps {key} of {name} in a shape of its own, which checkpoints do not carry: "
+                    "choose another trainer.optim, such as adamw_torch_fused."
+                )
+    return tensors, scalars
+
+
+def optimizer_figures(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What state.json says of the optimizer: the dtype of each state that has a parameter's shape, and the rates."""
+    tensors, _ = optimizer_state(optimizer, parameters)
+    dtypes = {key: {name: str(t.dtype).removeprefix("torch.") for name, t in of.items()} for key, of in tensors.items()}
+    groups = state_holder(optimizer).param_groups
+    rates = [{name: float(group[name]) for name in ("lr", "initial_lr") if name in group} for group in groups]
+    return {"states": dtypes, "groups": rates}
+
+
+def rank_tensors(
+    model: nn.Module, optimizer: Any, shards: list[ParameterShard], rng: Mapping[str, Tensor], rank: int
+) -> tuple[dict[str, Tensor], dict[str, list[int]], dict[str, Any]]:
+    """(this rank's tensors for its file, the rows it writes, the optimizer's scalars)."""
+    parameters = parameters_of(model)
+    moments, scalars = optimizer_state(optimizer, parameters)
+    rows = {name: rows_of(param, rank) for name, param in parameters.items()}
+    written = {name: [found.start, found.stop] for name, found in rows.items() if found.is_written_here}
+    tensors = {f"model/{name}": local_tensor(parameters[name].detach()) for name in written}
+    for key, by_name in moments.items():
+        tensors |= {f"optim.{key}/{name}": local_tensor(value) for name, value in by_name.items() if name in written}
+    tensors |= {f"mask/{shard.name}": pack_mask(shard.mask) for shard in shards if shard.name in written}
+    tensors |= {f"rng/{name}": value for name, value in rng.items()}
+    return tensors, written, scalars
+
+
+def write_checkpoint(
+    root: Path,
+    step: int,
+    world: World,
+    tensors: Mapping[str, Tensor],
+    rows: dict[str, list[int]],
+    state: dict[str, Any],
+    save_trainer_state: Callable[[str], None],
+) -> Path:
+    """Write the checkpoint of `step`; it appears whole or not at all. Collective.
+
+    RunStopped on every rank where one of them could not write: what was written is removed, older checkpoints stay.
+    """
+    aside, folder = layout.aside_of(root, step), layout.folder_of(root, step)
+    needed = sum(world.gather(file_bytes(tensors)))
+
+    def together(action: Callable[[], Any] | None) -> list[Any]:
+        """Each rank's result of its `action`; none goes on where one failed."""
+        result, problem = attempt(action) if action else (None, None)
+        answers = world.gather((result, problem))
+        problems = [problem for _, problem in answers if problem]
+        if problems:
+            if world.is_main:
+                remove_folder(aside)
+            raise RunStopped(_failure(folder, problems[0], needed))
+        return [result for result, _ in answers]
+
+    def begin() -> None:
+        remove_folder(aside)
+        aside.mkdir(parents=True)
+
+    def write() -> tuple[str, int, dict[str, list[int]]]:
+        digest = write_tensors(aside / layout.rank_file(world.rank), tensors)
+        return digest, file_bytes(tensors), rows
+
+    together(begin if world.is_main else None)
+    written = together(write)
+
+    def finish() -> None:
+        files = {layout.rank_file(rank): report for rank, report in enumerate(written)}
+        whole = {
+            "format": layout.FORMAT,
+            "step": step,
+            "world_size": world.size,
+            "versions": versions(),
+            **state,
+            "rows": whose_rows([report[2] for report in written]),
+            "bytes": {name: report[1] for name, report in files.items()},
+        }
+        write_synced(aside / layout.STATE, json.dumps(whole) + "\n")
+        save_trainer_state(str(aside / layout.TRAINER_STATE))
+        sync_file(aside / layout.TRAINER_STATE)
+        sums = {name: report[0] for name, report in files.items()}
+        sums |= {name: layout.sha256_of(aside / name) for name in (layout.STATE, layout.TRAINER_STATE)}
+        write_synced(aside / layout.SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+        sync_folder(aside)
+        remove_folder(folder)
+        aside.rename(folder)
+        sync_folder(root)
+
+    together(finish if world.is_main else None)
+    return folder
+
+
+def whose_rows(by_rank: list[dict[str, list[int]]]) -> dict[str, list[list[int]]]:
+    """{name: [[rank, start, stop], ...]} without empty pieces."""
+    found: dict[str, list[list[int]]] = {}
+    for rank, rows in enumerate(by_rank):
+        for name, (start, stop) in rows.items():
+            pieces = found.setdefault(name, [])
+            if stop > start:
+                pieces.append([rank, start, stop])
+    return found
+
+
+def attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(the action's result, None), or (None, what the operating system would not do)."""
+    try:
+        return action(), None
+    except OSError as error:
+        return None, sentence(error)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def _failure(folder: Path, problem: str, needed: int) -> str:
+    kept = layout.checkpoints(folder.parent)
+    rest = f"{kept[0]} is whole, the same command goes on from it" if kept else "there is no checkpoint before it"
+    return f"{folder} could not be saved, it takes {needed:,} bytes: {problem.rstrip('.')}; {rest}."

@@ -1,0 +1,74 @@
+"""Which rank was lost, and when: each posts its step, and after a failed collective the survivors say who is silent."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+LOST_CODE = 1
+GRACE_S = 4.0
+"""How long survivors wait for one another before they name the others."""
+
+
+class Heartbeat:
+    """Signs of life in the process group's store, which the launcher's agent holds and which outlives any rank."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.step = -1
+        self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+    def beat(self, step: int) -> None:
+        """Say that this rank begins `step`."""
+        if self._store is not None and step != self.step:
+            self._store.set(f"step/{self.rank}", str(step))
+        self.step = step
+
+    def report_and_exit(self, error: BaseException) -> None:
+        """After a failed collective: the first survivor says who is silent, and this process ends. Never returns."""
+        try:
+            silent = self._silent_ranks()
+        except (RuntimeError, OSError):
+            silent = {}
+        survivors = [rank for rank in range(self.size) if rank not in silent]
+        if self.rank == survivors[0]:
+            said = " ".join(str(error).split())[:200]
+            # A progress bar may stand in the line.
+            print(f"\nerror: {loss_sentence(silent, self.step)} ({said})", file=sys.stderr, flush=True)
+        # The group is broken: an orderly exit would wait for the lost rank.
+        os._exit(LOST_CODE)
+
+    def _silent_ranks(self) -> dict[int, int]:
+        """The ranks that do not report the failure themselves, with the step each began last."""
+        assert self._store is not None
+        self._store.set_timeout(timedelta(seconds=GRACE_S))
+        self._store.set(f"survived/{self.rank}", "1")
+        deadline = time.monotonic() + GRACE_S
+        silent = set(range(self.size))
+        while silent and time.monotonic() < deadline:
+            silent -= {rank for rank in silent if self._store.check([f"survived/{rank}"])}
+            time.sleep(0.1)
+        last = {rank: self._store.check([f"step/{rank}"]) for rank in silent}
+        return {rank: int(self._store.get(f"step/{rank}")) if is_there else 0 for rank, is_there in last.items()}
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error is a collective's: a peer that went away or did not come within the timeout."""
+    words = ("gloo", "NCCL", "onnection closed", "onnection reset", "imed out", "imeout")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def loss_sentence(silent: dict[int, int], step: int) -> str:
+    """`silent` maps lost ranks to the steps they began last; `step` is this rank's."""
+    if not silent:
+        return f"A collective failed in step {step} although every rank still answers; the same command goes on."
+    names = ", ".join(f"rank {rank} (in step {begun})" for rank, begun in sorted(silent.items()))
+    verb = "does" if len(silent) == 1 else "do"
+    return (
+        f"{names} {verb} not answer while the others are in step {step}; the same command goes on from the checkpoint."
+    )

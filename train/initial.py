@@ -1,0 +1,57 @@
+"""Starting from a finished model: its weights from safetensors alone, its exact zeros as masks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from train.export import full_names
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@torch.no_grad()
+def load_initial_weights(model: Any, folder: str) -> None:
+    """Copy a transformers folder's weights into `model`, in its dtype; a ValueError where they are not of such a model.
+
+    Only safetensors files are opened: nothing of the folder is executed.
+    """
+    tensors = full_names(model)
+    files = _files(Path(folder), list(tensors))
+    for name, tensor in tensors.items():
+        path = files.get(name)
+        if path is None:
+            raise ValueError(f"init_from={folder} has no weight {name}: give a folder of the configured model.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.get_tensor(name)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"init_from={folder}: {path.name} cannot be read ({error}): copy it again.") from error
+        if found.shape != tensor.shape:
+            raise ValueError(
+                f"init_from={folder} has {name} as {tuple(found.shape)}, the configured model {tuple(tensor.shape)}: "
+                "set the model group to the folder's model."
+            )
+        tensor.copy_(found)
+
+
+def _files(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Which file holds each weight."""
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        # Only plain file names: an index must not lead out of its folder.
+        return {name: folder / Path(file).name for name, file in weight_map.items()}
+    if (folder / SINGLE).is_file():
+        try:
+            with safe_open(folder / SINGLE, framework="pt") as file:
+                return dict.fromkeys(file.keys(), folder / SINGLE)
+        except SafetensorError as error:
+            raise ValueError(f"init_from={folder}: {SINGLE} cannot be read ({error}): copy it again.") from error
+    raise ValueError(
+        f"init_from={folder} holds no {SINGLE}: give a transformers folder with safetensors, such as a run's model/."
+    )

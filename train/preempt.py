@@ -1,0 +1,50 @@
+"""SIGTERM and SIGUSR1, by which a cluster asks for its machines back: the step is ended and saved, a second one "
+"obeyed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+from train.stop import PREEMPTED_CODE
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME_REQUEST_S = 1.0
+"""SLURM and the launcher may both deliver the first request."""
+
+
+class Preemption:
+    """`is_requested` after the first signal. A thread listens: even a process that waits in a collective obeys the second.
+
+    Outside `at_step_ends` there is nothing to save that is not saved, and the first signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.is_requested = False
+        self.at_step_ends = False
+        self._first_s = 0.0
+
+    def listen(self) -> None:
+        """Take the signals over; called once, by the main thread."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reading,), daemon=True, name="signals").start()
+
+    def _listen(self, reading: int) -> None:
+        while numbers := os.read(reading, 64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self.receive(number)
+
+    def receive(self, number: int) -> None:
+        if not self.is_requested:
+            self.is_requested, self._first_s = True, time.monotonic()
+            if not self.at_step_ends:
+                os._exit(PREEMPTED_CODE)
+        elif time.monotonic() - self._first_s > SAME_REQUEST_S:
+            os._exit(128 + number)

@@ -1,0 +1,21 @@
+"""Processes that end with their parent. Nothing here imports torch: the launcher uses it too."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone (Linux; elsewhere nothing happens).
+
+    SIGKILL, because a rank whose peers are gone too may wait in a collective and cannot handle anything else.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == 1:
+            os._exit(1)

@@ -1,0 +1,70 @@
+"""Which checkpoint a run goes on from, and whether it and its data are still this run's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import STATE, newest_whole
+from train.data.files import sha256_of
+from train.data.index import INDEX, read_index
+from train.data.pack import SPLITS
+from train.directory import RunDirectory
+from train.distributed import World
+
+
+def checkpoint_to_resume(
+    directory: RunDirectory, identity: dict[str, Any], data_folder: str, world: World
+) -> Path | None:
+    """The newest whole checkpoint of the run, or None; damaged ones are named in a warning. Collective.
+
+    RunStopped where it is of other steps, or of data that has changed since.
+    """
+    folder, warnings = newest_whole(directory.checkpoints, world)
+    if world.is_main:
+        for warning in warnings:
+            print(f"warning: {warning}.", file=sys.stderr, flush=True)
+    if folder is not None:
+        world.on_main(check_is_of_this_run, folder, identity, data_folder)
+    return folder
+
+
+def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: str) -> None:
+    """A ValueError where the checkpoint's steps or data are not those of this run."""
+    state = json.loads((folder / STATE).read_text())
+    for key, now in identity.items():
+        before = state["identity"].get(key)
+        if before != json.loads(json.dumps(now)):
+            raise ValueError(
+                f"{folder} was written with {key}={before}, this run has {key}={now}: give the same batch_size and "
+                "number of steps, or set overwrite=true to start anew."
+            )
+    check_data(state["carried"]["data"], data_folder)
+
+
+def data_fingerprint(folder: str) -> dict[str, Any]:
+    """The sha256 of the prepared data's index, which holds that of every file, and each file's size and time."""
+    index = read_index(folder)
+    names = [part[split]["file"] for part in index["parts"] for split in SPLITS]
+    stats = {name: Path(folder, name).stat() for name in names}
+    times = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return {"index": sha256_of(Path(folder, INDEX)), "files": times}
+
+
+def check_data(before: dict[str, Any], folder: str) -> None:
+    """A ValueError where the data has changed since `before`; only files with a new time are read again."""
+    now = data_fingerprint(folder)
+    if now["index"] != before["index"]:
+        raise ValueError(
+            f"The training data has changed since the run began ({folder} has another index): restore the data, or set "
+            "overwrite=true to start anew."
+        )
+    sums = {part[split]["file"]: part[split]["sha256"] for part in read_index(folder)["parts"] for split in SPLITS}
+    for name, state in now["files"].items():
+        if state != before["files"].get(name) and sha256_of(Path(folder, name)) != sums[name]:
+            raise ValueError(
+                f"{Path(folder, name)} has changed since the run began: delete {folder}, so that it is prepared again, "
+                "or set overwrite=true to start anew."
+            )
