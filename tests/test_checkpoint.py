@@ -1,5 +1,5 @@
-"""The checkpoint's format: what is written can be read in any cut, what is damaged is found, what fails leaves "
-"nothing."""
+"""The checkpoint's format: what is written can be read in any cut, what is damaged is found, what fails leaves
+nothing."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ PREPARATION_LIMIT = timedelta(days=2)
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `control` is a gloo group for small objects, patient enough for data "
-    "preparation."""
+    """This process among its peers. `control` is a gloo group for small objects, patient enough for data
+    preparation."""
 
     rank: int
     size: int

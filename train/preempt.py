@@ -1,5 +1,5 @@
-"""SIGTERM and SIGUSR1, by which a cluster asks for its machines back: the step is ended and saved, a second one "
-"obeyed."""
+"""SIGTERM and SIGUSR1, by which a cluster asks for its machines back: the step is ended and saved, a second one
+obeyed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`transformers.Trainer` for packed blocks: the series' recipe, every step's loss, and checkpoints that lose "
-"nothing."""
+"""`transformers.Trainer` for packed blocks: the series' recipe, every step's loss, and checkpoints that lose
+nothing."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ class PretrainingTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The gradient norm; where it or the loss is not finite the gradients are dropped, so that no update is "
-        "made."""
+        """The gradient norm; where it or the loss is not finite the gradients are dropped, so that no update is
+        made."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # With a loss scaler infinite gradients are its business: it skips the update and lowers the scale.
         norm = None if getattr(self.accelerator, "scaler", None) is not None else grad_norm
@@ -190,8 +190,8 @@ class PretrainingTrainer(Trainer):
         """Nothing yet: weights and moments are loaded together, into the shards that `prepare` makes."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load weights, moments, rates and losses; load and verify the masks. RunStopped says what is wrong. "
-        "Collective."""
+        """Load weights, moments, rates and losses; load and verify the masks. RunStopped says what is wrong.
+        Collective."""
         if checkpoint is None:
             return
         try:
