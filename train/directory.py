@@ -20,7 +20,8 @@ from train.disk import bytes_below, check_room
 from train.durable import write_atomically
 
 NOT_PART_OF_A_RUN = (
-    "overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card", "max_skipped", "trainer.save_steps",
+    "overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card", "max_skipped", "next_commands", "prompt",
+    "data.cache_dir", "data.num_workers", "trainer.save_steps",
     "trainer.save_total_limit", "trainer.ddp_timeout", "trainer.disable_tqdm", "trainer.dataloader_num_workers",
     "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
     "trainer.gradient_accumulation_steps",
