@@ -47,13 +47,13 @@ def stop(words: str, code: int, quiet: bool = False) -> None:
 def sentence(error: Exception) -> str:
     """An error in one sentence; the operating system's own errors get the path they are about."""
     if isinstance(error, OSError) and error.strerror:
-        place = f" {error.filename}" if error.filename else ""
+        place = f": {error.filename}" if error.filename else ""
         remedies = {
             28: "free some space, or put runs_dir and data.cache_dir on another disk",
             13: "choose a runs_dir and data.cache_dir that you may write to",
             30: "the file system is read-only: choose another runs_dir or data.cache_dir",
         }
-        return f"{error.strerror}:{place}; {remedies.get(error.errno or 0, 'check the path and its permissions')}."
+        return f"{error.strerror}{place}; {remedies.get(error.errno or 0, 'check the path and its permissions')}."
     return " ".join(str(error).split())
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparsity.callback import SparsityCallback
 from sparsity.mask import pack_mask, unpack_mask
+from sparsity.schedule import Geometric
 from sparsity.shards import ParameterShard
 from tests.distributed import run_ranks
 from train import checkpoint as layout
@@ -162,3 +164,40 @@ def test_a_checkpoint_without_masks_is_refused(tmp_path):
     shard = ParameterShard("w", WEIGHT.clone().view(-1), torch.ones(21, dtype=torch.bool), 0, 21)
     with pytest.raises(ValueError, match="has no mask of w: going on from it would train a dense model"):
         load_masks(CheckpointReader(folder), [shard], lambda name: 3)
+
+
+def pruned_callback() -> tuple[torch.nn.Linear, SparsityCallback]:
+    """A layer of 64 weights, half of them pruned in one event at step 0."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 8, bias=False)
+    callback = SparsityCallback(Geometric(0.5, 0, 0, 1), include=["weight"])
+    callback.bind(layer)
+    callback.prune(0.5)
+    return layer, callback
+
+
+def test_masks_that_agree_are_taken_over():
+    _, callback = pruned_callback()
+    callback.load_state(callback.state(), global_step=1)
+    assert callback.density == 0.5
+
+
+def test_masks_with_other_counts_than_the_checkpoint_are_refused():
+    _, callback = pruned_callback()
+    state = {**callback.state(), "kept": {"weight": 31}}
+    with pytest.raises(ValueError, match="keeps 32 weights where the checkpoint counted 31"):
+        callback.load_state(state, global_step=1)
+
+
+def test_a_pruned_weight_that_is_not_zero_is_refused():
+    layer, callback = pruned_callback()
+    with torch.no_grad():
+        layer.weight.view(-1)[int((~callback.shards[0].mask).nonzero()[0])] = 1e-30
+    with pytest.raises(ValueError, match="1 weights that its masks prune but that are not 0"):
+        callback.load_state(callback.state(), global_step=1)
+
+
+def test_more_or_fewer_pruned_weights_than_scheduled_are_refused():
+    _, callback = pruned_callback()
+    with pytest.raises(ValueError, match="32 pruned weights where the schedule prunes 0 before step 0"):
+        callback.load_state(callback.state(), global_step=0)

@@ -212,6 +212,7 @@ def train_with_poison(folder: Path) -> tuple[list[float], list[float], list[int]
         ({1: 12}, "rank 1 (in step 12) does not answer while the others are in step 13"),
         ({3: 7, 1: 12}, "rank 1 (in step 12), rank 3 (in step 7) do not answer"),
         ({}, "every rank still answers"),
+        (None, "the launcher does not answer"),
     ],
 )
 def test_a_lost_rank_is_named_with_its_step(silent, words):

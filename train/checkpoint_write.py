@@ -106,8 +106,9 @@ def write_checkpoint(
     rows: dict[str, list[int]],
     state: dict[str, Any],
     save_trainer_state: Callable[[str], None],
+    before: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write the checkpoint of `step`; it appears whole or not at all. Collective.
+    """Write the checkpoint of `step`, after rank 0 did what comes `before`; it appears whole or not at all. Collective.
 
     RunStopped on every rank where one of them could not write: what was written is removed, older checkpoints stay.
     """
@@ -126,6 +127,7 @@ def write_checkpoint(
         return [result for result, _ in answers]
 
     def begin() -> None:
+        before()
         remove_folder(aside)
         aside.mkdir(parents=True)
 

@@ -32,11 +32,11 @@ class Heartbeat:
     def report_and_exit(self, error: BaseException) -> None:
         """After a failed collective: the first survivor says who is silent, and this process ends. Never returns."""
         try:
-            silent = self._silent_ranks()
+            silent: dict[int, int] | None = self._silent_ranks()
         except (RuntimeError, OSError):
-            silent = {}
-        survivors = [rank for rank in range(self.size) if rank not in silent]
-        if self.rank == survivors[0]:
+            silent = None
+        survivors = [rank for rank in range(self.size) if rank not in (silent or {})]
+        if silent is None or self.rank == survivors[0]:
             said = " ".join(str(error).split())[:200]
             # A progress bar may stand in the line.
             print(f"\nerror: {loss_sentence(silent, self.step)} ({said})", file=sys.stderr, flush=True)
@@ -63,8 +63,10 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
-def loss_sentence(silent: dict[int, int], step: int) -> str:
-    """`silent` maps lost ranks to the steps they began last; `step` is this rank's."""
+def loss_sentence(silent: dict[int, int] | None, step: int) -> str:
+    """`silent` maps lost ranks to the steps they began last, None if that cannot be known; `step` is this rank's."""
+    if silent is None:
+        return f"A collective failed in step {step} and the launcher does not answer; the same command goes on."
     if not silent:
         return f"A collective failed in step {step} although every rank still answers; the same command goes on."
     names = ", ".join(f"rank {rank} (in step {begun})" for rank, begun in sorted(silent.items()))

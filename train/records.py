@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -31,7 +32,8 @@ class Recorder(TrainerCallback):
         self.sparsity = sparsity
         self.wandb_run = wandb_run
         self._earlier = keep_whole_records(metrics)
-        self._file = open(metrics, "a", buffering=1)  # noqa: SIM115 - open for as long as the run
+        self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run
+        self._unwritten = b""
         self._written = {_identity(record) for record in self._earlier}
         self._last: tuple[int, float] = (0, time.monotonic())
         self._layers: dict[str, float] = {}
@@ -47,7 +49,11 @@ class Recorder(TrainerCallback):
         self._earlier = []
 
     def sync(self) -> None:
-        """Have every record so far survive a crash of the machine: a checkpoint must not be ahead of them."""
+        """Have every record so far survive a crash of the machine: a checkpoint must not be ahead of them.
+
+        An OSError where the disk has no room for them.
+        """
+        self._flush()
         os.fsync(self._file.fileno())
 
     def on_log(
@@ -86,7 +92,10 @@ class Recorder(TrainerCallback):
         if _identity(record) in self._written:
             return
         self._written.add(_identity(record))
-        self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
+        self._unwritten += json.dumps({name: _finite(value) for name, value in record.items()}).encode() + b"\n"
+        # A full disk is a matter for the next checkpoint, which all ranks give up together.
+        with contextlib.suppress(OSError):
+            self._flush()
         if self.wandb_run is None:
             return
         if any(name.startswith("layer_density/") for name in record):
@@ -96,6 +105,10 @@ class Recorder(TrainerCallback):
             record = {**record, "sparsity/layer_density": wandb.Histogram(layers, num_bins=20)}
         self.wandb_run.log(record)
 
+    def _flush(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
     def close(self) -> None:
         """End the records where the run is interrupted."""
         self._file.close()
@@ -103,6 +116,7 @@ class Recorder(TrainerCallback):
             self.wandb_run.finish(exit_code=1)
 
     def finish(self, summary: dict[str, Any]) -> None:
+        self._flush()
         self._file.close()
         if self.wandb_run is not None:
             self.wandb_run.summary.update(summary)

@@ -35,7 +35,7 @@ class RunState:
     carried: dict[str, Any] = field(default_factory=dict)
     """Plain data that goes with every checkpoint: the data's fingerprint, the wandb run."""
     before_save: Callable[[], None] = lambda: None
-    """Called by every rank before a checkpoint is written: the records before it must not be lost."""
+    """Called by rank 0 before a checkpoint is written: the records before it must not be lost."""
 
 
 class PretrainingTrainer(Trainer):
@@ -158,7 +158,6 @@ class PretrainingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint of this step and remove those beyond `save_total_limit`. Collective."""
-        self.run_state.before_save()
         shards = self.sparsity.shards if self.sparsity else []
         tensors, rows, scalars = rank_tensors(self._module, self.optimizer, shards, rng_state(), self.world.rank)
         losses = self.step_losses()
@@ -182,7 +181,9 @@ class PretrainingTrainer(Trainer):
             "last_logged_step": self._last_logged_step,
             "train_seconds": self.train_seconds,
         }
-        write_checkpoint(root, step, self.world, tensors, rows, state, self.state.save_to_json)
+        write_checkpoint(
+            root, step, self.world, tensors, rows, state, self.state.save_to_json, self.run_state.before_save
+        )
         if self.world.is_main:
             layout.prune(root, self.args.save_total_limit or 1, step)
 
