@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.commands import run_command
 from tests.interrupted import STEPS, interrupted, one_error, records_of, tensors_of, unfinished
 from tests.processes import launched
-from tests.test_callback import read_offline_history
+from tests.wandb_file import read_history
 
 KILLS = {"before the window": 12, "in the window": 30, "after the window": 49}
 
@@ -71,7 +71,7 @@ def test_its_wandb_runs_have_one_id_and_each_step_once(killed):
     files = sorted(killed.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == len(KILLS) + 1
     assert {file.stem for file in files} == {f"run-{(killed / 'wandb' / 'id.txt').read_text().strip()}"}
-    steps = [record["train/global_step"] for file in files for record in read_offline_history(file)]
+    steps = [record["train/global_step"] for file in files for record in read_history(file)]
     assert steps == sorted(set(steps))
 
 
