@@ -38,9 +38,12 @@ from tests.benchmarks.common import RESULTS, Comparison, clock, finish, machine,
 from train.arguments import training_arguments
 from train.data import Blocks
 from train.distributed import join_world
+from train.guard import StepGuard
+from train.heartbeat import Heartbeat
 from train.model import llama_config
 from train.plan import plan_run
-from train.trainer import PretrainingTrainer
+from train.preempt import Preemption
+from train.trainer import PretrainingTrainer, RunState
 
 MOST_OVERHEAD = 1.02
 EVENTS = {"start_step": 2, "end_step": 8, "every_steps": 2}
@@ -131,17 +134,22 @@ def rank_main(pairs: int, overrides: Sequence[str], output: Path) -> None:
     num_tokens = plan.batch_size * plan.num_steps * plan.sequence_length
     tokens = np.random.default_rng(0).integers(plan.model.vocab_size, size=num_tokens)
     trainers = []
-    for callbacks in ([dense_laps], [sparse_laps, sparsity]):
+    for laps, pruning in ((dense_laps, None), (sparse_laps, sparsity)):
         set_seed(0)
         trainer = PretrainingTrainer(
             world=world,
+            sparsity=pruning,
+            run_state=RunState(identity={}),
+            guard=StepGuard(world, Preemption(), config.max_skipped),
+            heartbeat=Heartbeat(world.rank, world.size),
+            batch_size=plan.batch_size,
             evaluator=lambda module: {},
             model=LlamaForCausalLM._from_config(llama_config(plan.model), dtype=torch.float32),
             args=training_arguments(config, plan, output.parent / "run"),
             train_dataset=Blocks(tokens, plan.sequence_length),  # type: ignore[arg-type]
             eval_dataset=[],
             data_collator=default_data_collator,
-            callbacks=callbacks,
+            callbacks=[laps] if pruning is None else [laps, pruning],
         )
         trainer.remove_callback(PrinterCallback)
         trainers.append(trainer)
