@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.table import count_text, half_up, percent_text
+from train.report.table import count_text, half_up, percent_text
 
 
 def figures_text(figures: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from train.process import die_with_parent
+from train.faults.process import die_with_parent
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

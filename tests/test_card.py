@@ -20,7 +20,6 @@ import train.run
 from conf import cli, schema
 from conf.schema import CardConfig, Config
 from sparsity.prunable import linear_weights
-from train.card import card_text, write_card
 from train.data import hub
 from train.data.tokenizer import train_bpe, wrap_bpe
 from train.directory import RunDirectory, run_identity
@@ -28,8 +27,9 @@ from train.distributed import World
 from train.export import export_model
 from train.model import build_model
 from train.plan import RunPlan, plan_run
-from train.publish import push_to_hub, renew_card
-from train.siblings import counterpart, find_siblings
+from train.report.card import card_text, write_card
+from train.report.publish import push_to_hub, renew_card
+from train.report.siblings import counterpart, find_siblings
 
 TINY = (
     "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=1",

@@ -15,12 +15,12 @@ from sparsity.mask import pack_mask, unpack_mask
 from sparsity.schedule import Geometric
 from sparsity.shards import ParameterShard
 from tests.distributed import run_ranks
-from train import checkpoint as layout
-from train.checkpoint_read import CheckpointReader, load_masks
-from train.checkpoint_write import write_checkpoint
+from train.checkpoints import layout
+from train.checkpoints.read import CheckpointReader, load_masks
+from train.checkpoints.tensorfile import file_bytes, write_tensors
+from train.checkpoints.write import write_checkpoint
 from train.distributed import World
-from train.stop import RunStopped
-from train.tensorfile import file_bytes, write_tensors
+from train.faults.stop import RunStopped
 
 ALONE = World(0, 1, torch.device("cpu"))
 WEIGHT = torch.arange(21, dtype=torch.float32).view(7, 3)

@@ -19,8 +19,8 @@ from tests.commands import ROOT, quiet_environment
 from tests.distributed import run_ranks
 from tests.interrupted import STEPS, interrupted, one_error, records_of, tensors_of
 from tests.processes import is_alive, launched, send
-from train.checkpoint import checkpoints, damage
-from train.heartbeat import loss_sentence
+from train.checkpoints.layout import checkpoints, damage
+from train.faults.heartbeat import loss_sentence
 
 
 def errors_in(stderr: str) -> list[str]:
@@ -91,7 +91,7 @@ def test_numbers_that_stay_bad_end_the_run_behind_a_checkpoint(folder):
 
 LISTEN = """
 import ctypes, os, signal, time
-from train.preempt import Preemption
+from train.faults.preempt import Preemption
 preemption = Preemption()
 preemption.at_step_ends = {at_step_ends}
 preemption.listen()
@@ -158,9 +158,9 @@ def train_with_poison(folder: Path) -> tuple[list[float], list[float], list[int]
     from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
     from train.distributed import join_world
-    from train.guard import StepGuard
-    from train.heartbeat import Heartbeat
-    from train.preempt import Preemption
+    from train.faults.guard import StepGuard
+    from train.faults.heartbeat import Heartbeat
+    from train.faults.preempt import Preemption
     from train.trainer import PretrainingTrainer, RunState
 
     class Numbers(Dataset[Any]):

@@ -22,7 +22,7 @@ from tests.commands import run_command
 from tests.interrupted import STEPS, interrupted, records_of, tensors_of
 from tests.processes import LaunchedRun, launched, send
 from tests.test_run import write_text
-from train.checkpoint import checkpoints, damage
+from train.checkpoints.layout import checkpoints, damage
 
 Trial = Callable[[random.Random, LaunchedRun], None]
 

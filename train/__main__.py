@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 
 from conf import cli, schema
 from conf.compose import check_arguments
+from train.faults.process import die_with_parent
+from train.faults.stop import RunStopped
 from train.plan import plan_run, world_size_asked
-from train.process import die_with_parent
-from train.stop import RunStopped
 
 schema.register()
 
@@ -24,8 +24,8 @@ def main(cfg: DictConfig) -> None:
         plan = plan_run(config, world_size_asked(config, os.environ))
 
     from train.distributed import join_world
-    from train.heartbeat import Heartbeat, is_lost_peer
-    from train.preempt import Preemption
+    from train.faults.heartbeat import Heartbeat, is_lost_peer
+    from train.faults.preempt import Preemption
     from train.run import run
 
     with cli.user_errors(quiet=not is_main):

@@ -15,9 +15,9 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from conf.schema import Config
-from train.checkpoint import checkpoints, remove_leftovers
+from train.checkpoints.durable import write_atomically
+from train.checkpoints.layout import checkpoints, remove_leftovers
 from train.disk import bytes_below, check_room
-from train.durable import write_atomically
 
 NOT_PART_OF_A_RUN = (
     "overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card", "max_skipped", "next_commands", "prompt",

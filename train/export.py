@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparsity.prunable import plain_name
+from train.checkpoints.durable import publish_folder, write_atomically
 from train.distributed import World
-from train.durable import publish_folder, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -17,7 +17,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from conf.schema import Config
 from sparsity import SparsityCallback
-from train.durable import write_atomically
+from train.checkpoints.durable import write_atomically
 from train.plan import RunPlan
 
 

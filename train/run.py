@@ -20,27 +20,27 @@ from sparsity.prunable import linear_weights
 from sparsity.schedule import Unpruned
 from sparsity.shards import local_values, rank_layout
 from train.arguments import training_arguments
-from train.card import write_card
+from train.checkpoints.durable import write_atomically
+from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
 from train.directory import RunDirectory
 from train.disk import run_bytes
 from train.distributed import World
-from train.durable import write_atomically
 from train.export import export_model
-from train.figure import draw_report, read_records
-from train.guard import StepGuard
-from train.heartbeat import Heartbeat
+from train.faults.guard import StepGuard
+from train.faults.heartbeat import Heartbeat
+from train.faults.preempt import Preemption
+from train.faults.stop import RunStopped
 from train.initial import load_initial_weights
 from train.model import build_model
 from train.plan import RunPlan
-from train.preempt import Preemption
-from train.publish import push_to_hub, renew_card
 from train.records import ProgressBar, Recorder, start_wandb
-from train.resume import checkpoint_to_resume, data_fingerprint
+from train.report.card import write_card
+from train.report.figure import draw_report, read_records
+from train.report.publish import push_to_hub, renew_card
+from train.report.summary import summarize
+from train.report.text import closing_words, opening_words, write_sample
 from train.scoring import Score, score_stream
-from train.stop import RunStopped
-from train.summary import summarize
-from train.text import closing_words, opening_words, write_sample
 from train.trainer import PretrainingTrainer, RunState
 
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from sparsity import SparsityCallback
-from train import checkpoint as layout
-from train.checkpoint_read import CheckpointReader, load_masks, load_optimizer, load_weights
-from train.checkpoint_write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.checkpoints import layout
+from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
+from train.checkpoints.rng import rng_state, set_rng_state
+from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.data.sampler import PermutationSampler
 from train.distributed import World, check_fsdp2
-from train.guard import StepGuard
-from train.heartbeat import Heartbeat
+from train.faults.guard import StepGuard
+from train.faults.heartbeat import Heartbeat
+from train.faults.stop import RunStopped
 from train.losses import StepLosses
-from train.rng import rng_state, set_rng_state
-from train.stop import RunStopped
 
 
 @dataclass
@@ -149,7 +149,7 @@ class PretrainingTrainer(Trainer):
     def store_flos(self) -> None:
         """Nothing: the plan knows the run's FLOPs, and counting them here would gather at every log."""
 
-    # --- checkpoints: the Trainer decides when, `train.checkpoint_write` and `train.checkpoint_read` how ---
+    # --- checkpoints: the Trainer decides when, `train.checkpoints.write` and `train.checkpoints.read` how ---
 
     @property
     def _module(self) -> nn.Module:

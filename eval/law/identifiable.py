@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from eval.law.law import COEFFICIENTS, FORMULAS, Form
 from eval.law.lbfgs import Array
-from train.table import count_text
+from train.report.table import count_text
 
 LEVEL = 0.05
 """Sizes, or token counts, closer than this relative difference count as one."""

@@ -18,7 +18,7 @@ from eval.law.lbfgs import Array
 from eval.law.points import Points
 from launch.plan.series import table_row
 from train.plan import plan_run
-from train.table import count_text
+from train.report.table import count_text
 
 
 def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], dict[str, Fit]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from eval.law.law import COEFFICIENTS
-from train.table import count_text
+from train.report.table import count_text
 
 SIDES = ("average", "final")
 

@@ -38,11 +38,11 @@ from tests.benchmarks.common import RESULTS, Comparison, clock, finish, machine,
 from train.arguments import training_arguments
 from train.data import Blocks
 from train.distributed import join_world
-from train.guard import StepGuard
-from train.heartbeat import Heartbeat
+from train.faults.guard import StepGuard
+from train.faults.heartbeat import Heartbeat
+from train.faults.preempt import Preemption
 from train.model import llama_config
 from train.plan import plan_run
-from train.preempt import Preemption
 from train.trainer import PretrainingTrainer, RunState
 
 MOST_OVERHEAD = 1.02

@@ -17,9 +17,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.checkpoints.durable import remove_folder
 from train.distributed import World
-from train.durable import remove_folder
-from train.stop import RunStopped
+from train.faults.stop import RunStopped
 
 FORMAT = 1
 STATE = "state.json"

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train.distributed import World
-from train.preempt import Preemption
-from train.stop import PREEMPTED_CODE, RunStopped
+from train.faults.preempt import Preemption
+from train.faults.stop import PREEMPTED_CODE, RunStopped
 
 
 class StepGuard(TrainerCallback):

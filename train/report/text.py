@@ -14,7 +14,7 @@ import torch
 from train.data import PreparedData
 from train.directory import RunDirectory
 from train.plan import RunPlan
-from train.table import count_text, half_up, markdown
+from train.report.table import count_text, half_up, markdown
 
 
 def opening_words(plan: RunPlan, data: PreparedData, world_size: int, sharding: str) -> str:

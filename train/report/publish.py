@@ -8,11 +8,11 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from conf.schema import CardConfig, Config
-from train.card import write_card
 from train.data import hub
 from train.directory import RunDirectory
 from train.plan import RunPlan
-from train.siblings import Figures
+from train.report.card import write_card
+from train.report.siblings import Figures
 
 
 def renew_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: Figures) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from conf.schema import Config
+from train.checkpoints.durable import write_atomically
 from train.directory import RunDirectory
-from train.durable import write_atomically
 from train.plan import RunPlan
-from train.siblings import Figures, find_siblings, finite, is_sparse, match_words
-from train.summary import SHARE_OF_FINAL_STEPS
-from train.table import count_text, half_up, markdown, percent_text, rate_text
-from train.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words, tokenizer_terms, tokenizer_words
+from train.report.siblings import Figures, find_siblings, finite, is_sparse, match_words
+from train.report.summary import SHARE_OF_FINAL_STEPS
+from train.report.table import count_text, half_up, markdown, percent_text, rate_text
+from train.report.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words, tokenizer_terms, tokenizer_words
 
 
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from conf.schema import Config
 from train.plan import RunPlan
-from train.table import cells, count_text
+from train.report.table import cells, count_text
 
 Figures = Mapping[str, Any]
 

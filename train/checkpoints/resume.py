@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import STATE, newest_whole
+from train.checkpoints.layout import STATE, newest_whole
 from train.data.files import sha256_of
 from train.data.index import INDEX, read_index
 from train.data.pack import SPLITS

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 
-from train.stop import PREEMPTED_CODE
+from train.faults.stop import PREEMPTED_CODE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_S = 1.0

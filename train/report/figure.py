@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.table import count_text, half_up
+from train.report.table import count_text, half_up
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparsity.mask import state_holder, unpack_mask
 from sparsity.shards import ParameterShard, local_tensor
-from train import checkpoint as layout
-from train.checkpoint_write import rows_of
+from train.checkpoints import layout
+from train.checkpoints.write import rows_of
 
 
 class CheckpointReader:

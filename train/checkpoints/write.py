@@ -19,11 +19,11 @@ from conf.cli import sentence
 from sparsity.mask import pack_mask, state_holder
 from sparsity.prunable import plain_name
 from sparsity.shards import ParameterShard, local_tensor, shard_offset
-from train import checkpoint as layout
+from train.checkpoints import layout
+from train.checkpoints.durable import remove_folder, sync_file, sync_folder, write_synced
+from train.checkpoints.tensorfile import file_bytes, write_tensors
 from train.distributed import World
-from train.durable import remove_folder, sync_file, sync_folder, write_synced
-from train.stop import RunStopped
-from train.tensorfile import file_bytes, write_tensors
+from train.faults.stop import RunStopped
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Checkpoints: their format, writing, reading, and which one a run goes on from."""
