@@ -104,6 +104,10 @@ class DataConfig:
             f"data.max_documents={self.max_documents} must be at least 2: one to train on, one to hold out.",
         )
         check(
+            self.source != "pydocs" or (self.path is None and self.subset is None),
+            f"data=pydocs reads the docstrings of this Python, not data.path={self.path}: give data=text with it.",
+        )
+        check(
             self.source != "text" or self.path is not None,
             "data=text needs data.path: a file or folder of .txt, .jsonl, .jsonl.gz or .parquet.",
         )
@@ -352,6 +356,7 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
+        check(self.prompt.strip() != "", "prompt='' is empty: give the finished model some words to go on from.")
         check_choice("resume", self.resume, ("auto", "never", "must"))
         check(self.max_skipped >= 0, f"max_skipped={self.max_skipped} must be at least 0.")
         check(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
@@ -373,13 +378,19 @@ class EvalConfig:
     tokenizer: str | None = None
     """The model's own where it is null."""
     window: int | None = None
-    """Tokens scored at a time; the block length the model was trained on where it is null."""
+    """Tokens scored at a time; the model's context where it is null."""
     batch_size: int = 8
     device: str = "auto"
     format: str = "text"
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, ("text", "json"))
+        check(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
+        check(self.window is None or self.window >= 2, f"window={self.window} must be at least 2 tokens.")
+        check(
+            self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
+            f"device={self.device} is not known: choose auto, cpu, cuda or cuda:N.",
+        )
 
 
 @dataclass

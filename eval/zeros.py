@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsity.prunable import linear_weights
+from sparsity.prunable import own_linear_weights
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,10 @@ class ModelZeros(ZeroCount):
 
 
 def count_zeros(model: nn.Module) -> ModelZeros:
-    """Zeros of each linear layer's weight, and of all of them; a weight shared by several layers counts once."""
-    weights = {id(weight): (name, weight) for name, weight in linear_weights(model).items()}
+    """Zeros of each linear layer's weight, and of all of them; a weight shared with an embedding counts as that."""
     layers = {
         name: ZeroCount(weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
-        for name, weight in weights.values()
+        for name, weight in own_linear_weights(model).items()
     }
     return ModelZeros(
         sum(layer.num_weights for layer in layers.values()), sum(layer.num_zeros for layer in layers.values()), layers

@@ -135,6 +135,13 @@ class SparsityCallback(TrainerCallback):
         self._density_sum += self.density
         self._num_steps += 1
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # AdamW leaves pruned weights at 0 by itself; optimizers that mix weights, like Muon, do not.
+        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
+            zero_pruned_(param, shard.mask)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -155,14 +162,14 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._remove_hooks()
 
     # --- what the events do; each can be called without a loop ---
 
     def bind(self, model: nn.Module) -> None:
         """Find the prunable parameters of a prepared model and mask their gradients from now on."""
+        self._remove_hooks()
+        self.threshold, self._density_sum, self._num_steps = None, 0.0, 0
         self._parameters = prunable_parameters(model, self.include, self.requires_dense)
         self._layout = rank_layout(list(self._parameters.values()))
         self._shards = make_shards(self._parameters)
@@ -244,6 +251,11 @@ class SparsityCallback(TrainerCallback):
         self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
         self._is_loaded = True
 
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
     def _restore(self, global_step: int) -> None:
         """Take the masks of a resumed run from its zeros, and refuse weights that are not as sparse as they must be."""
         num_pruned = round((1.0 - self.schedule.density(global_step - 1)) * self.num_prunable)
@@ -254,7 +266,8 @@ class SparsityCallback(TrainerCallback):
             if found != num_pruned and not (self.keep_zeros and found > num_pruned):
                 raise ValueError(
                     f"The checkpoint has {found:,} zero weights where {num_pruned:,} are pruned after step "
-                    f"{global_step - 1}: it is not of this run or lost its masks; resume from another one."
+                    f"{global_step - 1}: it is not of this run, lost its masks, or kept a weight of exactly 0; resume from "
+                    "another one."
                 )
         self._num_steps = global_step
         self._density_sum = self.schedule.average_density(global_step) * global_step

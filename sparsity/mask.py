@@ -22,10 +22,22 @@ def make_shards(parameters: dict[str, Tensor]) -> list[ParameterShard]:
     """The local shard of each parameter, with a mask that keeps everything. Masks take one byte a local weight."""
     shards = []
     for name, param in parameters.items():
+        check_can_prune(name, param)
         values = local_values(param)
         mask = torch.ones(values.numel(), dtype=torch.bool, device=values.device)
         shards.append(ParameterShard(name, values, mask, shard_offset(param), param.numel()))
     return shards
+
+
+def check_can_prune(name: str, param: Tensor) -> None:
+    """A ValueError for what selection cannot read: other types than float32, bfloat16, float16, and strided views."""
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name} is {str(param.dtype).removeprefix('torch.')}: magnitudes are compared as float32, bfloat16 or "
+            "float16; convert it, or name it in requires_dense."
+        )
+    if not local_tensor(param.detach()).is_contiguous():
+        raise ValueError(f"{name} is not contiguous in memory: make it so, or name it in requires_dense.")
 
 
 @torch.no_grad()

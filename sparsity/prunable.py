@@ -33,12 +33,14 @@ def prunable_parameters(
         _leave_tied_dense(model, chosen)
     else:
         chosen = {name: p for name, p in parameters.items() if any(fnmatchcase(name, pattern) for pattern in include)}
+        if frozen := [name for name, param in chosen.items() if not param.requires_grad]:
+            raise ValueError(f"{frozen[0]} is named in include but is frozen: train it, or name others.")
     unique: dict[int, str] = {}
     for name, param in chosen.items():
         if not any(fnmatchcase(name, pattern) for pattern in requires_dense) and param.requires_grad:
             unique.setdefault(id(param), name)
     if not unique:
-        raise ValueError("No parameter of the model is prunable: it has no linear layer that may be pruned.")
+        raise ValueError("No parameter of the model is prunable: it has no trainable linear layer that may be pruned.")
     return {name: chosen[name] for name in unique.values()}
 
 
@@ -49,6 +51,16 @@ def linear_weights(model: nn.Module) -> dict[str, Tensor]:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     }
+
+
+def own_linear_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of linear layers that are no embedding's, each once: what a model's linear parameters count."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, weight in linear_weights(model).items():
+        if id(weight) not in embeddings:
+            found.setdefault(id(weight), (name, weight))
+    return dict(found.values())
 
 
 def plain_name(name: str) -> str:

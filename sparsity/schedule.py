@@ -165,6 +165,11 @@ def compute_window(
         num_steps = max(end_step + round((1 - end) * compute / (1 - sparsity)), end_step + 1)
     while end_step > num_steps - 1 and end_step > start_step:
         end_step -= every
+    if every_steps and end > start and (end_step == start_step or (start > 0 and start_step == 0)):
+        raise ValueError(
+            f"every={every_steps} steps between events is too long for a window from {start:g} to {end:g} of the compute, "
+            f"about {window:.0f} steps: take at most {max(1, int(window // DEFAULT_NUM_INTERVALS))}, or leave it null."
+        )
     schedule = Geometric(sparsity, min(start_step, num_steps - 1), min(end_step, num_steps - 1), every)
     return schedule, num_steps
 
@@ -195,7 +200,8 @@ def geometric_window(
         return compute_window(sparsity, start, end, num_steps=num_steps, every_steps=every_steps)[0]
     scale = batch_tokens if of == "tokens" else 1
     first, last = round(start / scale), round(end / scale)
-    if of == "tokens" and every_steps:
+    if of == "tokens":
+        every_steps = every_steps or max(1, min(DEFAULT_EVERY_STEPS, (last - first) // 7))
         last = first + round((last - first) / every_steps) * every_steps
     elif of == "steps" and (start, end) != (first, last):
         raise ValueError(f"The prune window from {start} to {end} is not in whole steps: give whole numbers.")
@@ -207,4 +213,10 @@ def geometric_window(
 def _interval(window: int) -> int:
     """The longest interval of at most 100 steps that divides the window into at least 7, that is 8 events."""
     longest = max(1, min(DEFAULT_EVERY_STEPS, window // 7))
-    return next(n for n in range(longest, 0, -1) if window % n == 0)
+    interval = next(n for n in range(longest, 0, -1) if window % n == 0)
+    if interval * 10 < longest:
+        raise ValueError(
+            f"The prune window of {window} steps has no divisor near {longest} to prune by: give sparsity.window.every, or "
+            f"end it {window % longest} steps earlier."
+        )
+    return interval

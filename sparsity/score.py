@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ def random(seed: int = 0) -> Score:
 
 
 def score_named(name: ScoreName, seed: int = 0) -> Score:
+    """The score of that name; `seed` is the random one's. Any other name is a ValueError."""
+    if name not in get_args(ScoreName):
+        raise ValueError(f"score={name} is not known: choose {' or '.join(get_args(ScoreName))}.")
     return magnitude if name == "magnitude" else random(seed)
 
 

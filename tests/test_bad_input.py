@@ -39,6 +39,9 @@ CONFIG_MISTAKES = [
     ("model=nothing", "Could not find 'model/nothing'"),
     ("model.hidden_size=100", "model.hidden_size=100 must be"),
     ("data=text", "data=text needs data.path"),
+    ("data.path=corpus", "data=pydocs reads the docstrings of this Python"),
+    ("prompt=''", "prompt='' is empty"),
+    ("sparsity.include=[model.nothing.*]", "matches no parameter"),
     ("data.heldout_share=1.5", "data.heldout_share=1.5 is outside (0, 1)"),
     ("data.sequence_length=4096", "data.sequence_length=4096 is longer than the model's context"),
     ("launch.num_processes=0", "launch.num_processes=0 must be at least 1"),
@@ -78,7 +81,6 @@ def test_bad_data_is_named_by_one_rank_and_leaves_no_run(kind, tmp_path):
 
 
 OTHER_MISTAKES = [
-    (["sparsity.include=[model.nothing.*]"], "matches no parameter"),
     (["+trainer.extra.neftune_noise_alph=1"], "did you mean neftune_noise_alpha?"),
     (["tokenizer=nobody/nothing"], "nobody/nothing"),
 ]
@@ -121,7 +123,7 @@ def test_an_existing_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_a_disk_without_room_is_refused(tmp_path):
     write_text(tmp_path / "text.jsonl")
-    done = run_command(["launch", *tiny(tmp_path, "model.num_hidden_layers=100000000", "launch.num_processes=1")])
+    done = run_command(["launch", *tiny(tmp_path, "model.intermediate_size=1000000000000", "launch.num_processes=1")])
     error = the_error(done)
     assert "GB free and the run needs" in error
     assert "another runs_dir" in error
@@ -145,6 +147,14 @@ def test_errors_of_the_file_system_name_path_and_remedy(number, remedy):
     said = sentence(OSError(number, os.strerror(number), "runs/demo/config.yaml"))
     assert "runs/demo/config.yaml" in said
     assert remedy in said
+
+
+@pytest.mark.parametrize(("name", "message"), [("max_steps", "set trainer.max_steps"), ("output_dir", "remove it")])
+def test_an_extra_name_cannot_undo_what_the_plan_says(name, message):
+    from train.arguments import check_extra
+
+    with pytest.raises(ValueError, match=message):
+        check_extra({name: 1})
 
 
 def test_a_process_that_belongs_to_no_world_is_refused(tmp_path):

@@ -61,8 +61,29 @@ def test_a_sweep_makes_one_command_a_job_with_a_folder_each(tmp_path):
         assert composed("train", [job]).run_name == job.removeprefix("run_name=")
 
 
-def test_job_names_need_no_quotes():
-    assert job_name("sparsity.window-{start:0.25,end:1}_seed-1") == "sparsity.window-start-0.25-end-1-_seed-1"
+def test_job_names_tell_the_swept_values_alone_and_need_no_quotes():
+    overrides = ["experiment=demo", "trainer.seed=1", "sparsity.window={start:0.25,end:1}"]
+    assert (
+        job_name(overrides, {"sparsity.window", "trainer.seed"}) == "sparsity.window-start-0.25-end-1-_trainer.seed-1"
+    )
+    assert job_name(["experiment=demo"], {"experiment"}) == "experiment-demo"
+
+
+def test_a_sweep_over_experiments_gives_each_its_folder_and_goes_on_after_a_bad_job(tmp_path):
+    arguments = ["launch", "-m", "experiment=demo,sparsellm-1b-80p", "sparsity.target=0.5,1.5", "dry_run=true"]
+    done = run_command(arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    jobs = [line.split("run_name=")[1] for line in done.stdout.splitlines() if line.startswith("accelerate")]
+    assert jobs == [f"sweep/experiment-{name}_sparsity.target-0.5" for name in ("demo", "sparsellm-1b-80p")]
+    assert done.stderr.count("sparsity.target=1.5 is outside") == 2
+    assert "2 of the sweep's jobs failed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_sweep_into_one_folder_is_refused():
+    done = run_command(["launch", "-m", "experiment=demo", "run_name=one", "sparsity.target=0,0.5", "dry_run=true"])
+    assert "give sweep_name instead" in done.stderr
+    assert done.returncode != 0
 
 
 @pytest.mark.parametrize("module", ["launch.__main__", "launch.plan.__main__", "sparsity", "train.data.pipeline"])

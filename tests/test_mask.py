@@ -6,7 +6,7 @@ from torch import nn
 
 from sparsity import SparsityCallback
 from sparsity.mask import make_shards, mask_gradients, mask_hash, masks_from_zeros, zero_pruned_, zero_pruned_state_
-from sparsity.prunable import linear_weights, plain_name, prunable_parameters
+from sparsity.prunable import linear_weights, own_linear_weights, plain_name, prunable_parameters
 from sparsity.schedule import Geometric
 
 
@@ -89,6 +89,60 @@ def test_each_event_prunes_exactly_k_and_nothing_comes_back():
         assert not (pruned_before & ~zeros).any()
         pruned_before = zeros
     assert callback.density == pytest.approx(int((~zeros).sum()) / zeros.numel())
+
+
+def test_an_optimizer_that_mixes_weights_cannot_bring_one_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Linear(8, 4, bias=False))
+    callback = SparsityCallback(Geometric(0.75, 0, 0, 1))
+    callback.bind(model)
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.1)
+    callback.prune(0.25, optimizer)
+    for _ in range(3):
+        model(torch.randn(8, 12)).pow(2).mean().backward()
+        optimizer.step()
+        assert sum(int((param == 0).sum()) for param in model.parameters()) < 96
+        callback.on_optimizer_step(None, None, None)
+        assert sum(int((param == 0).sum()) for param in model.parameters()) == 96
+        optimizer.zero_grad()
+
+
+def test_binding_again_forgets_the_run_before():
+    layer = nn.Linear(4, 4, bias=False)
+    callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
+    callback.bind(layer)
+    callback.prune(0.5)
+    callback.bind(layer)
+    assert (callback.threshold, callback.density, callback.average_density) == (None, 1.0, 1.0)
+    layer(torch.ones(4)).sum().backward()
+    assert (layer.weight.grad != 0).all()
+
+
+def test_an_unknown_score_is_refused():
+    with pytest.raises(ValueError, match="score=Magnitude is not known: choose magnitude or random"):
+        SparsityCallback(Geometric(0.5, 0, 0, 1), score="Magnitude")
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Linear(3, 3, dtype=torch.float64), "weight is float64"),
+        (nn.Linear(3, 3).requires_grad_(False), "no trainable linear layer"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_at_the_start(layer, message):
+    with pytest.raises(ValueError, match=message):
+        SparsityCallback(Geometric(0.5, 0, 0, 1)).bind(layer)
+
+
+def test_a_frozen_parameter_that_include_names_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
+    with pytest.raises(ValueError, match=r"1.weight is named in include but is frozen"):
+        prunable_parameters(model, include=["*.weight"])
+
+
+def test_a_tied_head_counts_as_the_embedding_that_it_is():
+    assert list(own_linear_weights(Tied())) == ["up.weight"]
 
 
 def test_masks_can_be_taken_over_from_zeros():

@@ -8,10 +8,10 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from conf.schema import ModelConfig, SparsityConfig
-from launch.plan.prunable import count_prunable, parameter_sizes
 from sparsity.prunable import prunable_parameters
 from train.counts import count_parameters
 from train.model import llama_config
+from train.names import count_prunable, parameter_sizes
 
 MODELS = sorted((Path(__file__).resolve().parents[1] / "conf" / "model").glob("*.yaml"))
 GROUPED_TIED = ModelConfig(

@@ -128,6 +128,17 @@ def test_an_impossible_window_is_refused(window, message):
         geometric_window(0.8, start, end, of=of, every_steps=every, num_steps=100, batch_tokens=512)
 
 
+@pytest.mark.parametrize(("steps", "every"), [(320, 100), (40, 100), (40, 20)])
+def test_an_interval_too_long_for_the_window_is_refused(steps, every):
+    with pytest.raises(ValueError, match=f"every={every} steps between events is too long"):
+        compute_window(0.8, 0.25, 0.75, num_steps=steps, every_steps=every)
+
+
+def test_a_window_without_a_sensible_interval_is_refused():
+    with pytest.raises(ValueError, match="5101 steps has no divisor near 100"):
+        geometric_window(0.8, 2500, 7601, of="steps", every_steps=None, num_steps=9000, batch_tokens=512)
+
+
 def test_a_window_that_ends_with_the_last_step_fits():
     schedule = geometric_window(0.8, 9, 99, of="steps", every_steps=10, num_steps=100, batch_tokens=512)
     assert schedule.density(99) == pytest.approx(0.2)

@@ -60,6 +60,7 @@ def test_figures_follow_from_the_nats():
     score = Score(window=8, num_windows=2, num_window_tokens=14, window_nats=28.0, num_tokens=16, nats=32.0)
     assert score.perplexity == pytest.approx(math.exp(2))
     assert score.bits_per_byte(64) == pytest.approx(0.5 / math.log(2))
+    assert Score(8, 2, 14, 1e5, 16, 1e5).perplexity == math.inf
 
 
 def score_on_ranks() -> Score:

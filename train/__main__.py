@@ -21,6 +21,7 @@ def main(cfg: DictConfig) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     with cli.user_errors(quiet=not is_main):
         config = cli.typed(cfg)
+        schema.check(not config.dry_run, "dry_run=true is for `python -m launch`, which prints the command: remove it.")
         plan = plan_run(config, world_size_asked(config, os.environ))
 
     from train.distributed import join_world

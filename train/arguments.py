@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from conf.schema import Config
+from conf.schema import Config, TrainerConfig
 from train.plan import RunPlan
 
 SET_HERE = {
@@ -24,6 +24,9 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     values = asdict(config.trainer)
     extra = values.pop("extra")
     check_extra(extra)
+    if "min_lr" not in values["lr_scheduler_type"]:
+        # Only the schedules that end above 0 know the key, which is there for the default one.
+        values["lr_scheduler_kwargs"].pop("min_lr_rate", None)
     if values["bf16"] is None:
         values["bf16"] = torch.cuda.is_available() and not values["fp16"]
     values["max_steps"] = plan.num_steps
@@ -57,3 +60,5 @@ def check_extra(extra: dict[str, object]) -> None:
             raise ValueError(f"trainer.extra.{name} is no name of transformers.TrainingArguments: {hint}")
         if name in SET_HERE:
             raise ValueError(f"trainer.extra.{name} is set by the framework itself: remove it.")
+        if name in TrainerConfig.__dataclass_fields__:
+            raise ValueError(f"trainer.extra.{name} has a key of its own: set trainer.{name}.")

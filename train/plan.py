@@ -9,6 +9,7 @@ from pathlib import Path
 from conf.schema import Config, ModelConfig
 from sparsity.schedule import Geometric, compute_window, geometric_window
 from train.counts import ParameterCounts, count_parameters
+from train.names import count_prunable
 from train.twin import DenseTwin, dense_twin
 
 
@@ -53,6 +54,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"data.sequence_length={sequence_length} is longer than the model's context, "
             f"model.max_position_embeddings={model.max_position_embeddings}: shorten the one or lengthen the other."
         )
+    count_prunable(model, config.sparsity)
     batch_size, micro, accumulation = _split_batch(config, world_size)
     schedule, num_steps = _schedule_and_steps(config, batch_size * sequence_length)
     twin = None

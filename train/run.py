@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from conf.cli import user_errors
 from conf.schema import Config
 from sparsity import SparsityCallback, prunable_parameters
-from sparsity.prunable import linear_weights
+from sparsity.prunable import own_linear_weights
 from sparsity.schedule import Unpruned
 from sparsity.shards import local_values, rank_layout
 from train.arguments import training_arguments
@@ -204,16 +205,24 @@ def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
 @torch.no_grad()
 def count_nonzero_linear(model: nn.Module) -> int:
     """Weights of the linear layers that are not exactly 0, over all shards. Collective over the shard group."""
-    weights = {id(weight): weight for weight in linear_weights(model).values()}
-    counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights.values()])
-    return int(rank_layout(list(weights.values())).sum_counts(counts).sum())
+    weights = list(own_linear_weights(model).values())
+    counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights])
+    return int(rank_layout(weights).sum_counts(counts).sum())
 
 
 def finish(config: Config, plan: RunPlan, directory: RunDirectory, recorder: Recorder, summary: dict[str, Any]) -> None:
     """Rank 0's last work: sample, report, card, and at the very end the summary, which marks the run as finished."""
-    write_sample(directory.model, config.prompt, directory.sample)
     recorder.finish(summary)
-    draw_report(read_records(directory.metrics), summary, directory.report)
-    write_card(config, plan, directory, summary)
+    extras = {
+        "sample": lambda: write_sample(directory.model, config.prompt, directory.sample),
+        "report": lambda: draw_report(read_records(directory.metrics), summary, directory.report),
+        "model card": lambda: write_card(config, plan, directory, summary),
+    }
+    for name, make in extras.items():
+        try:
+            make()
+        except Exception as error:
+            # A diverged model cannot write and its losses cannot be drawn: its figures must not be lost for that.
+            print(f"warning: the {name} could not be made: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     write_atomically(directory.summary, json.dumps(summary, indent=2) + "\n")
     print(closing_words(summary, directory, config.next_commands), flush=True)

@@ -34,7 +34,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Token-level perplexity over the disjoint windows."""
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def loss(self) -> float:

@@ -14,9 +14,9 @@ from launch.plan.compute import (
     training_flops,
 )
 from launch.plan.memory import GpuMemory, Setting, gpu_memory, largest_micro_batch, parse_bytes
-from launch.plan.prunable import count_prunable
 from launch.plan.series import table_row
 from train.disk import checkpoint_bytes, export_bytes
+from train.names import count_prunable
 from train.plan import RunPlan
 
 

@@ -7,8 +7,8 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from conf.schema import Config
-from launch.plan.prunable import count_prunable
 from sparsity.schedule import Geometric
+from train.names import count_prunable
 from train.plan import RunPlan
 
 COLUMNS = (

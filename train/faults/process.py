@@ -10,12 +10,14 @@ import signal
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when the one that started it is gone (Linux; elsewhere nothing happens).
 
-    SIGKILL, because a rank whose peers are gone too may wait in a collective and cannot handle anything else.
+    `parent` is its id where the caller knows it: then a parent that is gone already is noticed too. SIGKILL, because a
+    rank whose peers are gone too may wait in a collective and cannot handle anything else.
     """
+    parent = parent or os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == 1:
+        if os.getppid() != parent:
             os._exit(1)

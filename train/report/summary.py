@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,23 @@ def final_loss(step_losses: Tensor) -> tuple[float, float]:
     num_final = min(len(step_losses), max(2, round(SHARE_OF_FINAL_STEPS * len(step_losses))))
     final = step_losses[-num_final:].double()
     return float(final.mean()), float(final.std(correction=0))
+
+
+def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
+    """What `python -m eval` has to be told, beside model and data, to score the same text in the same windows."""
+    usual = {
+        "path": None,
+        "subset": None,
+        "text_field": "text",
+        "heldout_share": 0.01,
+        "max_documents": None,
+        "cache_dir": os.environ.get("SPARSELLM_CACHE", "~/.cache/sparsellm"),
+    }
+    own = {key: getattr(config.data, key) for key in usual}
+    overrides = {f"data.{key}": value for key, value in own.items() if value != usual[key]}
+    if plan.sequence_length != plan.model.max_position_embeddings:
+        overrides["window"] = plan.sequence_length
+    return overrides
 
 
 def summarize(
@@ -48,6 +66,7 @@ def summarize(
         "run_name": plan.run_dir.name,
         "model": plan.model.name,
         "data": config.data.source,
+        "eval_overrides": eval_overrides(config, plan),
         "world_size": plan.world_size,
         "fsdp_version": fsdp_version,
         "total_params": plan.counts.total,

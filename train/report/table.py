@@ -26,6 +26,8 @@ def half_up(value: float, digits: int) -> str:
     """`value` with `digits` decimals; a half goes up, as in the cards."""
     if not math.isfinite(value):
         return str(float(value))
+    if abs(value) >= 1e15:
+        return f"{value:.{digits}e}"
     return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_HALF_UP))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def closing_words(summary: dict[str, Any], directory: RunDirectory, commands: Se
 
 
 def own_commands(summary: dict[str, Any], directory: RunDirectory) -> list[str]:
-    commands = [f"python -m eval model={directory.model} data={summary['data']}"]
+    options = [f"{key}={shlex.quote(str(value))}" for key, value in summary["eval_overrides"].items()]
+    commands = [" ".join([f"python -m eval model={directory.model} data={summary['data']}", *options])]
     if any("offline" in path.name for path in directory.wandb.glob("*run-*")):
         commands.append(f"wandb sync {directory.wandb}/offline-run-*")
     return commands
