@@ -124,7 +124,7 @@ class WindowConfig:
     of: str = "auto"
     """Unit of start and end; `auto` reads two numbers up to 1 as shares of compute, larger ones as steps."""
     budget: float | None = None
-    """Compute of the whole run in dense-equivalent steps: the number of steps follows from it, not from max_steps."""
+    """Compute of the run in dense-equivalent steps: its length follows from it, and trainer.max_steps is null."""
 
     def __post_init__(self) -> None:
         check_choice("sparsity.window.of", self.of, ("auto", "steps", "tokens", "compute"))
@@ -184,7 +184,8 @@ class OptimConfig:
 class TrainerConfig(OptimConfig):
     """`transformers.TrainingArguments` by its own names; the optimizer's come from the group `optim`."""
 
-    max_steps: int = MISSING
+    max_steps: int | None = 1000
+    """Null where sparsity.window.budget gives the length of the run."""
     per_device_train_batch_size: int = 8
     """Sequences in a micro-batch: the most that fits; the batch of a step is `batch_size`."""
     per_device_eval_batch_size: int = 8
@@ -219,7 +220,7 @@ class TrainerConfig(OptimConfig):
     """Any other TrainingArguments name: `+trainer.extra.neftune_noise_alpha=5`."""
 
     def __post_init__(self) -> None:
-        check(self.max_steps >= 1, f"trainer.max_steps={self.max_steps} must be at least 1.")
+        check(self.max_steps is None or self.max_steps >= 1, f"trainer.max_steps={self.max_steps} must be at least 1.")
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"trainer.{key}={value} must be at least 1.")

@@ -25,7 +25,7 @@ def plan(*overrides: str, devices: int = 64):
     ("sparsity", "end", "steps"), [(20, 8100, 11200), (40, 8875, 13050), (60, 10100, 16375), (80, 12600, 25050)]
 )
 def test_a_budget_of_10000_dense_steps_lands_on_the_cards_steps(sparsity, end, steps):
-    found = plan(f"experiment=sparsellm-1b-{sparsity}p", BY_BUDGET)
+    found = plan(f"experiment=sparsellm-1b-{sparsity}p", BY_BUDGET, "trainer.max_steps=null")
     assert found.schedule.start_step == 2500
     assert abs(found.schedule.end_step - end) <= 100
     assert abs(found.num_steps - steps) <= 100
@@ -46,6 +46,12 @@ def test_shares_of_a_given_number_of_steps_land_on_the_cards_window(sparsity, en
 def test_a_dense_run_with_a_budget_takes_as_many_steps():
     found = plan("experiment=paper-162m-10x", "sparsity.target=0")
     assert (found.schedule, found.num_steps) == (None, 26288)
+
+
+@pytest.mark.parametrize("override", ["trainer.max_steps=40", "sparsity.window.budget=null"])
+def test_a_run_has_one_length(override):
+    with pytest.raises(ValueError, match=r"both say how long the run is, or neither does"):
+        plan("experiment=paper-162m-10x", override)
 
 
 def test_a_budget_needs_shares_of_compute():

@@ -79,9 +79,14 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
 def _schedule_and_steps(config: Config, batch_tokens: int) -> tuple[Geometric | None, int]:
     """The prune schedule, None for a dense run, and the number of steps, which a compute budget decides."""
     target, window, num_steps = config.sparsity.target, config.sparsity.window, config.trainer.max_steps
+    if (num_steps is None) == (window.budget is None):
+        raise ValueError(
+            f"trainer.max_steps={num_steps} and sparsity.window.budget={window.budget} both say how long the run is, or "
+            "neither does: set one of them, and the other to null."
+        )
     if target == 0:
-        return None, num_steps if window.budget is None else round(window.budget)
-    if window.budget is not None:
+        return None, num_steps or round(window.budget or 0)
+    if num_steps is None:
         schedule, num_steps = compute_window(
             target, window.start, window.end, budget=window.budget, every_steps=window.every
         )
