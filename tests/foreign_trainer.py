@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 
 import torch
 from accelerate import PartialState
@@ -96,6 +97,14 @@ def main() -> None:
         }), flush=True)  # fmt: skip
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    if options.wandb:
+        import wandb
+
+        wandb.finish()
+    # Threads of the process group that is gone now and then abort the interpreter's own ending.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

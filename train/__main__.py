@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -46,10 +47,22 @@ def main(cfg: DictConfig) -> None:
     world.leave()
 
 
+def end_process(code: int) -> NoReturn:
+    """End without the interpreter's own ending, in which threads of a process group that is gone now and then abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    cli.hush_other_ranks()
-    with cli.user_errors():
-        check_arguments("train", sys.argv[1:])
-    main()
+    exit_code = 0
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()
+        cli.hush_other_ranks()
+        with cli.user_errors():
+            check_arguments("train", sys.argv[1:])
+        main()
+    except SystemExit as ended:
+        exit_code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    end_process(exit_code)

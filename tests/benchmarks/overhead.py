@@ -35,6 +35,7 @@ from conf.compose import composed
 from launch.command import CONFIGS, DEFAULT_CPU_PROCESSES, child_environment, num_gpus
 from sparsity import Geometric, SparsityCallback
 from tests.benchmarks.common import RESULTS, Comparison, clock, finish, machine, publish, synchronize
+from train.__main__ import end_process
 from train.arguments import training_arguments
 from train.data import Blocks
 from train.distributed import join_world
@@ -222,6 +223,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank:
         rank_main(options.pairs, options.overrides, options.rank)
+        end_process(0)
         return
     found = measure(options.pairs, options.overrides)
     publish(found, options.output, ["overhead", "overhead_error", "device", "ranks"])
