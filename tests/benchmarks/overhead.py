@@ -224,7 +224,6 @@ def main() -> None:
     if options.rank:
         rank_main(options.pairs, options.overrides, options.rank)
         end_process(0)
-        return
     found = measure(options.pairs, options.overrides)
     publish(found, options.output, ["overhead", "overhead_error", "device", "ranks"])
     finish(missed_goals(found))
