@@ -395,6 +395,21 @@ def test_the_card_is_there_before_the_run_counts_as_finished(finished, monkeypat
     assert not directory.summary.exists()
 
 
+def test_a_model_that_cannot_write_a_sample_is_finished_all_the_same(finished, monkeypatch, capsys):
+    config, plan, directory, summary = finished
+
+    def no_sample(*_: object) -> None:
+        raise RuntimeError("probability tensor contains nan")
+
+    for name in ("read_records", "draw_report", "closing_words", "write_card"):
+        monkeypatch.setattr(train.run, name, lambda *_: "")
+    monkeypatch.setattr(train.run, "write_sample", no_sample)
+    recorder: Any = SimpleNamespace(finish=lambda summary: None)
+    train.run.finish(config, plan, directory, recorder, summary)
+    assert directory.summary.exists()
+    assert "warning: the sample could not be made: probability tensor contains nan" in capsys.readouterr().err
+
+
 class FakeHub:
     calls: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012 - one for all, as HfApi is made inside
 

@@ -221,6 +221,9 @@ def finish(config: Config, plan: RunPlan, directory: RunDirectory, recorder: Rec
     for name, make in extras.items():
         try:
             make()
+        except OSError:
+            # A full disk: the run is not finished, and the same command goes on with it.
+            raise
         except Exception as error:
             # A diverged model cannot write and its losses cannot be drawn: its figures must not be lost for that.
             print(f"warning: the {name} could not be made: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
