@@ -20,7 +20,7 @@ python -m eval.scaling_law runs=[runs/a,runs/b*,points.csv] form=n  runs on equa
     ... target_loss=2.5                                                      the cheapest N-bar and D
 N is the average of the linear parameters over the run, and beside it the final, non-zero ones. A CSV file has columns
 avg_linear_params, final_linear_params (or nonzero_linear_params), total_tokens, loss, sparsity. Keys: conf/scaling_law.yaml,
-ScalingLawConfig in conf/schema.py."""
+ScalingLawConfig in conf/schema/law.py."""
 
 
 def quoted_list(argument: str) -> str:

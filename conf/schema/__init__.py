@@ -1,0 +1,34 @@
+"""The types behind every configuration key: a mistyped key or value is refused by name.
+
+Plain data, checked in `__post_init__` with one sentence that gives the value, the rule and the remedy. Nothing here
+imports torch or transformers: `python -m launch` and `python -m launch.plan` start from these classes alone.
+"""
+
+from __future__ import annotations
+
+from hydra.core.config_store import ConfigStore
+
+from conf.schema.data import DataConfig
+from conf.schema.evaluation import EvalConfig
+from conf.schema.law import PredictConfig, ScalingLawConfig
+from conf.schema.model import ModelConfig
+from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
+from conf.schema.plan import PlanConfig
+from conf.schema.run import Config, LaunchConfig
+from conf.schema.sparsity import SparsityConfig, WindowConfig
+from conf.schema.trainer import OptimConfig, TrainerConfig
+
+__all__ = [
+    "CardConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "LaunchConfig", "LoggerConfig", "ModelConfig",
+    "OptimConfig", "PlanConfig", "PredictConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig",
+    "register",
+]  # fmt: skip
+
+
+def register() -> None:
+    """Make the classes known to Hydra as the schemas `run_schema`, `eval_schema`, `plan_schema`, `scaling_law_schema`."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=Config)
+    store.store(name="eval_schema", node=EvalConfig)
+    store.store(name="plan_schema", node=PlanConfig)
+    store.store(name="scaling_law_schema", node=ScalingLawConfig)

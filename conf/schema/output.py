@@ -1,0 +1,80 @@
+"""What a run leaves behind: records, the model folder, its card."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from conf.schema.checks import check, check_choice
+
+
+@dataclass
+class LoggerConfig:
+    """wandb, by the names of `wandb.init`; metrics.jsonl is always written."""
+
+    wandb: bool = True
+    mode: str = "auto"
+    """`auto` is online where an API key is configured, offline elsewhere."""
+    project: str = "sparsellm"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_choice("logger.mode", self.mode, ("auto", "online", "offline"))
+
+
+@dataclass
+class ExportConfig:
+    """The final model folder."""
+
+    dtype: str = "float32"
+    max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        check_choice("export.dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclass
+class CardConfig:
+    """The model's card, and the hub repository that the finished model may be uploaded to.
+
+    A run that has ended and is started again with any of these keys rewrites its card, and trains nothing.
+    """
+
+    license: str | None = None
+    """The model's licence by the hub's identifier, like apache-2.0; the card says so where none was chosen."""
+    license_name: str | None = None
+    """The licence's own name where `license` is other."""
+    license_link: str | None = None
+    hub_id: str | None = None
+    """OWNER/NAME on the hub: what the card's usage code loads, and where the model is uploaded to."""
+    push_to_hub: bool = False
+    """Upload the finished model folder to `hub_id`, with the account that `hf auth login` or HF_TOKEN names."""
+    private: bool = True
+    """Whether a repository that the upload has to create can be seen by its owner only."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.license is None or re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license) is not None,
+            f"card.license={self.license} is no licence identifier of the hub: give one like apache-2.0 or mit, or "
+            "other with card.license_name.",
+        )
+        check(
+            self.license == "other" or (self.license_name is None and self.license_link is None),
+            f"card.license_name={self.license_name} and card.license_link={self.license_link} belong to a licence of "
+            "your own: set card.license=other, or leave them null.",
+        )
+        check(
+            self.license != "other" or self.license_name is not None,
+            "card.license=other needs card.license_name: the name of the licence.",
+        )
+        check(
+            self.hub_id is None or re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub_id) is not None,
+            f"card.hub_id={self.hub_id} is no repository of the hub: give OWNER/NAME.",
+        )
+        check(
+            not self.push_to_hub or self.hub_id is not None,
+            "card.push_to_hub=true needs card.hub_id: the OWNER/NAME on the hub to upload to.",
+        )

@@ -1,0 +1,79 @@
+"""One run: all its groups, and how it is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from conf.schema.checks import check, check_choice
+from conf.schema.data import DataConfig
+from conf.schema.model import ModelConfig
+from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
+from conf.schema.sparsity import SparsityConfig
+from conf.schema.trainer import OptimConfig, TrainerConfig
+
+
+@dataclass
+class LaunchConfig:
+    """How `python -m launch` starts the processes; `python -m train` only checks it."""
+
+    num_processes: int | None = None
+    """Processes on this machine; where it is null all GPUs, and two processes on a machine without."""
+    config_file: str | None = None
+    """An accelerate config; where it is null the one in launch/accelerate that fits this machine."""
+    max_restarts: int = 0
+    """How often a run that lost a rank is started again from its checkpoint, without being asked."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.num_processes is None or self.num_processes >= 1,
+            f"launch.num_processes={self.num_processes} must be at least 1.",
+        )
+        check(self.max_restarts >= 0, f"launch.max_restarts={self.max_restarts} must be at least 0.")
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    run_name: str | None = None
+    """Folder of the run below `runs_dir`; where it is null, the experiment's or the model's name with the sparsity."""
+    runs_dir: str = "runs"
+    sweep_name: str | None = None
+    overwrite: bool = False
+    resume: str = "auto"
+    dry_run: bool = False
+    batch_size: int | None = None
+    """Sequences per optimizer step over all processes, kept whatever the number of devices."""
+    init_from: str | None = None
+    """A transformers folder to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
+    max_skipped: int = 10
+    """Updates in a row that may be skipped because loss or gradient norm are not finite, before the run stops."""
+    tokenizer: str = "train"
+    """A hub name, a local folder, a SentencePiece .model file, or `train`: a BPE of the model's vocabulary size."""
+    prompt: str = "The "
+    """Start of the sample that the finished model writes."""
+    next_commands: list[str] = field(default_factory=list)
+    """What to try next, printed at the end."""
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    sparsity: SparsityConfig = MISSING
+    optim: OptimConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    logger: LoggerConfig = MISSING
+    export: ExportConfig = field(default_factory=ExportConfig)
+    card: CardConfig = field(default_factory=CardConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        check(self.prompt.strip() != "", "prompt='' is empty: give the finished model some words to go on from.")
+        check_choice("resume", self.resume, ("auto", "never", "must"))
+        check(self.max_skipped >= 0, f"max_skipped={self.max_skipped} must be at least 0.")
+        check(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
+        for key in ("run_name", "sweep_name"):
+            name = getattr(self, key)
+            check(
+                name is None or not {"", ".", ".."} & set(name.split("/")),
+                f"{key}={name} leaves the runs folder: give a plain name, or a path below {self.runs_dir}.",
+            )

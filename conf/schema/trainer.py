@@ -1,0 +1,77 @@
+"""The groups `optim` and `trainer`: `transformers.TrainingArguments` by its own names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.schema.checks import check
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer's part of `transformers.TrainingArguments`, by the same names."""
+
+    optim: str = "adamw_torch_fused"
+    learning_rate: float = 3e-4
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: float = 0.01
+    """Steps, or below 1 a share of the run."""
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class TrainerConfig(OptimConfig):
+    """`transformers.TrainingArguments` by its own names; the optimizer's come from the group `optim`."""
+
+    max_steps: int | None = 1000
+    """Null where sparsity.window.budget gives the length of the run."""
+    per_device_train_batch_size: int = 8
+    """Sequences in a micro-batch: the most that fits; the batch of a step is `batch_size`."""
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int | None = None
+    """Follows from `batch_size` where it is null."""
+    bf16: bool | None = None
+    """Compute in bfloat16; where it is null, on GPUs only."""
+    fp16: bool = False
+    tf32: bool | None = None
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    torch_compile_backend: str | None = None
+    torch_compile_mode: str | None = None
+    use_liger_kernel: bool = False
+    logging_steps: float = 10
+    logging_first_step: bool = True
+    eval_strategy: str = "no"
+    eval_steps: float | None = None
+    save_strategy: str = "steps"
+    save_steps: float = 500
+    save_total_limit: int = 2
+    seed: int = 0
+    data_seed: int | None = None
+    full_determinism: bool = False
+    dataloader_num_workers: int = 0
+    dataloader_pin_memory: bool = True
+    dataloader_prefetch_factor: int | None = None
+    ddp_timeout: int = 600
+    """Seconds that a rank waits for the others in a collective before the run ends with an error."""
+    disable_tqdm: bool | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Any other TrainingArguments name: `+trainer.extra.neftune_noise_alpha=5`."""
+
+    def __post_init__(self) -> None:
+        check(self.max_steps is None or self.max_steps >= 1, f"trainer.max_steps={self.max_steps} must be at least 1.")
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, f"trainer.{key}={value} must be at least 1.")
+        check(self.ddp_timeout >= 1, f"trainer.ddp_timeout={self.ddp_timeout} must be at least 1 second.")
+        check(
+            self.save_total_limit >= 1,
+            f"trainer.save_total_limit={self.save_total_limit} must be at least 1: the newest checkpoint is always kept.",
+        )
+        check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
