@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from conf import cli, schema
 from conf.compose import check_arguments
+from conf.schema.checks import check
 from train.faults.process import die_with_parent
 from train.faults.stop import RunStopped
 from train.plan import plan_run, world_size_asked
@@ -22,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     with cli.user_errors(quiet=not is_main):
         config = cli.typed(cfg)
-        schema.check(not config.dry_run, "dry_run=true is for `python -m launch`, which prints the command: remove it.")
+        check(not config.dry_run, "dry_run=true is for `python -m launch`, which prints the command: remove it.")
         plan = plan_run(config, world_size_asked(config, os.environ))
 
     from train.distributed import join_world
