@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
@@ -12,13 +12,14 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from conf.schema import Config, EvalConfig, PlanConfig, ScalingLawConfig, register
+from conf.schema import Config, EvalConfig, PairsConfig, PlanConfig, ScalingLawConfig, register
 
 SCHEMAS = {
     "train": (Config, PlanConfig),
     "plan": (Config, PlanConfig),
     "eval": (EvalConfig,),
     "scaling_law": (ScalingLawConfig,),
+    "pairs": (PairsConfig,),
 }
 
 
@@ -36,6 +37,18 @@ def check_arguments(config_name: str, arguments: Sequence[str]) -> None:
     """Compose what Hydra is about to, so that a mistake is said in one sentence; calls with flags are left to Hydra."""
     if not any(argument.startswith("-") for argument in arguments):
         composed(config_name, arguments)
+
+
+def quoted_list(argument: str, lists: Collection[str]) -> str:
+    """For keys in `lists`, runs=a/target=0.8,b as runs=['a/target=0.8','b']: Hydra reads no bare `=` or `,` in a value.
+
+    Values that are quoted or nested are left as they are.
+    """
+    key, _, value = argument.partition("=")
+    if key not in lists or re.search(r"""['"{}$]|.\[|\].""", value):
+        return argument
+    names = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
+    return f"{key}=[{','.join(repr(name) for name in names if name)}]"
 
 
 def composition_sentence(error: Exception, *schemas: Any) -> str:

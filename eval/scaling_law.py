@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from conf.cli import user_errors
-from conf.compose import composed
+from conf.compose import composed, quoted_list
 from conf.schema import ScalingLawConfig
 
 LISTS = ("runs", "predict.overrides")
@@ -23,24 +22,12 @@ avg_linear_params, final_linear_params (or nonzero_linear_params), total_tokens,
 ScalingLawConfig in conf/schema/law.py."""
 
 
-def quoted_list(argument: str) -> str:
-    """runs=a/sparsity.target=0.8,b as runs=['a/sparsity.target=0.8','b']: Hydra reads no bare `=` or `,` in a value.
-
-    Values that are quoted or nested are left as they are.
-    """
-    key, _, value = argument.partition("=")
-    if key not in LISTS or re.search(r"""['"{}$]|.\[|\].""", value):
-        return argument
-    names = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
-    return f"{key}=[{','.join(repr(name) for name in names if name)}]"
-
-
 def main(arguments: Sequence[str]) -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
         return
     with user_errors():
-        config: ScalingLawConfig = composed("scaling_law", [quoted_list(argument) for argument in arguments])
+        config: ScalingLawConfig = composed("scaling_law", [quoted_list(argument, LISTS) for argument in arguments])
         from eval.law.figure import draw_laws
         from eval.law.points import read_points
         from eval.law.report import report

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from conf.compose import quoted_list
 from eval.law.claim import held_out_residuals, paired, verdict
 from eval.law.fit import Fit, Problem, _grid, _objective, bootstrap, check_hessian, fit_law
 from eval.law.identifiable import levels
@@ -13,7 +14,7 @@ from eval.law.law import Law
 from eval.law.lbfgs import minimise
 from eval.law.points import read_points
 from eval.law.report import interval
-from eval.scaling_law import main, quoted_list
+from eval.scaling_law import LISTS, main
 from launch.plan.request import read_request
 from launch.plan.series import table_row
 from tests.commands import run_command
@@ -435,7 +436,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     ],
 )
 def test_paths_with_equals_signs_need_no_quotes(argument, quoted):
-    assert quoted_list(argument) == quoted
+    assert quoted_list(argument, LISTS) == quoted
 
 
 def test_the_command_writes_json_alone_and_a_figure(tmp_path):

@@ -13,6 +13,7 @@ from conf.schema.evaluation import EvalConfig
 from conf.schema.law import PredictConfig, ScalingLawConfig
 from conf.schema.model import ModelConfig
 from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
+from conf.schema.pairs import PairsConfig
 from conf.schema.plan import PlanConfig
 from conf.schema.run import Config, LaunchConfig
 from conf.schema.sparsity import SparsityConfig, WindowConfig
@@ -20,15 +21,17 @@ from conf.schema.trainer import OptimConfig, TrainerConfig
 
 __all__ = [
     "CardConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "LaunchConfig", "LoggerConfig", "ModelConfig",
-    "OptimConfig", "PlanConfig", "PredictConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig",
-    "register",
+    "OptimConfig", "PairsConfig", "PlanConfig", "PredictConfig", "ScalingLawConfig",
+    "SparsityConfig", "TrainerConfig", "WindowConfig", "register",
 ]  # fmt: skip
 
 
 def register() -> None:
-    """Make the classes known to Hydra as the schemas `run_schema`, `eval_schema`, `plan_schema`, `scaling_law_schema`."""
+    """Make the classes known to Hydra as the schemas `run_schema`, `eval_schema`, `plan_schema`, `scaling_law_schema`,
+    `pairs_schema`."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=Config)
     store.store(name="eval_schema", node=EvalConfig)
     store.store(name="plan_schema", node=PlanConfig)
     store.store(name="scaling_law_schema", node=ScalingLawConfig)
+    store.store(name="pairs_schema", node=PairsConfig)

@@ -68,15 +68,21 @@ class Points:
 
 def read_points(runs: Sequence[str], loss: str = "auto") -> Points:
     """The points of run folders, folders of runs, patterns of them and CSV files; a run named twice counts once."""
+    rows = finished_runs(runs)
+    loss_name = _choose_loss(rows, loss)
+    check_comparable(rows)
+    return Points(tuple(_point(where, row, loss_name) for where, row in rows.items()), loss_name)
+
+
+def finished_runs(runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """The figures of every finished run that the patterns name, by where they were read; a run named twice counts once."""
     rows: dict[str, Mapping[str, Any]] = {}
     for pattern in runs:
         found = dict(_rows(pattern))
         if not found:
             raise ValueError(f"runs={pattern} holds no finished run: name folders with a summary.json, or a CSV file.")
         rows |= found
-    loss_name = _choose_loss(rows, loss)
-    _check_comparable(rows)
-    return Points(tuple(_point(where, row, loss_name) for where, row in rows.items()), loss_name)
+    return rows
 
 
 def _rows(pattern: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -131,7 +137,7 @@ def _choose_loss(rows: Mapping[str, Mapping[str, Any]], asked: str) -> str:
     raise ValueError(f"{without[0]} has no figure {asked}: name another with loss=, or leave the run out.")
 
 
-def _check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
+def check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Losses a token compare only between runs of one text and one tokenizer."""
     data = sorted({str(row["data"]) for row in rows.values() if "data" in row})
     if len(data) > 1:
