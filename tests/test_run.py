@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsity.prunable import linear_weights
 from sparsity.schedule import Geometric
 from tests.commands import run_command
-from tests.wandb_file import read_config, read_history, read_summary, step_metrics
+from tests.wandb_file import read_config, read_history, read_labels, read_summary, step_metrics
 
 STEPS = 24
 SUMMARY_KEYS = {
@@ -127,6 +127,7 @@ def test_wandb_holds_the_same_records(run, records):
 def test_wandb_holds_config_and_summary_and_has_tokens_as_its_axis(run, summary):
     path = next(run["dir"].glob("wandb/offline-run-*/run-*.wandb"))
     config = read_config(path)
+    assert read_labels(path) == ("", "sparse", ["llama-tiny", "sparsity-80"])
     assert config["sparsity"]["target"] == 0.8
     assert config["schedule"]["end_step"] == summary["prune_end_step"]
     assert config["model"]["hidden_size"] == 32

@@ -35,7 +35,7 @@ from train.faults.stop import RunStopped
 from train.initial import load_initial_weights
 from train.model import build_model
 from train.plan import RunPlan
-from train.records import ProgressBar, Recorder, start_wandb
+from train.records import ProgressBar, Recorder
 from train.report.card import write_card
 from train.report.figure import draw_report, read_records
 from train.report.publish import push_to_hub, renew_card
@@ -43,6 +43,7 @@ from train.report.summary import summarize
 from train.report.text import closing_words, opening_words, write_sample
 from train.scoring import Score, score_stream
 from train.trainer import PretrainingTrainer, RunState
+from train.wandb_run import start_wandb
 
 
 def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
@@ -169,7 +170,7 @@ def make_recorder(
 ) -> Recorder:
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": asdict(plan.schedule)} if plan.schedule else {}
-    wandb_run = start_wandb(config, {**values, **schedule, "world_size": plan.world_size}, directory.path)
+    wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size})
     return Recorder(plan, sparsity, directory.metrics, wandb_run)
 
 
