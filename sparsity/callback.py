@@ -22,10 +22,12 @@ from sparsity.mask import (
     zero_pruned_state_,
 )
 from sparsity.prunable import prunable_parameters
+from sparsity.resume import STATE_KEY, masks_from_weights, surviving_zeros
 from sparsity.schedule import Schedule
 from sparsity.score import ScoreName, magnitude_of_key, score_named
 from sparsity.select import prune_smallest_
 from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layout
+from sparsity.wrappers import check_weights_are_in_reach
 
 
 class SparsityCallback(TrainerCallback):
@@ -111,6 +113,7 @@ class SparsityCallback(TrainerCallback):
             self._is_loaded = False
             return
         assert model is not None
+        check_weights_are_in_reach(model, args)
         if self._events and max(self._events) > state.max_steps - 1:
             raise ValueError(
                 f"The prune window ends at step {max(self._events)}, outside a run of {state.max_steps} steps: end the "
@@ -118,7 +121,7 @@ class SparsityCallback(TrainerCallback):
             )
         self.bind(model)
         if state.global_step > 0:
-            self._restore(state.global_step)
+            self._restore(state.global_step, state.stateful_callbacks.get(STATE_KEY))  # type: ignore[union-attr]
         elif self.keep_zeros:
             self.inherit()
 
@@ -141,6 +144,14 @@ class SparsityCallback(TrainerCallback):
         # AdamW leaves pruned weights at 0 by itself; optimizers that mix weights, like Muon, do not.
         for param, shard in zip(self._parameters.values(), self._shards, strict=True):
             zero_pruned_(param, shard.mask)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._leave_state(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave_state(state, control)
 
     def on_log(
         self,
@@ -186,9 +197,7 @@ class SparsityCallback(TrainerCallback):
     def prune(self, density: float, optimizer: Any = None) -> None:
         """Prune to `density`: round((1 - density) x N) weights in all. Collective over all ranks."""
         num_pruned = round((1.0 - density) * self.num_prunable)
-        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
-            # FSDP2 may have put the shard into new memory since the last event.
-            shard.values = local_values(param)
+        self._refresh()
         threshold = prune_smallest_(self._shards, num_pruned, score=self.score, layout=self._layout)
         if threshold is None:
             return
@@ -256,8 +265,27 @@ class SparsityCallback(TrainerCallback):
             hook.remove()
         self._hooks.clear()
 
-    def _restore(self, global_step: int) -> None:
-        """Take the masks of a resumed run from its zeros, and refuse weights that are not as sparse as they must be."""
+    def _leave_state(self, state: TrainerState, control: TrainerControl) -> None:
+        """Put what tells masks from zeros into the state that the Trainer saves with its checkpoint. Collective."""
+        if not control.should_save:
+            return
+        self._refresh()
+        surviving = surviving_zeros(self._shards, self._layout) if self.density < 1 else {}
+        assert isinstance(state.stateful_callbacks, dict)
+        state.stateful_callbacks[STATE_KEY] = {**self.state(), "step": state.global_step, "surviving_zeros": surviving}
+
+    def _restore(self, global_step: int, saved: dict[str, Any] | None) -> None:
+        """Take the masks of a resumed run from its zeros, and refuse weights that are not as sparse as they must be.
+
+        `saved` is what `_leave_state` left. Without it every zero is a pruned weight, and their number must be the
+        schedule's.
+        """
+        if saved is not None and saved["step"] == global_step:
+            if sum(saved["kept"].values()) < self.num_prunable:
+                masks_from_weights(self._shards, saved["surviving_zeros"] or {})
+            self.load_state(saved, global_step)
+            self._is_loaded = False
+            return
         num_pruned = round((1.0 - self.schedule.density(global_step - 1)) * self.num_prunable)
         if num_pruned or self.keep_zeros:
             masks_from_zeros(self._shards)
@@ -271,6 +299,11 @@ class SparsityCallback(TrainerCallback):
                 )
         self._num_steps = global_step
         self._density_sum = self.schedule.average_density(global_step) * global_step
+
+    def _refresh(self) -> None:
+        """FSDP2 may have put the shards into new memory since they were last looked at."""
+        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
+            shard.values = local_values(param)
 
     def _count(self) -> None:
         self.kept = dict(zip(self._parameters, count_kept(self._shards, self._layout), strict=True))

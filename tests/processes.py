@@ -14,17 +14,24 @@ from pathlib import Path
 
 from tests.commands import ROOT, quiet_environment
 
+PYTHON_LAUNCH = (sys.executable, "-m", "launch")
+
 
 class LaunchedRun:
-    """`python -m launch ARGUMENTS` in the background; its output goes to files beside `run_dir`."""
+    """`python -m launch ARGUMENTS` in the background; its output goes to files beside `run_dir`.
 
-    def __init__(self, arguments: Sequence[str], run_dir: Path, **environment: str) -> None:
+    `command` is started in the place of `python -m launch`.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], run_dir: Path, command: Sequence[str] = PYTHON_LAUNCH, **environment: str
+    ) -> None:
         self.run_dir = run_dir
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         self._out, self._err = (run_dir.with_name(f"{run_dir.name}.{kind}") for kind in ("out", "err"))
         with open(self._out, "w") as out, open(self._err, "w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launch", *arguments],
+                [*command, *arguments],
                 cwd=ROOT,
                 env=quiet_environment(environment),
                 stdout=out,
@@ -74,9 +81,11 @@ class LaunchedRun:
 
 
 @contextlib.contextmanager
-def launched(arguments: Sequence[str], run_dir: Path, **environment: str) -> Iterator[LaunchedRun]:
+def launched(
+    arguments: Sequence[str], run_dir: Path, command: Sequence[str] = PYTHON_LAUNCH, **environment: str
+) -> Iterator[LaunchedRun]:
     """A run that is certainly over afterwards."""
-    run = LaunchedRun(arguments, run_dir, **environment)
+    run = LaunchedRun(arguments, run_dir, command, **environment)
     try:
         yield run
     finally:
