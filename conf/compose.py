@@ -12,13 +12,14 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from conf.schema import Config, EvalConfig, PlanConfig, ScalingLawConfig, register
+from conf.schema import CompactConfig, Config, EvalConfig, PlanConfig, ScalingLawConfig, register
 
 SCHEMAS = {
     "train": (Config, PlanConfig),
     "plan": (Config, PlanConfig),
     "eval": (EvalConfig,),
     "scaling_law": (ScalingLawConfig,),
+    "compact": (CompactConfig,),
 }
 
 

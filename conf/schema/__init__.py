@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
+from conf.schema.compact import CompactConfig
 from conf.schema.data import DataConfig
 from conf.schema.evaluation import EvalConfig
 from conf.schema.law import PredictConfig, ScalingLawConfig
@@ -19,16 +20,17 @@ from conf.schema.sparsity import SparsityConfig, WindowConfig
 from conf.schema.trainer import OptimConfig, TrainerConfig
 
 __all__ = [
-    "CardConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "LaunchConfig", "LoggerConfig", "ModelConfig",
-    "OptimConfig", "PlanConfig", "PredictConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig",
-    "register",
+    "CardConfig", "CompactConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "LaunchConfig", "LoggerConfig",
+    "ModelConfig", "OptimConfig", "PlanConfig", "PredictConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig",
+    "WindowConfig", "register",
 ]  # fmt: skip
 
 
 def register() -> None:
-    """Make the classes known to Hydra as the schemas `run_schema`, `eval_schema`, `plan_schema`, `scaling_law_schema`."""
+    """Make the classes known to Hydra as the schemas `run_schema`, `eval_schema`, `plan_schema` and so on."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=Config)
     store.store(name="eval_schema", node=EvalConfig)
     store.store(name="plan_schema", node=PlanConfig)
     store.store(name="scaling_law_schema", node=ScalingLawConfig)
+    store.store(name="compact_schema", node=CompactConfig)
