@@ -12,15 +12,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from conf.schema import Config, EvalConfig, PairsConfig, PlanConfig, ScalingLawConfig, register
-
-SCHEMAS = {
-    "train": (Config, PlanConfig),
-    "plan": (Config, PlanConfig),
-    "eval": (EvalConfig,),
-    "scaling_law": (ScalingLawConfig,),
-    "pairs": (PairsConfig,),
-}
+from conf.schema import SCHEMAS, Config, PlanConfig, register
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
@@ -30,7 +22,12 @@ def composed(config_name: str, overrides: Sequence[str]) -> Any:
         with initialize_config_module("conf", version_base="1.3"):
             return OmegaConf.to_object(compose(config_name, overrides=list(overrides)))
     except (HydraException, OSError) as error:
-        raise ValueError(composition_sentence(error, *SCHEMAS.get(config_name, ()))) from error
+        raise ValueError(composition_sentence(error, *schemas_of(config_name))) from error
+
+
+def schemas_of(config_name: str) -> tuple[Any, ...]:
+    """The classes whose keys a command takes; a run's keys are the plan's too."""
+    return (Config, PlanConfig) if config_name in ("train", "plan") else (SCHEMAS[config_name],)
 
 
 def check_arguments(config_name: str, arguments: Sequence[str]) -> None:

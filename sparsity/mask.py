@@ -95,7 +95,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(bits: Tensor, start: int, stop: int) -> Tensor:
     """The masks of the weights start .. stop, bool [stop - start]; `bits` begins with the byte of weight `start`."""
-    unpacked = np.unpackbits(bits.numpy(), bitorder="little").astype(bool)
+    unpacked = np.unpackbits(bits.numpy(), bitorder="little").view(bool)
     return torch.from_numpy(unpacked[start % 8 : start % 8 + stop - start])
 
 
