@@ -17,7 +17,9 @@ from train.scoring import score_stream
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Perplexity and bits per byte on the held-out split of `config.data`, and the zero counts of the linear layers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    model = AutoModelForCausalLM.from_pretrained(config.folder).eval().to(device)
+    # Weights from safetensors alone, and no code of the folder: a model may come from anywhere.
+    model = AutoModelForCausalLM.from_pretrained(config.folder, trust_remote_code=False, use_safetensors=True)
+    model = model.eval().to(device)
     window = config.window or model.config.max_position_embeddings
     data = prepare(config.data, config.tokenizer or config.folder, model.config.vocab_size, window)
     score = score_stream(

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from conf.cli import USER_ERROR_CODE
 from train.faults.stop import PREEMPTED_CODE
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FINAL_CODES = (USER_ERROR_CODE, PREEMPTED_CODE)
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     # torch's elastic agent reports each failed rank at length; here it is one line.
     logging.disable(logging.ERROR)
     # What torch's agent is to answer itself; the parser of its options reads this.
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     launcher.LocalElasticAgent = PassingAgent  # type: ignore[misc]
     for number in PASSED_ON:
         signal.signal(number, pass_on)

@@ -15,6 +15,12 @@ from tests.interrupted import STEPS, interrupted, one_error, records_of, tensors
 from tests.processes import launched
 from tests.wandb_file import read_history
 
+SECRETS = {
+    "WANDB_API_KEY": "f00dfeed" * 5,
+    "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "SOME_PASSWORD": "correct-horse-battery-staple",
+}
 KILLS = {"before the window": 12, "in the window": 30, "after the window": 49}
 
 
@@ -32,7 +38,7 @@ def killed(folder, whole) -> Path:
     run_dir = folder / "runs" / "killed"
     command = interrupted(folder, "killed")
     for step in KILLS.values():
-        with launched(command, run_dir) as run:
+        with launched(command, run_dir, **SECRETS) as run:
             run.wait_for_step(step)
             run.kill_all()
         if step == KILLS["in the window"]:
@@ -40,7 +46,7 @@ def killed(folder, whole) -> Path:
                 copy_run(run_dir, name)
     with open(run_dir / "metrics.jsonl", "a") as metrics:
         metrics.write('{"train/global_step": 51, "train/lo')
-    with launched(command, run_dir) as run:
+    with launched(command, run_dir, **SECRETS) as run:
         assert run.wait() == 0, run.stderr[-3000:]
     return run_dir
 
@@ -71,8 +77,12 @@ def test_its_wandb_runs_have_one_id_and_each_step_once(killed):
     files = sorted(killed.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == len(KILLS) + 1
     assert {file.stem for file in files} == {f"run-{(killed / 'wandb' / 'id.txt').read_text().strip()}"}
-    steps = [record["train/global_step"] for file in files for record in read_history(file)]
+    history = [record for file in files for record in read_history(file)]
+    steps = [record["train/global_step"] for record in history]
     assert steps == sorted(set(steps))
+    # wandb's own count goes on as well: it is the record's place in metrics.jsonl.
+    logged = [record["train/global_step"] for record in records_of(killed)]
+    assert [record["_step"] for record in history] == [logged.index(step) for step in steps]
 
 
 def test_the_newest_checkpoints_are_kept_and_nothing_half_written(killed):
@@ -85,13 +95,25 @@ def test_no_file_of_a_run_is_a_pickle(killed):
         assert not path.is_file() or b"\x80\x04\x95" not in path.read_bytes()[:4096]
 
 
-def test_resume_never_refuses_an_unfinished_run_and_must_an_empty_folder(folder, whole):
-    unfinished(folder, whole, "never")
-    refusal = one_error(interrupted(folder, "never", "logger=none", "resume=never"))
-    assert "was not finished and resume=never" in refusal
-    assert "overwrite=true" in refusal
-    nothing = one_error(interrupted(folder, "must", "logger=none", "resume=must"))
-    assert "no checkpoint to resume from and resume=must" in nothing
+def test_no_file_or_line_of_a_run_holds_a_token_or_key_of_the_environment(killed):
+    files = [path for path in killed.rglob("*") if path.is_file()]
+    files += [killed.with_name(f"killed.{kind}") for kind in ("out", "err")]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        data = path.read_bytes()
+        assert [name for name, secret in SECRETS.items() if secret.encode() in data] == [], path
+
+
+def test_data_that_changed_since_the_run_began_is_noticed_by_the_same_command(folder, whole, tmp_path):
+    run_dir = unfinished(folder, whole, "changed")
+    shutil.move(run_dir, tmp_path / "runs" / "changed")
+    config = tmp_path / "runs" / "changed" / "config.yaml"
+    config.write_text(config.read_text().replace(str(folder), str(tmp_path)))
+    text = (folder / "text.jsonl").read_text()
+    (tmp_path / "text.jsonl").write_text(text.replace("Story 3:", "Story three:"))
+    said = one_error(interrupted(tmp_path, "changed", "logger=none"))
+    assert "The training data has changed since the run began" in said
+    assert "overwrite=true" in said
 
 
 def test_a_kill_in_the_export_is_survived_and_a_damaged_checkpoint_is_passed_over(folder, whole):

@@ -1,6 +1,7 @@
 """One process of a run: `accelerate launch --config_file launch/accelerate/cpu.yaml -m train experiment=demo`."""
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -36,6 +37,7 @@ def main(cfg: DictConfig) -> None:
     cli.speak()
     preemption, heartbeat = Preemption(), Heartbeat(world.rank, world.size)
     preemption.listen()
+    heartbeat.watch_nccl()
     try:
         run(config, plan, world, preemption, heartbeat)
     except RunStopped as stopped:
@@ -60,6 +62,8 @@ if __name__ == "__main__":
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()
+            # Ctrl-C before there is anything to save ends a rank without a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         cli.hush_other_ranks()
         with cli.user_errors():
             check_arguments("train", sys.argv[1:])

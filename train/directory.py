@@ -64,7 +64,7 @@ class RunDirectory:
         elif self.config.exists():
             self._check_same(config)
             if self.summary.exists():
-                return json.loads(self.summary.read_text())
+                return self._read_summary()
             if config.resume == "never" and not is_restart:
                 raise ValueError(
                     f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
@@ -93,8 +93,25 @@ class RunDirectory:
         for folder in (self.model, self.model.with_name("model.tmp"), self.checkpoints, self.wandb):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _read_summary(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.summary.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{self.summary} is garbled: remove it, and the same command writes it again, or set overwrite=true."
+            ) from None
+
     def _check_same(self, config: Config) -> None:
-        before, now = run_identity(OmegaConf.load(self.config)), run_identity(config)
+        try:
+            # OmegaConf's loader knows no tags that make objects, and interpolations are not resolved.
+            before = run_identity(OmegaConf.load(self.config))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise ValueError(
+                f"{self.config} is garbled or was not written by a run: set overwrite=true to start it anew."
+            ) from None
+        now = run_identity(config)
         if changed := _differences(before, now):
             raise ValueError(
                 f"{self.path} is in use by a run with another config ({'; '.join(changed)}): take another run_name, or "

@@ -99,7 +99,8 @@ class Recorder(TrainerCallback):
 
             layers = [value for name, value in record.items() if name.startswith("layer_density/")]
             record = {**record, "sparsity/layer_density": wandb.Histogram(layers, num_bins=20)}
-        self.wandb_run.log(record)
+        # Counted over all processes of the run: in offline mode wandb itself would begin at 0 again after a resume.
+        self.wandb_run.log(record, step=len(self._written) - 1, commit=True)
 
     def _flush(self) -> None:
         while self._unwritten:
@@ -120,14 +121,25 @@ class Recorder(TrainerCallback):
 
 
 def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records that are there; a last line that was cut off by a kill is removed from the file."""
+    """The records that are there; a last line that was cut off by a kill is removed from the file.
+
+    A ValueError where another line is no record.
+    """
     if not metrics.exists():
         return []
     data = metrics.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(metrics, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        assert all("train/global_step" in record for record in records)
+    except (ValueError, TypeError, AssertionError):
+        raise ValueError(
+            f"{metrics} holds a line that is no record of a run: mend or remove the line, or set overwrite=true to start "
+            "the run anew."
+        ) from None
+    return records
 
 
 def _identity(record: dict[str, Any]) -> tuple[int, str]:

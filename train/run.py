@@ -35,7 +35,7 @@ from train.faults.stop import RunStopped
 from train.initial import load_initial_weights
 from train.model import build_model
 from train.plan import RunPlan
-from train.records import ProgressBar, Recorder
+from train.records import ProgressBar, Recorder, keep_whole_records
 from train.report.card import write_card
 from train.report.figure import draw_report, read_records
 from train.report.publish import push_to_hub, renew_card
@@ -64,7 +64,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         world.on_main(push_to_hub, config.card, directory.model)
         return
     data = world.on_main(prepare, config.data, config.tokenizer, plan.model.vocab_size, plan.sequence_length)
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
     model = build_model(plan.model, tokenizer, config.trainer.seed)
     with user_errors(quiet=not world.is_main):
         if config.init_from is not None:
@@ -73,6 +73,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     fingerprint = world.on_main(data_fingerprint, data.folder)
     resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
     world.on_main(directory.begin, config)
+    world.on_main(lambda: len(keep_whole_records(directory.metrics)))
 
     sparsity = sparsity_callback(config, plan)
     recorder = make_recorder(config, plan, directory, sparsity) if world.is_main else None

@@ -1,5 +1,5 @@
-"""SIGTERM and SIGUSR1, by which a cluster asks for its machines back: the step is ended and saved, a second one
-obeyed."""
+"""SIGTERM and SIGUSR1, by which a cluster asks for its machines back, and Ctrl-C: the step is ended and saved, a second
+one obeyed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 from train.faults.stop import PREEMPTED_CODE
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_S = 1.0
 """SLURM and the launcher may both deliver the first request."""
 

@@ -85,8 +85,8 @@ def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: in
     """Continue `prompt` with the finished model, loaded as any user would, and write the text to `path`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=False, use_safetensors=True).eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     with torch.random.fork_rng():
