@@ -12,14 +12,19 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from conf.schema import Config, EvalConfig, PlanConfig, ScalingLawConfig, register
+from conf.schema import Config, DashboardConfig, EvalConfig, PlanConfig, ReportConfig, ScalingLawConfig, register
 
 SCHEMAS = {
     "train": (Config, PlanConfig),
     "plan": (Config, PlanConfig),
     "eval": (EvalConfig,),
     "scaling_law": (ScalingLawConfig,),
+    "report": (ReportConfig,),
+    "dashboard": (DashboardConfig,),
 }
+
+LISTS = ("runs", "predict.overrides")
+"""Keys whose value `quoted_list` quotes."""
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
@@ -30,6 +35,18 @@ def composed(config_name: str, overrides: Sequence[str]) -> Any:
             return OmegaConf.to_object(compose(config_name, overrides=list(overrides)))
     except (HydraException, OSError) as error:
         raise ValueError(composition_sentence(error, *SCHEMAS.get(config_name, ()))) from error
+
+
+def quoted_list(argument: str) -> str:
+    """runs=a/sparsity.target=0.8,b as runs=['a/sparsity.target=0.8','b']: Hydra reads no bare `=` or `,` in a value.
+
+    Values that are quoted or nested are left as they are.
+    """
+    key, _, value = argument.partition("=")
+    if key not in LISTS or re.search(r"""['"{}$]|.\[|\].""", value):
+        return argument
+    names = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
+    return f"{key}=[{','.join(repr(name) for name in names if name)}]"
 
 
 def check_arguments(config_name: str, arguments: Sequence[str]) -> None:

@@ -14,21 +14,24 @@ from conf.schema.law import PredictConfig, ScalingLawConfig
 from conf.schema.model import ModelConfig
 from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
 from conf.schema.plan import PlanConfig
+from conf.schema.report import DashboardConfig, ReportConfig
 from conf.schema.run import Config, LaunchConfig
 from conf.schema.sparsity import SparsityConfig, WindowConfig
 from conf.schema.trainer import OptimConfig, TrainerConfig
 
 __all__ = [
-    "CardConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "LaunchConfig", "LoggerConfig", "ModelConfig",
-    "OptimConfig", "PlanConfig", "PredictConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig",
-    "register",
+    "CardConfig", "Config", "DashboardConfig", "DataConfig", "EvalConfig", "ExportConfig", "LaunchConfig", "LoggerConfig",
+    "ModelConfig", "OptimConfig", "PlanConfig", "PredictConfig", "ReportConfig", "ScalingLawConfig", "SparsityConfig",
+    "TrainerConfig", "WindowConfig", "register",
 ]  # fmt: skip
 
 
 def register() -> None:
-    """Make the classes known to Hydra as the schemas `run_schema`, `eval_schema`, `plan_schema`, `scaling_law_schema`."""
+    """Make the classes known to Hydra: `run_schema` is a run's, the others those of the command in their name."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=Config)
     store.store(name="eval_schema", node=EvalConfig)
     store.store(name="plan_schema", node=PlanConfig)
     store.store(name="scaling_law_schema", node=ScalingLawConfig)
+    store.store(name="report_schema", node=ReportConfig)
+    store.store(name="dashboard_schema", node=DashboardConfig)
