@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
@@ -13,6 +13,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from conf.schema import SCHEMAS, Config, PlanConfig, register
+
+LISTS = ("runs", "predict.overrides")
+"""Keys whose value `quoted_list` quotes."""
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
@@ -30,22 +33,22 @@ def schemas_of(config_name: str) -> tuple[Any, ...]:
     return (Config, PlanConfig) if config_name in ("train", "plan") else (SCHEMAS[config_name],)
 
 
-def check_arguments(config_name: str, arguments: Sequence[str]) -> None:
-    """Compose what Hydra is about to, so that a mistake is said in one sentence; calls with flags are left to Hydra."""
-    if not any(argument.startswith("-") for argument in arguments):
-        composed(config_name, arguments)
-
-
-def quoted_list(argument: str, lists: Collection[str]) -> str:
-    """For keys in `lists`, runs=a/target=0.8,b as runs=['a/target=0.8','b']: Hydra reads no bare `=` or `,` in a value.
+def quoted_list(argument: str) -> str:
+    """runs=a/sparsity.target=0.8,b as runs=['a/sparsity.target=0.8','b']: Hydra reads no bare `=` or `,` in a value.
 
     Values that are quoted or nested are left as they are.
     """
     key, _, value = argument.partition("=")
-    if key not in lists or re.search(r"""['"{}$]|.\[|\].""", value):
+    if key not in LISTS or re.search(r"""['"{}$]|.\[|\].""", value):
         return argument
     names = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
     return f"{key}=[{','.join(repr(name) for name in names if name)}]"
+
+
+def check_arguments(config_name: str, arguments: Sequence[str]) -> None:
+    """Compose what Hydra is about to, so that a mistake is said in one sentence; calls with flags are left to Hydra."""
+    if not any(argument.startswith("-") for argument in arguments):
+        composed(config_name, arguments)
 
 
 def composition_sentence(error: Exception, *schemas: Any) -> str:

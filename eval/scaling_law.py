@@ -11,7 +11,6 @@ from conf.cli import user_errors
 from conf.compose import composed, quoted_list
 from conf.schema import ScalingLawConfig
 
-LISTS = ("runs", "predict.overrides")
 USAGE = """python -m eval.scaling_law runs=runs/SWEEP                     fit L = E + A / N^alpha + B / D^beta
 python -m eval.scaling_law runs=[runs/a,runs/b*,points.csv] form=n  runs on equally many tokens: L = E + A / N^alpha
     ... predict.experiment=NAME [predict.overrides=[sparsity.target=0.6]]    the loss of a planned run
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     with user_errors():
-        config: ScalingLawConfig = composed("scaling_law", [quoted_list(argument, LISTS) for argument in arguments])
+        config: ScalingLawConfig = composed("scaling_law", [quoted_list(argument) for argument in arguments])
         from eval.law.figure import draw_laws
         from eval.law.points import read_points
         from eval.law.report import report

@@ -14,7 +14,7 @@ from eval.law.law import Law
 from eval.law.lbfgs import minimise
 from eval.law.points import read_points
 from eval.law.report import interval
-from eval.scaling_law import LISTS, main
+from eval.scaling_law import main
 from launch.plan.request import read_request
 from launch.plan.series import table_row
 from tests.commands import run_command
@@ -436,7 +436,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     ],
 )
 def test_paths_with_equals_signs_need_no_quotes(argument, quoted):
-    assert quoted_list(argument, LISTS) == quoted
+    assert quoted_list(argument) == quoted
 
 
 def test_the_command_writes_json_alone_and_a_figure(tmp_path):

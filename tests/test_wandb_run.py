@@ -6,7 +6,8 @@ import pytest
 
 from conf.compose import composed
 from train.plan import plan_run
-from train.wandb_run import has_wandb_key, kind_of_run, run_tags
+from train.wandb_key import has_wandb_key
+from train.wandb_run import kind_of_run, run_tags
 
 
 def kind_and_tags(*overrides: str) -> tuple[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import uuid
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from conf.schema import Config
 from train.checkpoints.durable import write_atomically
 from train.plan import RunPlan
+from train.wandb_key import has_wandb_key
 
 MAX_TAG_LENGTH = 64
 """wandb refuses longer tags."""
@@ -61,14 +61,3 @@ def run_tags(config: Config, plan: RunPlan) -> list[str]:
     of_kind = {"sparse": [level], "twin": ["twin", f"twin-of-{level}"], "dense": ["dense"]}
     tags = [config.model.name, *of_kind[kind_of_run(plan)], *config.logger.tags]
     return [tag[:MAX_TAG_LENGTH] for tag in dict.fromkeys(tags) if tag]
-
-
-def has_wandb_key() -> bool:
-    """Whether `wandb login` was run here, or a key is in the environment."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        hosts = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in hosts)

@@ -16,14 +16,15 @@ from conf.schema.model import ModelConfig
 from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
 from conf.schema.pairs import PairsConfig
 from conf.schema.plan import PlanConfig
+from conf.schema.report import DashboardConfig, ReportConfig
 from conf.schema.run import Config, LaunchConfig
 from conf.schema.sparsity import SparsityConfig, WindowConfig
 from conf.schema.trainer import OptimConfig, TrainerConfig
 
 __all__ = [
-    "SCHEMAS", "CardConfig", "CompactConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "LaunchConfig",
-    "LoggerConfig", "ModelConfig", "OptimConfig", "PairsConfig", "PlanConfig", "PredictConfig", "ScalingLawConfig",
-    "SparsityConfig", "TrainerConfig", "WindowConfig", "register",
+    "SCHEMAS", "CardConfig", "CompactConfig", "Config", "DashboardConfig", "DataConfig", "EvalConfig", "ExportConfig",
+    "LaunchConfig", "LoggerConfig", "ModelConfig", "OptimConfig", "PairsConfig", "PlanConfig", "PredictConfig",
+    "ReportConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig", "register",
 ]  # fmt: skip
 
 SCHEMAS: dict[str, type] = {
@@ -33,6 +34,8 @@ SCHEMAS: dict[str, type] = {
     "compact": CompactConfig,
     "scaling_law": ScalingLawConfig,
     "pairs": PairsConfig,
+    "report": ReportConfig,
+    "dashboard": DashboardConfig,
 }
 """The class behind each yaml at the top of conf/; there it is NAME_schema."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.folders import named_places, run_folders
 from eval.law.identifiable import levels
 from eval.law.lbfgs import Array
 
@@ -87,20 +88,12 @@ def finished_runs(runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
 
 def _rows(pattern: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where it was read, figures) of every finished run that a pattern names; unfinished runs are passed over."""
-    places = (
-        [Path(pattern)]
-        if Path(pattern).exists()
-        else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    )
-    if not places:
-        raise ValueError(f"runs={pattern} is not there: give run folders, a folder of runs, a pattern, or a CSV file.")
-    for place in places:
+    for place in named_places(pattern):
         if place.is_file() and place.suffix == ".csv":
             yield from _csv_rows(place)
         elif place.is_dir():
-            own = place / "summary.json"
-            for file in [own] if own.exists() else sorted(place.rglob("summary.json")):
-                yield str(file.resolve()), _summary(file)
+            for folder in run_folders(place, "summary.json"):
+                yield str((folder / "summary.json").resolve()), _summary(folder / "summary.json")
         elif place.name == "summary.json":
             yield str(place.resolve()), _summary(place)
         elif not glob.has_magic(pattern):

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
         print(__doc__)
         return
     with user_errors():
-        config: PairsConfig = composed("pairs", [quoted_list(argument, ("runs",)) for argument in arguments])
+        config: PairsConfig = composed("pairs", [quoted_list(argument) for argument in arguments])
         from eval.pairs.comparison import compare, read_runs
         from eval.pairs.figure import draw_pairs
         from eval.pairs.text import as_json, markdown
