@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -11,7 +10,7 @@ from omegaconf import DictConfig
 from conf import cli, schema
 from conf.compose import check_arguments
 from conf.schema.checks import check
-from train.faults.process import die_with_parent
+from train.faults.process import die_with_parent, end_process
 from train.faults.stop import RunStopped
 from train.plan import plan_run, world_size_asked
 
@@ -48,13 +47,6 @@ def main(cfg: DictConfig) -> None:
             raise
         heartbeat.report_and_exit(error)
     world.leave()
-
-
-def end_process(code: int) -> NoReturn:
-    """End without the interpreter's own ending, in which threads of a process group that is gone now and then abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":
