@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tests.commands import ROOT, quiet_environment
 
+PATIENCE_S = 300.0
+"""Other work on the machine must not read as a hang."""
 PYTHON_LAUNCH = (sys.executable, "-m", "launch")
 
 
@@ -39,6 +41,10 @@ class LaunchedRun:
             )
 
     @property
+    def stdout(self) -> str:
+        return self._out.read_text()
+
+    @property
     def stderr(self) -> str:
         return self._err.read_text()
 
@@ -54,7 +60,7 @@ class LaunchedRun:
                 found[int(environment["RANK"])] = pid
         return [found[rank] for rank in sorted(found)]
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         """Return as soon as `condition()`; an AssertionError where the run ends first or the time is up."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -72,7 +78,7 @@ class LaunchedRun:
             send(pid, signal.SIGKILL)
         self.process.wait(30)
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -82,7 +82,19 @@ def resume_on_two_ranks() -> dict[str, Any]:
     for shard in callback.shards:
         shard.values.fill_(1.0)
     found["lost zeros"] = refusal(saved)
+    found["FSDP1"] = refusal_under_fsdp1()
     return found
+
+
+def refusal_under_fsdp1() -> str:
+    model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    try:
+        SparsityCallback(Geometric(0.5, 0, 0, 1)).on_train_begin(
+            SimpleNamespace(deepspeed_plugin=None), TrainerState(max_steps=1), TrainerControl(), model=model
+        )
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +133,9 @@ def test_more_zeros_than_can_be_listed_are_not(monkeypatch):
     assert surviving_zeros([ParameterShard("w", values, kept, 10, 16)], RankLayout()) is None
 
 
-def refusal_under_fsdp1() -> str:
-    model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
-    try:
-        SparsityCallback(Geometric(0.5, 0, 0, 1)).on_train_begin(
-            SimpleNamespace(deepspeed_plugin=None), TrainerState(max_steps=1), TrainerControl(), model=model
-        )
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_fsdp1_is_refused_by_the_callback():
-    assert "wrapped in FSDP1, which flattens its parameters" in run_ranks(refusal_under_fsdp1, 1)[0]
+def test_fsdp1_is_refused_by_the_callback(resumed):
+    for found in resumed:
+        assert "wrapped in FSDP1, which flattens its parameters" in found["FSDP1"]
 
 
 def test_deepspeed_is_refused_by_the_callback():

@@ -14,14 +14,25 @@ from tests.commands import run_command
 from tests.interrupted import STEPS, interrupted, one_error, records_of, tensors_of, unfinished
 from tests.processes import launched
 from tests.wandb_file import read_history
+from train.checkpoints import layout
 
+# A module's first test waits for several launches.
+pytestmark = pytest.mark.timeout(900)
 SECRETS = {
     "WANDB_API_KEY": "f00dfeed" * 5,
     "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
     "SOME_PASSWORD": "correct-horse-battery-staple",
 }
-KILLS = {"before the window": 12, "in the window": 30, "after the window": 49}
+KILLS = {
+    "before the window": (12, "trainer.save_steps=7", (7, 14)),
+    "in the window, in the middle of an epoch": (30, "trainer.save_steps=7", (28, 35)),
+    "after the window, at the end of an epoch": (49, "trainer.save_steps=11", (44, 55)),
+}
+"""The step to kill at, how often checkpoints are saved till then, and those of them that the run may go on from.
+
+An epoch has 11 steps of three micro-batches, the window steps 20 to 40.
+"""
 
 
 def copy_run(run_dir: Path, name: str) -> None:
@@ -33,22 +44,35 @@ def copy_run(run_dir: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def killed(folder, whole) -> Path:
+def resumes() -> dict[str, int]:
+    """After each of KILLS, the step of the checkpoint that the run went on from."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def killed(folder, whole, resumes) -> Path:
     """The same run, killed with SIGKILL before, in and after the prune window, started again each time."""
     run_dir = folder / "runs" / "killed"
     command = interrupted(folder, "killed")
-    for step in KILLS.values():
-        with launched(command, run_dir, **SECRETS) as run:
+    for moment, (step, how_often, _) in KILLS.items():
+        with launched([*command, how_often], run_dir, **SECRETS) as run:
             run.wait_for_step(step)
             run.kill_all()
-        if step == KILLS["in the window"]:
+        resumes[moment] = layout.step_of(layout.checkpoints(run_dir / "checkpoints")[0])
+        if moment.startswith("in the window"):
             for name in ("one", "three"):
                 copy_run(run_dir, name)
     with open(run_dir / "metrics.jsonl", "a") as metrics:
         metrics.write('{"train/global_step": 51, "train/lo')
     with launched(command, run_dir, **SECRETS) as run:
         assert run.wait() == 0, run.stderr[-3000:]
+        assert f"resumed from {run_dir}/checkpoints/checkpoint-{resumes[moment]}" in run.stdout
     return run_dir
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_the_run_goes_on_from_where_it_was_meant_to(killed, resumes, moment):
+    assert resumes[moment] in KILLS[moment][2]
 
 
 def test_a_run_killed_three_times_writes_the_records_of_the_whole_one(whole, killed):

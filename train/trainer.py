@@ -135,6 +135,8 @@ class PretrainingTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        # The Trainer would save and log as often as the command that wrote the checkpoint said.
+        self.state.compute_steps(self.args, self.state.max_steps)
         assert self._sampler is not None
         # accelerate does not reach the sampler behind the batches it skips.
         self._sampler.set_epoch(kwargs["epoch"])
