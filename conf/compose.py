@@ -16,6 +16,8 @@ from conf.schema import SCHEMAS, Config, PlanConfig, register
 
 LISTS = ("runs", "predict.overrides")
 """Keys whose value `quoted_list` quotes."""
+TEXTS = ("title",)
+"""Keys whose value `quoted_text` quotes."""
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
@@ -43,6 +45,13 @@ def quoted_list(argument: str) -> str:
         return argument
     names = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
     return f"{key}=[{','.join(repr(name) for name in names if name)}]"
+
+
+def quoted_text(argument: str) -> str:
+    """title=80 % & its twin as title='80 % & its twin': free text has what Hydra's grammar does not."""
+    key, _, value = argument.partition("=")
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return argument if key not in TEXTS or is_quoted or value == "null" else f"{key}={value!r}"
 
 
 def check_arguments(config_name: str, arguments: Sequence[str]) -> None:

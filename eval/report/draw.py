@@ -127,11 +127,8 @@ def _curves(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]
             style = {"linewidth": 1.6, "linestyle": "-" if run.is_sparse else DENSE_DASH}
             draw_style = "steps-pre" if panel.kind == "stairs" else "default"
             axes.plot(curve.x, curve.y, drawstyle=draw_style, **style, **own)
-    for label, sizes, losses in law.curves() if law else ():
-        axes.plot(sizes, losses, color=FAINT, linewidth=1.2, gid="law", zorder=2)
-        axes.annotate(
-            label, (sizes[-1], losses[-1]), xytext=(0, 4), textcoords="offset points", color=FAINT, ha="right"
-        )
+    if law:
+        _law(axes, law, drawn)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.log_y:
         axes.set_yscale("log")
@@ -141,14 +138,25 @@ def _curves(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    if law:
-        # A steep law would flatten the runs.
-        low, high = min(min(curve.y) for curve in drawn), max(max(curve.y) for curve in drawn)
-        room = 0.12 * (high - low or 1.0)
-        axes.set_ylim(low - room, high + room)
     if panel.dense_y is not None:
         axes.set_ylim(0, 1.05 * panel.dense_y)
     count_ticks(axes.xaxis)
+
+
+def _law(axes: Any, law: FittedLaw, drawn: Sequence[Curve]) -> None:
+    """The law's curves, within the runs' own losses: a steep law would flatten them."""
+    low, high = min(min(curve.y) for curve in drawn), max(max(curve.y) for curve in drawn)
+    room = 0.12 * (high - low or 1.0)
+    axes.set_ylim(low - room, high + room)
+    for label, sizes, losses in law.curves():
+        axes.plot(sizes, losses, color=FAINT, linewidth=1.2, zorder=2)
+        inside = [
+            (size, loss)
+            for size, loss in zip(sizes, losses, strict=True)
+            if abs(loss - (low + high) / 2) < room + (high - low) / 2
+        ]
+        if inside:
+            axes.annotate(label, inside[-1], xytext=(0, 4), textcoords="offset points", color=FAINT, ha="right")
 
 
 def _bars(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> None:

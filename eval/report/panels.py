@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from train.report.table import COLUMNS
-
 Kind = Literal["lines", "stairs", "layers", "points", "bars"]
 """Curves of records, straight or as a staircase; a figure of each layer; one mark, or one bar, for each run."""
 
@@ -104,4 +102,3 @@ TABLE = {
     "perplexity": "perplexity",
 }
 """The series' columns beside the run's name, in their order, and the figure of summary.json that each shows."""
-assert ["model", *TABLE] == list(COLUMNS)
