@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +85,28 @@ def test_a_weight_is_one_bit_of_little_endian_words_and_its_values_follow(tmp_pa
     assert found["w.bitmask"].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 128, 0, 0, 0, 0, 0, 0]
     assert found["w"].dtype == torch.bfloat16
     assert found["w"].tolist() == [1.0, 2.0, 3.0]
+    header, _ = split_file(tmp_path / "compact")
+    assert json.loads(header["__metadata__"][METHOD]) == json.loads(blocks_of_the_document("json")[0])
+
+
+def test_the_reader_in_the_document_reads_what_is_written(tmp_path):
+    write_plain(tmp_path / "plain")
+    compact_folder(tmp_path / "plain", tmp_path / "compact")
+    [reader] = [block for block in blocks_of_the_document("python") if "def read_compact" in block]
+    names: dict[str, Any] = {}
+    exec(reader, names)
+    found = {}
+    for file in (tmp_path / "compact").glob("*.safetensors"):
+        found.update(names["read_compact"](file.read_bytes()))
+    expected = all_tensors(tmp_path / "plain")
+    assert {name: (shape, bits) for name, (_, shape, bits) in found.items()} == {
+        name: (shape, bits) for name, (_, shape, bits) in expected.items()
+    }
+
+
+def blocks_of_the_document(language: str) -> list[str]:
+    text = (ROOT / "docs" / "compact.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
