@@ -35,6 +35,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.selection
 	$(BIN)/python -m tests.benchmarks.overhead
+	$(BIN)/python -m tests.benchmarks.compact
 
 torture: $(READY)
 	$(BIN)/python -m tests.torture

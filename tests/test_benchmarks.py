@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.benchmarks import overhead, selection
+from tests.benchmarks import compact, overhead, selection
 from tests.benchmarks.common import Comparison, publish
 
 CONTRACT = {"name", "seconds", "baseline", "baseline_seconds", "ratio"}
@@ -62,3 +62,26 @@ def test_overhead_misses_its_goal_above_two_percent(ratio, num_missed):
 @pytest.mark.parametrize("numel", [999, 200_000, 2_000_000])
 def test_the_weights_are_as_many_as_asked_for(numel):
     assert sum(weight.numel() for weight in selection.make_weights(numel)) == numel
+
+
+@pytest.mark.slow
+def test_the_compact_benchmark_writes_what_the_contract_names(tmp_path):
+    publish(compact.measure(numel=80_000, sparsity=0.8, rounds=1), tmp_path / "compact.json")
+    rows = json.loads((tmp_path / "compact.json").read_text())
+    assert {row["name"] for row in rows} == {
+        f"{action}, {dtype}" for action in ("compact", "expand", "check") for dtype in ("bfloat16", "float32")
+    }
+    for row in rows:
+        assert row.keys() >= CONTRACT | {"megabytes_per_second", "bits_per_weight", "extra_bytes", "machine"}
+        assert row["ratio"] == row["baseline_seconds"] / row["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "bits", "extra_bytes", "num_missed"), [(300, 4.25, 99, 0), (299, 4.25, None, 1), (299, 4.26, 101, 3)]
+)
+def test_compact_misses_its_goals_below_300_megabytes_a_second_above_4_25_bits_or_a_tensor(
+    rate, bits, extra_bytes, num_missed
+):
+    details = {"megabytes_per_second": rate, "bits_per_weight": bits, "dtype": "bfloat16"}
+    row = Comparison("compact", 1.0, "copy", 1.0, {**details, "extra_bytes": extra_bytes, "tensor_bytes": 100})
+    assert len(compact.missed_goals([row])) == num_missed

@@ -139,7 +139,12 @@ def weight_files(folder: Path) -> WeightFiles:
             raise ValueError(f"{folder / INDEX} has no weight_map: copy the folder again.")
         for name in weight_map.values():
             # Only plain file names: an index must not lead out of its folder.
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            if (
+                not isinstance(name, str)
+                or Path(name).name != name
+                or not name.endswith(".safetensors")
+                or len(name) > 200
+            ):
                 raise ValueError(f"{folder / INDEX} names {name!r}, which is no safetensors file of its folder.")
         names = tuple(sorted(set(weight_map.values())))
     else:
