@@ -67,8 +67,9 @@ def evaluate(config: EvalConfig, world: World) -> dict[str, Any]:
         model = load_model(request.folder, model_config(request.folder), config.dtype, world)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if text is None:
-        tokenizer = load_tokenizer(request.tokenizer)
-        figures = run_tasks(config, model, tokenizer, request.window, request.batch_size)
+        with user_errors(quiet=not world.is_main):
+            tokenizer = load_tokenizer(request.tokenizer)
+            figures = run_tasks(config, model, tokenizer, request.window, request.batch_size)
     elif isinstance(text, WikiTokens):
         figures = wikitext_figures(model, text, request, config.stride or max(1, request.window // 4), world)
     else:
