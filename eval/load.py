@@ -100,14 +100,25 @@ def load_whole(folder: str, dtype: torch.dtype) -> Any:
     """The model on the CPU."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, weights_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            weights_only=True,
+            output_loading_info=True,
+            # Told apart from other errors below.
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
         raise _refusal(folder, error) from None
     model, found = loaded
-    if wrong := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+    if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"model={folder} lacks {len(wrong)} of its weights, such as {wrong[0]}: copy the folder again."
+            f"model={folder} lacks {len(missing)} of its weights, such as {missing[0]}: copy the folder again."
+        )
+    for name, stored, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"model={folder} has {name} stored as {tuple(stored)} where its config.json asks for {tuple(expected)}: copy the "
+            "folder again."
         )
     return model
 

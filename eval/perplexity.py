@@ -67,8 +67,9 @@ def evaluate(config: EvalConfig, world: World) -> dict[str, Any]:
         model = load_model(request.folder, model_config(request.folder), config.dtype, world)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if text is None:
-        tokenizer = load_tokenizer(request.tokenizer)
-        figures = run_tasks(config, model, tokenizer, request.window, request.batch_size)
+        with user_errors(quiet=not world.is_main):
+            tokenizer = load_tokenizer(request.tokenizer)
+            figures = run_tasks(config, model, tokenizer, request.window, request.batch_size)
     elif isinstance(text, WikiTokens):
         figures = wikitext_figures(model, text, request, config.stride or max(1, request.window // 4), world)
     else:
@@ -117,25 +118,25 @@ def read_text(config: EvalConfig, request: Request) -> WikiTokens | PreparedData
 
 
 def wiki_tokens(config: EvalConfig, request: Request) -> WikiTokens:
-    """The text read, counted and tokenized; one process calls it."""
-    text = read_wikitext(config.data)
-    tokenizer = load_tokenizer(request.tokenizer)
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if bos is None:
+    tokens = tokenized(read_wikitext(config.data), load_tokenizer(request.tokenizer), request.tokenizer)
+    if len(tokens.tokens) < request.window:
         raise ValueError(
-            f"tokenizer={request.tokenizer} has no bos or eos token to begin a text with: set its bos_token."
+            f"data.path={config.data.path} holds {len(tokens.tokens)} tokens, less than one window of {request.window}: "
+            "give more text or a smaller window."
         )
+    return tokens
+
+
+def tokenized(text: WikiText, tokenizer: Any, spec: str) -> WikiTokens:
+    """The text as a model with this tokenizer, named `spec` in errors, reads it."""
+    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if bos is None:
+        raise ValueError(f"tokenizer={spec} has no bos or eos token to begin a text with: set its bos_token.")
     # What looks like a special token in the text is text.
     ids = tokenizer(text.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    tokens = np.array([bos, *ids], dtype=np.int64)
-    if len(tokens) < request.window:
-        raise ValueError(
-            f"data.path={config.data.path} holds {len(tokens)} tokens, less than one window of {request.window}: give more "
-            "text or a smaller window."
-        )
     pages = [[bos, *tokenizer.encode(as_prose(page), verbose=False)] for page in text.pages]
     return WikiTokens(
-        tokens=tokens,
+        tokens=np.array([bos, *ids], dtype=np.int64),
         page_tokens=np.concatenate([np.array(page, dtype=np.int64) for page in pages]),
         page_lengths=[len(page) for page in pages],
         facts=wiki_facts(text, tokenizer, int(bos), pages[0]),
