@@ -20,7 +20,7 @@ from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer,
 from train.checkpoints.rng import rng_state, set_rng_state
 from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.data.sampler import PermutationSampler
-from train.distributed import World, check_fsdp2
+from train.distributed import World, check_fsdp2, reduce_in_float32
 from train.faults.guard import StepGuard, skips_on_device
 from train.faults.heartbeat import Heartbeat
 from train.faults.stop import RunStopped
@@ -59,6 +59,7 @@ class PretrainingTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         check_fsdp2(self.accelerator)
+        reduce_in_float32(self.accelerator)
         self.world = world
         self.evaluator = evaluator
         self.sparsity = sparsity
