@@ -20,9 +20,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from conf.cli import USER_ERROR_CODE
+from train.faults.preempt import SIGNALS as PASSED_ON
 from train.faults.stop import PREEMPTED_CODE
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 FINAL_CODES = (USER_ERROR_CODE, PREEMPTED_CODE)
 
 

@@ -62,9 +62,8 @@ class RunDirectory:
         if config.overwrite and not is_restart:
             self._empty()
         elif self.config.exists():
-            self._check_same(config)
-            if self.summary.exists():
-                return json.loads(self.summary.read_text())
+            if (summary := self.finished(config)) is not None:
+                return summary
             if config.resume == "never" and not is_restart:
                 raise ValueError(
                     f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
@@ -79,6 +78,13 @@ class RunDirectory:
             raise ValueError(f"{self.path} has no checkpoint to resume from and resume=must: set resume=auto to start.")
         check_room(self.path, needed_bytes - bytes_below(self.checkpoints))
         return None
+
+    def finished(self, config: Config) -> dict[str, Any] | None:
+        """The summary where this configuration's run has ended here; a ValueError where the folder is of another one."""
+        if not self.config.exists():
+            return None
+        self._check_same(config)
+        return json.loads(self.summary.read_text()) if self.summary.exists() else None
 
     def begin(self, config: Config) -> None:
         """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with."""

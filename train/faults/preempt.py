@@ -1,5 +1,4 @@
-"""SIGTERM and SIGUSR1, by which a cluster asks for its machines back: the step is ended and saved, a second one
-obeyed."""
+"""The signals by which a cluster asks for its machines back: the step is ended and saved, a second one obeyed."""
 
 from __future__ import annotations
 
@@ -10,7 +9,8 @@ import time
 
 from train.faults.stop import PREEMPTED_CODE
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Preemption; by convention a time limit that comes near; the same as submitit has it sent."""
 SAME_REQUEST_S = 1.0
 """SLURM and the launcher may both deliver the first request."""
 
