@@ -30,7 +30,11 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
 
             draw_sweep(summaries, sweep.folder / FIGURE, sweep.name)
             print(f"\nfigure   {sweep.folder / FIGURE}", flush=True)
-    if failed and sweep.name is not None:
+    if failed and sweep.name is None:
+        print(
+            f"error: {failed[0].name} did not finish; its words are in {sweep.folder / '.submitit'}.", file=sys.stderr
+        )
+    elif failed:
         print(failure_words(sweep, failed, codes), file=sys.stderr, flush=True)
     return failed
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -29,14 +32,26 @@ class Heartbeat:
             self._store.set(f"step/{self.rank}", str(step))
         self.step = step
 
+    def post_error(self) -> None:
+        """Say that this rank ends with an error of its own, which its launcher shows."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"error/{self.rank}", socket.gethostname())
+
     def report_and_exit(self, error: BaseException) -> None:
-        """After a failed collective: the first survivor says who is silent, and this process ends. Never returns."""
+        """After a failed collective: the first survivor says who is silent, and this process ends. Never returns.
+
+        It says nothing where the silent ones have an error of their own that this machine's launcher shows.
+        """
         try:
-            silent: dict[int, int] | None = self._silent_ranks()
+            lost = self._silent_ranks()
+            explained = self._hosts_with_errors(lost)
+            silent: dict[int, int] | None = lost
         except (RuntimeError, OSError):
-            silent = None
+            silent, explained = None, {}
         survivors = [rank for rank in range(self.size) if rank not in (silent or {})]
-        if silent is None or self.rank == survivors[0]:
+        is_explained_here = bool(silent) and set(explained.values()) == {socket.gethostname()}
+        if (silent is None or self.rank == survivors[0]) and not is_explained_here:
             said = " ".join(str(error).split())[:200]
             # A progress bar may stand in the line.
             print(f"\nerror: {loss_sentence(silent, self.step)} ({said})", file=sys.stderr, flush=True)
@@ -55,6 +70,12 @@ class Heartbeat:
             time.sleep(0.1)
         last = {rank: self._store.check([f"step/{rank}"]) for rank in silent}
         return {rank: int(self._store.get(f"step/{rank}")) if is_there else 0 for rank, is_there in last.items()}
+
+    def _hosts_with_errors(self, silent: Iterable[int]) -> dict[int, str]:
+        """The machines of the silent ranks that posted an error of their own."""
+        assert self._store is not None
+        posted = [rank for rank in silent if self._store.check([f"error/{rank}"])]
+        return {rank: self._store.get(f"error/{rank}").decode() for rank in posted}
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

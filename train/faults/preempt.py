@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 from train.faults.stop import PREEMPTED_CODE
 
@@ -48,3 +49,14 @@ class Preemption:
                 os._exit(PREEMPTED_CODE)
         elif time.monotonic() - self._first_s > SAME_REQUEST_S:
             os._exit(128 + number)
+
+
+def start_unheeding(then: Callable[[int], None] | None, worker: int) -> None:
+    """A data worker's first act: its rank decides when to end, but SLURM signals every process of a job.
+
+    torch would let SIGTERM kill the worker, and with it the rank before it has saved.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
