@@ -1,6 +1,6 @@
 """A run's folder: claimed by one process at a time, and by one configuration.
 
-runs/NAME/  config.yaml  metrics.jsonl  summary.json  report.png  model/  checkpoints/  wandb/
+runs/NAME/  config.yaml  environment.json  metrics.jsonl  summary.json  report.png  model/  checkpoints/  wandb/
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.report = path / "report.png"
@@ -94,7 +95,7 @@ class RunDirectory:
 
     def _empty(self) -> None:
         """Remove what a run writes; a file with another name stays."""
-        for file in (self.config, self.metrics, self.summary, self.report, self.sample):
+        for file in (self.config, self.environment, self.metrics, self.summary, self.report, self.sample):
             file.unlink(missing_ok=True)
         for folder in (self.model, self.model.with_name("model.tmp"), self.checkpoints, self.wandb):
             shutil.rmtree(folder, ignore_errors=True)

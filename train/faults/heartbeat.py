@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
@@ -43,12 +44,7 @@ class Heartbeat:
 
         It says nothing where the silent ones have an error of their own that this machine's launcher shows.
         """
-        try:
-            lost = self._silent_ranks()
-            explained = self._hosts_with_errors(lost)
-            silent: dict[int, int] | None = lost
-        except (RuntimeError, OSError):
-            silent, explained = None, {}
+        silent, explained = self._ask_in_time()
         survivors = [rank for rank in range(self.size) if rank not in (silent or {})]
         is_explained_here = bool(silent) and set(explained.values()) == {socket.gethostname()}
         if (silent is None or self.rank == survivors[0]) and not is_explained_here:
@@ -57,6 +53,23 @@ class Heartbeat:
             print(f"\nerror: {loss_sentence(silent, self.step)} ({said})", file=sys.stderr, flush=True)
         # The group is broken: an orderly exit would wait for the lost rank.
         os._exit(LOST_CODE)
+
+    def _ask_in_time(self) -> tuple[dict[int, int] | None, dict[int, str]]:
+        """The silent ranks and their own errors' machines; (None, {}) where the store does not answer.
+
+        A thread asks: what goes to a machine behind a broken cable comes back only when TCP gives up.
+        """
+        answers: list[tuple[dict[int, int], dict[int, str]]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, OSError):
+                lost = self._silent_ranks()
+                answers.append((lost, self._hosts_with_errors(lost)))
+
+        asking = threading.Thread(target=ask, daemon=True, name="survivors")
+        asking.start()
+        asking.join(3 * GRACE_S)
+        return answers[0] if answers else (None, {})
 
     def _silent_ranks(self) -> dict[int, int]:
         """The ranks that do not report the failure themselves, with the step each began last."""
