@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format bench torture clean
+.PHONY: demo test test-cluster check format bench torture clean
 .DEFAULT_GOAL := demo
 
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -22,6 +22,13 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+# Where this is root it installs what they need; elsewhere what is missing is skipped with a reason.
+test-cluster: $(READY)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq --yes --no-install-recommends slurm-wlm munge iproute2 chromium >/dev/null; fi
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,slurm]'
+	$(BIN)/python -m pytest -q -m cluster
 
 check: $(READY)
 	$(BIN)/ruff check .

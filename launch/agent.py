@@ -10,19 +10,21 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
 import torch.distributed.launcher.api as launcher
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from conf.cli import USER_ERROR_CODE
+from train.faults.preempt import SIGNALS as PASSED_ON
 from train.faults.stop import PREEMPTED_CODE
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FINAL_CODES = (USER_ERROR_CODE, PREEMPTED_CODE)
 
 
@@ -38,6 +40,8 @@ class PassingAgent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            show_error(result.failures)
         if result.is_failed() and (
             self.is_asked_to_stop or any(failure.exitcode in FINAL_CODES for failure in result.failures.values())
         ):
@@ -60,12 +64,12 @@ def main() -> None:
     try:
         launch_command(arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = first_failure(error.failures)
         if PassingAgent.is_asked_to_stop and failure.exitcode in (PREEMPTED_CODE, *(-number for number in PASSED_ON)):
             sys.exit(PREEMPTED_CODE)
         if failure.exitcode in FINAL_CODES:
             sys.exit(failure.exitcode)
-        print(f"error: rank {rank} {_ending(failure.exitcode)}; what it said is above.", file=sys.stderr)
+        print(f"error: rank {rank} on {socket.gethostname()} {_ending(failure)}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
 
 
@@ -80,10 +84,30 @@ def pass_on(number: int, _frame: FrameType | None) -> None:
             os.kill(pid, number)
 
 
-def _ending(exitcode: int) -> str:
-    if exitcode < 0:
-        return f"was ended by {signal.Signals(-exitcode).name}"
-    return f"ended with exit code {exitcode}"
+def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank to name: of those that left an error the earliest, else the one that ended first."""
+    rank = min(failures, key=lambda rank: (not _said(failures[rank]), failures[rank].timestamp, rank))
+    return rank, failures[rank]
+
+
+def show_error(failures: Mapping[int, ProcessFailure]) -> None:
+    """The traceback that the failed ranks left, once, whoever of them raised it too."""
+    _, failure = first_failure(failures)
+    if said := _said(failure):
+        # A progress bar may stand in the line.
+        print("\n" + said["extraInfo"]["py_callstack"].rstrip(), file=sys.stderr, flush=True)
+
+
+def _said(failure: ProcessFailure) -> dict[str, Any]:
+    return failure.message if isinstance(failure.message, dict) else {}
+
+
+def _ending(failure: ProcessFailure) -> str:
+    if said := _said(failure):
+        return f"failed: {' '.join(str(said['message']).split())}"
+    if failure.exitcode < 0:
+        return f"was ended by {signal.Signals(-failure.exitcode).name}; what it said is above."
+    return f"ended with exit code {failure.exitcode}; what it said is above."
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command that starts a run on this machine: `accelerate launch` with the config that fits."""
+"""The command that starts a run's processes on this machine: `accelerate launch` with the config that fits."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from conf.schema import Config
+from launch.machines import Machines
 
 CONFIGS = Path(__file__).parent / "accelerate"
+ALONE = Machines()
 DEFAULT_CPU_PROCESSES = 2
 
 
-def num_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs that this process may use, without importing torch."""
+def gpu_names(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch is not imported."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+        return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in lines))]
+
+
+def num_gpus(environment: Mapping[str, str]) -> int:
+    return len(gpu_names(environment))
 
 
 def num_processes(config: Config, gpus: int) -> int:
-    """The processes a run gets here; a ValueError where more are asked for than there are GPUs."""
+    """The processes a run gets on this machine; a ValueError where more are asked for than there are GPUs."""
     asked = config.launch.num_processes
     if asked is not None and 0 < gpus < asked:
         raise ValueError(
@@ -37,30 +44,40 @@ def num_processes(config: Config, gpus: int) -> int:
     return asked or gpus or DEFAULT_CPU_PROCESSES
 
 
-def accelerate_command(config: Config, overrides: Sequence[str], gpus: int) -> list[str]:
+def accelerate_command(config: Config, overrides: Sequence[str], gpus: int, machines: Machines = ALONE) -> list[str]:
     """`accelerate launch ... -m train OVERRIDES`, run by this Python through `launch.agent`."""
-    processes = num_processes(config, gpus)
-    config_file = config.launch.config_file or str(_shortest(CONFIGS / ("gpu.yaml" if gpus else "cpu.yaml")))
+    total = num_processes(config, gpus) * machines.num
+    replicas = config.launch.num_replicas
+    if total % replicas or total // replicas < min(2, replicas):
+        raise ValueError(
+            f"launch.num_replicas={replicas} cannot share {total} process{'es' if total > 1 else ''}: each replica is "
+            "sharded over equally many, at least two."
+        )
+    config_file = config.launch.config_file or str(_shortest(CONFIGS / fitting_config(gpus, total, machines, replicas)))
     if not Path(config_file).is_file():
         raise ValueError(
             f"launch.config_file={config_file} does not exist: give an accelerate config, or leave it null."
         )
-    return [
-        sys.executable,
-        "-m",
-        "launch.agent",
-        "--config_file",
-        config_file,
-        "--num_processes",
-        str(processes),
-        "--main_process_port",
-        "0",
-        "--max_restarts",
-        str(config.launch.max_restarts),
-        "-m",
-        "train",
-        *overrides,
-    ]
+    options = {"config_file": config_file, "num_processes": total}
+    if machines.num > 1:
+        options |= {"num_machines": machines.num, "machine_rank": machines.rank, "main_process_ip": machines.address}
+    options |= {"main_process_port": machines.port, "max_restarts": config.launch.max_restarts}
+    if replicas > 1:
+        options["parallelism_config_dp_replicate_size"] = replicas
+        options["parallelism_config_dp_shard_size"] = total // replicas
+    flags = [item for key, value in options.items() for item in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "launch.agent", *flags, "-m", "train", *overrides]
+
+
+def fitting_config(gpus: int, total: int, machines: Machines, replicas: int) -> str:
+    """The file of launch/accelerate for these machines; the numbers in it are given with the command."""
+    if replicas > 1:
+        return "hsdp.yaml"
+    if not gpus:
+        return "cpu.yaml"
+    if machines.num > 1:
+        return "nodes.yaml"
+    return "gpus.yaml" if total > 1 else "gpu.yaml"
 
 
 def child_environment(environment: Mapping[str, str], gpus: int) -> dict[str, str]:

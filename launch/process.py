@@ -1,4 +1,4 @@
-"""A child process that ends when its parent does, and passes on what the user signals."""
+"""Child processes that end when their parent does, a few at a time, and that hear what the user signals."""
 
 from __future__ import annotations
 
@@ -6,27 +6,97 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
+from train.faults.preempt import SIGNALS
 from train.faults.process import die_with_parent
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = SIGNALS
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command with its environment; its words go to `log`, or to this terminal."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path | None = None
+
+    def start(self, changes: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") if self.log is not None else contextlib.nullcontext() as words:
+            return subprocess.Popen(
+                self.command,
+                env={**self.environment, **changes},
+                stdout=words,
+                stderr=words,
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, os.getpid()),
+            )
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run `command` to its end and return its exit code; signals to this process go to it."""
-    end_with_this = partial(die_with_parent, os.getpid())
-    child = subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=end_with_this)
+    (code,) = run_children([Task(command, environment)])
+    assert code is not None
+    return code
+
+
+def run_children(
+    tasks: Sequence[Task],
+    places: Sequence[Mapping[str, str]] = ({},),
+    on_start: Callable[[int], None] = lambda _: None,
+    on_end: Callable[[int, int], None] = lambda *_: None,
+) -> list[int | None]:
+    """Run tasks in their order, one in each of `places` (changes to the environment) at a time; their exit codes.
+
+    Signals to this process go to all that run, and none is started after one: its code is None.
+    """
+    codes: list[int | None] = [None] * len(tasks)
+    running: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
+    waiting = list(range(len(tasks)))
+    with forwarding(lambda: [child for _, child in running.values()]) as heard:
+        while running or (waiting and not heard):
+            for place in range(len(places)):
+                if place not in running and waiting and not heard:
+                    index = waiting.pop(0)
+                    on_start(index)
+                    child = tasks[index].start(places[place])
+                    running[place] = (index, child)
+                    for number in heard:
+                        # It came while the child was being started.
+                        child.send_signal(number)
+            time.sleep(POLL_S)
+            for place, (index, child) in list(running.items()):
+                code = child.poll()
+                if code is not None:
+                    del running[place]
+                    codes[index] = code
+                    on_end(index, code)
+    return codes
+
+
+@contextlib.contextmanager
+def forwarding(children: Callable[[], Sequence[subprocess.Popen[bytes]]]) -> Iterator[list[int]]:
+    """Pass signals on to the children there are; hands out the list of those that came."""
+    heard: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(number)
+        heard.append(number)
+        for child in children():
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
-        return child.wait()
+        yield heard
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

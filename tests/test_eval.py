@@ -101,7 +101,7 @@ def test_the_command_prints_one_object(sparse):
 
 
 def test_zeros_are_counted_per_layer_and_in_total(sparse):
-    folder, model, zeros = sparse
+    folder, _, zeros = sparse
     figures = figures_of(folder)
     assert (figures["zero_linear_params"], figures["dense"]) == (zeros, False)
     assert sum(figures["layer_zeros"].values()) == zeros
@@ -284,7 +284,9 @@ WRONG_KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), WRONG_KEYS, ids=lambda value: value[0] if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    ("overrides", "message"), WRONG_KEYS, ids=lambda value: value[0] if isinstance(value, list) else None
+)
 def test_what_does_not_fit_is_said_before_a_weight_is_read(overrides, message, sparse, capsys, monkeypatch):
     monkeypatch.setattr("eval.perplexity.load_model", lambda *_: pytest.fail("weights were read"))
     assert message in refused(sparse[0], capsys, *overrides)

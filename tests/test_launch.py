@@ -8,8 +8,11 @@ import sys
 import pytest
 
 from conf.compose import composed
-from launch.__main__ import job_name
+from conf.schema import LaunchConfig
 from launch.command import accelerate_command, child_environment, num_gpus, num_processes
+from launch.local import plan_jobs
+from launch.machines import Machines, find_machines
+from launch.sweep import job_name, places, read_sweep
 from tests.commands import ROOT, run_command
 
 
@@ -22,8 +25,66 @@ def test_a_run_gets_all_gpus_or_two_cpu_processes(gpus, asked, expected):
     assert num_processes(config, gpus) == expected
     command = accelerate_command(config, overrides, gpus)
     assert command[command.index("--num_processes") + 1] == str(expected)
-    assert any(item.endswith("gpu.yaml" if gpus else "cpu.yaml") for item in command)
+    file = {0: "cpu.yaml", 1: "gpu.yaml"}.get(min(gpus, expected), "gpus.yaml")
+    assert any(item.endswith(f"/{file}") for item in command)
     assert command[-len(overrides) - 2 :] == ["-m", "train", *overrides]
+
+
+def flags(command: list[str]) -> dict[str, str]:
+    """The options of `accelerate launch` in a command."""
+    options = command[3 : command.index("-m", 3)]
+    return {name.removeprefix("--"): value for name, value in zip(options[::2], options[1::2], strict=True)}
+
+
+def test_a_machine_among_several_gets_its_rank_and_the_first_ones_address():
+    config = composed("train", ["experiment=demo"])
+    found = flags(accelerate_command(config, [], gpus=8, machines=Machines(4, 2, "node7", 23456)))
+    assert found.pop("config_file").endswith("nodes.yaml")
+    assert found == {
+        "num_processes": "32", "num_machines": "4", "machine_rank": "2", "main_process_ip": "node7",
+        "main_process_port": "23456", "max_restarts": "0",
+    }  # fmt: skip
+
+
+def test_replicas_are_hsdp_over_all_processes():
+    config = composed("train", ["experiment=demo", "launch.num_replicas=4"])
+    found = flags(accelerate_command(config, [], gpus=8, machines=Machines(4, 0, "node7", 23456)))
+    assert found["config_file"].endswith("hsdp.yaml")
+    assert found["parallelism_config_dp_replicate_size"] == "4"
+    assert found["parallelism_config_dp_shard_size"] == "8"
+    with pytest.raises(ValueError, match=r"launch.num_replicas=4 cannot share 4 processes"):
+        accelerate_command(config, [], gpus=4)
+
+
+STEP = {
+    "SLURM_JOB_ID": "1234567", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "node[3-4]",
+}  # fmt: skip
+
+
+def test_a_slurm_step_tells_the_machines(monkeypatch):
+    monkeypatch.setattr("launch.machines.host_names", lambda listed: {"node[3-4]": ["node3", "node4"]}[listed])
+    assert find_machines(LaunchConfig(), STEP) == Machines(2, 1, "node3", 24567)
+    own_port = find_machines(LaunchConfig(num_machines=2, main_process_port=29500, main_process_ip="ib-node3"), STEP)
+    assert own_port == Machines(2, 1, "ib-node3", 29500)
+    assert find_machines(LaunchConfig(num_machines=1), STEP) == Machines()
+
+
+def test_a_batch_script_outside_a_step_is_one_machine():
+    batch = {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}
+    assert find_machines(LaunchConfig(), batch) == Machines()
+
+
+def test_several_tasks_on_a_node_are_refused():
+    with pytest.raises(ValueError, match=r"srun started 8 tasks on 1 node.*--ntasks-per-node=1"):
+        find_machines(LaunchConfig(), {**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "8"})
+
+
+def test_several_machines_need_to_be_told_where_they_meet():
+    with pytest.raises(ValueError, match=r"needs launch.main_process_ip and launch.main_process_port on each machine"):
+        find_machines(LaunchConfig(num_machines=2, machine_rank=0), {})
+    with pytest.raises(ValueError, match=r"launch.machine_rank=2 must be from 0 to launch.num_machines - 1 = 1"):
+        LaunchConfig(num_machines=2, machine_rank=2)
 
 
 def test_more_processes_than_gpus_are_refused():
@@ -69,15 +130,65 @@ def test_job_names_tell_the_swept_values_alone_and_need_no_quotes():
     assert job_name(["experiment=demo"], {"experiment"}) == "experiment-demo"
 
 
-def test_a_sweep_over_experiments_gives_each_its_folder_and_goes_on_after_a_bad_job(tmp_path):
+def test_a_sweep_over_experiments_gives_each_its_folder():
+    sweep = read_sweep(["experiment=demo,sparsellm-1b-80p", "sparsity.target=0.5"])
+    assert [job.name for job in sweep.jobs] == ["sweep/experiment-demo", "sweep/experiment-sparsellm-1b-80p"]
+    assert sweep.fixed_keys == ("sparsity.target",)
+    assert sweep.is_local
+
+
+def test_a_sweep_with_a_bad_job_starts_none_and_names_every_bad_one(tmp_path):
     arguments = ["launch", "-m", "experiment=demo,sparsellm-1b-80p", "sparsity.target=0.5,1.5", "dry_run=true"]
     done = run_command(arguments, cwd=tmp_path)
-    assert done.returncode != 0
-    jobs = [line.split("run_name=")[1] for line in done.stdout.splitlines() if line.startswith("accelerate")]
-    assert jobs == [f"sweep/experiment-{name}_sparsity.target-0.5" for name in ("demo", "sparsellm-1b-80p")]
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "2 of the sweep's 4 jobs cannot be, so none was started" in done.stderr
     assert done.stderr.count("sparsity.target=1.5 is outside") == 2
-    assert "2 of the sweep's jobs failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_only_the_plan_can_know_is_refused_before_any_job_starts():
+    sweep = read_sweep(["experiment=demo", "batch_size=16,17", "trainer.max_steps=8,40"])
+    with pytest.raises(ValueError, match=r"2 of the sweep's 4 jobs cannot be.*batch_size=17 cannot be shared") as error:
+        plan_jobs(sweep, {job.name: 2 for job in sweep.jobs})
+    assert str(error.value).count("cannot be shared") == 2
+
+
+def test_nothing_swept_is_one_run_under_its_own_name():
+    sweep = read_sweep(["hydra/launcher=submitit_local", "experiment=demo", "run_name=mine"])
+    assert [job.name for job in sweep.jobs] == ["mine"]
+    assert sweep.name is None
+    assert not sweep.is_local
+
+
+def test_named_sweeps_have_their_jobs():
+    levels = read_sweep(["experiment=demo", "sweep=sparsity_levels", "sweep_name=s"])
+    assert [job.config.sparsity.target for job in levels.jobs] == [0, 0.2, 0.4, 0.6, 0.8]
+    assert len({job.name for job in levels.jobs}) == 5
+    grid = read_sweep(["experiment=demo", "sweep=prune_window"])
+    assert len({job.name for job in grid.jobs}) == 40
+    pairs = read_sweep(["experiment=demo", "sweep=twin_pairs"])
+    assert [job.config.model.match for job in pairs.jobs].count("average") == len(pairs.jobs) / 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_processes", "parallel_jobs", "expected"),
+    [
+        ([], None, None, [None]),
+        ([], 2, 3, [None, None, None]),
+        (["0", "1", "2", "3"], None, None, ["0,1,2,3"]),
+        (["4", "5", "6", "7"], 2, None, ["4,5", "6,7"]),
+        (["GPU-a", "GPU-b", "GPU-c"], 1, 2, ["GPU-a", "GPU-b"]),
+    ],
+)
+def test_jobs_share_the_gpus_and_take_turns_on_cpus(gpus, num_processes, parallel_jobs, expected):
+    launch = LaunchConfig(num_processes=num_processes, parallel_jobs=parallel_jobs)
+    assert [place.get("CUDA_VISIBLE_DEVICES") for place in places(launch, gpus)] == expected
+
+
+def test_more_jobs_at_a_time_than_gpus_hold_are_refused():
+    with pytest.raises(ValueError, match=r"launch.parallel_jobs=3 jobs of 2 processes need 6 GPUs, and there are 4"):
+        places(LaunchConfig(num_processes=2, parallel_jobs=3), ["0", "1", "2", "3"])
 
 
 def test_a_sweep_into_one_folder_is_refused():

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from conf import cli, schema
 from conf.compose import check_arguments
 from conf.schema.checks import check
+from train.faults.error import FAILED_CODE, hand_over
 from train.faults.process import die_with_parent, end_process
 from train.faults.stop import RunStopped
 from train.plan import plan_run, world_size_asked
@@ -19,6 +20,15 @@ schema.register()
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
 def main(cfg: DictConfig) -> None:
+    try:
+        train(cfg)
+    except Exception as error:
+        if not hand_over(error):
+            raise
+        end_process(FAILED_CODE)
+
+
+def train(cfg: DictConfig) -> None:
     # What every rank finds alike in the configuration is said by rank 0; torch is imported only when it holds.
     is_main = os.environ.get("RANK", "0") == "0"
     with cli.user_errors(quiet=not is_main):
@@ -42,10 +52,11 @@ def main(cfg: DictConfig) -> None:
     except RunStopped as stopped:
         world.leave()
         cli.stop(str(stopped), stopped.code, quiet=not is_main)
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        heartbeat.report_and_exit(error)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
+            heartbeat.report_and_exit(error)
+        heartbeat.post_error()
+        raise
     world.leave()
 
 

@@ -1,6 +1,6 @@
 """A run's folder: claimed by one process at a time, and by one configuration.
 
-runs/NAME/  config.yaml  metrics.jsonl  summary.json  report.png  model/  checkpoints/  wandb/
+runs/NAME/  config.yaml  environment.json  metrics.jsonl  summary.json  report.png  model/  checkpoints/  wandb/
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.report = path / "report.png"
@@ -62,9 +63,8 @@ class RunDirectory:
         if config.overwrite and not is_restart:
             self._empty()
         elif self.config.exists():
-            self._check_same(config)
-            if self.summary.exists():
-                return self._read_summary()
+            if (summary := self.finished(config)) is not None:
+                return summary
             if config.resume == "never" and not is_restart:
                 raise ValueError(
                     f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
@@ -80,6 +80,13 @@ class RunDirectory:
         check_room(self.path, needed_bytes - bytes_below(self.checkpoints))
         return None
 
+    def finished(self, config: Config) -> dict[str, Any] | None:
+        """The summary where this configuration's run has ended here; a ValueError where the folder is of another one."""
+        if not self.config.exists():
+            return None
+        self._check_same(config)
+        return self._read_summary() if self.summary.exists() else None
+
     def begin(self, config: Config) -> None:
         """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with."""
         if self.config.exists():
@@ -88,7 +95,7 @@ class RunDirectory:
 
     def _empty(self) -> None:
         """Remove what a run writes; a file with another name stays."""
-        for file in (self.config, self.metrics, self.summary, self.report, self.sample):
+        for file in (self.config, self.environment, self.metrics, self.summary, self.report, self.sample):
             file.unlink(missing_ok=True)
         for folder in (self.model, self.model.with_name("model.tmp"), self.checkpoints, self.wandb):
             shutil.rmtree(folder, ignore_errors=True)

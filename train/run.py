@@ -42,6 +42,7 @@ from train.report.publish import push_to_hub, renew_card
 from train.report.summary import summarize
 from train.report.text import closing_words, opening_words, write_sample
 from train.scoring import Score, score_stream
+from train.snapshot import write_snapshot
 from train.trainer import PretrainingTrainer, RunState
 from train.wandb_run import start_wandb
 
@@ -74,6 +75,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
     world.on_main(directory.begin, config)
     world.on_main(lambda: len(keep_whole_records(directory.metrics)))
+    world.on_main(write_snapshot, directory.environment, world)
 
     sparsity = sparsity_callback(config, plan)
     recorder = make_recorder(config, plan, directory, sparsity) if world.is_main else None

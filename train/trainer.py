@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from train.data.sampler import PermutationSampler
 from train.distributed import World, check_fsdp2, reduce_in_float32
 from train.faults.guard import StepGuard, skips_on_device
 from train.faults.heartbeat import Heartbeat
+from train.faults.preempt import start_unheeding
 from train.faults.stop import RunStopped
 from train.losses import StepLosses
 
@@ -136,6 +138,12 @@ class PretrainingTrainer(Trainer):
         blocks: Any = self.train_dataset if train_dataset is None else train_dataset
         self._sampler = PermutationSampler(len(blocks), seed=seed, batch_size=self.batch_size)
         return self._sampler
+
+    def get_train_dataloader(self) -> Any:
+        loader: Any = super().get_train_dataloader()
+        base = getattr(loader, "base_dataloader", loader)
+        base.worker_init_fn = partial(start_unheeding, base.worker_init_fn)
+        return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """An epoch, or nothing where a resumed run has no step left: the Trainer itself would run one more."""

@@ -19,18 +19,35 @@ class LaunchConfig:
     """How `python -m launch` starts the processes; `python -m train` only checks it."""
 
     num_processes: int | None = None
-    """Processes on this machine; where it is null all GPUs, and two processes on a machine without."""
+    """Processes on each machine; where it is null all GPUs, and two processes on a machine without."""
     config_file: str | None = None
-    """An accelerate config; where it is null the one in launch/accelerate that fits this machine."""
+    """An accelerate config; where it is null the one in launch/accelerate that fits these machines."""
     max_restarts: int = 0
     """How often a run that lost a rank is started again from its checkpoint, without being asked."""
+    num_machines: int | None = None
+    """Machines of the run, each with a `python -m launch` of its own; where it is null SLURM's nodes, elsewhere one."""
+    machine_rank: int | None = None
+    """This machine among them, from 0; where it is null SLURM's number for it."""
+    main_process_ip: str | None = None
+    """Name or address of machine 0, the same on all; where it is null the first of SLURM's nodes."""
+    main_process_port: int | None = None
+    """A free port of machine 0, the same on all; where it is null one is derived from SLURM's job."""
+    num_replicas: int = 1
+    """Above 1 it is HSDP: so many copies of the model, each sharded over its share of all processes."""
+    parallel_jobs: int | None = None
+    """Jobs of a sweep at a time; where it is null as many as the GPUs hold, and one on a machine without."""
 
     def __post_init__(self) -> None:
-        check(
-            self.num_processes is None or self.num_processes >= 1,
-            f"launch.num_processes={self.num_processes} must be at least 1.",
-        )
+        for key in ("num_processes", "num_machines", "parallel_jobs", "num_replicas"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, f"launch.{key}={value} must be at least 1.")
         check(self.max_restarts >= 0, f"launch.max_restarts={self.max_restarts} must be at least 0.")
+        machines, rank, port = self.num_machines, self.machine_rank, self.main_process_port
+        check(
+            rank is None or 0 <= rank < (machines or 1),
+            f"launch.machine_rank={rank} must be from 0 to launch.num_machines - 1 = {(machines or 1) - 1}.",
+        )
+        check(port is None or 0 < port < 65536, f"launch.main_process_port={port} must be from 1 to 65535.")
 
 
 @dataclass

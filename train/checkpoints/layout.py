@@ -16,10 +16,13 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.checkpoints.durable import remove_folder
-from train.distributed import World
 from train.faults.stop import RunStopped
+
+if TYPE_CHECKING:
+    from train.distributed import World
 
 FORMAT = 1
 STATE = "state.json"

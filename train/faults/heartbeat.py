@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -50,19 +51,43 @@ class Heartbeat:
             time.sleep(NCCL_POLL_S)
         self.report_and_exit(RuntimeError(error))
 
+    def post_error(self) -> None:
+        """Say that this rank ends with an error of its own, which its launcher shows."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"error/{self.rank}", socket.gethostname())
+
     def report_and_exit(self, error: BaseException) -> None:
-        """After a failed collective: the first survivor says who is silent, and this process ends. Never returns."""
-        try:
-            silent: dict[int, int] | None = self._silent_ranks()
-        except (RuntimeError, OSError):
-            silent = None
+        """After a failed collective: the first survivor says who is silent, and this process ends. Never returns.
+
+        It says nothing where the silent ones have an error of their own that this machine's launcher shows.
+        """
+        silent, explained = self._ask_in_time()
         survivors = [rank for rank in range(self.size) if rank not in (silent or {})]
-        if silent is None or self.rank == survivors[0]:
+        is_explained_here = bool(silent) and set(explained.values()) == {socket.gethostname()}
+        if (silent is None or self.rank == survivors[0]) and not is_explained_here:
             said = " ".join(str(error).split())[:200]
             # A progress bar may stand in the line.
             print(f"\nerror: {loss_sentence(silent, self.step)} ({said})", file=sys.stderr, flush=True)
         # The group is broken: an orderly exit would wait for the lost rank.
         os._exit(LOST_CODE)
+
+    def _ask_in_time(self) -> tuple[dict[int, int] | None, dict[int, str]]:
+        """The silent ranks and their own errors' machines; (None, {}) where the store does not answer.
+
+        A thread asks: what goes to a machine behind a broken cable comes back only when TCP gives up.
+        """
+        answers: list[tuple[dict[int, int], dict[int, str]]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, OSError):
+                lost = self._silent_ranks()
+                answers.append((lost, self._hosts_with_errors(lost)))
+
+        asking = threading.Thread(target=ask, daemon=True, name="survivors")
+        asking.start()
+        asking.join(3 * GRACE_S)
+        return answers[0] if answers else (None, {})
 
     def _silent_ranks(self) -> dict[int, int]:
         """The ranks that do not report the failure themselves, with the step each began last."""
@@ -76,6 +101,12 @@ class Heartbeat:
             time.sleep(0.1)
         last = {rank: self._store.check([f"step/{rank}"]) for rank in silent}
         return {rank: int(self._store.get(f"step/{rank}")) if is_there else 0 for rank, is_there in last.items()}
+
+    def _hosts_with_errors(self, silent: Iterable[int]) -> dict[int, str]:
+        """The machines of the silent ranks that posted an error of their own."""
+        assert self._store is not None
+        posted = [rank for rank in silent if self._store.check([f"error/{rank}"])]
+        return {rank: self._store.get(f"error/{rank}").decode() for rank in posted}
 
 
 def nccl_error(groups: Iterable[Any]) -> str | None:

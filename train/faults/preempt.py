@@ -1,5 +1,5 @@
-"""SIGTERM and SIGUSR1, by which a cluster asks for its machines back, and Ctrl-C: the step is ended and saved, a second
-one obeyed."""
+"""The signals by which a cluster asks for its machines back, and Ctrl-C: the step is ended and saved, a second one
+obeyed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 from train.faults.stop import PREEMPTED_CODE
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+"""Preemption; by convention a time limit that comes near; the same as submitit has it sent; a person's Ctrl-C."""
 SAME_REQUEST_S = 1.0
 """SLURM and the launcher may both deliver the first request."""
 
@@ -48,3 +50,14 @@ class Preemption:
                 os._exit(PREEMPTED_CODE)
         elif time.monotonic() - self._first_s > SAME_REQUEST_S:
             os._exit(128 + number)
+
+
+def start_unheeding(then: Callable[[int], None] | None, worker: int) -> None:
+    """A data worker's first act: its rank decides when to end, but SLURM signals every process of a job.
+
+    torch would let SIGTERM kill the worker, and with it the rank before it has saved.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)

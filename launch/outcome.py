@@ -1,0 +1,65 @@
+"""What a sweep came to: the jobs that failed with the commands that run them again, a table and a figure."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from launch.sweep import Job, Sweep
+from train.directory import RunDirectory
+from train.plan import run_directory
+from train.report.table import markdown
+
+FIGURE = "sweep.png"
+
+
+def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
+    """Print the table of the finished jobs, draw their figure, and name the others; these are handed back.
+
+    `codes` are the exit codes of the jobs that were run just now, None for one that was not begun.
+    """
+    summaries = [summary for job in sweep.jobs if (summary := summary_of(job)) is not None]
+    failed = [job for job in sweep.jobs if summary_of(job) is None or codes.get(job.name)]
+    if summaries:
+        print("\n" + markdown(summaries), flush=True)
+        if sweep.name is not None:
+            from eval.sweep import draw_sweep
+
+            draw_sweep(summaries, sweep.folder / FIGURE, sweep.name)
+            print(f"\nfigure   {sweep.folder / FIGURE}", flush=True)
+    if failed and sweep.name is None:
+        print(
+            f"error: {failed[0].name} did not finish; its words are in {sweep.folder / '.submitit'}.", file=sys.stderr
+        )
+    elif failed:
+        print(failure_words(sweep, failed, codes), file=sys.stderr, flush=True)
+    return failed
+
+
+def summary_of(job: Job) -> dict[str, Any] | None:
+    """A finished run's figures under its name in the sweep."""
+    path = RunDirectory(run_directory(job.config)).summary
+    if not path.exists():
+        return None
+    return {**json.loads(path.read_text()), "run_name": path.parent.name}
+
+
+def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | None]) -> str:
+    """One line for the sweep, one for each job that is not finished with the command that goes on with it alone."""
+    lines = [
+        f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; the same command runs these alone, "
+        "and each has its own:"
+    ]
+    for job in failed:
+        code = codes.get(job.name)
+        ending = "not begun" if code is None else f"exit code {code if code >= 0 else 128 - code}"
+        lines.append(f"  {job.name} ({ending})\n    {again(job)}")
+    return "\n".join(lines)
+
+
+def again(job: Job) -> str:
+    """The command that goes on with a job by itself: what it has done is kept."""
+    return shlex.join(["python", "-m", "launch", *(item for item in job.overrides if item != "overwrite=true")])

@@ -1,0 +1,31 @@
+"""One run on this machine and its peers: planned, turned into accelerate's command, started and waited for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from conf.schema import Config
+from launch.command import accelerate_command, child_environment, num_gpus, num_processes, printable
+from launch.machines import find_machines
+from launch.process import run_child
+from train.plan import plan_run
+
+
+def start_run(config: Config, overrides: Sequence[str]) -> int:
+    """Start the run that `overrides` make and wait for it; its exit code. A ValueError says why it can't be."""
+    gpus = num_gpus(os.environ)
+    machines = find_machines(config.launch, os.environ)
+    plan_run(config, num_processes(config, gpus) * machines.num)
+    command = accelerate_command(config, overrides, gpus, machines)
+    if config.dry_run:
+        print(printable(command))
+        return 0
+    print(f"$ {printable(command)}", file=sys.stderr, flush=True)
+    return run_child(command, child_environment(os.environ, gpus))
+
+
+def exit_code(code: int) -> int:
+    """As a shell has it: a process ended by signal N is 128 + N."""
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,175 @@
+"""A sweep: its jobs named and planned before the first one starts, run as many at a time as the devices allow.
+
+What is finished is not run again, so the same command goes on with a sweep; each failed job has a command of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import warnings
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from conf import schema
+from conf.compose import composed, composition_sentence
+from conf.schema import Config, LaunchConfig
+from train.directory import RunDirectory
+from train.plan import RunPlan
+
+DEFAULT_NAME = "sweep"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: `overrides` is its command line, its own run_name included."""
+
+    overrides: tuple[str, ...]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return str(self.config.run_name)
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "-m", "launch", *self.overrides])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `python -m launch -m ...` asks for."""
+
+    name: str | None
+    """None where nothing is swept: one run, which keeps its own name, under a launcher of Hydra's."""
+    jobs: tuple[Job, ...]
+    """Empty where a search (Optuna) decides on them one after another."""
+    launcher: dict[str, Any]
+    """Hydra's launcher, with its `name`: basic is this machine."""
+    fixed_keys: tuple[str, ...]
+    """Keys that have one value in all jobs, and so no place in their names."""
+    folder: Path
+
+    @property
+    def is_local(self) -> bool:
+        return self.launcher["name"] == "basic" and bool(self.jobs)
+
+
+def read_sweep(arguments: Sequence[str]) -> Sweep:
+    """The sweep that a command line without its -m describes; a ValueError names every job that cannot be."""
+    own = [item for item in arguments if not is_hydras(item)]
+    try:
+        overrides = OverridesParser.create().parse_overrides(own)
+        hydra = hydra_settings([*(item for item in arguments if is_hydras(item)), *single_values(own)])
+        params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
+        overrides = [*OverridesParser.create().parse_overrides(params), *overrides]
+        swept = {key_of(override.get_key_element()) for override in overrides if override.is_sweep_override()}
+        is_search = hydra.runtime.choices["hydra/sweeper"] != "basic"
+        batches = [] if is_search else BasicSweeper.split_arguments(overrides, None)
+    except HydraException as error:
+        raise ValueError(composition_sentence(error, Config)) from error
+    keys = {key_of(override.get_key_element()) for override in overrides}
+    is_one_run = not swept and not is_search
+    name = None if is_one_run else next((item.split("=", 1)[1] for item in own if is_key(item, "sweep_name")), None)
+    if not is_one_run:
+        check_names(own)
+        name = name or DEFAULT_NAME
+    common = [] if name is None or "sweep_name" in keys else [f"sweep_name={name}"]
+    jobs, mistakes = [], []
+    for values in (values for batch in batches for values in batch):
+        run_name = [] if name is None else [f"run_name={name}/{job_name(values, swept)}"]
+        try:
+            job = (*(item for item in values if not is_key(item, "dry_run")), *common, *run_name)
+            jobs.append(Job(job, composed("train", [*values, *common, *run_name])))
+        except ValueError as error:
+            mistakes.append(f"{', '.join(item for item in values if key_of(item) in swept) or 'this run'}: {error}")
+    if mistakes:
+        raise ValueError(refusal(mistakes, len(mistakes) + len(jobs)))
+    launcher = {"name": hydra.runtime.choices["hydra/launcher"], **hydra.launcher}
+    runs_dir = next((item.split("=", 1)[1] for item in own if is_key(item, "runs_dir")), "runs")
+    folder = Path(jobs[0].config.runs_dir if jobs else runs_dir) / (name or "")
+    return Sweep(name, tuple(jobs), launcher, tuple(sorted(keys - swept)), folder)
+
+
+def refusal(mistakes: Sequence[str], num_jobs: int) -> str:
+    """One sentence about all jobs that cannot be."""
+    if num_jobs == 1:
+        return mistakes[0].removeprefix("this run: ")
+    return (
+        f"{len(mistakes)} of the sweep's {num_jobs} jobs cannot be, so none was started: "
+        + "; ".join(mistake.rstrip(".") for mistake in mistakes)
+        + "."
+    )
+
+
+def check_names(arguments: Sequence[str]) -> None:
+    for item in arguments:
+        if is_key(item, "run_name"):
+            raise ValueError(f"{item} would put all jobs of a sweep in one folder: give sweep_name instead.")
+
+
+def job_name(overrides: Sequence[str], swept: Container[str]) -> str:
+    """A sweep job's folder: its values of the swept keys, with only what file systems and Hydra take without quotes."""
+    own = sorted(item.lstrip("+") for item in overrides if key_of(item) in swept)
+    return re.sub(r"[^\w.+]+", "-", "_".join(own)).strip("-") or "job"
+
+
+def hydra_settings(overrides: Sequence[str]) -> Any:
+    """The node `hydra` of the composed config: sweeper, launcher and what was chosen."""
+    schema.register()
+    allow_own_launchers()
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose("train", overrides=list(overrides), return_hydra_config=True).hydra
+
+
+def allow_own_launchers() -> None:
+    """conf/hydra/launcher/ gives submitit's launchers our defaults under their own names, which Hydra warns of."""
+    warnings.filterwarnings(
+        "ignore", message=r"\s*'hydra/launcher/submitit_\w+' is validated against ConfigStore schema"
+    )
+
+
+def single_values(overrides: Sequence[str]) -> list[str]:
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [item for item, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
+
+
+def key_of(item: str) -> str:
+    """The dotted key of an override."""
+    return item.split("=", 1)[0].lstrip("+~")
+
+
+def is_key(item: str, key: str) -> bool:
+    return key_of(item) == key
+
+
+def is_hydras(item: str) -> bool:
+    return key_of(item).replace("/", ".").split(".")[0] == "hydra"
+
+
+def places(launch: LaunchConfig, gpus: Sequence[str]) -> list[dict[str, str]]:
+    """What each of the jobs that run at a time gets of this machine; a ValueError where it has too few GPUs."""
+    asked, each = launch.parallel_jobs, launch.num_processes or len(gpus)
+    if not gpus:
+        return [{} for _ in range(asked or 1)]
+    room = len(gpus) // each
+    if asked is not None and asked > room:
+        raise ValueError(
+            f"launch.parallel_jobs={asked} jobs of {each} processes need {asked * each} GPUs, and there are {len(gpus)}: "
+            f"take at most {room}, or fewer launch.num_processes."
+        )
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[place * each : (place + 1) * each])} for place in range(asked or room)
+    ]
+
+
+def finished_job(job: Job, plan: RunPlan) -> dict[str, Any] | None:
+    """The summary of a job that has ended before and is not to be started anew."""
+    return None if job.config.overwrite else RunDirectory(plan.run_dir).finished(job.config)

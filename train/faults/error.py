@@ -1,0 +1,20 @@
+"""An error that nobody foresaw: handed to the launcher's agent, which shows the first rank's once."""
+
+from __future__ import annotations
+
+import os
+
+FAILED_CODE = 1
+
+
+def hand_over(error: Exception) -> bool:
+    """Leave `error` with its traceback where torch's elastic agent looks for it; False where no agent does.
+
+    Every rank may call it; the agent says which was the first.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+    return True
