@@ -162,8 +162,8 @@ def sparsity_callback(config: Config, plan: RunPlan) -> SparsityCallback | None:
     return SparsityCallback(
         plan.schedule.base,
         keep_zeros=keep_zeros,
-        score=sparsity.score,  # type: ignore[arg-type]
-        scope=sparsity.scope,  # type: ignore[arg-type]
+        score=sparsity.score,
+        scope=sparsity.scope,
         groups=pruned_groups(sparsity),
         pattern=sparsity.pattern,
         seed=config.trainer.seed,
