@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from eval.report.__main__ import main
+from eval.report.page import script_json
 from eval.report.panels import PANELS
 from tests.panel_runs import write_run, write_sweep
 
@@ -126,6 +127,15 @@ def test_a_run_can_be_hidden_everywhere_it_is_drawn(html):
         assert f'body:has(#show-{number}:not(:checked)) [data-run="{number}"] {{ display: none; }}' in html
     drawn = re.findall(r'<g data-run="(\d)"', html)
     assert {run: drawn.count(str(run)) for run in range(5)} == {0: 10, 1: 7, 2: 11, 3: 11, 4: 10}
+
+
+def test_a_figure_of_one_run_is_hidden_with_it(tags):
+    own = {attributes["id"]: attributes.get("data-run") for tag, attributes in tags if tag == "figure"}
+    assert {name: run for name, run in own.items() if run} == {f"layer_density-{run}": str(run) for run in (1, 2, 3)}
+
+
+def test_data_cannot_end_the_script_that_holds_it():
+    assert script_json({"name": "</script>"}) == '{"name":"\\u003c/script>"}'
 
 
 def test_the_values_under_the_pointer_are_the_runs_own(html):

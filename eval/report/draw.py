@@ -54,7 +54,7 @@ def draw_curves(
         svg = svg_of(figure, panel.name)
         picture = Picture(svg, None if panel.kind == "bars" else _scale(figure, axes, panel))
         if panel.kind != "bars":
-            _legend(figure, runs, drawn)
+            _legend(figure, panel, runs, drawn)
         axes.set_title(panel.title, loc="left", fontweight="bold")
         save_png(figure, png)
     return picture
@@ -183,17 +183,22 @@ def _bars(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) 
     axes.set_xlabel(f"{panel.y_label} (tick: a unigram model of the same tokens)")
 
 
-def _legend(figure: Any, runs: Sequence[Run], drawn: Sequence[Curve]) -> None:
+def _legend(figure: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> None:
     """For the PNG: the page has one legend for all its figures."""
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=color(runs[c.run]), linestyle="-" if runs[c.run].is_sparse else DENSE_DASH) for c in drawn
-    ]
+    handles = [_line_or_mark(panel, runs[curve.run]) for curve in drawn]
     labels = [runs[curve.run].name for curve in drawn]
     if handles:
         columns = 1 if max(map(len, labels)) > 40 else 3
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
+
+
+def _line_or_mark(panel: Panel, run: Run) -> Any:
+    from matplotlib.lines import Line2D
+
+    if panel.kind != "points":
+        return Line2D([], [], color=color(run), linestyle="-" if run.is_sparse else DENSE_DASH)
+    face = color(run) if run.is_sparse else PAPER
+    return Line2D([], [], color=color(run), marker="D" if run.is_sparse else "o", markerfacecolor=face, linestyle="")
 
 
 def svg_of(figure: Any, name: str) -> str:
