@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import sparsity.compact  # noqa: F401 - transformers then loads compact folders
 from eval.shards import load_sharded
 from train.data import hub
 from train.distributed import World, wants_fsdp

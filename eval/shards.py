@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 def load_sharded(folder: str, config: Any, dtype: torch.dtype, world: World, load_whole: Callable[[], Any]) -> Any:
     """The model with its weights shared out over all ranks by row, each decoder layer gathered when it runs. Collective.
 
-    Where the files have other names or layouts than the model, as those that transformers converts while it loads,
+    Where the files have other names or layouts than the model, as compact ones and those that transformers converts while it loads,
     every rank loads the whole on its CPU first (`load_whole`) and keeps its shard.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -33,7 +33,8 @@ def load_sharded(folder: str, config: Any, dtype: torch.dtype, world: World, loa
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
-    names = file_names(model, files)
+    is_plain = getattr(config, "quantization_config", None) is None
+    names = file_names(model, files) if is_plain else None
     if names is None:
         return shard(load_whole().to(dtype), mesh)
     shard(model, mesh)

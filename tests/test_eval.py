@@ -17,6 +17,7 @@ from conf.compose import composed
 from eval.perplexity import evaluate, tokenized
 from eval.text import block_of, figures_text
 from eval.wikitext import read_wikitext
+from sparsity.compact import compact_folder
 from tests.commands import run_command
 from tests.small_models import CONTEXT, VOCABULARY, gpt2, llama, prune, saved
 from tests.test_bad_input import the_error
@@ -98,6 +99,14 @@ def test_the_command_prints_one_object(sparse):
     figures = json.loads(done.stdout)
     assert figures["zero_linear_params"] == zeros
     assert figures == json.loads(json.dumps({**figures_of(folder), "model": str(folder)}))
+
+
+def test_a_compact_folder_has_the_figures_of_the_plain_one(sparse):
+    folder, _, zeros = sparse
+    compact_folder(folder, folder.parent / "compact")
+    figures = figures_of(folder.parent / "compact")
+    assert figures == {**figures_of(folder), "model": figures["model"]}
+    assert figures["zero_linear_params"] == zeros
 
 
 def test_zeros_are_counted_per_layer_and_in_total(sparse):

@@ -16,6 +16,7 @@ from conf.compose import composed
 from eval.load import load_model
 from eval.perplexity import evaluate
 from eval.shards import file_names
+from sparsity.compact import compact_folder
 from sparsity.shards import local_tensor
 from tests.commands import ROOT, quiet_environment
 from tests.distributed import run_ranks
@@ -64,7 +65,9 @@ def folders(tmp_path_factory) -> list[str]:
         prune(model, 0.3)
         folder = tmp_path_factory.mktemp(name.split(",")[0]) / "model"
         found.append(str(saved(model, folder, max_shard_size="20KB")))
-    return found
+    compact = Path(found[0]).with_name("compact")
+    compact_folder(found[0], compact)
+    return [*found, str(compact)]
 
 
 @pytest.mark.parametrize(
