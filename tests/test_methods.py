@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from copy import deepcopy
@@ -14,11 +15,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 
 from sparsity.callback import SparsityCallback
+from tests.commands import run_command
 from tests.distributed import run_ranks
 from tests.methods import ALLOWED, METHODS, NUM_STEPS, REFUSED, Method, callback_of, reason_to_refuse, schedule_of
+from tests.test_run import tiny, write_text
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.distributed import World
@@ -70,8 +74,7 @@ class Run:
     def train(self, start: int, stop: int) -> None:
         for step in range(start, stop):
             self.callback.on_step_begin(None, TrainerState(global_step=step), None, optimizer=self.optimizer)
-            for param in self.model.parameters():
-                full_sum(param * param).backward()
+            torch.stack([local_square_sum(param) for param in self.model.parameters()]).sum().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -100,9 +103,8 @@ class Run:
 CPU = torch.device("cpu")
 
 
-def full_sum(tensor: Tensor) -> Tensor:
-    total = tensor.sum()
-    return total.full_tensor() if dist.is_initialized() else total
+def local_square_sum(param: Tensor) -> Tensor:
+    return (param.to_local() if isinstance(param, DTensor) else param).square().sum()
 
 
 def train_and_save(folder: str) -> None:
@@ -241,3 +243,17 @@ def test_a_model_without_layers_of_whole_blocks_is_refused_by_name():
         ValueError, match=r"multiple of 4 inputs, and 1.weight has the shape \[4, 6\]: name it in requires_dense"
     ):
         callback_of(method).bind(model)
+
+
+def test_a_launched_run_ends_with_2_of_4_in_every_layer(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    chosen = ["sparsity=two_four", "sparsity.schedule=cubic", "sparsity.scope=uniform", "logger=none"]
+    done = run_command(["launch", *tiny(tmp_path), *chosen])
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "runs" / "tiny"
+    for name, weight in load_file(run / "model" / "model.safetensors").items():
+        if "proj" in name or name == "lm_head.weight":
+            assert set((weight.view(-1, 4) != 0).sum(dim=1).tolist()) == {2}, name
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["target_sparsity"], summary["sparsity"]) == (0.5, 0.5)
+    assert "50% of the weights of all linear layers, 2:4 along the inputs" in (run / "model" / "README.md").read_text()

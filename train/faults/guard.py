@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train.distributed import World
@@ -83,6 +84,8 @@ class StepGuard(TrainerCallback):
     def _agree(self, loss: Tensor, grad_norm: Tensor | float | None) -> Tensor:
         """[whether a number is not finite, whether a rank is to stop] of all ranks, as 0 or 1, on the device."""
         device = self.world.device
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         values = [loss] if grad_norm is None else [loss, torch.as_tensor(grad_norm)]
         is_bad = torch.stack([~torch.isfinite(value.detach().to(device)).all() for value in values]).any()
         is_stopped = torch.full((), float(self.preemption.is_requested), device=device)
