@@ -62,6 +62,4 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
 def _plain(values: dict[str, Any]) -> dict[str, float]:
     """{metric: value}: the harness writes metric,filter."""
-    return {
-        key.removesuffix(",none"): float(value) for key, value in values.items() if isinstance(value, int | float)
-    }
+    return {key.removesuffix(",none"): float(value) for key, value in values.items() if isinstance(value, int | float)}

@@ -12,7 +12,7 @@ from train.data.tokenizer import train_bpe, wrap_bpe
 
 VOCABULARY = 300
 CONTEXT = 32
-WORDS = "the town has a long history , with 1 @,@ 200 people ( or so ) who said \" no \" . its mayor 's house".split()
+WORDS = ['the', 'town', 'has', 'a', 'long', 'history', ',', 'with', '1', '@,@', '200', 'people', '(', 'or', 'so', ')', 'who', 'said', '"', 'no', '"', '.', 'its', 'mayor', "'s", 'house']
 
 
 def wiki_source(num_pages: int = 3, words_per_page: int = 120) -> str:

@@ -284,7 +284,9 @@ WRONG_KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), WRONG_KEYS, ids=lambda value: value[0] if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    ("overrides", "message"), WRONG_KEYS, ids=lambda value: value[0] if isinstance(value, list) else None
+)
 def test_what_does_not_fit_is_said_before_a_weight_is_read(overrides, message, sparse, capsys, monkeypatch):
     monkeypatch.setattr("eval.perplexity.load_model", lambda *_: pytest.fail("weights were read"))
     assert message in refused(sparse[0], capsys, *overrides)

@@ -67,7 +67,9 @@ def folders(tmp_path_factory) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("whole_first", "which"), [(False, slice(None)), (True, slice(2, 3))], ids=["rows", "whole first"])
+@pytest.mark.parametrize(
+    ("whole_first", "which"), [(False, slice(None)), (True, slice(2, 3))], ids=["rows", "whole first"]
+)
 def test_shards_give_the_figures_and_zeros_of_one_process(folders, whole_first, which):
     folders = folders[which]
     alone = World(0, 1, torch.device("cpu"))

@@ -13,9 +13,7 @@ from conf.schema import DataConfig
 from eval.wikitext import WikiText, as_prose, read_wikitext
 from tests.commands import SHARED
 
-SOURCE = (
-    " \n = A town = \n \n It has 1 @,@ 200 people . \n = = History = = \n \n Old ; very . \n \n = Another = \n \n The end . \n"
-)
+SOURCE = " \n = A town = \n \n It has 1 @,@ 200 people . \n = = History = = \n \n Old ; very . \n \n = Another = \n \n The end . \n"
 
 
 def data(path, **changes) -> DataConfig:
@@ -86,7 +84,10 @@ def test_the_text_is_known_by_its_bytes(tmp_path):
 
 def test_the_first_pages_alone_can_be_asked_for(tmp_path):
     (tmp_path / "a.raw").write_text(SOURCE + " = Third = \n")
-    assert [page.split()[1] for page in read_wikitext(data(tmp_path / "a.raw", max_documents=2)).pages] == ["A", "Another"]
+    assert [page.split()[1] for page in read_wikitext(data(tmp_path / "a.raw", max_documents=2)).pages] == [
+        "A",
+        "Another",
+    ]
 
 
 BAD_FILES = {
@@ -134,7 +135,9 @@ def test_the_hubs_rows_make_the_original_file(monkeypatch):
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
 
 
-@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data with WikiText and LLaMA 2's tokenizer is not there")
+@pytest.mark.skipif(
+    not (SHARED / "data").is_dir(), reason="../shared/data with WikiText and LLaMA 2's tokenizer is not there"
+)
 def test_the_published_counts_of_wikitext_are_met():
     from eval.perplexity import tokenized
     from train.data import load_tokenizer
