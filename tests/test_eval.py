@@ -101,7 +101,7 @@ def test_the_command_prints_one_object(sparse):
 
 
 def test_zeros_are_counted_per_layer_and_in_total(sparse):
-    folder, model, zeros = sparse
+    folder, _, zeros = sparse
     figures = figures_of(folder)
     assert (figures["zero_linear_params"], figures["dense"]) == (zeros, False)
     assert sum(figures["layer_zeros"].values()) == zeros
