@@ -26,7 +26,10 @@ def run_tasks(config: EvalConfig, model: Any, tokenizer: Any, context: int, batc
 
     manager = _manager(tuple(config.tasks), config.task_path)
     try:
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=context, batch_size=batch_size)
+        # Its cache of logits confuses windows of a batch that read the same tokens (lm-eval 0.4.13).
+        harness = HFLM(
+            pretrained=model, tokenizer=tokenizer, max_length=context, batch_size=batch_size, logits_cache=False
+        )
         found = simple_evaluate(
             harness, tasks=list(config.tasks), task_manager=manager, log_samples=False, bootstrap_iters=0
         )

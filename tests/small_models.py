@@ -12,15 +12,14 @@ from train.data.tokenizer import train_bpe, wrap_bpe
 
 VOCABULARY = 300
 CONTEXT = 32
-SENTENCE = 'the town has a long history , with 1 @,@ 200 people ( or so ) who said " no " . its mayor \'s house'
-WORDS = SENTENCE.split()
+TEXT = 'the town has a long history , with 1 @,@ 200 people ( or so ) who said " no " . its mayor \'s house'
 
 
 def wiki_source(num_pages: int = 3, words_per_page: int = 120) -> str:
     """Pages in WikiText's format, each other words."""
-    pages = []
+    vocabulary, pages = TEXT.split(), []
     for page in range(num_pages):
-        words = [WORDS[(7 * page + 5 * word + word * word) % len(WORDS)] for word in range(words_per_page)]
+        words = [vocabulary[(7 * page + 5 * word + word * word) % len(vocabulary)] for word in range(words_per_page)]
         half = len(words) // 2
         parts = [" ".join(words[:half]), " = = History = = ", " ".join(words[half:])]
         pages.append("\n \n ".join([f" \n = Page {page} = ", *parts]) + " \n")

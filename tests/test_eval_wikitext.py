@@ -14,8 +14,7 @@ from eval.wikitext import WikiText, as_prose, read_wikitext
 from tests.commands import SHARED
 
 SOURCE = (
-    " \n = A town = \n \n It has 1 @,@ 200 people . \n = = History = = \n \n Old ; very . \n"
-    " \n = Another = \n \n The end . \n"
+    " \n = A town = \n \n It has 200 men . \n = = History = = \n \n Old ; very . \n \n = Another = \n \n The end . \n"
 )
 
 
