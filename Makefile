@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-cluster check format bench torture clean
+.PHONY: demo test test-cluster check format bench bench-all torture clean
 .DEFAULT_GOAL := demo
 
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -43,6 +43,17 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.selection
 	$(BIN)/python -m tests.benchmarks.overhead
 	$(BIN)/python -m tests.benchmarks.compact
+	$(BIN)/python -m tests.benchmarks.demo
+	$(BIN)/python -m tests.benchmarks.around
+
+# The sizes of the real models, many ranks, the memory model; on a machine with a GPU everything that needs one as well.
+bench-all: bench
+	$(BIN)/python -m tests.benchmarks.selection --large
+	$(BIN)/python -m tests.benchmarks.scale --figure docs/scale.png
+	$(BIN)/python -m tests.benchmarks.memory
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m tests.benchmarks.throughput --profile; \
+	else echo "no GPU: tests.benchmarks.throughput was left out" >&2; fi
 
 torture: $(READY)
 	$(BIN)/python -m tests.torture

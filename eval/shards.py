@@ -25,8 +25,8 @@ INDEX = "model.safetensors.index.json"
 def load_sharded(folder: str, config: Any, dtype: torch.dtype, world: World, load_whole: Callable[[], Any]) -> Any:
     """The model with its weights shared out over all ranks by row, each decoder layer gathered when it runs. Collective.
 
-    Where the files have other names or layouts than the model, as compact ones and those that transformers converts while it loads,
-    every rank loads the whole on its CPU first (`load_whole`) and keeps its shard.
+    Where the files have other names or layouts than the model, as compact ones and those that transformers converts while
+    it loads, every rank loads the whole on its CPU first (`load_whole`) and keeps its shard.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     files = weight_files(Path(folder))

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tests.benchmarks import compact, overhead, selection
-from tests.benchmarks.common import Comparison, publish
+from tests.benchmarks import around, compact, demo, overhead, scale, selection, throughput
+from tests.benchmarks.common import Comparison, in_process, publish
 
 CONTRACT = {"name", "seconds", "baseline", "baseline_seconds", "ratio"}
 
@@ -100,3 +100,48 @@ def test_compact_misses_its_goals_below_300_megabytes_a_second_above_4_25_bits_o
     details = {"megabytes_per_second": rate, "bits_per_weight": bits, "dtype": "bfloat16"}
     row = Comparison("compact", 1.0, "copy", 1.0, {**details, "extra_bytes": extra_bytes, "tensor_bytes": 100})
     assert len(compact.missed_goals([row])) == num_missed
+
+
+def test_the_demo_is_compared_with_the_loop_s_steps_around_it():
+    found = demo.compare(run=[2.2, 2.0, 9.0], loop=[1.0, 3.0, 1.0], details={"batch_tokens": 100})
+    assert found.ratio == pytest.approx(1 / 1.05)
+    assert found.details["tokens_per_second"] == pytest.approx(100 / 1.05)
+
+
+@pytest.mark.parametrize(("seconds", "num_missed"), [(1.05, 0), (1.06, 1)])
+def test_the_demo_misses_its_goal_below_95_percent_of_the_loop(seconds, num_missed):
+    assert len(demo.missed_goals([Comparison("step", seconds, "loop", 1.0)])) == num_missed
+
+
+@pytest.mark.parametrize(("seconds", "num_missed"), [(0.6, 0), (0.61, 1)])
+def test_the_launcher_misses_its_goal_above_six_tenths_of_a_second(seconds, num_missed):
+    assert len(around.missed_goals([Comparison("import", seconds, "python", 0.1)])) == num_missed
+
+
+def test_a_rank_of_a_fake_world_holds_its_share():
+    tiny = {
+        "name": "tiny", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "vocab_size": 128,
+    }  # fmt: skip
+    found = in_process(scale.MODULE, "shard_in_fake_world", tiny, 64)
+    assert (found["num_shards"], found["local_weights"]) == (15, (2 * 16 * 64 * 64 + 128 * 64) // 64)
+
+
+def test_an_event_s_traffic_grows_by_one_count_a_rank():
+    assert scale.event_traffic(113, 4096)[1] - scale.event_traffic(113, 2)[1] == 8 * 4094
+    assert scale.event_traffic(113, 4096)[0] == scale.event_traffic(113, 2)[0]
+
+
+def test_the_throughput_of_the_1b_counts_the_flops_of_the_plan():
+    assert throughput.Workload().flops_per_token() == pytest.approx(7.64e9, rel=1e-3)
+
+
+def test_a_variant_that_cannot_run_is_a_result_with_the_reason():
+    work = throughput.Workload(hidden=16, layers=1, heads=2, vocabulary=32, length=8, batch=2, steps=1)
+    missing = throughput.Variant("none", attention="flash_attention_3", compiled=False)
+    assert throughput.measure(work, missing, "cpu", 1.0).skipped
+    found = throughput.measure(work, throughput.Variant("chunked", loss="chunked", compiled=False), "cpu", 1.0)
+    plain = throughput.measure(work, throughput.Variant("plain", compiled=False), "cpu", 1.0)
+    assert (found.skipped, plain.skipped) == (None, None)
+    assert found.last_loss == pytest.approx(plain.last_loss, rel=1e-3)
+    assert found.tokens_per_second > 0

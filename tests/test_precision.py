@@ -35,3 +35,11 @@ def summed_gradient() -> list[float]:
 def test_gradients_are_summed_over_ranks_in_float32():
     for gradient in run_ranks(summed_gradient, 2):
         assert gradient == [(1.0 + 2.0**-9) / 2] * 2
+
+
+def test_a_process_alone_has_nothing_to_reduce():
+    from accelerate import Accelerator
+
+    from train.distributed import reduce_in_float32
+
+    reduce_in_float32(Accelerator(cpu=True))

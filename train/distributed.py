@@ -136,8 +136,10 @@ def reduce_in_float32(accelerator: Accelerator) -> None:
 
     In bfloat16 a sum over many ranks loses what small gradients add; the price is twice the bytes of a reduce-scatter.
     """
+    if not accelerator.is_fsdp2:
+        return
     plugin = accelerator.state.fsdp_plugin
-    if accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
+    if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 

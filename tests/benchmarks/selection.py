@@ -3,7 +3,8 @@
     python -m tests.benchmarks.selection [--numel 50000000] [--sparsity 0.8] [--rounds 3] [--large]
         -> runs/bench/selection.json, with --large also runs/bench/selection_large.json: 200 M and 1.14 B weights
 
-The methods of one process take turns in it and the best round of each counts; extra memory (the peak beyond weights and
+The methods of one process take turns in it and the best round of each counts; where one thread of a CPU computes alone the
+seconds are the processor's, so that other work on the machine does not count. Extra memory (the peak beyond weights and
 masks) comes from a process of its own, because the settings of malloc that make it exact cost time. `one read pass` is
 what reading the weights once would take at the bandwidth of a copy measured in the same rounds: the floor. A `prune
 event` is all that the callback does at one: selection, zeros in weights and both moments, counts. On a machine with a
@@ -16,6 +17,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ from tests.benchmarks.common import (
     RESULTS,
     Comparison,
     clock,
+    clock_alone,
     finish,
     in_process,
     machine,
@@ -116,6 +119,7 @@ def time_one_process(
 ) -> dict[str, float]:
     """Best seconds of each method on the same weights, after a warm-up on a few; masks are compared in each round."""
     torch.set_num_threads(threads)
+    timed = clock_alone if threads == 1 else clock
     seconds: dict[str, list[float]] = {}
     for weights in (
         make_weights(max(1000, numel // 100), device, dtype),
@@ -123,27 +127,27 @@ def time_one_process(
     ):
         num_pruned = round(sparsity * sum(weight.numel() for weight in weights))
         shards = make_shards({str(index): weight for index, weight in enumerate(weights)})
-        taken, threshold = clock(partial(prune_smallest_, shards, num_pruned), device)
+        taken, threshold = timed(partial(prune_smallest_, shards, num_pruned), device)
         ours = [shard.mask for shard in shards]
         assert sum(mask.numel() - int(torch.count_nonzero(mask)) for mask in ours) == num_pruned
         seconds.setdefault(OURS, []).append(taken)
-        seconds.setdefault(FLOOR, []).append(read_pass(weights, device))
+        seconds.setdefault(FLOOR, []).append(read_pass(weights, device, timed))
         ties = {threshold.num_below, num_pruned, threshold.num_below + threshold.num_ties}
         for name in baselines:
-            taken, theirs = clock(partial(BASELINES[name], weights, num_pruned), device)
+            taken, theirs = timed(partial(BASELINES[name], weights, num_pruned), device)
             found = check_same(weights, ours, theirs, threshold)
             assert found in ({num_pruned} if name == REFERENCE else ties), f"{name} pruned {found}, we {num_pruned}"
             seconds.setdefault(name, []).append(taken)
     return {name: min(taken[1:]) for name, taken in seconds.items()}
 
 
-def read_pass(weights: list[Tensor], device: str) -> float:
+def read_pass(weights: list[Tensor], device: str, timed: Callable[..., tuple[float, Any]] = clock_alone) -> float:
     """Seconds to read all weights once, by the bandwidth of a copy of a part of them: a copy reads and writes."""
     source = max(weights, key=Tensor.numel).view(-1)
     if source.nbytes < 64 << 20:
         source = source.repeat(-(-(64 << 20) // source.nbytes))
     target = torch.empty_like(source)
-    copy = min(clock(partial(target.copy_, source), device)[0] for _ in range(4))
+    copy = min(timed(partial(target.copy_, source), device)[0] for _ in range(4))
     return copy / 2 * sum(weight.nbytes for weight in weights) / source.nbytes
 
 
@@ -160,7 +164,7 @@ def time_event(numel: int, sparsity: float, rounds: int, device: str) -> dict[st
     callback = SparsityCallback(Geometric(sparsity, 0, 0, 1), report=False)
     callback.bind(model)
     densities = [1 - sparsity * event / (rounds + 1) for event in range(1, rounds + 2)]
-    taken = [clock(partial(callback.prune, density, optimizer), device)[0] for density in densities]
+    taken = [clock_alone(partial(callback.prune, density, optimizer), device)[0] for density in densities]
     return {OURS: min(taken[1:]), FLOOR: read_pass(weights, device)}
 
 

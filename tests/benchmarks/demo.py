@@ -1,0 +1,141 @@
+"""Tokens a second of a sparse run of the demo beside a plain loop in torch over the same model, in one CPU process.
+
+    python -m tests.benchmarks.demo [--pairs 30] [key=value ...]     -> runs/bench/demo.json
+
+The two are threads that take turns, a step each, so that noise of the machine meets both. The loop is what one would write
+by hand: batches that are there already, forward, backward, clip, fused AdamW. A step of the run is divided by the mean of
+the loop's steps around it. Exits with 1 where the run makes less than 0.95 of the loop's tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, default_data_collator, set_seed
+from transformers.utils import logging
+
+from conf.compose import composed
+from sparsity import Geometric, SparsityCallback
+from tests.benchmarks.common import RESULTS, Comparison, finish, machine, publish
+from tests.benchmarks.overhead import ALWAYS, EVENTS, WARM_UP, Turns, run_in_turns
+from train.arguments import training_arguments
+from train.data import Blocks
+from train.distributed import join_world
+from train.faults.guard import StepGuard
+from train.faults.heartbeat import Heartbeat
+from train.faults.preempt import Preemption
+from train.model import llama_config
+from train.plan import RunPlan, plan_run
+from train.trainer import PretrainingTrainer, RunState
+
+LEAST_SPEED = 0.95
+
+
+class Laps(TrainerCallback):
+    """Seconds from one step's begin to the next one's, in turns with the loop."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns, self.seconds, self.started = turns, list[float](), 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.started:
+            self.seconds.append(time.perf_counter() - self.started)
+        self.turns.hand_over(0)
+        self.turns.wait(0)
+        self.started = time.perf_counter()
+
+
+def make_model(plan: RunPlan) -> LlamaForCausalLM:
+    set_seed(0)
+    return LlamaForCausalLM._from_config(llama_config(plan.model), dtype=torch.float32)
+
+
+def plain_loop(plan: RunPlan, tokens: np.ndarray, turns: Turns) -> list[float]:
+    """Seconds of each step of a loop written by hand."""
+    model = make_model(plan).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    batches = torch.from_numpy(tokens).view(plan.num_steps, plan.batch_size, plan.sequence_length)
+    seconds = []
+    for batch in batches:
+        started = time.perf_counter()
+        for micro_batch in batch.split(plan.micro_batch_size):
+            loss = model(input_ids=micro_batch, labels=micro_batch).loss / plan.gradient_accumulation_steps
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+        turns.hand_over(1)
+        turns.wait(1)
+    return seconds
+
+
+def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
+    """Train both in this process."""
+    logging.set_verbosity_error()
+    config = composed("train", [*ALWAYS, *overrides, f"trainer.max_steps={WARM_UP + pairs + 2}"])
+    world = join_world(timeout_s=300)
+    plan = plan_run(config, world.size)
+    num_tokens = plan.batch_size * plan.num_steps * plan.sequence_length
+    tokens = np.random.default_rng(0).integers(plan.model.vocab_size, size=num_tokens)
+    turns, loop = Turns(), list[float]()
+    laps = Laps(turns)
+    sparsity = SparsityCallback(Geometric(sparsity=0.8, **EVENTS), report=False)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PretrainingTrainer(
+            world=world,
+            sparsity=sparsity,
+            run_state=RunState(identity={}),
+            guard=StepGuard(world, Preemption(), config.max_skipped),
+            heartbeat=Heartbeat(world.rank, world.size),
+            batch_size=plan.batch_size,
+            evaluator=lambda module: {},
+            model=make_model(plan),
+            args=training_arguments(config, plan, Path(folder)),
+            train_dataset=Blocks(tokens, plan.sequence_length),  # type: ignore[arg-type]
+            eval_dataset=[],
+            data_collator=default_data_collator,
+            callbacks=[laps, sparsity],
+        )
+        trainer.remove_callback(PrinterCallback)
+        run_in_turns([trainer.train, lambda: loop.extend(plain_loop(plan, tokens, turns))], turns)
+    details = {"model": plan.model.name, "batch_tokens": plan.batch_tokens, **machine()}
+    return [compare(laps.seconds[WARM_UP:], loop[WARM_UP:], details)]
+
+
+def compare(run: list[float], loop: list[float], details: dict[str, Any]) -> Comparison:
+    """The row of the laps: `ratio` is the run's tokens a second as a share of the loop's."""
+    ratios = [2 * lap / (before + after) for lap, before, after in zip(run, loop, loop[1:], strict=False)]
+    ratio, step = statistics.median(ratios), statistics.median(loop)
+    speed = {"pairs": len(ratios), "tokens_per_second": details["batch_tokens"] / (step * ratio)}
+    return Comparison("step of the demo", step * ratio, "plain loop", step, {**speed, **details})
+
+
+def missed_goals(comparisons: Sequence[Comparison]) -> list[str]:
+    found = comparisons[0].ratio
+    return [f"The demo makes {found:.3f} of a plain loop's tokens, the goal is {LEAST_SPEED}."] * (found < LEAST_SPEED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=RESULTS / "demo.json")
+    parser.add_argument("overrides", nargs="*", help="of the configuration, such as model=llama_58m")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(options.pairs, options.overrides)
+    publish(found, options.output, ["pairs", "tokens_per_second"])
+    finish(missed_goals(found))
+
+
+if __name__ == "__main__":
+    main()

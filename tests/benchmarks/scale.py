@@ -1,0 +1,239 @@
+"""What grows with the number of ranks: a prune event, start-up, sampling and checkpoints, from measured constants.
+
+    python -m tests.benchmarks.scale [--figure docs/scale.png]     -> runs/bench/scale.json
+
+Measured in this run, on one thread: selection per weight and per parameter, the sampler per block, and, in torch's fake
+process group, the sharding of a model without weights and the masks' bookkeeping as one rank of each world does it.
+Assumed, by options: the latency of one hop (an all-reduce takes log2(world) of them there and back) and a rank's
+bandwidth. Everything else is arithmetic. The seconds of an event are a CPU's; what counts here is how they grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.compose import composed
+from conf.schema import ModelConfig
+from tests.benchmarks.common import RESULTS, in_process, machine
+
+OUTPUT = RESULTS / "scale.json"
+MODULE = "tests.benchmarks.scale"
+MODELS = ("llama2_1b", "llama2_7b", "llama2_70b")
+WORLDS = (2, 8, 64, 512, 4096)
+BATCH = 4096
+BYTES_PER_BIN = 8
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Seconds on one thread of this machine."""
+
+    per_weight: float
+    per_shard: float
+    per_block: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rank of a world; bytes are what it sends or receives."""
+
+    model: str
+    world_size: int
+    local_weights: int
+    event_local_seconds: float
+    event_network_seconds: float
+    event_bytes: int
+    sharding_seconds: float
+    bookkeeping_seconds: float
+    sampling_seconds: float
+    checkpoint_bytes_written: int
+    checkpoint_bytes_gathered: int
+
+
+def measure_constants(numel: int = 8_000_000) -> dict[str, float]:
+    """The body of a process: selection over few large and many small parameters, and a step's blocks."""
+    from sparsity.mask import make_shards
+    from sparsity.select import prune_smallest_
+    from train.data.sampler import PermutationSampler
+
+    torch.set_num_threads(1)
+
+    def seconds(sizes: Sequence[int]) -> float:
+        weights = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0)).split(list(sizes))
+        shards = make_shards({str(index): weight for index, weight in enumerate(weights)})
+        taken = []
+        for _ in range(4):
+            started = time.perf_counter()
+            prune_smallest_(shards, sum(sizes) // 2)
+            taken.append(time.perf_counter() - started)
+        return min(taken)
+
+    few, many = [numel // 8] * 8, [numel // 512] * 512
+    per_shard = max(0.0, seconds(many) - seconds(few)) / (len(many) - len(few))
+    per_weight = max(1e-12, seconds(few) - len(few) * per_shard) / numel
+    sampler = PermutationSampler(100_000_000, seed=0, batch_size=BATCH)
+    started = time.perf_counter()
+    blocks = sum(1 for _ in islice(iter(sampler), 4 * BATCH))
+    return asdict(Constants(per_weight, per_shard, (time.perf_counter() - started) / blocks))
+
+
+def shard_in_fake_world(model: dict[str, Any], world_size: int) -> dict[str, float]:
+    """The body of a process: the last rank of a fake world shards a model without weights and makes its masks."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers import LlamaForCausalLM
+
+    from sparsity.mask import make_shards
+    from sparsity.prunable import prunable_parameters
+    from sparsity.shards import rank_layout
+    from train.model import llama_config
+
+    dist.init_process_group("fake", store=FakeStore(), rank=world_size - 1, world_size=world_size)
+    started = time.perf_counter()
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(llama_config(ModelConfig(**model)))
+    mesh = init_device_mesh("cpu", (world_size,))
+    for block in llama.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(llama, mesh=mesh)
+    sharded = time.perf_counter()
+    parameters = prunable_parameters(llama)
+    rank_layout(list(parameters.values()))
+    shards = make_shards(parameters)
+    kept = time.perf_counter()
+    return {
+        "sharding_seconds": sharded - started,
+        "bookkeeping_seconds": kept - sharded,
+        "local_weights": sum(shard.values.numel() for shard in shards),
+        "num_shards": len(shards),
+    }
+
+
+def event_traffic(num_shards: int, world_size: int) -> tuple[int, int]:
+    """(all-reduces, bytes of one rank's counts) of an event: two histograms for the sample, two for the candidates, the
+    counts around the bracket, the ties of each parameter, one count a rank, and the kept weights of each parameter."""
+    from sparsity.select import NUM_BIN_BITS
+
+    counts = [*[1 << NUM_BIN_BITS] * 4, 3, num_shards, world_size, num_shards]
+    return len(counts), BYTES_PER_BIN * sum(counts)
+
+
+def gathered_bytes(num_shards: int, world_size: int) -> int:
+    """What one rank receives at a checkpoint, where every rank tells every other the bytes that it needs, the sum and
+    size of its file, and the rows of each parameter in it (`train.checkpoints.write`): this grows with the world."""
+    rows = {f"model.layers.{index}.self_attn.q_proj.weight": [0, 1 << 20] for index in range(num_shards)}
+    said = pickle.dumps(1 << 40), pickle.dumps((None, None)), pickle.dumps((("0" * 64, 1 << 40, rows), None))
+    return world_size * sum(len(words) for words in said)
+
+
+def row(
+    model: ModelConfig,
+    total: int,
+    world_size: int,
+    constants: Constants,
+    found: dict[str, Any],
+    network: tuple[float, float],
+) -> Row:
+    latency, bandwidth = network
+    num_reduces, num_bytes = event_traffic(found["num_shards"], world_size)
+    return Row(
+        model=model.name,
+        world_size=world_size,
+        local_weights=found["local_weights"],
+        event_local_seconds=found["local_weights"] * constants.per_weight + found["num_shards"] * constants.per_shard,
+        event_network_seconds=2 * num_reduces * latency * math.ceil(math.log2(world_size)) + 2 * num_bytes / bandwidth,
+        event_bytes=num_bytes,
+        sharding_seconds=found["sharding_seconds"],
+        bookkeeping_seconds=found["bookkeeping_seconds"],
+        # Every rank works out the order of the whole batch and takes its share.
+        sampling_seconds=BATCH * constants.per_block,
+        # Weights and two moments in float32, and a bit a prunable weight.
+        checkpoint_bytes_written=12 * total // world_size + found["local_weights"] // 8,
+        checkpoint_bytes_gathered=gathered_bytes(found["num_shards"], world_size),
+    )
+
+
+def measure(models: Sequence[str], worlds: Sequence[int], latency: float, bandwidth: float) -> list[Row]:
+    from train.counts import count_parameters
+
+    constants = Constants(**in_process(MODULE, "measure_constants"))
+    rows = []
+    for name in models:
+        model = composed("train", [f"model={name}", "data=text", "data.path=unused"]).model
+        for world_size in worlds:
+            found = in_process(MODULE, "shard_in_fake_world", asdict(model), world_size)
+            total = count_parameters(model).total
+            rows.append(row(model, total, world_size, constants, found, (latency, bandwidth)))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| model | ranks | weights a rank | event, this rank | event, network | sent in it | sharding | masks | a step's "
+        "order | checkpoint a rank | gathered |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.model} | {r.world_size:,} | {r.local_weights:,} | {r.event_local_seconds:.3g} s | "
+            f"{1e3 * r.event_network_seconds:.2f} ms | {r.event_bytes / 1e3:.0f} kB | {r.sharding_seconds:.2f} s | "
+            f"{r.bookkeeping_seconds:.3f} s | {1e3 * r.sampling_seconds:.1f} ms | "
+            f"{r.checkpoint_bytes_written / 1e6:,.0f} MB | {r.checkpoint_bytes_gathered / 1e3:.1f} kB |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = {
+        "prune event: this rank's part [s]": lambda r: r.event_local_seconds,
+        "prune event: network [ms]": lambda r: 1e3 * r.event_network_seconds,
+        "sharding and masks at start-up [s]": lambda r: r.sharding_seconds + r.bookkeeping_seconds,
+    }
+    for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for model in dict.fromkeys(r.model for r in rows):
+            mine = [r for r in rows if r.model == model]
+            axes.plot([r.world_size for r in mine], [value(r) for r in mine], "o-", markersize=3, label=model)
+        axes.set(xscale="log", yscale="log", xlabel="ranks", title=title)
+        axes.title.set_fontsize(9)
+    axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--worlds", nargs="+", type=int, default=list(WORLDS))
+    parser.add_argument("--latency", type=float, default=10e-6, help="seconds of one hop (assumed)")
+    parser.add_argument("--bandwidth", type=float, default=25e9, help="bytes a second of one rank (assumed)")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    rows = measure(options.models, options.worlds, options.latency, options.bandwidth)
+    print(table(rows))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps([{**asdict(r), **machine()} for r in rows], indent=2) + "\n")
+    if options.figure:
+        draw(rows, options.figure)
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()
