@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from launch.sweep import Job, Sweep
@@ -37,6 +38,22 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
     elif failed:
         print(failure_words(sweep, failed, codes), file=sys.stderr, flush=True)
     return failed
+
+
+def close_search(folder: Path) -> int:
+    """Print a search's finished runs, the lowest held-out loss first, draw them, and tell the best; its exit code."""
+    found = [{**json.loads(path.read_text()), "run_name": path.parent.name} for path in folder.glob("*/summary.json")]
+    if not found:
+        print(f"error: no trial of {folder} finished; their words are above.", file=sys.stderr, flush=True)
+        return 1
+    from eval.sweep import draw_sweep
+
+    found.sort(key=lambda summary: float(summary["heldout_loss"]))
+    draw_sweep(found, folder / FIGURE, folder.name)
+    print("\n" + markdown(found) + "\n")
+    print(f"best     {found[0]['run_name']}: held-out loss {found[0]['heldout_loss']:.4f}")
+    print(f"figure   {folder / FIGURE}", flush=True)
+    return 0
 
 
 def summary_of(job: Job) -> dict[str, Any] | None:
