@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.sweep import Job, Sweep
+from launch.sweep import Job, Sweep, key_of
 from train.directory import RunDirectory
 from train.plan import run_directory
 from train.report.table import markdown
@@ -79,4 +79,4 @@ def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | Non
 
 def again(job: Job) -> str:
     """The command that goes on with a job by itself: what it has done is kept."""
-    return shlex.join(["python", "-m", "launch", *(item for item in job.overrides if item != "overwrite=true")])
+    return shlex.join(["python", "-m", "launch", *(item for item in job.overrides if key_of(item) != "overwrite")])
