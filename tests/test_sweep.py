@@ -112,7 +112,7 @@ def test_overwrite_runs_everything_again_and_is_left_out_of_the_commands(tmp_pat
     children.outcomes = {"sparsity.target-0": 3.5, "sparsity.target-0.5": 9, "sparsity.target-0.8": 3.9}
     assert local.sweep_here(sweep) == 1
     assert len(children.ran) == 3
-    assert "overwrite" not in capsys.readouterr().err.split("each has its own")[1]
+    assert "overwrite=" not in capsys.readouterr().err.split("each has its own")[1]
 
 
 SCRIPT = "import sys, time; time.sleep(float(sys.argv[1])); print(sys.argv[2]); sys.exit(int(sys.argv[3]))"
