@@ -27,7 +27,7 @@ test: $(READY)
 test-cluster: $(READY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -qq --yes --no-install-recommends slurm-wlm munge iproute2 chromium >/dev/null; fi
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,slurm,search]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,slurm,search,eval]'
 	$(BIN)/python -m pytest -q -m cluster
 
 check: $(READY)
@@ -42,6 +42,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.selection
 	$(BIN)/python -m tests.benchmarks.overhead
+	$(BIN)/python -m tests.benchmarks.compact
 
 torture: $(READY)
 	$(BIN)/python -m tests.torture

@@ -12,14 +12,12 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from conf.schema import Config, EvalConfig, PlanConfig, ScalingLawConfig, register
+from conf.schema import SCHEMAS, Config, PlanConfig, register
 
-SCHEMAS = {
-    "train": (Config, PlanConfig),
-    "plan": (Config, PlanConfig),
-    "eval": (EvalConfig,),
-    "scaling_law": (ScalingLawConfig,),
-}
+LISTS = ("runs", "predict.overrides")
+"""Keys whose value `quoted_list` quotes."""
+TEXTS = ("title",)
+"""Keys whose value `quoted_text` quotes."""
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
@@ -29,7 +27,31 @@ def composed(config_name: str, overrides: Sequence[str]) -> Any:
         with initialize_config_module("conf", version_base="1.3"):
             return OmegaConf.to_object(compose(config_name, overrides=list(overrides)))
     except (HydraException, OSError) as error:
-        raise ValueError(composition_sentence(error, *SCHEMAS.get(config_name, ()))) from error
+        raise ValueError(composition_sentence(error, *schemas_of(config_name))) from error
+
+
+def schemas_of(config_name: str) -> tuple[Any, ...]:
+    """The classes whose keys a command takes; a run's keys are the plan's too."""
+    return (Config, PlanConfig) if config_name in ("train", "plan") else (SCHEMAS[config_name],)
+
+
+def quoted_list(argument: str) -> str:
+    """runs=a/sparsity.target=0.8,b as runs=['a/sparsity.target=0.8','b']: Hydra reads no bare `=` or `,` in a value.
+
+    Values that are quoted or nested are left as they are.
+    """
+    key, _, value = argument.partition("=")
+    if key not in LISTS or re.search(r"""['"{}$]|.\[|\].""", value):
+        return argument
+    names = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
+    return f"{key}=[{','.join(repr(name) for name in names if name)}]"
+
+
+def quoted_text(argument: str) -> str:
+    """title=80 % & its twin as title='80 % & its twin': free text has what Hydra's grammar does not."""
+    key, _, value = argument.partition("=")
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return argument if key not in TEXTS or is_quoted or value == "null" else f"{key}={value!r}"
 
 
 def check_arguments(config_name: str, arguments: Sequence[str]) -> None:

@@ -1,7 +1,11 @@
-"""A model folder's figures: `python -m eval model=runs/demo/model data=pydocs [format=json]`."""
+"""A model folder's figures: `python -m eval model=DIR data=wikitext data.path=FILE [tokenizer=...] [format=json]`.
+
+Under `accelerate launch --config_file launch/accelerate/cpu.yaml -m eval ...` all processes share the model and the text.
+"""
 
 import contextlib
 import json
+import os
 import sys
 
 import hydra
@@ -9,20 +13,39 @@ from omegaconf import DictConfig
 
 from conf import cli, schema
 from conf.compose import check_arguments
+from train.faults.process import die_with_parent, end_process
+
+COLLECTIVES_TIMEOUT_S = 1800
 
 schema.register()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="eval")
 def main(cfg: DictConfig) -> None:
+    is_main = os.environ.get("RANK", "0") == "0"
     # Standard output is for the figures alone, so that a script can read them.
-    with cli.user_errors(), contextlib.redirect_stdout(sys.stderr):
-        config = cli.typed(cfg)
-        from eval.perplexity import evaluate
-        from eval.text import figures_text
+    with contextlib.redirect_stdout(sys.stderr):
+        with cli.user_errors(quiet=not is_main):
+            config = cli.typed(cfg)
+        import torch
 
-        figures = evaluate(config)
-    print(json.dumps(figures, indent=2) if config.format == "json" else figures_text(figures))
+        from eval.load import pick_device
+        from eval.perplexity import evaluate, finite
+        from eval.text import figures_text
+        from train.distributed import World, join_world
+
+        with cli.user_errors(quiet=not is_main):
+            alone = World(0, 1, torch.device("cpu"))
+            world = join_world(COLLECTIVES_TIMEOUT_S) if "WORLD_SIZE" in os.environ else alone
+            if world.size == 1:
+                world = World(0, 1, pick_device(config.device, world), world.control)
+            else:
+                pick_device(config.device, world)
+        cli.speak()
+        figures = evaluate(config, world)
+    if is_main:
+        print(json.dumps(finite(figures), indent=2) if config.format == "json" else figures_text(figures))
+    world.leave()
 
 
 def folder_named_model(argument: str) -> str:
@@ -31,7 +54,15 @@ def folder_named_model(argument: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = map(folder_named_model, sys.argv[1:])
-    with cli.user_errors():
-        check_arguments("eval", sys.argv[1:])
-    main()
+    exit_code = 0
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()
+        cli.hush_other_ranks()
+        sys.argv[1:] = map(folder_named_model, sys.argv[1:])
+        with cli.user_errors():
+            check_arguments("eval", sys.argv[1:])
+        main()
+    except SystemExit as ended:
+        exit_code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    end_process(exit_code)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from conf.cli import user_errors
-from conf.compose import composed
+from conf.compose import composed, quoted_list
 from conf.schema import ScalingLawConfig
 
-LISTS = ("runs", "predict.overrides")
 USAGE = """python -m eval.scaling_law runs=runs/SWEEP                     fit L = E + A / N^alpha + B / D^beta
 python -m eval.scaling_law runs=[runs/a,runs/b*,points.csv] form=n  runs on equally many tokens: L = E + A / N^alpha
     ... predict.experiment=NAME [predict.overrides=[sparsity.target=0.6]]    the loss of a planned run
@@ -21,18 +19,6 @@ python -m eval.scaling_law runs=[runs/a,runs/b*,points.csv] form=n  runs on equa
 N is the average of the linear parameters over the run, and beside it the final, non-zero ones. A CSV file has columns
 avg_linear_params, final_linear_params (or nonzero_linear_params), total_tokens, loss, sparsity. Keys: conf/scaling_law.yaml,
 ScalingLawConfig in conf/schema/law.py."""
-
-
-def quoted_list(argument: str) -> str:
-    """runs=a/sparsity.target=0.8,b as runs=['a/sparsity.target=0.8','b']: Hydra reads no bare `=` or `,` in a value.
-
-    Values that are quoted or nested are left as they are.
-    """
-    key, _, value = argument.partition("=")
-    if key not in LISTS or re.search(r"""['"{}$]|.\[|\].""", value):
-        return argument
-    names = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
-    return f"{key}=[{','.join(repr(name) for name in names if name)}]"
 
 
 def main(arguments: Sequence[str]) -> None:

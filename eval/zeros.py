@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsity.prunable import own_linear_weights
+from sparsity.shards import local_values, rank_layout
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ZeroCount:
 
     @property
     def sparsity(self) -> float:
-        return self.num_zeros / self.num_weights
+        return self.num_zeros / self.num_weights if self.num_weights else 0.0
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,20 @@ class ModelZeros(ZeroCount):
     layers: dict[str, ZeroCount]
 
 
+@torch.no_grad()
 def count_zeros(model: nn.Module) -> ModelZeros:
-    """Zeros of each linear layer's weight, and of all of them; a weight shared with an embedding counts as that."""
+    """Zeros of each linear layer's weight, and of all of them; a weight shared with an embedding counts as that.
+
+    Over all shards. Collective over the shard group.
+    """
+    weights = own_linear_weights(model)
+    if not weights:
+        return ModelZeros(0, 0, {})
+    nonzero = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights.values()])
+    counts = rank_layout(list(weights.values())).sum_counts(nonzero).tolist()
     layers = {
-        name: ZeroCount(weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
-        for name, weight in own_linear_weights(model).items()
+        name: ZeroCount(weight.numel(), weight.numel() - count)
+        for (name, weight), count in zip(weights.items(), counts, strict=True)
     }
     return ModelZeros(
         sum(layer.num_weights for layer in layers.values()), sum(layer.num_zeros for layer in layers.values()), layers

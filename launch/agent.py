@@ -57,7 +57,7 @@ def main() -> None:
     # torch's elastic agent reports each failed rank at length; here it is one line.
     logging.disable(logging.ERROR)
     # What torch's agent is to answer itself; the parser of its options reads this.
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     launcher.LocalElasticAgent = PassingAgent  # type: ignore[misc]
     for number in PASSED_ON:
         signal.signal(number, pass_on)

@@ -16,7 +16,7 @@ from types import FrameType
 from train.faults.preempt import SIGNALS
 from train.faults.process import die_with_parent
 
-FORWARDED = (signal.SIGINT, *SIGNALS)
+FORWARDED = SIGNALS
 POLL_S = 0.05
 
 

@@ -1,7 +1,7 @@
 """A mask on weights, gradients and optimizer moments: what is pruned is exactly 0 and stays so.
 
 With its weight, gradient and both moments at zero, an AdamW update with decay leaves a weight at exactly 0.0. Zeros are
-written with `masked_fill_`: a product with the mask would leave -0.0 and keep NaN.
+chosen with `where`: a product with the mask would leave -0.0 and keep NaN.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def check_can_prune(name: str, param: Tensor) -> None:
 def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
     """Write 0 into `tensor` (any shape, plain or DTensor) where the flat local `mask` is False."""
     local = local_tensor(tensor)
-    local.masked_fill_(~mask.view(local.shape), 0)
+    # Into itself: an inverted mask for masked_fill_ would be another byte a weight.
+    torch.where(mask.view(local.shape), local, local.new_zeros(()), out=local)
 
 
 def zero_pruned_state_(optimizer: torch.optim.Optimizer, param: Tensor, mask: Tensor) -> None:
@@ -95,7 +96,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(bits: Tensor, start: int, stop: int) -> Tensor:
     """The masks of the weights start .. stop, bool [stop - start]; `bits` begins with the byte of weight `start`."""
-    unpacked = np.unpackbits(bits.numpy(), bitorder="little").astype(bool)
+    unpacked = np.unpackbits(bits.numpy(), bitorder="little").view(bool)
     return torch.from_numpy(unpacked[start % 8 : start % 8 + stop - start])
 
 

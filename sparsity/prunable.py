@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from sparsity.pattern import NofM
+
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
@@ -44,12 +46,28 @@ def prunable_parameters(
     return {name: chosen[name] for name in unique.values()}
 
 
+def check_pattern(model: nn.Module, parameters: Mapping[str, Tensor], pattern: NofM) -> None:
+    """A ValueError names a parameter whose input dimension the pattern cannot run along."""
+    transposed = {f"{plain_name(name)}.weight" for name, module in model.named_modules() if _is_conv1d(module)}
+    for name, param in parameters.items():
+        if name in transposed:
+            raise ValueError(
+                f"pattern={pattern} runs along the inputs of a weight [out, in], and {name} is a Conv1D's, [in, out], whose "
+                "inputs FSDP2 shares out: name it in requires_dense, or take pattern=unstructured."
+            )
+        pattern.check_shape(name, param.shape)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weight of every linear layer by name; transformers' Conv1D is one."""
     return {
         f"{plain_name(name)}.weight".removeprefix("."): module.weight
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if isinstance(module, nn.Linear) or _is_conv1d(module)
     }
 
 

@@ -20,7 +20,7 @@ Score = Callable[[ParameterShard, slice], Tensor]
 ScoreName = Literal["magnitude", "random"]
 
 NUM_KEY_BITS = 31
-_SIGN_OFF = 0x7FFFFFFF
+SIGN_OFF = 0x7FFFFFFF
 
 
 def magnitude(shard: ParameterShard, part: slice) -> Tensor:
@@ -33,7 +33,7 @@ def magnitude(shard: ParameterShard, part: slice) -> Tensor:
         raise ValueError(
             f"{shard.name} is float64: magnitudes are compared as float32, bfloat16 or float16; convert it."
         )
-    return values.float().view(torch.int32) & _SIGN_OFF
+    return values.float().view(torch.int32) & SIGN_OFF
 
 
 def random(seed: int = 0) -> Score:
@@ -44,7 +44,7 @@ def random(seed: int = 0) -> Score:
         start = shard.offset + part.start
         index = torch.arange(start, start + part.stop - part.start, device=shard.values.device)
         bits = _mix(index + int.from_bytes(digest, "little", signed=True))
-        kept = ((bits >> 33) & _SIGN_OFF).clamp_(min=1)
+        kept = ((bits >> 33) & SIGN_OFF).clamp_(min=1)
         return kept.masked_fill_(~shard.mask[part], 0).to(torch.int32)
 
     return keys

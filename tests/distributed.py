@@ -19,7 +19,9 @@ import torch.multiprocessing as mp
 
 def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
     """`body(*args)` on `world_size` ranks of one thread each; the results in rank order. `body` must be importable."""
-    context = mp.get_context("spawn")
+    # Ranks are forked from a server that has imported torch: importing it takes longer than most bodies.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["train.trainer", "train.export"])
     results: Any = context.Queue()
     port = free_port()
     ranks = [

@@ -14,22 +14,35 @@ from pathlib import Path
 
 from tests.commands import ROOT, quiet_environment
 
+PATIENCE_S = 300.0
+"""Other work on the machine must not read as a hang."""
+PYTHON_LAUNCH = (sys.executable, "-m", "launch")
+
 
 class LaunchedRun:
-    """`python -m launch ARGUMENTS` in the background; its output goes to files beside `run_dir`."""
+    """`python -m launch ARGUMENTS` in the background; its output goes to files beside `run_dir`.
 
-    def __init__(self, arguments: Sequence[str], run_dir: Path, **environment: str) -> None:
+    `command` is started in the place of `python -m launch`.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], run_dir: Path, command: Sequence[str] = PYTHON_LAUNCH, **environment: str
+    ) -> None:
         self.run_dir = run_dir
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         self._out, self._err = (run_dir.with_name(f"{run_dir.name}.{kind}") for kind in ("out", "err"))
         with open(self._out, "w") as out, open(self._err, "w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launch", *arguments],
+                [*command, *arguments],
                 cwd=ROOT,
                 env=quiet_environment(environment),
                 stdout=out,
                 stderr=err,
             )
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text()
 
     @property
     def stderr(self) -> str:
@@ -47,7 +60,7 @@ class LaunchedRun:
                 found[int(environment["RANK"])] = pid
         return [found[rank] for rank in sorted(found)]
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         """Return as soon as `condition()`; an AssertionError where the run ends first or the time is up."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -65,7 +78,7 @@ class LaunchedRun:
             send(pid, signal.SIGKILL)
         self.process.wait(30)
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -74,9 +87,11 @@ class LaunchedRun:
 
 
 @contextlib.contextmanager
-def launched(arguments: Sequence[str], run_dir: Path, **environment: str) -> Iterator[LaunchedRun]:
+def launched(
+    arguments: Sequence[str], run_dir: Path, command: Sequence[str] = PYTHON_LAUNCH, **environment: str
+) -> Iterator[LaunchedRun]:
     """A run that is certainly over afterwards."""
-    run = LaunchedRun(arguments, run_dir, **environment)
+    run = LaunchedRun(arguments, run_dir, command, **environment)
     try:
         yield run
     finally:

@@ -6,16 +6,18 @@ import json
 
 import pytest
 
-from tests.benchmarks import overhead, selection
+from tests.benchmarks import compact, overhead, selection
 from tests.benchmarks.common import Comparison, publish
 
 CONTRACT = {"name", "seconds", "baseline", "baseline_seconds", "ratio"}
 
 
 def test_the_selection_benchmark_writes_what_the_contract_names(tmp_path, capsys):
-    publish(selection.measure(numel=200_000, sparsity=0.8, rounds=1), tmp_path / "selection.json", ["extra_bytes"])
+    publish(selection.measure(numel=20_000, sparsity=0.8, rounds=1), tmp_path / "selection.json", ["extra_bytes"])
     rows = json.loads((tmp_path / "selection.json").read_text())
-    baselines = ["global_unstructured", "topk", "kthvalue", "global_unstructured, one process", "gather + kthvalue"]
+    peers = ["global_unstructured", "topk", "kthvalue", "sort", "one read pass"]
+    baselines = [*peers, "global_unstructured", "one read pass", "one read pass", "one read pass"]
+    baselines += ["global_unstructured, one process", "gather + kthvalue", "gather + sort"]
     assert [row["baseline"] for row in rows if row["device"] == "cpu"] == baselines
     for row in rows:
         assert row.keys() >= CONTRACT | {"numel", "threads", "ranks", "machine", "torch"}
@@ -43,12 +45,25 @@ def test_a_sparse_step_is_compared_with_the_dense_ones_around_it():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "extra_bytes", "num_missed"), [(1.0, 1 << 20, 0), (1.1, None, 1), (1.1, 64 << 20, 2)]
+    ("name", "device", "baseline", "seconds", "is_missed"),
+    [
+        ("selection", "cpu", "global_unstructured", 0.20, False),
+        ("selection", "cpu", "global_unstructured", 0.21, True),
+        ("selection", "cuda", "one read pass", 30.0, False),
+        ("selection", "cuda", "one read pass", 31.0, True),
+        ("prune event", "cuda", "one read pass", 0.010, False),
+        ("prune event", "cuda", "one read pass", 0.011, True),
+    ],
 )
-def test_selection_misses_its_goals_below_15_times_or_from_64_mib(seconds, extra_bytes, num_missed):
-    details = {"device": "cpu", "extra_bytes": extra_bytes}
-    missed = selection.missed_goals([Comparison("ours", seconds, "global_unstructured", 15.0, details)])
-    assert len(missed) == num_missed
+def test_selection_misses_its_goals_past_their_limits(name, device, baseline, seconds, is_missed):
+    details = {"device": device, "numel": 50_000_000, "dtype": "float32"}
+    assert bool(selection.missed_goals([Comparison(name, seconds, baseline, 10.0, details)])) == is_missed
+
+
+@pytest.mark.parametrize(("share", "num_missed"), [(0.02, 0), (0.021, 1), (None, 0)])
+def test_selection_misses_its_goal_of_memory_above_two_percent(share, num_missed):
+    details = {"device": "cpu", "numel": 50_000_000, "dtype": "float32", "extra_share": share}
+    assert len(selection.missed_goals([Comparison("selection", 1.0, "one read pass", 0.1, details)])) == num_missed
 
 
 @pytest.mark.parametrize(("ratio", "num_missed"), [(1.02, 0), (1.021, 1)])
@@ -62,3 +77,26 @@ def test_overhead_misses_its_goal_above_two_percent(ratio, num_missed):
 @pytest.mark.parametrize("numel", [999, 200_000, 2_000_000])
 def test_the_weights_are_as_many_as_asked_for(numel):
     assert sum(weight.numel() for weight in selection.make_weights(numel)) == numel
+
+
+@pytest.mark.slow
+def test_the_compact_benchmark_writes_what_the_contract_names(tmp_path):
+    publish(compact.measure(numel=80_000, sparsity=0.8, rounds=1), tmp_path / "compact.json")
+    rows = json.loads((tmp_path / "compact.json").read_text())
+    assert {row["name"] for row in rows} == {
+        f"{action}, {dtype}" for action in ("compact", "expand", "check") for dtype in ("bfloat16", "float32")
+    }
+    for row in rows:
+        assert row.keys() >= CONTRACT | {"megabytes_per_second", "bits_per_weight", "extra_bytes", "machine"}
+        assert row["ratio"] == row["baseline_seconds"] / row["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "bits", "extra_bytes", "num_missed"), [(300, 4.25, 99, 0), (299, 4.25, None, 1), (299, 4.26, 101, 3)]
+)
+def test_compact_misses_its_goals_below_300_megabytes_a_second_above_4_25_bits_or_a_tensor(
+    rate, bits, extra_bytes, num_missed
+):
+    details = {"megabytes_per_second": rate, "bits_per_weight": bits, "dtype": "bfloat16"}
+    row = Comparison("compact", 1.0, "copy", 1.0, {**details, "extra_bytes": extra_bytes, "tensor_bytes": 100})
+    assert len(compact.missed_goals([row])) == num_missed

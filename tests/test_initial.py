@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsity.callback import SparsityCallback
-from sparsity.schedule import Geometric, Unpruned
+from sparsity.schedule import Fixed, Geometric
 from tests.commands import run_command
 from tests.interrupted import interrupted
 from train.initial import load_initial_weights
@@ -50,7 +50,7 @@ def test_a_pickled_folder_is_never_opened(tmp_path):
         load_initial_weights(small(), str(tmp_path))
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [(Unpruned(), 0.5), (Geometric(0.8, 0, 4, 1), 0.2)])
+@pytest.mark.parametrize(("schedule", "expected"), [(Fixed(), 0.5), (Geometric(0.8, 0, 4, 1), 0.2)])
 def test_events_prune_only_beyond_the_zeros_that_were_inherited(schedule, expected):
     model = small()
     with torch.no_grad():

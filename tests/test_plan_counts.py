@@ -11,7 +11,7 @@ from conf.schema import ModelConfig, SparsityConfig
 from sparsity.prunable import prunable_parameters
 from train.counts import count_parameters
 from train.model import llama_config
-from train.names import count_prunable, parameter_sizes
+from train.names import count_prunable, parameter_shapes
 
 MODELS = sorted((Path(__file__).resolve().parents[1] / "conf" / "model").glob("*.yaml"))
 GROUPED_TIED = ModelConfig(
@@ -43,8 +43,8 @@ def test_counts_equal_a_meta_model(model):
     prunable = prunable_parameters(llama) if not model.tie_word_embeddings else None
     if prunable is not None:
         assert counts.linear == sum(p.numel() for p in prunable.values()) == count_prunable(model, SparsityConfig())
-    named = {name: p.numel() for name, p in llama.named_parameters(remove_duplicate=False)}
-    assert dict(parameter_sizes(model)) == named
+    named = {name: tuple(p.shape) for name, p in llama.named_parameters(remove_duplicate=False)}
+    assert dict(parameter_shapes(model)) == named
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,25 @@ from tests.commands import run_command
 from tests.interrupted import STEPS, interrupted, one_error, records_of, tensors_of, unfinished
 from tests.processes import launched
 from tests.wandb_file import read_history
+from train.checkpoints import layout
 
-KILLS = {"before the window": 12, "in the window": 30, "after the window": 49}
+# A module's first test waits for several launches.
+pytestmark = pytest.mark.timeout(900)
+SECRETS = {
+    "WANDB_API_KEY": "f00dfeed" * 5,
+    "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "SOME_PASSWORD": "correct-horse-battery-staple",
+}
+KILLS = {
+    "before the window": (12, "trainer.save_steps=7", (7, 14)),
+    "in the window, in the middle of an epoch": (30, "trainer.save_steps=7", (28, 35)),
+    "after the window, at the end of an epoch": (49, "trainer.save_steps=11", (44, 55)),
+}
+"""The step to kill at, how often checkpoints are saved till then, and those of them that the run may go on from.
+
+An epoch has 11 steps of three micro-batches, the window steps 20 to 40.
+"""
 
 
 def copy_run(run_dir: Path, name: str) -> None:
@@ -27,22 +44,35 @@ def copy_run(run_dir: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def killed(folder, whole) -> Path:
+def resumes() -> dict[str, int]:
+    """After each of KILLS, the step of the checkpoint that the run went on from."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def killed(folder, whole, resumes) -> Path:
     """The same run, killed with SIGKILL before, in and after the prune window, started again each time."""
     run_dir = folder / "runs" / "killed"
     command = interrupted(folder, "killed")
-    for step in KILLS.values():
-        with launched(command, run_dir) as run:
+    for moment, (step, how_often, _) in KILLS.items():
+        with launched([*command, how_often], run_dir, **SECRETS) as run:
             run.wait_for_step(step)
             run.kill_all()
-        if step == KILLS["in the window"]:
+        resumes[moment] = layout.step_of(layout.checkpoints(run_dir / "checkpoints")[0])
+        if moment.startswith("in the window"):
             for name in ("one", "three"):
                 copy_run(run_dir, name)
     with open(run_dir / "metrics.jsonl", "a") as metrics:
         metrics.write('{"train/global_step": 51, "train/lo')
-    with launched(command, run_dir) as run:
+    with launched(command, run_dir, **SECRETS) as run:
         assert run.wait() == 0, run.stderr[-3000:]
+        assert f"resumed from {run_dir}/checkpoints/checkpoint-{resumes[moment]}" in run.stdout
     return run_dir
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_the_run_goes_on_from_where_it_was_meant_to(killed, resumes, moment):
+    assert resumes[moment] in KILLS[moment][2]
 
 
 def test_a_run_killed_three_times_writes_the_records_of_the_whole_one(whole, killed):
@@ -71,8 +101,12 @@ def test_its_wandb_runs_have_one_id_and_each_step_once(killed):
     files = sorted(killed.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == len(KILLS) + 1
     assert {file.stem for file in files} == {f"run-{(killed / 'wandb' / 'id.txt').read_text().strip()}"}
-    steps = [record["train/global_step"] for file in files for record in read_history(file)]
+    history = [record for file in files for record in read_history(file)]
+    steps = [record["train/global_step"] for record in history]
     assert steps == sorted(set(steps))
+    # wandb's own count goes on as well: it is the record's place in metrics.jsonl.
+    logged = [record["train/global_step"] for record in records_of(killed)]
+    assert [record["_step"] for record in history] == [logged.index(step) for step in steps]
 
 
 def test_the_newest_checkpoints_are_kept_and_nothing_half_written(killed):
@@ -85,13 +119,25 @@ def test_no_file_of_a_run_is_a_pickle(killed):
         assert not path.is_file() or b"\x80\x04\x95" not in path.read_bytes()[:4096]
 
 
-def test_resume_never_refuses_an_unfinished_run_and_must_an_empty_folder(folder, whole):
-    unfinished(folder, whole, "never")
-    refusal = one_error(interrupted(folder, "never", "logger=none", "resume=never"))
-    assert "was not finished and resume=never" in refusal
-    assert "overwrite=true" in refusal
-    nothing = one_error(interrupted(folder, "must", "logger=none", "resume=must"))
-    assert "no checkpoint to resume from and resume=must" in nothing
+def test_no_file_or_line_of_a_run_holds_a_token_or_key_of_the_environment(killed):
+    files = [path for path in killed.rglob("*") if path.is_file()]
+    files += [killed.with_name(f"killed.{kind}") for kind in ("out", "err")]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        data = path.read_bytes()
+        assert [name for name, secret in SECRETS.items() if secret.encode() in data] == [], path
+
+
+def test_data_that_changed_since_the_run_began_is_noticed_by_the_same_command(folder, whole, tmp_path):
+    run_dir = unfinished(folder, whole, "changed")
+    shutil.move(run_dir, tmp_path / "runs" / "changed")
+    config = tmp_path / "runs" / "changed" / "config.yaml"
+    config.write_text(config.read_text().replace(str(folder), str(tmp_path)))
+    text = (folder / "text.jsonl").read_text()
+    (tmp_path / "text.jsonl").write_text(text.replace("Story 3:", "Story three:"))
+    said = one_error(interrupted(tmp_path, "changed", "logger=none"))
+    assert "The training data has changed since the run began" in said
+    assert "overwrite=true" in said
 
 
 def test_a_kill_in_the_export_is_survived_and_a_damaged_checkpoint_is_passed_over(folder, whole):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.report.panels import PANELS, TABLE
 from sparsity.prunable import linear_weights
 from sparsity.schedule import Geometric
 from tests.commands import run_command
-from tests.wandb_file import read_config, read_history, read_summary, step_metrics
+from tests.wandb_file import read_config, read_history, read_labels, read_summary, step_metrics
 
 STEPS = 24
+EVALUATED = ("trainer.eval_strategy=steps", "trainer.eval_steps=12")
 SUMMARY_KEYS = {
     "run_name", "world_size", "fsdp_version", "total_params", "linear_params", "nonzero_linear_params", "sparsity",
     "average_density", "avg_linear_params", "steps", "batch_tokens", "total_tokens", "learning_rate",
@@ -54,7 +57,7 @@ def tiny(folder: Path, *overrides: str) -> list[str]:
 def run(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("run")
     write_text(folder / "text.jsonl")
-    done = run_command(["launch", *tiny(folder)])
+    done = run_command(["launch", *tiny(folder, *EVALUATED)])
     assert done.returncode == 0, done.stderr[-4000:]
     return {"folder": folder, "dir": folder / "runs" / "tiny", "stdout": done.stdout, "stderr": done.stderr}
 
@@ -116,6 +119,15 @@ def test_records_hold_what_a_dashboard_needs(records):
     assert thresholds[0] > 0
 
 
+def test_every_figure_that_panels_and_table_show_is_one_that_a_run_leaves(records, summary):
+    logged = {key for record in records for key in record}
+    for panel in PANELS:
+        left = logged if panel.of_records else summary.keys()
+        assert panel.x in left, panel.name
+        assert any(fnmatchcase(key, panel.y) for key in left), panel.name
+    assert summary.keys() >= set(TABLE.values())
+
+
 def test_wandb_holds_the_same_records(run, records):
     history = read_history(next(run["dir"].glob("wandb/offline-run-*/run-*.wandb")))
     assert len(history) == len(records)
@@ -127,6 +139,7 @@ def test_wandb_holds_the_same_records(run, records):
 def test_wandb_holds_config_and_summary_and_has_tokens_as_its_axis(run, summary):
     path = next(run["dir"].glob("wandb/offline-run-*/run-*.wandb"))
     config = read_config(path)
+    assert read_labels(path) == ("", "sparse", ["llama-tiny", "sparsity-80"])
     assert config["sparsity"]["target"] == 0.8
     assert config["schedule"]["end_step"] == summary["prune_end_step"]
     assert config["model"]["hidden_size"] == 32
@@ -181,13 +194,13 @@ def test_the_ending_tells_the_line_the_places_a_sample_and_what_next(run, summar
 
 
 def test_a_finished_run_prints_its_line_again_and_exits_0(run):
-    done = run_command(["launch", *tiny(run["folder"])])
+    done = run_command(["launch", *tiny(run["folder"], *EVALUATED)])
     assert done.returncode == 0, done.stderr
     assert any(line.startswith("| tiny") for line in done.stdout.splitlines())
 
 
 def test_another_config_in_the_same_folder_is_refused_by_name(run):
-    done = run_command(["launch", *tiny(run["folder"], "optim.weight_decay=0.2")])
+    done = run_command(["launch", *tiny(run["folder"], *EVALUATED, "optim.weight_decay=0.2")])
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1

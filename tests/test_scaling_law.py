@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from conf.compose import quoted_list
 from eval.law.claim import held_out_residuals, paired, verdict
 from eval.law.fit import Fit, Problem, _grid, _objective, bootstrap, check_hessian, fit_law
 from eval.law.identifiable import levels
@@ -13,7 +14,7 @@ from eval.law.law import Law
 from eval.law.lbfgs import minimise
 from eval.law.points import read_points
 from eval.law.report import interval
-from eval.scaling_law import main, quoted_list
+from eval.scaling_law import main
 from launch.plan.request import read_request
 from launch.plan.series import table_row
 from tests.commands import run_command

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from sparsity.schedule import Geometric, compute_window, geometric_window
+from sparsity.schedule import Geometric
+from sparsity.window import compute_window, schedule_of_window
 
 SERIES = [  # sparsity, start, end, every, steps, average density, dense-equivalent steps
     (0.2, 2500, 8100, 100, 11200, 0.8928, 9998.8),
@@ -86,10 +87,10 @@ def test_the_shortest_runs_still_have_a_window_inside_them(steps):
 def test_a_window_means_the_same_in_steps_tokens_and_auto():
     common = {"every_steps": 10, "num_steps": 200, "batch_tokens": 512}
     expected = Geometric(0.8, 50, 100, 10)
-    assert geometric_window(0.8, 50, 100, of="steps", **common) == expected
-    assert geometric_window(0.8, 50, 100, of="auto", **common) == expected
-    assert geometric_window(0.8, 50 * 512, 100 * 512, of="tokens", **common) == expected
-    by_share = geometric_window(0.8, 0.25, 0.75, of="auto", **common)
+    assert schedule_of_window(0.8, 50, 100, of="steps", **common) == expected
+    assert schedule_of_window(0.8, 50, 100, of="auto", **common) == expected
+    assert schedule_of_window(0.8, 50 * 512, 100 * 512, of="tokens", **common) == expected
+    by_share = schedule_of_window(0.8, 0.25, 0.75, of="auto", **common)
     assert by_share == compute_window(0.8, 0.25, 0.75, num_steps=200, every_steps=10)[0]
 
 
@@ -125,7 +126,7 @@ BAD_WINDOWS = [
 def test_an_impossible_window_is_refused(window, message):
     start, end, of, every = window
     with pytest.raises(ValueError, match=message):
-        geometric_window(0.8, start, end, of=of, every_steps=every, num_steps=100, batch_tokens=512)
+        schedule_of_window(0.8, start, end, of=of, every_steps=every, num_steps=100, batch_tokens=512)
 
 
 @pytest.mark.parametrize(("steps", "every"), [(320, 100), (40, 100), (40, 20)])
@@ -136,9 +137,9 @@ def test_an_interval_too_long_for_the_window_is_refused(steps, every):
 
 def test_a_window_without_a_sensible_interval_is_refused():
     with pytest.raises(ValueError, match="5101 steps has no divisor near 100"):
-        geometric_window(0.8, 2500, 7601, of="steps", every_steps=None, num_steps=9000, batch_tokens=512)
+        schedule_of_window(0.8, 2500, 7601, of="steps", every_steps=None, num_steps=9000, batch_tokens=512)
 
 
 def test_a_window_that_ends_with_the_last_step_fits():
-    schedule = geometric_window(0.8, 9, 99, of="steps", every_steps=10, num_steps=100, batch_tokens=512)
+    schedule = schedule_of_window(0.8, 9, 99, of="steps", every_steps=10, num_steps=100, batch_tokens=512)
     assert schedule.density(99) == pytest.approx(0.2)

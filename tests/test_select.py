@@ -181,3 +181,26 @@ def test_magnitude_keys_order_every_kind_of_float():
     keys = magnitude(shard, slice(0, 10)).tolist()
     assert keys == sorted(keys)
     assert keys[0] == keys[1] == 0
+
+
+def test_two_threads_prune_what_one_does():
+    weights = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (300_000, 7, 150_001)]
+    weights[0][::3] = 0.5
+    masks = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        shards = whole(weights)
+        prune_smallest_(shards, 170_000)
+        masks.append(torch.cat([shard.mask for shard in shards]))
+    torch.set_num_threads(1)
+    assert torch.equal(*masks)
+    assert int((~masks[0]).sum()) == 170_000
+
+
+def test_a_bracket_that_holds_ties_keeps_the_last_of_them():
+    weights = torch.arange(1, 400_001) / 400_000
+    weights[100_000:300_000:2] = weights[200_000]
+    shards = whole([weights])
+    threshold = prune_smallest_(shards, 170_000)
+    assert threshold.num_ties > threshold.num_ties_pruned > 0
+    assert torch.equal(shards[0].mask, kept_by_sort([weights], 170_000, [torch.ones(400_000).bool()]))

@@ -1,6 +1,6 @@
 """A run killed, preempted, damaged and starved of disk, many times: `make torture`, or by hand
 
-    python -m tests.torture [--kills 20] [--damages 50] [--signals 6] [--seed 0] [--folder DIR]
+    python -m tests.torture [--kills 20] [--damages 50] [--signals 10] [--seed 0] [--folder DIR]
 
 Each trial ends with the finished run compared with one that nothing happened to: same records, same model to the last
 bit. Prints a table of tried, survived, lost, and exits 1 where anything was lost. About a minute a trial on two cores.
@@ -15,40 +15,58 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 
+import torch
+
+from conf.compose import composed
+from launch.command import accelerate_command
 from tests.commands import run_command
 from tests.interrupted import STEPS, interrupted, records_of, tensors_of
-from tests.processes import LaunchedRun, launched, send
+from tests.processes import PYTHON_LAUNCH, LaunchedRun, descendants, is_alive, launched, send
 from tests.test_run import write_text
-from train.checkpoints.layout import checkpoints, damage
+from train.checkpoints.layout import checkpoints, newest_whole
+from train.distributed import World
+from train.faults.stop import PREEMPTED_CODE
 
-Trial = Callable[[random.Random, LaunchedRun], None]
+PATIENCE_S = 900.0
+"""For a run to end: other work on the machine must not read as loss."""
+ORPHANS_S = 10.0
+"""For the ranks to end once their launcher is gone."""
+
+Trial = Callable[[random.Random, LaunchedRun], Container[int]]
+"""Does harm to a running run; the exit codes that it may end with."""
+ANY = range(-64, 256)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill, preempt and damage a run, and see what is lost.")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--damages", type=int, default=50)
-    parser.add_argument("--signals", type=int, default=6)
+    parser.add_argument("--signals", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="torture-"))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "text.jsonl")
-    done = run_command(["launch", *interrupted(folder, "whole", "logger=none", "overwrite=true")])
+    done = run_command(["launch", *interrupted(folder, "whole", "logger=none", "overwrite=true")], timeout_s=PATIENCE_S)
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
         return 1
     whole, chance = folder / "runs" / "whole", random.Random(options.seed)
+    few = max(1, options.kills // 4)
     table = {
-        "SIGKILL to all, at any moment": tally(options.kills, chance, whole, kill_all),
-        "SIGKILL to one rank": tally(max(1, options.kills // 4), chance, whole, kill_one),
-        "SIGKILL while saving": tally(max(1, options.kills // 4), chance, whole, kill_while_saving),
-        "SIGKILL while exporting": tally(max(1, options.kills // 8), chance, whole, kill_while_exporting),
-        "SIGTERM and SIGUSR1": tally(options.signals, chance, whole, preempt),
+        "SIGKILL to all, at any moment": tally(whole, chance, [kill_all] * options.kills),
+        "SIGKILL to one rank": tally(whole, chance, [kill_one] * few),
+        "SIGKILL to launcher or agent": tally(whole, chance, [kill_launcher, kill_agent] * (few // 2)),
+        "SIGKILL while saving": tally(whole, chance, [kill_while_saving] * few),
+        "SIGKILL in a prune event": tally(whole, chance, [kill_in_an_event] * few, slow_events(folder)),
+        "SIGKILL while exporting": tally(whole, chance, [kill_while_exporting] * (few // 2)),
+        "SIGTERM, SIGUSR1, SIGINT": tally(whole, chance, signals(options.signals)),
         "files damaged": damage_files(options.damages, chance, whole),
     }
     print(f"\n{'':32}{'tried':>7}{'survived':>10}{'lost':>6}")
@@ -57,32 +75,45 @@ def main() -> int:
     return 0 if all(tried == survived for tried, survived in table.values()) else 1
 
 
-def tally(num_trials: int, chance: random.Random, whole: Path, trial: Trial) -> tuple[int, int]:
-    """(tried, survived) of runs that `trial` interrupts once, or twice in every third."""
+def tally(
+    whole: Path, chance: random.Random, trials: Sequence[Trial], start: Sequence[str] = PYTHON_LAUNCH
+) -> tuple[int, int]:
+    """(tried, survived) of runs that each trial interrupts once, or twice in every third."""
     survived = 0
-    for number in range(num_trials):
+    for number, trial in enumerate(trials):
         run_dir = whole.with_name("victim")
         shutil.rmtree(run_dir, ignore_errors=True)
         command = interrupted(whole.parents[1], "victim", "logger=none")
+        codes = []
         for _ in range(2 if number % 3 == 2 else 1):
-            with launched(command, run_dir) as run:
-                trial(chance, run)
-                run.wait(90)
+            with launched(command, run_dir, start, EVENTS_FILE=str(run_dir.with_name("event"))) as run:
+                allowed = trial(chance, run)
+                codes.append(run.wait(PATIENCE_S))
+        is_expected = all(code in allowed for code in codes)
         with launched(command, run_dir) as run:
-            code = run.wait(180)
-        is_same = code == 0 and records_of(run_dir) == records_of(whole) and models_agree(run_dir, whole)
-        survived += is_same
-        print(f"{trial.__name__} {number + 1}/{num_trials}: {'survived' if is_same else 'LOST'}", flush=True)
-        if not is_same:
-            print(run.stderr[-2000:], file=sys.stderr)
-    return num_trials, survived
+            codes.append(run.wait(PATIENCE_S))
+        is_same = codes[-1] == 0 and records_of(run_dir) == records_of(whole) and models_agree(run_dir, whole)
+        survived += is_expected and is_same
+        name = trial.func.__name__ if isinstance(trial, partial) else trial.__name__
+        outcome = "survived" if is_expected and is_same else "LOST"
+        print(f"{name} {number + 1}/{len(trials)}: exit codes {codes}, {outcome}", flush=True)
+        if outcome == "LOST":
+            print(run.stderr[-2000:], file=sys.stderr, flush=True)
+            shutil.move(run_dir, run_dir.with_name(f"lost-{name}-{number}"))
+    return len(trials), survived
 
 
 def models_agree(run_dir: Path, whole: Path) -> bool:
     return tensors_of(run_dir, "model/*.safetensors") == tensors_of(whole, "model/*.safetensors")
 
 
-def kill_all(chance: random.Random, run: LaunchedRun) -> None:
+def slow_events(folder: Path) -> list[str]:
+    """What `python -m launch` starts, with prune events that last long enough to be killed in."""
+    command = accelerate_command(composed("train", interrupted(folder, "victim")), [], gpus=0)
+    return [*command[: command.index("train")], "tests.slow_events"]
+
+
+def kill_all(chance: random.Random, run: LaunchedRun) -> Container[int]:
     """At a random moment, the start of the processes and the evaluation included."""
     if chance.random() < 0.2:
         time.sleep(chance.uniform(0, 15))
@@ -90,30 +121,79 @@ def kill_all(chance: random.Random, run: LaunchedRun) -> None:
         reach(run, chance.randrange(1, STEPS + 1))
         time.sleep(chance.uniform(0, 0.5))
     run.kill_all()
+    return ANY
 
 
-def kill_one(chance: random.Random, run: LaunchedRun) -> None:
+def kill_one(chance: random.Random, run: LaunchedRun) -> Container[int]:
     reach(run, chance.randrange(1, STEPS - 3))
     for pid in run.ranks()[chance.randrange(2) :][:1]:
         send(pid, signal.SIGKILL)
+    return ANY
 
 
-def kill_while_saving(chance: random.Random, run: LaunchedRun) -> None:
+def kill_launcher(chance: random.Random, run: LaunchedRun) -> Container[int]:
+    reach(run, chance.randrange(1, STEPS - 3))
+    below = descendants(run.process.pid)
+    send(run.process.pid, signal.SIGKILL)
+    return ANY if all_gone(below) else ()
+
+
+def kill_agent(chance: random.Random, run: LaunchedRun) -> Container[int]:
+    reach(run, chance.randrange(1, STEPS - 3))
+    below = descendants(run.process.pid)
+    for pid in below[:1]:
+        send(pid, signal.SIGKILL)
+    return ANY if all_gone(below) else ()
+
+
+def all_gone(pids: Sequence[int]) -> bool:
+    """Whether the processes end by themselves in time."""
+    deadline = time.monotonic() + ORPHANS_S
+    while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [pid for pid in pids if is_alive(pid)]
+    for pid in left:
+        send(pid, signal.SIGKILL)
+    return not left
+
+
+def kill_while_saving(chance: random.Random, run: LaunchedRun) -> Container[int]:
     reach(run, chance.randrange(1, STEPS - 8))
     watch(run, lambda: any(run.run_dir.glob("checkpoints/.checkpoint-*.tmp")))
     time.sleep(chance.uniform(0, 0.02))
     run.kill_all()
+    return ANY
 
 
-def kill_while_exporting(chance: random.Random, run: LaunchedRun) -> None:
+def kill_in_an_event(chance: random.Random, run: LaunchedRun) -> Container[int]:
+    begun = run.run_dir.with_name("event")
+    begun.unlink(missing_ok=True)
+    number = chance.randrange(1, 11)
+    watch(run, lambda: begun.exists() and begun.read_text() == str(number))
+    time.sleep(chance.uniform(0, 0.2))
+    run.kill_all()
+    return ANY
+
+
+def kill_while_exporting(chance: random.Random, run: LaunchedRun) -> Container[int]:
     watch(run, lambda: (run.run_dir / "model.tmp").exists())
     time.sleep(chance.uniform(0, 0.05))
     run.kill_all()
+    return ANY
 
 
-def preempt(chance: random.Random, run: LaunchedRun) -> None:
+def signals(num_trials: int) -> list[Trial]:
+    """Each signal to the launcher alone, as a user sends it, and to every process, as a cluster does."""
+    kinds = list(product((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), (False, True)))
+    return [partial(preempt, *kinds[number % len(kinds)]) for number in range(num_trials)]
+
+
+def preempt(number: signal.Signals, to_all: bool, chance: random.Random, run: LaunchedRun) -> Container[int]:
     reach(run, chance.randrange(1, STEPS - 3))
-    run.process.send_signal(chance.choice([signal.SIGTERM, signal.SIGUSR1]))
+    for pid in [run.process.pid, *(descendants(run.process.pid) if to_all else [])]:
+        send(pid, number)
+    # 0 where the run was over before the signal came.
+    return ANY if number == signal.SIGINT else (0, PREEMPTED_CODE)
 
 
 def reach(run: LaunchedRun, step: int) -> None:
@@ -127,13 +207,17 @@ def watch(run: LaunchedRun, condition: Callable[[], bool]) -> None:
 
 
 def damage_files(num_trials: int, chance: random.Random, whole: Path) -> tuple[int, int]:
-    """A bit flipped, a tail cut off or a file removed, in any file of a checkpoint: survived if it is noticed."""
-    survived = 0
-    folder = checkpoints(whole / "checkpoints")[0]
+    """A bit flipped, a tail cut off or a file removed, in any file of the newest checkpoint.
+
+    Survived where it is named in a warning and the checkpoint before it is taken.
+    """
+    survived, alone = 0, World(0, 1, torch.device("cpu"))
+    victim = whole.with_name("damaged")
     for _ in range(num_trials):
-        victim = folder.with_name("victim")
-        shutil.copytree(folder, victim)
-        file = chance.choice(sorted(victim.iterdir()))
+        shutil.rmtree(victim, ignore_errors=True)
+        shutil.copytree(whole / "checkpoints", victim)
+        newest, before = checkpoints(victim)[:2]
+        file = chance.choice(sorted(newest.iterdir()))
         data, kind = bytearray(file.read_bytes()), chance.choice(["flip", "cut", "remove"])
         if kind == "flip":
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
@@ -142,8 +226,8 @@ def damage_files(num_trials: int, chance: random.Random, whole: Path) -> tuple[i
             file.write_bytes(data[: chance.randrange(len(data))])
         else:
             file.unlink()
-        survived += damage(victim) is not None
-        shutil.rmtree(victim)
+        chosen, warnings = newest_whole(victim, alone)
+        survived += chosen == before and len(warnings) == 1 and newest.name in warnings[0]
     return num_trials, survived
 
 

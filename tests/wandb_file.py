@@ -51,6 +51,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def read_labels(path: Path) -> tuple[str, str, list[str]]:
+    """(group, job type, tags) of the run."""
+    run = next(record.run for record in read_records(path) if record.WhichOneof("record_type") == "run")
+    return run.run_group, run.job_type, list(run.tags)
+
+
 def step_metrics(path: Path) -> dict[str, str]:
     """The x axis of each metric, or group of metrics, that was defined to have one."""
     return {

@@ -1,8 +1,8 @@
 """One process of a run: `accelerate launch --config_file launch/accelerate/cpu.yaml -m train experiment=demo`."""
 
 import os
+import signal
 import sys
-from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -11,7 +11,7 @@ from conf import cli, schema
 from conf.compose import check_arguments
 from conf.schema.checks import check
 from train.faults.error import FAILED_CODE, hand_over
-from train.faults.process import die_with_parent
+from train.faults.process import die_with_parent, end_process
 from train.faults.stop import RunStopped
 from train.plan import plan_run, world_size_asked
 
@@ -46,6 +46,7 @@ def train(cfg: DictConfig) -> None:
     cli.speak()
     preemption, heartbeat = Preemption(), Heartbeat(world.rank, world.size)
     preemption.listen()
+    heartbeat.watch_nccl()
     try:
         run(config, plan, world, preemption, heartbeat)
     except RunStopped as stopped:
@@ -59,18 +60,13 @@ def train(cfg: DictConfig) -> None:
     world.leave()
 
 
-def end_process(code: int) -> NoReturn:
-    """End without the interpreter's own ending, in which threads of a process group that is gone now and then abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
     exit_code = 0
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()
+            # Ctrl-C before there is anything to save ends a rank without a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         cli.hush_other_ranks()
         with cli.user_errors():
             check_arguments("train", sys.argv[1:])

@@ -85,7 +85,7 @@ class RunDirectory:
         if not self.config.exists():
             return None
         self._check_same(config)
-        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+        return self._read_summary() if self.summary.exists() else None
 
     def begin(self, config: Config) -> None:
         """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with."""
@@ -100,8 +100,25 @@ class RunDirectory:
         for folder in (self.model, self.model.with_name("model.tmp"), self.checkpoints, self.wandb):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _read_summary(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.summary.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{self.summary} is garbled: remove it, and the same command writes it again, or set overwrite=true."
+            ) from None
+
     def _check_same(self, config: Config) -> None:
-        before, now = run_identity(OmegaConf.load(self.config)), run_identity(config)
+        try:
+            # OmegaConf's loader knows no tags that make objects, and interpolations are not resolved.
+            before = run_identity(OmegaConf.load(self.config))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise ValueError(
+                f"{self.config} is garbled or was not written by a run: set overwrite=true to start it anew."
+            ) from None
+        now = run_identity(config)
         if changed := _differences(before, now):
             raise ValueError(
                 f"{self.path} is in use by a run with another config ({'; '.join(changed)}): take another run_name, or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,18 @@ def load_initial_weights(model: Any, folder: str) -> None:
 def _files(folder: Path, names: list[str]) -> dict[str, Path]:
     """Which file holds each weight."""
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        # Only plain file names: an index must not lead out of its folder.
-        return {name: folder / Path(file).name for name, file in weight_map.items()}
+        try:
+            weight_map = {
+                str(name): str(file) for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"init_from={folder}: {INDEX} is garbled: copy it again.") from None
+        if strange := [file for file in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)]:
+            raise ValueError(
+                f"init_from={folder}: {INDEX} names {strange[0]}, which is no safetensors file of that folder: give a "
+                "folder that transformers' save_pretrained wrote."
+            )
+        return {name: folder / file for name, file in weight_map.items()}
     if (folder / SINGLE).is_file():
         try:
             with safe_open(folder / SINGLE, framework="pt") as file:

@@ -1,53 +1,82 @@
-"""How many weights a configuration prunes, in closed form: the same names and patterns as `sparsity.prunable`."""
+"""Which weights a configuration prunes, in closed form: the same names, patterns and pools as in `sparsity`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from conf.schema import ModelConfig, SparsityConfig
+from sparsity.pattern import parse_pattern
+from sparsity.scope import Group, Pool, make_pools
 
 
 def count_prunable(model: ModelConfig, sparsity: SparsityConfig) -> int:
-    """Weights in the parameters that are pruned; a ValueError names a pattern that matches no parameter.
+    """Weights in the parameters that are pruned; a ValueError names a pattern that matches no parameter."""
+    return sum(math.prod(shape) for shape in prunable_shapes(model, sparsity).values())
+
+
+def planned_pools(model: ModelConfig, sparsity: SparsityConfig) -> list[Pool]:
+    """Which weights compete, and their targets; a ValueError names what the group `sparsity` cannot mean for `model`."""
+    shapes = prunable_shapes(model, sparsity)
+    pools = make_pools(
+        {name: math.prod(shape) for name, shape in shapes.items()},
+        sparsity.scope,  # type: ignore[arg-type]
+        pruned_groups(sparsity),
+    )
+    pattern = parse_pattern(sparsity.pattern)
+    if pattern is not None:
+        for target in (sparsity.target, *(group.target for group in sparsity.groups)):
+            pattern.check_sparsity(target)
+        for name, shape in shapes.items():
+            pattern.check_shape(name, shape)
+    return pools
+
+
+def pruned_groups(sparsity: SparsityConfig) -> tuple[Group, ...]:
+    return tuple(Group(tuple(group.include), group.target) for group in sparsity.groups)
+
+
+def prunable_shapes(model: ModelConfig, sparsity: SparsityConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters that are pruned; a ValueError names a pattern that matches no parameter.
 
     A tied lm_head is the embedding: it is pruned only where `include` names one of the two, and then once.
     """
-    sizes = dict(parameter_sizes(model))
+    shapes = dict(parameter_shapes(model))
     for option, patterns in (("include", sparsity.include or ()), ("requires_dense", sparsity.requires_dense)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in sizes):
+            if not any(fnmatchcase(name, pattern) for name in shapes):
                 raise ValueError(
                     f"sparsity.{option}={pattern} matches no parameter: patterns are compared with names like "
                     "'model.layers.0.mlp.up_proj.weight', * matches anything."
                 )
-    chosen = [name for name in sizes if _is_chosen(name, model, sparsity)]
+    chosen = [name for name in shapes if _is_chosen(name, model, sparsity)]
     if model.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(chosen):
         chosen.remove("lm_head.weight")
-    return sum(sizes[name] for name in chosen)
+    return {name: shapes[name] for name in chosen}
 
 
-def parameter_sizes(model: ModelConfig) -> Iterator[tuple[str, int]]:
-    """(name, number of weights) of every parameter of a LLaMA, by transformers' names; a tied lm_head is listed too."""
+def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every parameter of a LLaMA, by transformers' names; a tied lm_head is listed too."""
     hidden, mlp = model.hidden_size, model.intermediate_size
     key_value = hidden // model.num_attention_heads * model.num_key_value_heads
-    block = {
-        "self_attn.q_proj": hidden * hidden,
-        "self_attn.k_proj": hidden * key_value,
-        "self_attn.v_proj": hidden * key_value,
-        "self_attn.o_proj": hidden * hidden,
-        "mlp.gate_proj": hidden * mlp,
-        "mlp.up_proj": hidden * mlp,
-        "mlp.down_proj": hidden * mlp,
-        "input_layernorm": hidden,
-        "post_attention_layernorm": hidden,
+    block: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
     }
-    yield "model.embed_tokens.weight", model.vocab_size * hidden
+    yield "model.embed_tokens.weight", (model.vocab_size, hidden)
     for layer in range(model.num_hidden_layers):
-        for module, size in block.items():
-            yield f"model.layers.{layer}.{module}.weight", size
-    yield "model.norm.weight", hidden
-    yield "lm_head.weight", model.vocab_size * hidden
+        for module, shape in block.items():
+            yield f"model.layers.{layer}.{module}.weight", shape
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (model.vocab_size, hidden)
 
 
 def _is_chosen(name: str, model: ModelConfig, sparsity: SparsityConfig) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import Config, ModelConfig
-from sparsity.schedule import Geometric, compute_window, geometric_window
+from sparsity.schedule import SCHEDULES, Mixed, Ramp
+from sparsity.scope import Pool, num_pruned, seen_together, target_shares
+from sparsity.window import compute_window, schedule_of_window
 from train.counts import ParameterCounts, count_parameters
-from train.names import count_prunable
+from train.names import planned_pools
 from train.twin import DenseTwin, dense_twin
 
 
@@ -24,8 +26,10 @@ class RunPlan:
     batch_size: int
     micro_batch_size: int
     gradient_accumulation_steps: int
-    schedule: Geometric | None
-    """None where the run stays dense."""
+    schedule: Ramp | Mixed | None
+    """Of all prunable weights together; None where the run stays dense."""
+    pools: tuple[Pool, ...]
+    """The weights that compete with each other; none where the run stays dense."""
     model: ModelConfig
     """What is trained: the configured model, or its dense twin."""
     counts: ParameterCounts
@@ -42,7 +46,20 @@ class RunPlan:
 
     @property
     def average_density(self) -> float:
+        """Mean density of the prunable weights over the run's steps."""
         return self.schedule.average_density(self.num_steps) if self.schedule else 1.0
+
+    @property
+    def num_prunable(self) -> int:
+        return sum(pool.numel for pool in self.pools)
+
+    @property
+    def num_pruned(self) -> int:
+        """Weights that are pruned in the end."""
+        if self.schedule is None:
+            return 0
+        base = self.schedule.base
+        return sum(num_pruned(pool.numel, 1.0 - pool.final_sparsity(base)) for pool in self.pools)
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
@@ -54,12 +71,12 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"data.sequence_length={sequence_length} is longer than the model's context, "
             f"model.max_position_embeddings={model.max_position_embeddings}: shorten the one or lengthen the other."
         )
-    count_prunable(model, config.sparsity)
+    pools = planned_pools(model, config.sparsity)
     batch_size, micro, accumulation = _split_batch(config, world_size)
-    schedule, num_steps = _schedule_and_steps(config, batch_size * sequence_length)
+    schedule, num_steps = _schedule_and_steps(config, pools, batch_size * sequence_length)
     twin = None
     if model.match == "average":
-        twin = dense_twin(model, schedule.average_density(num_steps) if schedule else 1.0)
+        twin = dense_twin(model, _average_linear(model, pools, schedule, num_steps))
         model, schedule = twin.model, None
     return RunPlan(
         run_dir=run_directory(config),
@@ -70,37 +87,56 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         micro_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         schedule=schedule,
+        pools=tuple(pools) if schedule else (),
         model=model,
         counts=count_parameters(model),
         twin=twin,
     )
 
 
-def _schedule_and_steps(config: Config, batch_tokens: int) -> tuple[Geometric | None, int]:
+def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int) -> tuple[Ramp | Mixed | None, int]:
     """The prune schedule, None for a dense run, and the number of steps, which a compute budget decides."""
-    target, window, num_steps = config.sparsity.target, config.sparsity.window, config.trainer.max_steps
+    sparsity, window, num_steps = config.sparsity, config.sparsity.window, config.trainer.max_steps
     if (num_steps is None) == (window.budget is None):
         raise ValueError(
             f"trainer.max_steps={num_steps} and sparsity.window.budget={window.budget} both say how long the run is, or "
             "neither does: set one of them, and the other to null."
         )
-    if target == 0:
+    shares = target_shares(pools, sparsity.target)
+    if not any(target for _, target in shares):
         return None, num_steps or round(window.budget or 0)
+    kind = SCHEDULES[sparsity.schedule]
     if num_steps is None:
         schedule, num_steps = compute_window(
-            target, window.start, window.end, budget=window.budget, every_steps=window.every
+            sparsity.target,
+            window.start,
+            window.end,
+            budget=window.budget,
+            every_steps=window.every,
+            kind=kind,
+            shares=shares,
         )
     else:
-        schedule = geometric_window(
-            target,
+        schedule = schedule_of_window(
+            sparsity.target,
             window.start,
             window.end,
             of=window.of,  # type: ignore[arg-type]
             every_steps=window.every,
             num_steps=num_steps,
             batch_tokens=batch_tokens,
+            kind=kind,
+            shares=shares,
         )
-    return schedule, num_steps
+    return seen_together(schedule, pools), num_steps
+
+
+def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | Mixed | None, num_steps: int) -> float:
+    """The mean density of all linear weights: those that are never pruned count in full."""
+    if schedule is None:
+        return 1.0
+    prunable = sum(pool.numel for pool in pools)
+    return 1.0 - (1.0 - schedule.average_density(num_steps)) * prunable / count_parameters(model).linear
 
 
 def world_size_asked(config: Config, environment: Mapping[str, str]) -> int:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import netrc
 import os
 import sys
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from conf.schema import Config
 from sparsity import SparsityCallback
-from train.checkpoints.durable import write_atomically
 from train.plan import RunPlan
 
 
@@ -103,7 +99,8 @@ class Recorder(TrainerCallback):
 
             layers = [value for name, value in record.items() if name.startswith("layer_density/")]
             record = {**record, "sparsity/layer_density": wandb.Histogram(layers, num_bins=20)}
-        self.wandb_run.log(record)
+        # Counted over all processes of the run: in offline mode wandb itself would begin at 0 again after a resume.
+        self.wandb_run.log(record, step=len(self._written) - 1, commit=True)
 
     def _flush(self) -> None:
         while self._unwritten:
@@ -124,14 +121,25 @@ class Recorder(TrainerCallback):
 
 
 def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records that are there; a last line that was cut off by a kill is removed from the file."""
+    """The records that are there; a last line that was cut off by a kill is removed from the file.
+
+    A ValueError where another line is no record.
+    """
     if not metrics.exists():
         return []
     data = metrics.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(metrics, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        assert all("train/global_step" in record for record in records)
+    except (ValueError, TypeError, AssertionError):
+        raise ValueError(
+            f"{metrics} holds a line that is no record of a run: mend or remove the line, or set overwrite=true to start "
+            "the run anew."
+        ) from None
+    return records
 
 
 def _identity(record: dict[str, Any]) -> tuple[int, str]:
@@ -146,52 +154,6 @@ def _finite(value: Any) -> Any:
 
 def _grouped(name: str) -> str:
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
-
-
-def start_wandb(config: Config, config_values: dict[str, Any], run_dir: Path) -> Any | None:
-    """A wandb run in the run's folder, under the same id when the run goes on: offline where no key is configured.
-
-    None where wandb is off.
-    """
-    if not config.logger.wandb:
-        return None
-    import wandb
-
-    logger = config.logger
-    mode = os.environ.get("WANDB_MODE") if logger.mode == "auto" else logger.mode
-    id_file = run_dir / "wandb" / "id.txt"
-    if not id_file.exists():
-        id_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(id_file, uuid.uuid4().hex[:8] + "\n")
-    run = wandb.init(
-        id=id_file.read_text().strip(),
-        resume="allow",
-        dir=str(run_dir),
-        project=logger.project,
-        entity=logger.entity,
-        group=logger.group or config.sweep_name,
-        job_type=logger.job_type,
-        tags=logger.tags or None,
-        name=config.run_name or run_dir.name,
-        config=config_values,
-        mode=mode or ("online" if has_wandb_key() else "offline"),  # type: ignore[arg-type]
-        settings=wandb.Settings(silent=True),
-    )
-    run.define_metric("train/tokens")
-    for group in ("train/*", "eval/*", "sparsity/*", "layer_density/*"):
-        run.define_metric(group, step_metric="train/tokens")
-    return run
-
-
-def has_wandb_key() -> bool:
-    """Whether `wandb login` was run here, or a key is in the environment."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        hosts = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in hosts)
 
 
 class ProgressBar(ProgressCallback):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from conf.cli import user_errors
 from conf.schema import Config
 from sparsity import SparsityCallback, prunable_parameters
 from sparsity.prunable import own_linear_weights
-from sparsity.schedule import Unpruned
+from sparsity.schedule import Fixed, schedule_record
 from sparsity.shards import local_values, rank_layout
 from train.arguments import training_arguments
 from train.checkpoints.durable import write_atomically
@@ -34,8 +33,9 @@ from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
 from train.initial import load_initial_weights
 from train.model import build_model
+from train.names import pruned_groups
 from train.plan import RunPlan
-from train.records import ProgressBar, Recorder, start_wandb
+from train.records import ProgressBar, Recorder, keep_whole_records
 from train.report.card import write_card
 from train.report.figure import draw_report, read_records
 from train.report.publish import push_to_hub, renew_card
@@ -44,6 +44,7 @@ from train.report.text import closing_words, opening_words, write_sample
 from train.scoring import Score, score_stream
 from train.snapshot import write_snapshot
 from train.trainer import PretrainingTrainer, RunState
+from train.wandb_run import start_wandb
 
 
 def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
@@ -64,7 +65,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         world.on_main(push_to_hub, config.card, directory.model)
         return
     data = world.on_main(prepare, config.data, config.tokenizer, plan.model.vocab_size, plan.sequence_length)
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
     model = build_model(plan.model, tokenizer, config.trainer.seed)
     with user_errors(quiet=not world.is_main):
         if config.init_from is not None:
@@ -73,6 +74,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     fingerprint = world.on_main(data_fingerprint, data.folder)
     resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
     world.on_main(directory.begin, config)
+    world.on_main(lambda: len(keep_whole_records(directory.metrics)))
     world.on_main(write_snapshot, directory.environment, world)
 
     sparsity = sparsity_callback(config, plan)
@@ -142,7 +144,7 @@ def identity(plan: RunPlan) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "sequence_length": plan.sequence_length,
         "num_steps": plan.num_steps,
-        "schedule": asdict(plan.schedule) if plan.schedule else None,
+        "schedule": schedule_record(plan.schedule) if plan.schedule else None,
     }
 
 
@@ -153,16 +155,20 @@ def say(world: World, words: str) -> None:
 
 def sparsity_callback(config: Config, plan: RunPlan) -> SparsityCallback | None:
     """The callback of a sparse run, or of one that may start sparse; its figures go out through the Recorder."""
-    if plan.schedule is None and config.init_from is None:
-        return None
+    sparsity, keep_zeros = config.sparsity, config.init_from is not None
+    patterns: Any = {"include": sparsity.include, "requires_dense": sparsity.requires_dense}
+    if plan.schedule is None:
+        return SparsityCallback(Fixed(), report=False, **patterns) if keep_zeros else None
     return SparsityCallback(
-        plan.schedule or Unpruned(),
-        keep_zeros=config.init_from is not None,
-        score=config.sparsity.score,  # type: ignore[arg-type]
-        include=config.sparsity.include,
-        requires_dense=config.sparsity.requires_dense,
+        plan.schedule.base,
+        keep_zeros=keep_zeros,
+        score=sparsity.score,
+        scope=sparsity.scope,
+        groups=pruned_groups(sparsity),
+        pattern=sparsity.pattern,
         seed=config.trainer.seed,
         report=False,
+        **patterns,
     )
 
 
@@ -170,8 +176,8 @@ def make_recorder(
     config: Config, plan: RunPlan, directory: RunDirectory, sparsity: SparsityCallback | None
 ) -> Recorder:
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    schedule = {"schedule": asdict(plan.schedule)} if plan.schedule else {}
-    wandb_run = start_wandb(config, {**values, **schedule, "world_size": plan.world_size}, directory.path)
+    schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
+    wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size})
     return Recorder(plan, sparsity, directory.metrics, wandb_run)
 
 

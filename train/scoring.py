@@ -1,19 +1,43 @@
-"""Held-out figures of a model: nats over windows, and from them perplexity and bits per byte."""
+"""Held-out figures of a model: the nats of each token of a text, and from them perplexity and bits per byte."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from train.distributed import World
+
+ROWS_AT_A_TIME = 64
+"""Positions whose logits are turned into float32 together: 8 MB for a vocabulary of 32,000."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """One forward pass over part of a text: the model reads tokens start .. stop - 2, and first .. stop - 1 are scored."""
+
+    start: int
+    stop: int
+    first: int
+
+    @property
+    def num_inputs(self) -> int:
+        return self.stop - self.start - 1
+
+    @property
+    def scored(self) -> slice:
+        """The input positions whose predictions are scored."""
+        return slice(self.first - self.start - 1, self.num_inputs)
 
 
 @dataclass(frozen=True)
@@ -34,7 +58,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Token-level perplexity over the disjoint windows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity(self.window_nats, self.num_window_tokens)
 
     @property
     def loss(self) -> float:
@@ -45,70 +69,121 @@ class Score:
         return self.nats / math.log(2) / num_bytes
 
 
+def perplexity(nats: float, count: int) -> float:
+    """exp of the nats per token or word; infinite where a float cannot hold it."""
+    return math.exp(nats / count) if nats / count < 700 else math.inf
+
+
+def disjoint_windows(num_tokens: int, window: int) -> list[Window]:
+    """Windows of `window` inputs one after another; every token but the first is scored, the one behind a window in it."""
+    starts = range(0, num_tokens - 1, window)
+    return [Window(start, min(start + window + 1, num_tokens), start + 1) for start in starts]
+
+
 def score_stream(
     model: nn.Module,
-    tokens: np.ndarray,
+    tokens: NDArray[np.integer],
     *,
     window: int,
     batch_size: int,
     world: World,
     show_progress: bool = False,
 ) -> Score:
-    """Score `tokens` [n], which begin with a separator, in windows shared out over the ranks. Collective.
-
-    Every rank runs the same number of forward passes of the same shape, as FSDP needs; one without a window left runs
-    on padding.
-    """
-    starts = range(0, len(tokens) - 1, window)
+    """Score `tokens` [n], which begin with a separator, in disjoint windows shared out over the ranks. Collective."""
+    nats = token_nats(
+        model,
+        tokens,
+        disjoint_windows(len(tokens), window),
+        width=window,
+        batch_size=batch_size,
+        world=world,
+        progress="held-out" if show_progress else None,
+    )
     num_windows = len(tokens) // window
-    per_round = world.size * batch_size
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
-    was_training = model.training
-    model.eval()
-    rounds = range(0, len(starts), per_round)
-    for first in tqdm(
-        rounds,
-        desc="held-out",
-        unit="batch",
-        disable=not (show_progress and world.is_main),
-        leave=False,
-        mininterval=0.5 if sys.stderr.isatty() else 15.0,
-    ):
-        mine = starts[first : first + per_round][world.rank :: world.size]
-        totals += _score_windows(model, tokens, mine, (batch_size, window), world.device)
-    model.train(was_training)
-    _reshard(model)
-    window_nats, nats = world.sum(totals).tolist()
+    inside = nats[: num_windows * window].reshape(num_windows, window)[:, 1:]
     return Score(
         window=window,
         num_windows=num_windows,
-        num_window_tokens=num_windows * (window - 1),
-        window_nats=window_nats,
+        num_window_tokens=inside.size,
+        window_nats=float(inside.sum()),
         num_tokens=len(tokens) - 1,
-        nats=nats,
+        nats=float(nats.sum()),
     )
 
 
+def token_nats(
+    model: nn.Module,
+    tokens: NDArray[np.integer],
+    windows: Sequence[Window],
+    *,
+    width: int,
+    batch_size: int,
+    world: World,
+    progress: str | None = None,
+) -> NDArray[np.float64]:
+    """The nats of each token [n] in the window that scores it, 0 where none does; on every rank. Collective.
+
+    The windows, of at most `width` inputs, are shared out over the ranks, `batch_size` at a time. Every rank runs the
+    same number of forward passes, as FSDP needs; one without a window left runs on padding. `progress` names a bar.
+    """
+    nats = np.zeros(len(tokens))
+    per_round = world.size * batch_size
+    was_training = model.training
+    model.eval()
+    rounds = tqdm(
+        range(0, len(windows), per_round),
+        desc=progress,
+        unit="batch",
+        disable=progress is None or not world.is_main,
+        leave=False,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )
+    for begin in rounds:
+        mine = windows[begin : begin + per_round][world.rank :: world.size]
+        losses = _losses(model, tokens, mine, (batch_size, width), world.device)
+        for window, row in zip(mine, losses, strict=False):
+            nats[window.first : window.stop] = row[window.scored]
+    model.train(was_training)
+    _reshard(model)
+    return world.sum(torch.from_numpy(nats).to(world.device)).cpu().numpy()
+
+
 @torch.no_grad()
-def _score_windows(
-    model: nn.Module, tokens: np.ndarray, starts: range, shape: tuple[int, int], device: torch.device
-) -> Tensor:
-    """[nats of the full windows without the token that follows each, nats of all tokens]."""
-    window = shape[1]
+def _losses(
+    model: nn.Module,
+    tokens: NDArray[np.integer],
+    windows: Sequence[Window],
+    shape: tuple[int, int],
+    device: torch.device,
+) -> NDArray[np.float32]:
+    """The nats of what follows each input position [batch_size, width]; 0 where that is not scored."""
     inputs = torch.zeros(shape, dtype=torch.int64)
     targets = torch.full_like(inputs, -100)
-    is_full = torch.zeros(len(inputs), dtype=torch.bool)
-    for row, start in enumerate(starts):
-        piece = torch.from_numpy(np.asarray(tokens[start : start + window + 1], dtype=np.int64))
-        inputs[row, : min(window, len(piece))] = piece[:window]
-        targets[row, : len(piece) - 1] = piece[1:]
-        is_full[row] = len(piece) >= window
-    logits = model(input_ids=inputs.to(device), use_cache=False).logits
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.to(device).flatten(), ignore_index=-100, reduction="none"
-    ).view(targets.shape)
-    inside = losses[:, :-1].double().sum(dim=1)
-    return torch.stack([(inside * is_full.to(device)).sum(), losses.double().sum()])
+    for row, window in enumerate(windows):
+        # Causal models see nothing of the padding behind their inputs.
+        inputs[row, : window.num_inputs] = torch.from_numpy(tokens[window.start : window.stop - 1].astype(np.int64))
+        targets[row, window.scored] = torch.from_numpy(tokens[window.first : window.stop].astype(np.int64))
+    unscored = min((window.scored.start for window in windows), default=0)
+    options = {}
+    if unscored and _can_leave_out_logits(model):
+        options["logits_to_keep"] = shape[1] - unscored
+    logits = model(input_ids=inputs.to(device), use_cache=False, **options).logits
+    targets = targets[:, -logits.shape[1] :]
+    losses = torch.zeros(shape)
+    losses[:, -logits.shape[1] :] = (
+        _cross_entropy(logits.flatten(0, 1), targets.to(device).flatten()).cpu().view_as(targets)
+    )
+    return losses.numpy()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each target [n] under logits [n, vocabulary], in float32, a few rows at a time: a copy is never whole."""
+    pieces = zip(logits.split(ROWS_AT_A_TIME), targets.split(ROWS_AT_A_TIME), strict=True)
+    return torch.cat([F.cross_entropy(some.float(), ids, ignore_index=-100, reduction="none") for some, ids in pieces])
+
+
+def _can_leave_out_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _reshard(model: nn.Module) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from sparsity import SparsityCallback
+from sparsity.mask import state_holder
 from train.checkpoints import layout
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
 from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.data.sampler import PermutationSampler
-from train.distributed import World, check_fsdp2
-from train.faults.guard import StepGuard
+from train.distributed import World, check_fsdp2, reduce_in_float32
+from train.faults.guard import StepGuard, skips_on_device
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import start_unheeding
 from train.faults.stop import RunStopped
@@ -60,6 +61,7 @@ class PretrainingTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         check_fsdp2(self.accelerator)
+        reduce_in_float32(self.accelerator)
         self.world = world
         self.evaluator = evaluator
         self.sparsity = sparsity
@@ -83,6 +85,7 @@ class PretrainingTrainer(Trainer):
         self._since = time.monotonic()
         self.guard.preemption.at_step_ends = True
         result = super().train(*args, **kwargs)
+        self.guard.read_late_flags()
         self._count_time()
         if self.guard.stop is not None:
             raise self.guard.stop
@@ -111,15 +114,19 @@ class PretrainingTrainer(Trainer):
         made."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # With a loss scaler infinite gradients are its business: it skips the update and lowers the scale.
-        norm = None if getattr(self.accelerator, "scaler", None) is not None else grad_norm
-        if not self.guard.allows_update(self._losses.latest(self.state.global_step), norm):
-            assert self.optimizer is not None
-            self.optimizer.zero_grad()
+        scaler = getattr(self.accelerator, "scaler", None)
+        norm, loss = None if scaler is not None else grad_norm, self._losses.latest(self.state.global_step)
+        optimizer = state_holder(self.optimizer)
+        if scaler is None and skips_on_device(optimizer):
+            self.guard.decide_on_device(optimizer, loss, norm)
+        elif not self.guard.allows_update(loss, norm):
+            optimizer.zero_grad()
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the mean loss since the last logged step, wherever the run was resumed in between. Collective."""
         if "loss" in logs:
+            self.guard.read_late_flags()
             losses = self.step_losses()[self._last_logged_step :]
             logs["loss"] = float(losses[losses.isfinite()].mean())
             logs["skipped_steps"] = self.guard.num_skipped
@@ -143,6 +150,8 @@ class PretrainingTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        # The Trainer would save and log as often as the command that wrote the checkpoint said.
+        self.state.compute_steps(self.args, self.state.max_steps)
         assert self._sampler is not None
         # accelerate does not reach the sampler behind the batches it skips.
         self._sampler.set_epoch(kwargs["epoch"])
@@ -166,6 +175,7 @@ class PretrainingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint of this step and remove those beyond `save_total_limit`. Collective."""
+        self.guard.read_late_flags()
         shards = self.sparsity.shards if self.sparsity else []
         tensors, rows, scalars = rank_tensors(self._module, self.optimizer, shards, rng_state(), self.world.rank)
         losses = self.step_losses()

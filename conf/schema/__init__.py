@@ -8,27 +8,40 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
+from conf.schema.compact import CompactConfig
 from conf.schema.data import DataConfig
 from conf.schema.evaluation import EvalConfig
 from conf.schema.law import PredictConfig, ScalingLawConfig
 from conf.schema.model import ModelConfig
 from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
+from conf.schema.pairs import PairsConfig
 from conf.schema.plan import PlanConfig
+from conf.schema.report import DashboardConfig, ReportConfig
 from conf.schema.run import Config, LaunchConfig
 from conf.schema.sparsity import SparsityConfig, WindowConfig
 from conf.schema.trainer import OptimConfig, TrainerConfig
 
 __all__ = [
-    "CardConfig", "Config", "DataConfig", "EvalConfig", "ExportConfig", "LaunchConfig", "LoggerConfig", "ModelConfig",
-    "OptimConfig", "PlanConfig", "PredictConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig",
-    "register",
+    "SCHEMAS", "CardConfig", "CompactConfig", "Config", "DashboardConfig", "DataConfig", "EvalConfig", "ExportConfig",
+    "LaunchConfig", "LoggerConfig", "ModelConfig", "OptimConfig", "PairsConfig", "PlanConfig", "PredictConfig",
+    "ReportConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig", "register",
 ]  # fmt: skip
+
+SCHEMAS: dict[str, type] = {
+    "run": Config,
+    "plan": PlanConfig,
+    "eval": EvalConfig,
+    "compact": CompactConfig,
+    "scaling_law": ScalingLawConfig,
+    "pairs": PairsConfig,
+    "report": ReportConfig,
+    "dashboard": DashboardConfig,
+}
+"""The class behind each yaml at the top of conf/; there it is NAME_schema."""
 
 
 def register() -> None:
-    """Make the classes known to Hydra as the schemas `run_schema`, `eval_schema`, `plan_schema`, `scaling_law_schema`."""
+    """Make the classes known to Hydra."""
     store = ConfigStore.instance()
-    store.store(name="run_schema", node=Config)
-    store.store(name="eval_schema", node=EvalConfig)
-    store.store(name="plan_schema", node=PlanConfig)
-    store.store(name="scaling_law_schema", node=ScalingLawConfig)
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)

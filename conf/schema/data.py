@@ -15,7 +15,8 @@ class DataConfig:
 
     source: str = MISSING
     path: str | None = None
-    """A file or folder of .txt, .jsonl, .jsonl.gz or .parquet; for `fineweb_edu` a local copy of its parquet files."""
+    """A file or folder of .txt, .jsonl, .jsonl.gz or .parquet; for `fineweb_edu` a local copy of its parquet files, for
+    `wikitext` its test file or any other text file."""
     subset: str | None = None
     text_field: str = "text"
     heldout_share: float = 0.01
@@ -28,7 +29,7 @@ class DataConfig:
     cache_dir: str = MISSING
 
     def __post_init__(self) -> None:
-        check_choice("data.source", self.source, ("pydocs", "text", "fineweb_edu"))
+        check_choice("data.source", self.source, ("pydocs", "text", "fineweb_edu", "wikitext"))
         check(
             0 < self.heldout_share < 1,
             f"data.heldout_share={self.heldout_share} is outside (0, 1): give the share of documents to hold out.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
@@ -15,20 +15,43 @@ class EvalConfig:
     """One evaluation of a finished model."""
 
     folder: str = MISSING
-    """A transformers folder; `python -m eval` takes it as model=DIR."""
+    """A transformers folder or a hub name; `python -m eval` takes it as model=DIR."""
     data: DataConfig = MISSING
     tokenizer: str | None = None
-    """The model's own where it is null."""
+    """A folder, a SentencePiece .model file or a hub name; the model's own where it is null."""
     window: int | None = None
-    """Tokens scored at a time; the model's context where it is null."""
-    batch_size: int = 8
+    """Tokens scored at a time. Where it is null the model's context, for `data=wikitext` at most 2048 of it."""
+    stride: int | None = None
+    """Tokens by which `data=wikitext`'s overlapping windows move on; a quarter of the window where it is null."""
+    batch_size: int | None = None
+    """Windows at a time on each process; where it is null 8, or fewer where their logits would fill more than 256 MiB."""
+    dtype: str = "auto"
+    """What the model computes in; `auto` is what its weights are stored in."""
     device: str = "auto"
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, which `pip install .[eval]` brings, to run in the place of `data`."""
+    task_path: str | None = None
+    """A folder of yaml files with tasks of one's own."""
     format: str = "text"
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, ("text", "json"))
-        check(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
+        check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        check(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
         check(self.window is None or self.window >= 2, f"window={self.window} must be at least 2 tokens.")
+        check(self.stride is None or self.stride >= 1, f"stride={self.stride} must be at least 1 token.")
+        check(
+            self.stride is None or self.window is None or self.stride < self.window,
+            f"stride={self.stride} must be below window={self.window}, or tokens between windows would not be scored.",
+        )
+        check(
+            self.stride is None or (self.data.source == "wikitext" and not self.tasks),
+            f"stride={self.stride} is for data=wikitext, whose windows overlap: remove it.",
+        )
+        check(
+            self.task_path is None or bool(self.tasks),
+            f"task_path={self.task_path} holds tasks: name those to run in tasks=[...].",
+        )
         check(
             self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
             f"device={self.device} is not known: choose auto, cpu, cuda or cuda:N.",

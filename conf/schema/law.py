@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.schema.checks import check, check_choice
+from conf.schema.checks import check, check_choice, names_of
 
 
 @dataclass
@@ -64,11 +64,7 @@ class ScalingLawConfig:
     figure: str | None = "scaling_law.png"
 
     def __post_init__(self) -> None:
-        self.runs = [self.runs] if isinstance(self.runs, str) else self.runs
-        check(
-            isinstance(self.runs, list) and len(self.runs) > 0 and all(isinstance(name, str) for name in self.runs),
-            f"runs={self.runs} names nothing: give run folders, a folder of runs, a pattern, or a CSV file.",
-        )
+        self.runs = names_of(self.runs)
         check_choice("form", self.form, ("nd", "n", "power"))
         check_choice("format", self.format, ("text", "json"))
         check(self.num_bootstrap >= 20, f"num_bootstrap={self.num_bootstrap} must be at least 20 resamples.")

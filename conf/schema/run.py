@@ -85,6 +85,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.prompt.strip() != "", "prompt='' is empty: give the finished model some words to go on from.")
+        check(
+            self.data.source != "wikitext",
+            "data=wikitext is a test text, for `python -m eval`: train on data=text, fineweb_edu or pydocs.",
+        )
         check_choice("resume", self.resume, ("auto", "never", "must"))
         check(self.max_skipped >= 0, f"max_skipped={self.max_skipped} must be at least 0.")
         check(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")

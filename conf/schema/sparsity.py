@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conf.schema.checks import check, check_choice
+from sparsity.pattern import parse_pattern
+from sparsity.schedule import SCHEDULES
 
 
 @dataclass
@@ -38,12 +40,38 @@ class WindowConfig:
 
 
 @dataclass
+class GroupConfig:
+    """Parameters with a target of their own."""
+
+    include: list[str] = field(default_factory=list)
+    """Name patterns (`*` matches anything); each must match a parameter that is pruned, and no other group may."""
+    target: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(len(self.include) > 0, "sparsity.groups needs patterns in each group: {include: ['*mlp*'], target: 0.9}.")
+        check(
+            0 <= self.target < 1,
+            f"sparsity.groups gives {', '.join(self.include)} the target {self.target}, outside [0, 1): give the share of "
+            "weights to remove, 0.8 for 80 %.",
+        )
+
+
+@dataclass
 class SparsityConfig:
     """How much is pruned, when, and what."""
 
     target: float = 0.0
+    schedule: str = "geometric"
+    """How the density falls inside the window: geometric, cubic, linear, one_shot, or constant from the start."""
     window: WindowConfig = field(default_factory=WindowConfig)
     score: str = "magnitude"
+    """What ranks a weight: its magnitude, or random as the control."""
+    scope: str = "global"
+    """Which weights compete: all (one threshold), or those of each parameter (uniform: every layer to the target)."""
+    groups: list[GroupConfig] = field(default_factory=list)
+    """Parameters with targets of their own; what no group names follows `target`."""
+    pattern: str = "unstructured"
+    """Where weights may go: anywhere, or N:M, "2:4": 2 of every 4 consecutive inputs stay."""
     include: list[str] | None = None
     """Name patterns (`*` matches anything) of the parameters to prune; every linear layer's weight where it is null."""
     requires_dense: list[str] = field(default_factory=list)
@@ -55,3 +83,22 @@ class SparsityConfig:
             f"sparsity.target={self.target} is outside [0, 1): give the share of weights to remove, 0.8 for 80 %.",
         )
         check_choice("sparsity.score", self.score, ("magnitude", "random"))
+        check_choice("sparsity.scope", self.scope, ("global", "uniform"))
+        check_choice("sparsity.schedule", self.schedule, tuple(SCHEDULES))
+        parse_pattern(self.pattern)
+        window = self.window
+        check(
+            self.schedule != "one_shot" or window.start == window.end,
+            f"sparsity.schedule=one_shot prunes once, and the window goes from {window.start:g} to {window.end:g}: take "
+            "sparsity=one_shot, or set sparsity.window.end to its start.",
+        )
+        check(
+            self.schedule != "constant" or window.start == window.end == 0,
+            f"sparsity.schedule=constant is sparse from step 0, and the window goes from {window.start:g} to "
+            f"{window.end:g}: take sparsity=constant, or set sparsity.window.start and end to 0.",
+        )
+        check(
+            self.schedule not in ("one_shot", "constant") or window.every is None,
+            f"sparsity.window.every={window.every} has no effect with sparsity.schedule={self.schedule}, which prunes once: "
+            "leave it null.",
+        )

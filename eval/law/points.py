@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.folders import named_places, run_folders
 from eval.law.identifiable import levels
 from eval.law.lbfgs import Array
 
@@ -68,33 +69,31 @@ class Points:
 
 def read_points(runs: Sequence[str], loss: str = "auto") -> Points:
     """The points of run folders, folders of runs, patterns of them and CSV files; a run named twice counts once."""
+    rows = finished_runs(runs)
+    loss_name = _choose_loss(rows, loss)
+    check_comparable(rows)
+    return Points(tuple(_point(where, row, loss_name) for where, row in rows.items()), loss_name)
+
+
+def finished_runs(runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """The figures of every finished run that the patterns name, by where they were read; a run named twice counts once."""
     rows: dict[str, Mapping[str, Any]] = {}
     for pattern in runs:
         found = dict(_rows(pattern))
         if not found:
             raise ValueError(f"runs={pattern} holds no finished run: name folders with a summary.json, or a CSV file.")
         rows |= found
-    loss_name = _choose_loss(rows, loss)
-    _check_comparable(rows)
-    return Points(tuple(_point(where, row, loss_name) for where, row in rows.items()), loss_name)
+    return rows
 
 
 def _rows(pattern: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where it was read, figures) of every finished run that a pattern names; unfinished runs are passed over."""
-    places = (
-        [Path(pattern)]
-        if Path(pattern).exists()
-        else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    )
-    if not places:
-        raise ValueError(f"runs={pattern} is not there: give run folders, a folder of runs, a pattern, or a CSV file.")
-    for place in places:
+    for place in named_places(pattern):
         if place.is_file() and place.suffix == ".csv":
             yield from _csv_rows(place)
         elif place.is_dir():
-            own = place / "summary.json"
-            for file in [own] if own.exists() else sorted(place.rglob("summary.json")):
-                yield str(file.resolve()), _summary(file)
+            for folder in run_folders(place, "summary.json"):
+                yield str((folder / "summary.json").resolve()), _summary(folder / "summary.json")
         elif place.name == "summary.json":
             yield str(place.resolve()), _summary(place)
         elif not glob.has_magic(pattern):
@@ -131,7 +130,7 @@ def _choose_loss(rows: Mapping[str, Mapping[str, Any]], asked: str) -> str:
     raise ValueError(f"{without[0]} has no figure {asked}: name another with loss=, or leave the run out.")
 
 
-def _check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
+def check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Losses a token compare only between runs of one text and one tokenizer."""
     data = sorted({str(row["data"]) for row in rows.values() if "data" in row})
     if len(data) > 1:

@@ -57,5 +57,5 @@ def step_network_bytes(model: ModelConfig, world_size: int, compute_bytes: int, 
 
 
 def event_network_bytes(world_size: int) -> int:
-    """Bytes that one GPU receives in a prune event: counts alone, whatever the model's size."""
+    """Bytes that one GPU receives in a prune event for each threshold: counts alone, whatever the model's size."""
     return round(2 * COUNT_BYTES * EVENT_COUNTS * (world_size - 1) / world_size)

@@ -16,14 +16,13 @@ from launch.plan.compute import (
 from launch.plan.memory import GpuMemory, Setting, gpu_memory, largest_micro_batch, parse_bytes
 from launch.plan.series import table_row
 from train.disk import checkpoint_bytes, export_bytes
-from train.names import count_prunable
 from train.plan import RunPlan
 
 
 def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, Any]:
     """The run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name."""
     row = table_row(config, plan)
-    num_prunable = count_prunable(plan.model, config.sparsity) if plan.schedule else 0
+    num_prunable = plan.num_prunable
     setting = run_setting(config, plan)
     flops = training_flops(plan.model, row["avg_linear_params"], plan.sequence_length, plan.total_tokens)
     days = training_days(flops.dense, plan.world_size, request.peak_tflops, request.mfu)
@@ -31,7 +30,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
     return {
         **row,
         "run_dir": str(plan.run_dir),
-        "schedule": _schedule(plan),
+        "schedule": _schedule(config, plan),
         "twin": None
         if twin is None
         else {
@@ -64,7 +63,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "bytes_per_step": step_network_bytes(
                 plan.model, plan.world_size, setting.compute_bytes, plan.gradient_accumulation_steps
             ),
-            "bytes_per_prune_event": event_network_bytes(plan.world_size) if plan.schedule else 0,
+            "bytes_per_prune_event": len(plan.pools) * event_network_bytes(plan.world_size),
         },
         "disk": {
             "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable),
@@ -89,12 +88,18 @@ def run_setting(config: Config, plan: RunPlan) -> Setting:
     )
 
 
-def _schedule(plan: RunPlan) -> dict[str, Any]:
+def _schedule(config: Config, plan: RunPlan) -> dict[str, Any]:
     schedule = plan.schedule
     if schedule is None:
         return {"steps": plan.num_steps, "prune_start_step": None, "prune_end_step": None}
     return {
         "steps": plan.num_steps,
+        "kind": schedule.kind,
+        "scope": config.sparsity.scope,
+        "pattern": config.sparsity.pattern,
+        "score": config.sparsity.score,
+        "groups": [{"include": group.include, "target": group.target} for group in config.sparsity.groups],
+        "num_thresholds": len(plan.pools),
         "prune_start_step": schedule.start_step,
         "prune_end_step": schedule.end_step,
         "every_steps": schedule.every_steps,

@@ -7,8 +7,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from conf.schema import Config
-from sparsity.schedule import Geometric
-from train.names import count_prunable
+from sparsity.schedule import Staircase
 from train.plan import RunPlan
 
 COLUMNS = (
@@ -34,9 +33,7 @@ def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
     `batch_tokens` and `total_tokens` follow the cards, which call 2^20 tokens a million; `_true` is beside them.
     """
     linear = plan.counts.linear
-    target = config.sparsity.target if plan.schedule else 0.0
-    prunable = count_prunable(plan.model, config.sparsity) if plan.schedule else 0
-    pruned = round(target * prunable)
+    prunable, pruned = plan.num_prunable, plan.num_pruned
     batch_tokens = card_batch_tokens(plan.batch_tokens)
     loss, loss_std = measured_loss(plan)
     return {
@@ -45,7 +42,7 @@ def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
         "linear_params": linear,
         "avg_linear_params": linear - (1 - plan.average_density) * prunable,
         "nonzero_linear": linear - pruned,
-        "sparsity": target if prunable in (0, linear) else pruned / linear,
+        "sparsity": plan.schedule.sparsity if plan.schedule and prunable == linear else pruned / linear,
         "batch_tokens": batch_tokens,
         "lr": config.trainer.learning_rate,
         "total_tokens": plan.num_steps * batch_tokens,
@@ -65,7 +62,7 @@ def card_batch_tokens(batch_tokens: int) -> int:
     return batch_tokens // MEBI * 1_000_000 if batch_tokens % MEBI == 0 else batch_tokens
 
 
-def card_average_density(schedule: Geometric, num_steps: int) -> float:
+def card_average_density(schedule: Staircase, num_steps: int) -> float:
     """The average density by the cards' bookkeeping, one interval longer than the run.
 
     They count an interval of `every` steps for each of the n events and leave the tail after the window unshortened,

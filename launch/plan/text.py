@@ -109,10 +109,26 @@ def _schedule(plan: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [
             ("prune window", f"step {schedule['prune_start_step']:,} to {schedule['prune_end_step']:,}"),
             ("", f"{start:.1f} % to {end:.1f} % of the compute"),
-            ("prune events", f"{schedule['num_events']}, every {schedule['every_steps']} steps"),
+            ("prune events", _events(schedule)),
+            ("", _method(schedule)),
+            *(("", f"{' '.join(group['include'])} to {group['target']:g}") for group in schedule["groups"]),
         ]
     lines.append(("compute", f"{plan['dense_equivalent_steps']:,.1f} dense-equivalent steps"))
     return lines
+
+
+def _events(schedule: dict[str, Any]) -> str:
+    if schedule["num_events"] == 1:
+        return f"one, before step {schedule['prune_start_step']:,} ({schedule['kind']})"
+    return f"{schedule['num_events']}, every {schedule['every_steps']} steps ({schedule['kind']})"
+
+
+def _method(schedule: dict[str, Any]) -> str:
+    thresholds = schedule["num_thresholds"]
+    return (
+        f"{schedule['pattern']}, by {schedule['score']}, {schedule['scope']}: "
+        f"{'one threshold' if thresholds == 1 else f'{thresholds} thresholds'}"
+    )
 
 
 def _batch(plan: dict[str, Any]) -> list[tuple[str, str]]:

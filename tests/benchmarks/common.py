@@ -69,7 +69,7 @@ def publish(comparisons: Sequence[Comparison], output: Path, columns: Sequence[s
     output.write_text(json.dumps([comparison.row() for comparison in comparisons], indent=2) + "\n")
     table = Table("", "seconds", "baseline", "baseline seconds", "ratio", *columns)
     for found in comparisons:
-        figures = [f"{found.seconds:.3f}", found.baseline, f"{found.baseline_seconds:.3f}", f"{found.ratio:.2f}"]
+        figures = [f"{found.seconds:.4g}", found.baseline, f"{found.baseline_seconds:.4g}", f"{found.ratio:.3g}"]
         table.add_row(found.name, *figures, *(_cell(found.details.get(column)) for column in columns))
     where = ", ".join(str(value) for value in machine().values())
     # Wide enough for every column where the output is a file or a log.

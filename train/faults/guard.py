@@ -1,4 +1,8 @@
-"""Before each update all ranks agree on two things: whether its numbers are finite, and whether the run is to stop."""
+"""Before each update all ranks agree on two things: whether its numbers are finite, and whether the run is to stop.
+
+On a GPU with a fused optimizer the answer never leaves the device in the step itself: the optimizer's kernel reads it as
+`found_inf`, the flag by which a loss scaler has an update skipped, and the host reads it a step later, when it is there.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,36 @@ from train.faults.preempt import Preemption
 from train.faults.stop import PREEMPTED_CODE, RunStopped
 
 
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's own kernel can skip an update: fused Adam on a GPU."""
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    on_gpu = all(param.is_cuda for group in optimizer.param_groups for param in group["params"])
+    return is_fused and on_gpu and isinstance(optimizer, torch.optim.Adam)
+
+
+class _Flags:
+    """Two flags on their way from the device to the host."""
+
+    def __init__(self, flags: Tensor) -> None:
+        self._event = torch.cuda.Event() if flags.is_cuda else None
+        self._values = torch.empty(2, pin_memory=flags.is_cuda)
+        self._values.copy_(flags, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> tuple[bool, bool]:
+        if self._event is not None:
+            self._event.synchronize()
+        is_bad, is_stopped = self._values.tolist()
+        return bool(is_bad), bool(is_stopped)
+
+
 class StepGuard(TrainerCallback):
     """Skips updates with a non-finite loss or gradient norm, and ends a run that is asked to stop or is beyond help.
 
     A skipped step counts: data, learning rate and prune events go on, weights and moments stay. The run stops, with a
-    checkpoint, after more than `max_skipped` of them in a row, and after the step in which any rank was preempted.
+    checkpoint, after more than `max_skipped` of them in a row, and after the step in which any rank was preempted; where
+    the host reads a step late, after the step behind it.
     """
 
     def __init__(self, world: World, preemption: Preemption, max_skipped: int) -> None:
@@ -28,17 +57,43 @@ class StepGuard(TrainerCallback):
         """Skipped updates since the run began."""
         self.num_in_row = 0
         self._is_stop_agreed = False
+        self._unread: _Flags | None = None
 
     def allows_update(self, loss: Tensor, grad_norm: Tensor | float | None) -> bool:
         """Whether the update is made: the same answer on every rank. Collective: one maximum of two flags."""
+        is_bad = self._read(_Flags(self._agree(loss, grad_norm)))
+        return not is_bad
+
+    def decide_on_device(
+        self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor | float | None
+    ) -> None:
+        """Have a fused `optimizer` skip its next update where the numbers are bad; no host sync. Collective."""
+        self.read_late_flags()
+        flags = self._agree(loss, grad_norm)
+        # Weights, moments and step counts stay as they are where it is 1.
+        optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
+        self._unread = _Flags(flags)
+
+    def read_late_flags(self) -> None:
+        """Take in the flags of the last step that was decided on the device, before anything is counted or saved."""
+        if self._unread is not None:
+            self._read(self._unread)
+            self._unread = None
+
+    def _agree(self, loss: Tensor, grad_norm: Tensor | float | None) -> Tensor:
+        """[whether a number is not finite, whether a rank is to stop] of all ranks, as 0 or 1, on the device."""
+        device = self.world.device
         values = [loss] if grad_norm is None else [loss, torch.as_tensor(grad_norm)]
-        is_bad = any(not torch.isfinite(value).all() for value in values)
-        flags = torch.tensor([float(is_bad), float(self.preemption.is_requested)], device=self.world.device)
-        is_bad, is_stopped = (bool(flag) for flag in self.world.largest(flags).tolist())
+        is_bad = torch.stack([~torch.isfinite(value.detach().to(device)).all() for value in values]).any()
+        is_stopped = torch.full((), float(self.preemption.is_requested), device=device)
+        return self.world.largest(torch.stack([is_bad.float(), is_stopped]))
+
+    def _read(self, flags: _Flags) -> bool:
+        is_bad, is_stopped = flags.read()
         self._is_stop_agreed |= is_stopped
         self.num_skipped += is_bad
         self.num_in_row = self.num_in_row + 1 if is_bad else 0
-        return not is_bad
+        return is_bad
 
     @property
     def stop(self) -> RunStopped | None:

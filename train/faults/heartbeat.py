@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 LOST_CODE = 1
 GRACE_S = 4.0
 """How long survivors wait for one another before they name the others."""
+NCCL_POLL_S = 1.0
 
 
 class Heartbeat:
@@ -32,6 +35,21 @@ class Heartbeat:
         if self._store is not None and step != self.step:
             self._store.set(f"step/{self.rank}", str(step))
         self.step = step
+
+    def watch_nccl(self) -> None:
+        """Have a thread report NCCL's failures, in the place of an exception that never comes.
+
+        NCCL's collectives do not block: a rank that waits for a lost one waits on its GPU. torch's watchdog notices after
+        the timeout, marks the process group, and a minute later aborts the process (torch 2.11 to 2.13: four times
+        TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC). This thread speaks in that minute; where it fails the abort still comes.
+        """
+        if torch.cuda.is_available() and dist.is_initialized():
+            threading.Thread(target=self._watch_nccl, daemon=True, name="nccl errors").start()
+
+    def _watch_nccl(self) -> None:
+        while (error := nccl_error(list(dist.distributed_c10d._world.pg_map))) is None:
+            time.sleep(NCCL_POLL_S)
+        self.report_and_exit(RuntimeError(error))
 
     def post_error(self) -> None:
         """Say that this rank ends with an error of its own, which its launcher shows."""
@@ -89,6 +107,20 @@ class Heartbeat:
         assert self._store is not None
         posted = [rank for rank in silent if self._store.check([f"error/{rank}"])]
         return {rank: self._store.get(f"error/{rank}").decode() for rank in posted}
+
+
+def nccl_error(groups: Iterable[Any]) -> str | None:
+    """What torch's watchdog found wrong with one of these process groups; None where all is well.
+
+    Only what this rank noticed itself counts: a rank that hangs before a collective has noticed nothing.
+    """
+    for group in groups:
+        with contextlib.suppress(RuntimeError):
+            # Groups without a backend for GPUs, and backends without such marks, raise.
+            found = group._get_backend(torch.device("cuda")).get_error()
+            if found.name in ("TIMEOUT", "COMM_ERROR"):
+                return f"NCCL {'timeout' if found.name == 'TIMEOUT' else 'communication error'}"
+    return None
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -1,4 +1,5 @@
-"""The signals by which a cluster asks for its machines back: the step is ended and saved, a second one obeyed."""
+"""The signals by which a cluster asks for its machines back, and Ctrl-C: the step is ended and saved, a second one
+obeyed."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from collections.abc import Callable
 
 from train.faults.stop import PREEMPTED_CODE
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Preemption; by convention a time limit that comes near; the same as submitit has it sent."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+"""Preemption; by convention a time limit that comes near; the same as submitit has it sent; a person's Ctrl-C."""
 SAME_REQUEST_S = 1.0
 """SLURM and the launcher may both deliver the first request."""
 

@@ -1,4 +1,4 @@
-"""Processes that end with their parent. Nothing here imports torch: the launcher uses it too."""
+"""How processes end: with their parent, and in order. Nothing here imports torch: the launcher uses it too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 
@@ -21,3 +23,10 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def end_process(code: int) -> NoReturn:
+    """End without the interpreter's own ending, in which threads of a process group that is gone now and then abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

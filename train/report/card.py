@@ -18,6 +18,12 @@ from train.report.summary import SHARE_OF_FINAL_STEPS
 from train.report.table import count_text, half_up, markdown, percent_text, rate_text
 from train.report.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words, tokenizer_terms, tokenizer_words
 
+CURVES = {
+    "geometric": "each time the same share of the weights that are left",
+    "cubic": "fewer each time, by a cubic (Zhu and Gupta 2017)",
+    "linear": "each time the same number of weights",
+}
+
 
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:
     """The whole README.md: yaml header and Markdown. `siblings` are summaries of finished runs of the same series.
@@ -128,8 +134,16 @@ def _sparsity(config: Config) -> str:
         pruned = f"the weights {_patterns(sparsity.include)}"
     if sparsity.requires_dense:
         pruned += f" but {_patterns(sparsity.requires_dense)}"
-    ranking = "lowest magnitude first, one threshold for all" if sparsity.score == "magnitude" else "in random order"
-    return f"{100 * sparsity.target:g}% of {pruned}, unstructured, {ranking}; a pruned weight never comes back"
+    targets = [f"{100 * group.target:g}% of {_patterns(group.include)}" for group in sparsity.groups]
+    rest = "the rest of " if targets else ""
+    amounts = ", ".join([*targets, f"{100 * sparsity.target:g}% of {rest}{pruned}"])
+    where = "unstructured" if sparsity.pattern == "unstructured" else f"{sparsity.pattern} along the inputs"
+    ranking = "lowest magnitude first" if sparsity.score == "magnitude" else "in random order"
+    if sparsity.scope == "uniform":
+        ranking += ", every layer to its target"
+    elif sparsity.score == "magnitude":
+        ranking += ", one threshold for " + ("each group" if targets else "all")
+    return f"{amounts}, {where}, {ranking}; a pruned weight never comes back"
 
 
 def _patterns(patterns: Sequence[str]) -> str:
@@ -203,11 +217,13 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     }
     if is_sparse(own):
         start, end, every = own["prune_start_step"], own["prune_end_step"], own["prune_every_steps"]
+        kind = plan.schedule.kind if plan.schedule else "geometric"
         lines |= {
             "Pruning start step": f"{start:,}, counted from 0; weights go before the step is trained",
             "Pruning end step": f"{end:,}",
-            "Pruning interval": f"every {every:,} steps, {(end - start) // every + 1:,} times in all, each time the "
-            "same share of the weights that are left",
+            "Pruning interval": f"every {every:,} steps, {(end - start) // every + 1:,} times in all, {CURVES[kind]}"
+            if end > start
+            else "all at once",
         }
     if twin := match_words(config, plan, own, siblings):
         lines["Matching dense model" if is_sparse(own) else "Dense twin of"] = twin

@@ -87,7 +87,8 @@ def match_words(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[
     if average is None:
         name, suffix = own["run_name"], TWIN_SUFFIXES[0]
         return f"`{name.removesuffix(suffix)}`, by its name" if name.endswith(suffix) else None
-    pruned = f"`{config.model.name}` pruned to {100 * config.sparsity.target:g}%"
+    amount = " by groups" if config.sparsity.groups else f" to {100 * config.sparsity.target:g}%"
+    pruned = f"`{config.model.name}` pruned{amount}"
     name = f"`{other['run_name']}`" if other else pruned
     return (
         f"{name}, {count_text(average)} linear parameters on average, "

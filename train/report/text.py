@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sparsity.schedule import Mixed, Ramp
 from train.data import PreparedData
 from train.directory import RunDirectory
 from train.plan import RunPlan
@@ -31,10 +32,18 @@ def opening_words(plan: RunPlan, data: PreparedData, world_size: int, sharding: 
     return "\n".join(
         [
             *lines,
-            f"  pruned to {100 * schedule.sparsity:g} % in {schedule.num_events} events, steps {schedule.start_step} to "
-            f"{schedule.end_step}, one every {schedule.every_steps}; average density "
+            f"  pruned to {100 * schedule.sparsity:.4g} % {_events(schedule)}; average density "
             f"{half_up(plan.average_density, 4)}",
         ]
+    )
+
+
+def _events(schedule: Ramp | Mixed) -> str:
+    if schedule.num_events == 1:
+        return f"in one event before step {schedule.start_step}"
+    return (
+        f"in {schedule.num_events} events ({schedule.kind}), steps {schedule.start_step} to {schedule.end_step}, one every "
+        f"{schedule.every_steps}"
     )
 
 
@@ -85,8 +94,8 @@ def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: in
     """Continue `prompt` with the finished model, loaded as any user would, and write the text to `path`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=False, use_safetensors=True).eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     with torch.random.fork_rng():

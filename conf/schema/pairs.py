@@ -1,0 +1,22 @@
+"""Sparse runs beside their dense twins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.schema.checks import check_choice, names_of
+
+
+@dataclass
+class PairsConfig:
+    """What `python -m eval.pairs` compares."""
+
+    runs: Any = field(default_factory=list)
+    """Run folders, folders of runs, or patterns of them: one, or a list."""
+    format: str = "text"
+    figure: str | None = "pairs.png"
+
+    def __post_init__(self) -> None:
+        self.runs = names_of(self.runs)
+        check_choice("format", self.format, ("text", "json"))

@@ -1,0 +1,75 @@
+"""Runs side by side: the page of `python -m eval.report`, the wandb dashboard of `python -m launch.dashboard`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.schema.checks import check, check_choice
+
+
+@dataclass
+class ReportConfig:
+    """One HTML page, and each of its figures as a PNG in a folder beside it, named like it."""
+
+    runs: Any = field(default_factory=list)
+    """Run folders, folders of runs, or patterns of them, finished or not: one, or a list."""
+    page: str = "report.html"
+    title: str | None = None
+    """The name of the folder that holds the runs where it is null."""
+    loss: str = "heldout_loss"
+    """The figure of summary.json that is set against average parameters, and that the law is fitted to."""
+    form: str = "auto"
+    """The law drawn through the points, as in `python -m eval.scaling_law`; auto: the first of nd, n, power they tell."""
+
+    def __post_init__(self) -> None:
+        self.runs = names(self.runs)
+        check(bool(self.runs), "runs= names nothing: give run folders, a folder of runs, or a pattern of them.")
+        check(
+            Path(self.page).suffix in (".html", ".htm"),
+            f"page={self.page} is no HTML file: give a name that ends in .html.",
+        )
+        check_choice("loss", self.loss, ("heldout_loss", "final_train_loss"))
+        check_choice("form", self.form, ("auto", "nd", "n", "power"))
+
+
+@dataclass
+class DashboardConfig:
+    """A workspace or a report of wandb, over the runs of a sweep or those of some run folders."""
+
+    sweep_name: str | None = None
+    """The wandb group of the runs."""
+    runs: Any = field(default_factory=list)
+    """Run folders, folders of runs, or patterns of them, whose wandb runs are shown: one, or a list."""
+    kind: str = "workspace"
+    """A workspace is a live view of the project, a report a page to share."""
+    title: str | None = None
+    project: str | None = None
+    """Where it is null that of the run folders, else sparsellm."""
+    entity: str | None = None
+    """Where it is null that of the run folders, else the account's own."""
+    dry_run: bool = False
+    """Print the dashboard's JSON, and ask for no account."""
+
+    def __post_init__(self) -> None:
+        self.runs = names(self.runs)
+        check(
+            self.sweep_name is not None or bool(self.runs),
+            "a dashboard needs sweep_name=, the group of its wandb runs, or runs=, their folders.",
+        )
+        check(
+            self.sweep_name is None or not self.runs,
+            f"sweep_name={self.sweep_name} and runs={','.join(self.runs)} both say which runs: give one of them.",
+        )
+        check_choice("kind", self.kind, ("workspace", "report"))
+
+
+def names(value: Any) -> list[str]:
+    """One name or a list of them as a list; a ValueError where it holds anything else."""
+    listed = [value] if isinstance(value, str) else value
+    check(
+        isinstance(listed, list) and all(isinstance(name, str) and name for name in listed),
+        f"runs={value} is no list of names: give run folders, a folder of runs, or a pattern of them.",
+    )
+    return listed

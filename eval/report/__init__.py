@@ -1,0 +1,1 @@
+"""Runs side by side: the list of panels, and the page drawn from it."""

@@ -1,0 +1,163 @@
+"""WikiText, or a text of one's own read as it is: its rows, its pages, and the pages as ordinary prose.
+
+Three conventions for one text. The token-level figures read its rows as Salesforce/wikitext gives them; the word-level
+one reads its articles, as EleutherAI/wikitext_document_level cuts them and lm-evaluation-harness rewrites them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from conf.schema import DataConfig
+from train.data import hub
+
+REPOSITORY = "Salesforce/wikitext"
+SUBSET = "wikitext-2-raw-v1"
+"""Its test split is WikiText-103's."""
+BLANK_LINE = " \n"
+"""What the original file has for a row that is ''."""
+
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_PAGE_TITLE = re.compile(r"= (?!=).*(?<!=) =")
+
+PROSE: tuple[tuple[str, str], ...] = (
+    (r"s '", "s'"),
+    # The tokenizer of WikiText wrote 1,000 as 1 @,@ 000.
+    *((f" @{re.escape(sign)}@ ", sign) for sign in "-,."),
+    *((f" {re.escape(sign)} ", f"{sign} ") for sign in ":;.!?,"),
+    # No space inside a pair.
+    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
+    (r'"\s*([^"]*?)\s*"', r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+    (r"= = = =", "===="),
+    (r"= = =", "==="),
+    (r"= =", "=="),
+    (r" ° ", "°"),
+    (r" \n", "\n"),
+    (r"\n ", "\n"),
+    (r" N ", " 1 "),
+    (r" 's", "'s"),
+)
+"""The rewriting rules of lm-evaluation-harness's task wikitext 2.0, in its order."""
+
+
+@dataclass(frozen=True)
+class WikiText:
+    """A text in WikiText's format; any other text is one too, most likely of a single page."""
+
+    source: str
+    """As the file has it."""
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return _LINE.findall(self.source)
+
+    @cached_property
+    def text(self) -> str:
+        """What the token-level figures score: the rows, a blank one being '', with an empty line between them."""
+        return "\n\n".join(line if line.strip() else "" for line in self.lines)
+
+    @cached_property
+    def pages(self) -> list[str]:
+        """The articles: each begins at a title ` = Like this = `, and what stands before the first is one as well."""
+        starts: list[list[str]] = [[]]
+        for line in self.source.split("\n"):
+            if _PAGE_TITLE.fullmatch(line.strip()):
+                starts.append([])
+            starts[-1].append(line)
+        pages = ["\n".join(lines) for lines in starts]
+        return [page for page in pages[:-1] if page.strip()] + pages[-1:]
+
+    @property
+    def num_words(self) -> int:
+        """Between white space: the count that WikiText is known by."""
+        return len(self.source.split())
+
+    @property
+    def num_page_words(self) -> int:
+        """lm-evaluation-harness's: the pieces that white space cuts each page into, an empty one at an end included."""
+        return sum(len(re.split(r"\s+", page)) for page in self.pages)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def first_pages(self, num_pages: int) -> WikiText:
+        return WikiText("\n".join(self.pages[:num_pages]))
+
+
+def as_prose(page: str) -> str:
+    """A page as people write: WikiText puts spaces around punctuation and inside numbers."""
+    for pattern, replacement in PROSE:
+        page = re.sub(pattern, replacement, page)
+    return page
+
+
+def read_wikitext(config: DataConfig) -> WikiText:
+    """The text of data.path, or the hub's test split; a ValueError where there is none."""
+    if config.path is None:
+        text = WikiText(_from_hub(config.subset or SUBSET))
+    else:
+        path = Path(config.path).expanduser()
+        if not path.is_file():
+            raise ValueError(
+                f"data.path={config.path} is no file: give a text file such as wiki.test.raw, or a .parquet."
+            )
+        text = WikiText(_from_parquet(path) if path.suffix == ".parquet" else _from_text(path))
+    if config.max_documents is not None:
+        text = text.first_pages(config.max_documents)
+    if not text.source.strip():
+        raise ValueError(f"data.path={config.path} holds no text: give a file with some.")
+    return text
+
+
+def _from_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        line = path.read_bytes().count(b"\n", 0, error.start) + 1
+        raise ValueError(f"data.path={path}, line {line} is not UTF-8: convert the file to UTF-8.") from None
+    except OSError as error:
+        raise ValueError(
+            f"data.path={path} cannot be read ({error.strerror}): give a file that you may read."
+        ) from None
+
+
+def _from_parquet(path: Path) -> str:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return _as_file(pq.read_table(path, columns=["text"]).column(0).to_pylist())
+    except (pa.ArrowException, OSError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data.path={path} is no parquet file of rows of text ({reason}): fetch it anew.") from None
+
+
+def _from_hub(subset: str) -> str:
+    import datasets
+    from huggingface_hub import constants
+
+    if not (is_online := hub.is_reachable()):
+        # Both would try again for half a minute before they look into their cache.
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        rows = datasets.load_dataset(REPOSITORY, subset, split="test")
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        reason = first_line if is_online else f"it does not answer, and its cache here has no {REPOSITORY}"
+        raise ValueError(
+            f"data=wikitext cannot be had from the hub ({reason}): connect to the network, or give its test file in "
+            "data.path."
+        ) from None
+    return _as_file(list(rows["text"]))
+
+
+def _as_file(rows: list[str]) -> str:
+    return "".join(row or BLANK_LINE for row in rows)

@@ -1,0 +1,75 @@
+"""Runs side by side in wandb: `python -m launch.dashboard sweep_name=SWEEP [kind=report] [dry_run=true]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+from conf.cli import user_errors
+from conf.compose import composed, quoted_list, quoted_text
+from conf.schema import DashboardConfig
+from launch.dashboard.selection import Selection, select
+from train.wandb_key import has_wandb_key
+
+USAGE = """python -m launch.dashboard sweep_name=SWEEP                 a workspace over the wandb runs of a sweep
+python -m launch.dashboard runs=runs/SWEEP kind=report      a report, over the runs of some folders
+    ... entity=TEAM project=sparsellm title=...
+    ... dry_run=true                                        prints its JSON; needs no account
+Runs that were logged offline are uploaded first: wandb sync runs/SWEEP/*/wandb/offline-run-*. The same panels without an
+account: python -m eval.report runs=runs/SWEEP. Keys: conf/dashboard.yaml, DashboardConfig in conf/schema/report.py."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(USAGE)
+        return
+    with user_errors():
+        config: DashboardConfig = composed("dashboard", [quoted_text(quoted_list(argument)) for argument in arguments])
+        check_possible(config)
+        selection = select(config)
+        from launch.dashboard.views import build_view, view_spec
+
+        title = config.title or config.sweep_name or selection.words
+        if config.dry_run:
+            print(json.dumps(view_spec(build_view(config.kind, title, selection)), indent=2))
+            return
+        print(save(config, title, selection))
+
+
+def check_possible(config: DashboardConfig) -> None:
+    """A ValueError where the library or the account is missing."""
+    if find_spec("wandb_workspaces") is None:
+        raise ValueError("launch.dashboard needs the library wandb-workspaces: pip install 'sparsellm[dashboard]'.")
+    if not config.dry_run and not has_wandb_key():
+        raise ValueError(
+            "launch.dashboard needs a wandb account: run `wandb login` or set WANDB_API_KEY; dry_run=true prints the "
+            "dashboard without one, and python -m eval.report runs=FOLDERS draws the same panels."
+        )
+
+
+def save(config: DashboardConfig, title: str, selection: Selection) -> str:
+    """Create the dashboard; its address. A ValueError where wandb does not take it."""
+    import wandb
+
+    from launch.dashboard.views import build_view
+
+    try:
+        if not selection.entity:
+            selection = replace(selection, entity=str(wandb.Api().default_entity))
+        view: Any = build_view(config.kind, title, selection)
+        view.save()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise ValueError(
+            f"wandb did not take the dashboard for {selection.entity or 'your account'}/{selection.project} ({reason}): "
+            "check entity=, project= and the connection; dry_run=true prints it."
+        ) from None
+    return str(view.url)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

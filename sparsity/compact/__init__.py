@@ -1,0 +1,13 @@
+"""Compact checkpoints: a sparse model in the bytes of its kept weights and one bit a weight (docs/compact.md).
+
+    import sparsity.compact
+    model = AutoModelForCausalLM.from_pretrained("compact-folder")
+
+Importing this makes transformers know the format. `compact_folder` writes it, `expand_folder` a plain folder from it.
+"""
+
+from sparsity.compact.contents import METHOD, VERSION
+from sparsity.compact.folder import Folder, compact_folder, expand_folder
+from sparsity.compact.loading import CompactLoader, CompactWeights
+
+__all__ = ["METHOD", "VERSION", "CompactLoader", "CompactWeights", "Folder", "compact_folder", "expand_folder"]

@@ -1,0 +1,238 @@
+"""One safetensors file made compact, or plain again: streamed, with less than one tensor in memory."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from sparsity.compact.bitmask import BLOCK, bitmask_bytes, check_bitmask, compress, expand
+from sparsity.compact.contents import BITMASK, METHOD, Stored, format_contents, is_compact, read_contents, start_crc32
+from sparsity.compact.header import Entry, Header, format_header, read_header
+
+Progress = Callable[[int], object]
+"""Called with numbers of bytes of dense data that are done."""
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {str(dtype).removeprefix("torch."): name for name, dtype in _TORCH.items()}
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor ready to be written: its mask, where that is worth it, and its values in pieces."""
+
+    bitmask: np.ndarray | None
+    values: list[np.ndarray] | Iterator[np.ndarray]
+    num_bytes: int
+    """Of the values alone."""
+
+
+def compact_file(source: Path, target: Path | None, dtype: str | None = None, progress: Progress = int) -> list[Stored]:
+    """Write the compact form of `source` to `target`, and return what it holds; nothing is written where it is None.
+
+    `dtype` (F64, F32, F16, BF16) converts floating-point tensors first. At most one tensor's kept values are held.
+    """
+    header = read_header(source)
+    check_plain(source, header)
+    with open(source, "rb", buffering=0) as file:
+        if target is None:
+            return list(_compacted(file, header, dtype, progress, None))
+        with open(target, "wb", buffering=0) as out:
+            room = _room_for_header(header)
+            out.seek(room)
+            stored = list(_compacted(file, header, dtype, progress, out))
+            entries = {}
+            for tensor in stored:
+                if tensor.bitmask is not None:
+                    entries[tensor.name + BITMASK] = tensor.bitmask
+                entries[tensor.name] = tensor.values
+            out.seek(0)
+            _write(out, format_header({**header.metadata, METHOD: format_contents(stored)}, entries, room))
+            os.fsync(out.fileno())
+    return stored
+
+
+def expand_file(source: Path, target: Path, progress: Progress = int) -> list[Stored]:
+    """Write the plain form of the compact file `source` to `target`; a ValueError where a tensor is damaged."""
+    header, stored = read_contents(source)
+    entries, end = {}, 0
+    for tensor in stored:
+        entries[tensor.name] = Entry(tensor.dtype, tensor.shape, end, tensor.dense_bytes)
+        end += tensor.dense_bytes
+    metadata = {key: value for key, value in header.metadata.items() if key != METHOD}
+    with open(source, "rb", buffering=0) as file, open(target, "wb", buffering=0) as out:
+        _write(out, format_header(metadata, entries))
+        for tensor in stored:
+            for piece in _dense_pieces(file, header, tensor, source):
+                _write(out, piece)
+                progress(piece.nbytes)
+        os.fsync(out.fileno())
+    return stored
+
+
+def check_file(path: Path) -> list[Stored]:
+    """What a compact file holds; a ValueError where a tensor has another checksum or number of kept weights."""
+    header, stored = read_contents(path)
+    with open(path, "rb", buffering=0) as file:
+        for tensor in stored:
+            if tensor.bitmask is None:
+                for _ in _dense_pieces(file, header, tensor, path):
+                    pass
+            else:
+                _read_sparse(file, header, tensor, path)
+    return stored
+
+
+def check_plain(path: Path, header: Header) -> None:
+    """A ValueError for a file that is compact already or could not be told from one."""
+    if is_compact(header):
+        raise ValueError(f"{path} is compact already: load it after `import sparsity.compact`, or expand it.")
+    for name in header.entries:
+        if name.endswith(BITMASK):
+            raise ValueError(f"{path} holds a tensor named {name!r}: names that end with {BITMASK} are of the format.")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path} has the tensor name {name!r}, which is no text: rename it.") from error
+
+
+def _compacted(
+    file: BinaryIO, header: Header, dtype: str | None, progress: Progress, out: BinaryIO | None
+) -> Iterator[Stored]:
+    """Every tensor of `file` in its compact form, written to `out` one after another."""
+    position = 0
+    # The widest items first: masks are whole 64-bit words, so all tensors lie aligned.
+    order = sorted(header.entries.items(), key=lambda item: (-_final(item[1], dtype).item_bytes, item[1].start))
+    for name, entry in order:
+        final = _final(entry, dtype)
+        pieces = _pieces(file, header, entry, final.dtype)
+        crc32 = start_crc32(name, final.dtype, final.shape)
+        bitmask = None
+        if pieces.bitmask is not None:
+            bitmask = Entry("U8", (pieces.bitmask.size,), position, pieces.bitmask.nbytes)
+            position += bitmask.num_bytes
+            crc32 = zlib.crc32(pieces.bitmask.data, crc32)
+            _write(out, pieces.bitmask)
+            final = replace(final, shape=(pieces.num_bytes // final.item_bytes,), num_bytes=pieces.num_bytes)
+        values = replace(final, start=position)
+        position += values.num_bytes
+        if out is not None:
+            for piece in pieces.values:
+                crc32 = zlib.crc32(piece.data, crc32)
+                _write(out, piece)
+        progress(entry.num_bytes)
+        yield Stored(name, entry.shape, values, bitmask, crc32)
+
+
+def _pieces(file: BinaryIO, header: Header, entry: Entry, dtype: str) -> Pieces:
+    """A tensor's mask and kept values, or its dense values where these take no more bytes."""
+    final = _final(entry, dtype)
+    dense = Pieces(None, _items(file, header, entry, dtype), final.num_bytes)
+    mask_bytes = bitmask_bytes(entry.numel)
+    if not final.item_bytes or mask_bytes >= final.num_bytes:
+        return dense
+    bitmask, position = np.empty(mask_bytes, np.uint8), 0
+    kept, num_bytes = [], 0
+    for items in _items(file, header, entry, dtype):
+        bits, values = compress(items)
+        bitmask[position : position + bits.size] = bits
+        position += bits.size
+        kept.append(values)
+        num_bytes += values.nbytes
+        if num_bytes + mask_bytes >= final.num_bytes:
+            return dense
+    return Pieces(bitmask, kept, num_bytes)
+
+
+def _items(file: BinaryIO, header: Header, entry: Entry, dtype: str) -> Iterator[np.ndarray]:
+    """The items of a dense tensor as unsigned integers, a block at a time, converted to `dtype`."""
+    size = BLOCK * entry.item_bytes or _CHUNK
+    for start in range(0, entry.num_bytes, size):
+        data = _read(file, header.num_bytes + entry.start + start, min(size, entry.num_bytes - start))
+        if dtype != entry.dtype:
+            values = torch.from_numpy(data).view(_TORCH[entry.dtype]).to(_TORCH[dtype])
+            data = values.view(torch.uint8).numpy()
+        yield data.view(f"u{_final(entry, dtype).item_bytes or 1}")
+
+
+def _dense_pieces(file: BinaryIO, header: Header, tensor: Stored, path: Path) -> Iterator[np.ndarray]:
+    """The dense items of a stored tensor; those of a sparse one only after all of it was checked."""
+    if tensor.bitmask is not None:
+        bitmask, values = _read_sparse(file, header, tensor, path)
+        yield from expand(bitmask, values.view(f"u{tensor.values.item_bytes}"), tensor.numel)
+        return
+    crc32 = start_crc32(tensor.name, tensor.dtype, tensor.shape)
+    for start in range(0, tensor.values.num_bytes, _CHUNK):
+        size = min(_CHUNK, tensor.values.num_bytes - start)
+        data = _read(file, header.num_bytes + tensor.values.start + start, size)
+        crc32 = zlib.crc32(data.data, crc32)
+        yield data
+    _check_crc32(tensor, crc32, path)
+
+
+def _read_sparse(file: BinaryIO, header: Header, tensor: Stored, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The mask and the bytes of the values of a sparse tensor, checked."""
+    assert tensor.bitmask is not None
+    bitmask = _read(file, header.num_bytes + tensor.bitmask.start, tensor.bitmask.num_bytes)
+    values = _read(file, header.num_bytes + tensor.values.start, tensor.values.num_bytes)
+    crc32 = zlib.crc32(bitmask.data, start_crc32(tensor.name, tensor.dtype, tensor.shape))
+    _check_crc32(tensor, zlib.crc32(values.data, crc32), path)
+    try:
+        check_bitmask(bitmask, tensor.numel, tensor.values.numel)
+    except ValueError as error:
+        raise ValueError(f"{path}: {tensor.name} is damaged ({error}): copy it again.") from error
+    return bitmask, values
+
+
+def _check_crc32(tensor: Stored, found: int, path: Path) -> None:
+    if found != tensor.crc32:
+        raise ValueError(
+            f"{path}: {tensor.name} is damaged (its checksum is {found:08x} where {tensor.crc32:08x} was written): copy "
+            "it again."
+        )
+
+
+def _final(entry: Entry, dtype: str | None) -> Entry:
+    """The dense entry after a conversion to `dtype`, of which only floating-point tensors take part."""
+    if dtype is None or entry.dtype == dtype or entry.dtype not in _TORCH:
+        return entry
+    return replace(entry, dtype=dtype, num_bytes=entry.numel * _TORCH[dtype].itemsize)
+
+
+def _room_for_header(header: Header) -> int:
+    """Bytes that the compact file's header cannot exceed: as if every tensor were sparse, at the highest offsets."""
+    end = sum(max(entry.num_bytes, 8 * entry.numel) + bitmask_bytes(entry.numel) for entry in header.entries.values())
+    stored, entries = [], {}
+    for name, entry in header.entries.items():
+        # No conversion lengthens the name of a type beyond this.
+        values = Entry(max(entry.dtype, "BF16", key=len), entry.shape, end, 0)
+        entries[name] = values
+        entries[name + BITMASK] = Entry("U8", (bitmask_bytes(entry.numel),), end, 0)
+        stored.append(Stored(name, entry.shape, values, values, 0))
+    return len(format_header({**header.metadata, METHOD: format_contents(stored)}, entries))
+
+
+def _read(file: BinaryIO, start: int, size: int) -> np.ndarray:
+    data = np.empty(size, np.uint8)
+    file.seek(start)
+    view = data.data
+    while view:
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError(f"{file.name} ended while it was read: copy it again.")
+        view = view[count:]
+    return data
+
+
+def _write(out: BinaryIO | None, data: np.ndarray | bytes) -> None:
+    if out is None or len(data) == 0:
+        return
+    view = memoryview(data.data if isinstance(data, np.ndarray) else data).cast("B")
+    while view:
+        view = view[out.write(view) :]

@@ -1,0 +1,157 @@
+"""transformers loads compact folders: a quantizer that turns mask and values into ordinary dense parameters.
+
+The loading is transformers' own, tensor by tensor, with its `device_map` and `dtype`. What it gives is a plain model:
+`save_pretrained` writes a plain folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparsity.compact.bitmask import expand_tensor
+from sparsity.compact.contents import BITMASK, METHOD, VERSION, Stored, check_version
+from sparsity.compact.files import check_file
+
+
+@register_quantization_config(METHOD)
+class CompactWeights(QuantizationConfigMixin):
+    """`quantization_config` of a compact folder's config.json."""
+
+    dequantize = True
+    """transformers then forgets the quantization once the weights are loaded."""
+
+    def __init__(self, version: Any = VERSION, quant_method: Any = METHOD, **others: Any) -> None:
+        check_version(version, "The model's quantization_config")
+        if others:
+            raise ValueError(f"quantization_config has the key {next(iter(others))}, which {METHOD} does not know.")
+        self.quant_method = quant_method
+        self.version = version
+
+
+@register_quantizer(METHOD)
+class CompactLoader(HfQuantizer):
+    """Checks the files before anything is loaded, then hands transformers the operation that expands a tensor."""
+
+    requires_calibration = True
+    """Weights are made compact by `compact_folder`, not while they are loaded."""
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.sparse_names: list[str] = []
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: Any = None, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        """A ValueError where a file is damaged, or holds another shape than the model."""
+        if not checkpoint_files:
+            raise ValueError("A compact model is loaded from its folder: give from_pretrained that, and no state_dict.")
+        expected = model.state_dict()
+        # Models with a plan of their own keep some weights in float32.
+        self.dtypes = {} if model._get_dtype_plan(dtype) else {name: p.dtype for name, p in model.named_parameters()}
+        names: dict[str, str] = {}
+        for file in checkpoint_files:
+            for tensor in check_file(Path(file)):
+                if names.setdefault(tensor.name, file) != file:
+                    raise ValueError(f"{tensor.name} is in {names[tensor.name]} and in {file}: copy the folder again.")
+                _check_shape(tensor, expected, model.base_model_prefix)
+                if tensor.bitmask is not None:
+                    self.sparse_names.append(tensor.name)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        return [*weight_conversions, *expansions(self.sparse_names, weight_conversions)]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        # What save_pretrained would otherwise have to undo.
+        used = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [conversion for conversion in used if not _expands(conversion)]
+        # transformers 5.17 leaves the file's type where a base model's names differ from the file's.
+        for name, param in model.named_parameters():
+            if param.dtype != self.dtypes.get(name, param.dtype) and param.device.type != "meta":
+                param.data = param.data.to(self.dtypes[name])
+
+
+class ExpandBitmask(ConversionOps):
+    """A bitmask and the values that it keeps -> the dense tensor."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        name = kwargs["full_layer_name"]
+        bitmask, values = (_only(input_dict.get(pattern), name) for pattern in source_patterns)
+        try:
+            return {name: expand_tensor(bitmask, values, kwargs["model"].get_parameter_or_buffer(name).shape)}
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot be expanded ({error}): a compact model cannot be sharded while it is loaded, so "
+                "expand its folder first where this is a parallel plan."
+            ) from error
+
+
+def expansions(sparse_names: Sequence[str], conversions: Iterable[Any]) -> list[WeightConverter]:
+    """The conversion that collects the mask and the values of every sparse tensor under the tensor's name.
+
+    Names are those of the files; a model whose own conversions merge or split such tensors is refused.
+    """
+    if not sparse_names:
+        return []
+    conversions = deepcopy(list(conversions))
+    names = [_renamed(name, conversions) for name in sparse_names]
+    for conversion in conversions:
+        if isinstance(conversion, WeightConverter):
+            for name in names:
+                if conversion.rename_source_key(name)[1] is not None:
+                    raise ValueError(
+                        f"{name} is merged or split while it is loaded, which compact tensors cannot be: expand the folder "
+                        "with `python -m eval.compact model=DIR out=OUT expand=true` and load that."
+                    )
+    # An empty match in front of exactly these names: dense tensors are left to transformers.
+    values = f"^(?=(?:{'|'.join(map(re.escape, names))})$)"
+    return [WeightConverter([re.escape(BITMASK) + "$", values], "", [ExpandBitmask()])]
+
+
+def _renamed(name: str, conversions: Iterable[Any]) -> str:
+    for conversion in conversions:
+        if isinstance(conversion, WeightRenaming):
+            name = conversion.rename_source_key(name)[0]
+    return name
+
+
+def _expands(conversion: Any) -> bool:
+    return any(isinstance(operation, ExpandBitmask) for operation in getattr(conversion, "operations", ()))
+
+
+def _only(tensors: Any, name: str) -> Tensor:
+    if isinstance(tensors, list) and len(tensors) == 1:
+        tensors = tensors[0]
+    if not isinstance(tensors, torch.Tensor):
+        raise ValueError(f"{name} has not one bitmask and one list of values: copy its folder again.")
+    return tensors
+
+
+def _check_shape(tensor: Stored, expected: dict[str, Tensor], prefix: str) -> None:
+    """A ValueError where the model has `tensor` in another shape, under its own name or that of the base model."""
+    for name in (tensor.name, f"{prefix}.{tensor.name}", tensor.name.removeprefix(f"{prefix}.")):
+        if name in expected and tuple(expected[name].shape) != tensor.shape:
+            raise ValueError(
+                f"{tensor.name} is {tensor.shape} in the file and {tuple(expected[name].shape)} in the model: config.json "
+                "is of another model."
+            )

@@ -1,0 +1,75 @@
+"""One event on one pool: the weights with the smallest keys go, those that the pattern lets go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsity.pattern import NofM
+from sparsity.score import Score, magnitude
+from sparsity.select import Threshold, prune_smallest_
+from sparsity.shards import ParameterShard, RankLayout, chunks
+
+
+@torch.no_grad()
+def prune_pool_(
+    shards: Sequence[ParameterShard],
+    num_pruned: int,
+    *,
+    pattern: NofM | None = None,
+    score: Score = magnitude,
+    layout: RankLayout | None = None,
+) -> Threshold | None:
+    """Set the masks so that exactly `num_pruned` weights of all shards are pruned; see `prune_smallest_`.
+
+    Under N:M only the M - N smallest weights of each block compete, ties to the lower index, so that the pattern holds
+    once all of them are pruned, and no block ever loses more. A block is M consecutive weights of a row: FSDP2 shards
+    whole rows, so it lies on one rank. For the time of the call the candidates are held twice. Collective over the
+    shard group.
+    """
+    if pattern is None:
+        return prune_smallest_(shards, num_pruned, score=score, layout=layout)
+    most = sum(pattern.num_candidates(shard.full_numel) for shard in shards)
+    if num_pruned > most:
+        raise ValueError(f"pattern={pattern} lets {most:,} weights go, not {num_pruned:,}: prune less.")
+    allowed = [candidates(shard, pattern, score) for shard in shards]
+    compact = [
+        ParameterShard(
+            shard.name,
+            shard.values[chosen],
+            shard.mask[chosen],
+            # Every block has as many candidates: where a shard begins among them is the same for any world size.
+            pattern.num_candidates(shard.offset),
+            pattern.num_candidates(shard.full_numel),
+        )
+        for shard, chosen in zip(shards, allowed, strict=True)
+    ]
+    threshold = prune_smallest_(compact, num_pruned, score=score, layout=layout)
+    for shard, chosen, few in zip(shards, allowed, compact, strict=True):
+        shard.mask[chosen] = few.mask
+    return threshold
+
+
+def candidates(shard: ParameterShard, pattern: NofM, score: Score) -> Tensor:
+    """Bool [local numel]: the M - N smallest keys of each block of M weights; of equal keys the lower index.
+
+    Weights pruned before come first, also before survivors that are 0.
+    """
+    chosen = torch.zeros_like(shard.mask)
+    for part in chunks(shard.values.numel() // pattern.block, shard.values.device):
+        weights = slice(part.start * pattern.block, part.stop * pattern.block)
+        keys = score(shard, weights).masked_fill(~shard.mask[weights], -1).view(-1, pattern.block)
+        smallest = torch.argsort(keys, dim=1, stable=True)[:, : pattern.block - pattern.kept]
+        chosen[weights].view(keys.shape).scatter_(1, smallest, True)
+    return chosen
+
+
+def count_overfull_blocks(shards: Sequence[ParameterShard], pattern: NofM, layout: RankLayout) -> int:
+    """Blocks that have lost more than M - N weights, over all shards. Collective over the shard group."""
+    counts = [
+        torch.count_nonzero((~shard.mask).view(-1, pattern.block).sum(dim=1) > pattern.block - pattern.kept)
+        for shard in shards
+    ]
+    return int(layout.sum_counts(torch.stack(counts).sum()))

@@ -1,0 +1,258 @@
+"""Which weights of a model are pruned: masks, counts and checks, to be called with or without a training loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparsity.mask import (
+    check_replicas_agree,
+    count_kept,
+    count_nonzero_pruned,
+    make_shards,
+    mask_gradients,
+    masks_from_zeros,
+    state_holder,
+    zero_pruned_,
+    zero_pruned_state_,
+)
+from sparsity.pattern import UNSTRUCTURED, parse_pattern
+from sparsity.prunable import check_pattern, prunable_parameters
+from sparsity.prune import count_overfull_blocks, prune_pool_
+from sparsity.schedule import Ramp, Schedule
+from sparsity.scope import Group, Pool, ScopeName, make_pools, num_pruned, seen_together
+from sparsity.score import ScoreName, magnitude_of_key, score_named
+from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layout
+
+
+class Pruner:
+    """Masks on a model's prunable parameters, and how they come about.
+
+    How many weights go follows from `schedule`; which compete, from `scope` and `groups` (`sparsity.scope`); where they
+    may go, from `pattern` (`sparsity.pattern`); what ranks them, from `score` (`sparsity.score`). `include` and
+    `requires_dense` are name patterns, see `prunable_parameters`. A ValueError says which choices do not go together.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        score: ScoreName = "magnitude",
+        scope: ScopeName = "global",
+        groups: Sequence[Group] = (),
+        pattern: str = UNSTRUCTURED,
+        include: Sequence[str] | None = None,
+        requires_dense: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        self.schedule = schedule
+        self.score = score_named(score, seed)
+        self.scope = scope
+        self.groups = groups
+        self.pattern = parse_pattern(pattern)
+        self.include = include
+        self.requires_dense = requires_dense
+        self.inherited: dict[str, int] = {}
+        """Weights of each prunable parameter that were zero when the run began and are kept so."""
+        self.threshold: float | None = None
+        """The largest magnitude that the last event pruned; None before the first and for other scores."""
+        self.kept: dict[str, int] = {}
+        """Kept weights of each prunable parameter, over all ranks."""
+        self.num_prunable = 0
+        self.overall = schedule
+        """The schedule of all prunable weights together, where groups have targets of their own."""
+        self._has_magnitudes = score == "magnitude"
+        self._events = frozenset(schedule.events())
+        self._parameters: dict[str, Tensor] = {}
+        self._shards: list[ParameterShard] = []
+        self._pools: list[Pool] = []
+        self._layout = RankLayout()
+        self._hooks: list[RemovableHandle] = []
+        self._check_choices(score)
+
+    def _check_choices(self, score: str) -> None:
+        make_pools({}, self.scope)
+        if self.groups and not isinstance(self.schedule, Ramp):
+            raise ValueError(
+                f"groups need a schedule that can end at their own targets, not {type(self.schedule).__name__}: choose one "
+                "of sparsity.schedule, such as Geometric."
+            )
+        if not self._events:
+            chosen = {"scope": self.scope, "pattern": str(self.pattern or UNSTRUCTURED), "score": score}
+            usual = ("global", UNSTRUCTURED, "magnitude")
+            for (key, value), default in zip(chosen.items(), usual, strict=True):
+                if value != default:
+                    raise ValueError(
+                        f"{key}={value} has no effect with {type(self.schedule).__name__}(), which keeps the zeros there are "
+                        "and prunes nothing: leave it out, or choose a schedule with events."
+                    )
+        if self.pattern is not None:
+            for sparsity in (1 - self.schedule.density(max(self._events)), *(group.sparsity for group in self.groups)):
+                self.pattern.check_sparsity(sparsity)
+
+    @property
+    def density(self) -> float:
+        """Share of the prunable weights that is kept now."""
+        return sum(self.kept.values()) / self.num_prunable if self.num_prunable else 1.0
+
+    @property
+    def num_inherited(self) -> int:
+        """Weights that were zero when the run began and are kept so."""
+        return sum(self.inherited.values())
+
+    @property
+    def shards(self) -> list[ParameterShard]:
+        """The local shards with their masks, after `bind`."""
+        return self._shards
+
+    def layer_densities(self) -> dict[str, float]:
+        """Share kept of each prunable parameter."""
+        return {name: self.kept[name] / param.numel() for name, param in self._parameters.items()}
+
+    def bind(self, model: nn.Module) -> None:
+        """Find the prunable parameters of a prepared model and mask their gradients from now on."""
+        self.unbind()
+        self.threshold, self.inherited = None, {}
+        self._parameters = prunable_parameters(model, self.include, self.requires_dense)
+        if self.pattern is not None:
+            check_pattern(model, self._parameters, self.pattern)
+        self.kept = {name: param.numel() for name, param in self._parameters.items()}
+        self.num_prunable = sum(self.kept.values())
+        self._pools = make_pools(self.kept, self.scope, self.groups)
+        if isinstance(self.schedule, Ramp):
+            self.overall = seen_together(self.schedule, self._pools)
+        self._layout = rank_layout(list(self._parameters.values()))
+        self._shards = make_shards(self._parameters)
+        self._hooks = mask_gradients(zip(self._parameters.values(), self._shards, strict=True))
+
+    def unbind(self) -> None:
+        """Gradients are masked no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def inherit(self) -> None:
+        """Take the masks over from the model's exact zeros. Collective."""
+        self.take_masks_from_zeros()
+        self.inherited = {name: self._parameters[name].numel() - kept for name, kept in self.kept.items()}
+        for name in (name for name, kept in self.kept.items() if not kept):
+            warnings.warn(
+                f"{name} is all zeros and stays so; name it in requires_dense if it is new and to be trained.",
+                stacklevel=2,
+            )
+
+    def take_masks_from_zeros(self) -> None:
+        """What is exactly 0 is pruned; a ValueError where the pattern has no room for it. Collective."""
+        masks_from_zeros(self._shards)
+        self._count()
+        self._check_blocks()
+
+    def prune_at(self, step: int, optimizer: Any = None) -> None:
+        """The event before `step`: prune each pool to its density there. Collective over all ranks."""
+        self._prune([pool.num_pruned(self.schedule, step) for pool in self._pools], optimizer)
+
+    def prune(self, density: float, optimizer: Any = None) -> None:
+        """Prune each pool to `density`: round((1 - density) x N) of its N weights. Collective over all ranks."""
+        self._prune([num_pruned(pool.numel, density) for pool in self._pools], optimizer)
+
+    def _prune(self, counts: Sequence[int], optimizer: Any) -> None:
+        """Prune the pools to as many weights as `counts` says; one that has already lost as many stays as it is."""
+        self._refresh()
+        keys = []
+        for pool, count in zip(self._pools, counts, strict=True):
+            if count > self._num_pruned(pool):
+                members = set(pool.names)
+                shards = [shard for shard in self._shards if shard.name in members]
+                threshold = prune_pool_(shards, count, pattern=self.pattern, score=self.score, layout=self._layout)
+                assert threshold is not None
+                keys.append(threshold.key)
+        if not keys:
+            return
+        check_replicas_agree(self._shards, self._layout)
+        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
+            zero_pruned_(param, shard.mask)
+            if optimizer is not None:
+                zero_pruned_state_(state_holder(optimizer), param, shard.mask)
+        self._count()
+        if self._has_magnitudes:
+            self.threshold = magnitude_of_key(max(keys))
+
+    def zero_pruned(self) -> None:
+        """Write 0 into every pruned weight."""
+        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
+            zero_pruned_(param, shard.mask)
+
+    def check_masks(self, kept: dict[str, int], inherited: dict[str, int], global_step: int) -> None:
+        """Take masks that were written into `shards` for those before step `global_step`; a ValueError where they aren't.
+
+        It says what disagrees: the masks with the counts `kept`, the weights with the masks, or the number pruned with the
+        schedule and what was `inherited`. Collective.
+        """
+        self._count()
+        for name in dict.fromkeys([*self.kept, *kept]):
+            found, saved = self.kept.get(name), kept.get(name)
+            if found != saved:
+                raise ValueError(
+                    f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks "
+                    "or is of another model; resume from another checkpoint."
+                )
+        alive = count_nonzero_pruned(self._shards, self._layout)
+        if alive:
+            raise ValueError(
+                f"The checkpoint has {alive:,} weights that its masks prune but that are not 0: it is damaged or was "
+                "edited; resume from another checkpoint."
+            )
+        for pool in self._pools:
+            scheduled = pool.num_pruned(self.schedule, global_step - 1)
+            scheduled = max(scheduled, sum(inherited.get(name, 0) for name in pool.names))
+            if self._num_pruned(pool) != scheduled:
+                raise ValueError(
+                    f"The checkpoint has {self._num_pruned(pool):,} pruned weights{self._of(pool)} where the schedule prunes "
+                    f"{scheduled:,} before step {global_step}: it is of another schedule; resume from another checkpoint."
+                )
+        self._check_blocks()
+        self.inherited = dict(inherited)
+
+    def check_zeros(self, global_step: int, *, more: bool) -> None:
+        """Take the zeros of a run before step `global_step` for its masks; a ValueError where they are not as many as
+        the schedule has pruned, or `more`. Collective."""
+        counts = [pool.num_pruned(self.schedule, global_step - 1) for pool in self._pools]
+        if sum(counts) or more:
+            self.take_masks_from_zeros()
+        for pool, count in zip(self._pools, counts, strict=True):
+            found = self._num_pruned(pool)
+            if found < count or (found > count and not more):
+                raise ValueError(
+                    f"The checkpoint has {found:,} zero weights{self._of(pool)} where {count:,} are pruned after step "
+                    f"{global_step - 1}: it is not of this run, lost its masks, or kept a weight of exactly 0; resume from "
+                    "another one."
+                )
+
+    def _check_blocks(self) -> None:
+        if self.pattern is not None and (overfull := count_overfull_blocks(self._shards, self.pattern, self._layout)):
+            raise ValueError(
+                f"{overfull:,} blocks of {self.pattern.block} weights have more than "
+                f"{self.pattern.block - self.pattern.kept} zeros, so pattern={self.pattern} cannot end at its sparsity: "
+                "start from a dense model or one of this pattern, or take pattern=unstructured."
+            )
+
+    def _of(self, pool: Pool) -> str:
+        """Which weights, in the words of an error."""
+        if len(self._pools) == 1:
+            return ""
+        return f" in {pool.names[0]}" + (f" and {len(pool.names) - 1} others" if len(pool.names) > 1 else "")
+
+    def _num_pruned(self, pool: Pool) -> int:
+        return pool.numel - sum(self.kept[name] for name in pool.names)
+
+    def _refresh(self) -> None:
+        """FSDP2 may have put the shards into new memory since they were last looked at."""
+        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
+            shard.values = local_values(param)
+
+    def _count(self) -> None:
+        self.kept = dict(zip(self._parameters, count_kept(self._shards, self._layout), strict=True))

@@ -1,0 +1,46 @@
+"""One process of a run, like `python -m train`, whose prune events last long enough to be killed in.
+
+`accelerate launch ... -m tests.slow_events` with EVENTS_FILE set: rank 0 writes each event's number there when the event
+begins; masks are decided, and weights and moments zeroed, in slow motion.
+"""
+
+import os
+import runpy
+import time
+from pathlib import Path
+from typing import Any
+
+import sparsity.callback as callback
+
+PAUSE_S = 0.05
+
+
+def announced(prune_smallest: Any) -> Any:
+    """`prune_smallest_` with pauses around it, so that a kill finds masks that weights do not have yet."""
+    events = 0
+
+    def prune(*args: Any, **kwargs: Any) -> Any:
+        nonlocal events
+        events += 1
+        if os.environ.get("RANK", "0") == "0":
+            Path(os.environ["EVENTS_FILE"]).write_text(str(events))
+        time.sleep(PAUSE_S)
+        threshold = prune_smallest(*args, **kwargs)
+        time.sleep(PAUSE_S)
+        return threshold
+
+    return prune
+
+
+def slowly(zero_pruned: Any) -> Any:
+    def zero(*args: Any) -> None:
+        zero_pruned(*args)
+        time.sleep(PAUSE_S / 10)
+
+    return zero
+
+
+if __name__ == "__main__":
+    callback.prune_smallest_ = announced(callback.prune_smallest_)
+    callback.zero_pruned_state_ = slowly(callback.zero_pruned_state_)
+    runpy.run_module("train", run_name="__main__", alter_sys=True)

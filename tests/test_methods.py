@@ -1,0 +1,243 @@
+"""Every allowed way to prune: trained, saved, resumed on other numbers of ranks, exported; every other is refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
+
+from sparsity.callback import SparsityCallback
+from tests.distributed import run_ranks
+from tests.methods import ALLOWED, METHODS, NUM_STEPS, REFUSED, Method, callback_of, reason_to_refuse, schedule_of
+from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
+from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.distributed import World
+from train.export import export_model, full_tensor
+from train.trainer import row_size
+
+CUT = 4
+"""Runs are saved before this step, between two events of a gradual schedule."""
+Masks = dict[str, Tensor]
+
+
+def make_model() -> LlamaForCausalLM:
+    """Odd numbers of rows, fewer key rows than 3 ranks can share evenly, and ties: weights are rounded."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=8,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_((param * 200).round().clamp(min=1) / 200)
+    return model
+
+
+MODEL = make_model()
+
+
+class Run:
+    """A method's run on the ranks there are. Gradients depend on each weight alone, so that no rounding tells worlds
+    apart."""
+
+    def __init__(self, method: Method) -> None:
+        self.model = deepcopy(MODEL)
+        if method.schedule == "fixed":
+            with torch.no_grad():
+                self.model.lm_head.weight.view(-1)[::3] = 0
+        if dist.is_initialized():
+            fully_shard(self.model.model.layers[0])
+            fully_shard(self.model)
+        self.world = World(*((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), CPU)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.003, weight_decay=0.1)
+        self.callback: SparsityCallback = callback_of(method)
+        self.callback.bind(self.model)
+        if method.schedule == "fixed":
+            self.callback.inherit()
+
+    def train(self, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            self.callback.on_step_begin(None, TrainerState(global_step=step), None, optimizer=self.optimizer)
+            for param in self.model.parameters():
+                full_sum(param * param).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def save(self, folder: Path) -> None:
+        parameters = parameters_of(self.model)
+        tensors, rows, scalars = rank_tensors(self.model, self.optimizer, self.callback.shards, {}, self.world.rank)
+        state = {
+            "shapes": {name: list(param.shape) for name, param in parameters.items()},
+            "optimizer": {"scalars": scalars, **optimizer_figures(self.optimizer, parameters)},
+            "sparsity": self.callback.state(),
+        }
+        write_checkpoint(folder, CUT, self.world, tensors, rows, state, lambda path: Path(path).write_text("{}"))
+
+    def load(self, folder: Path) -> None:
+        reader, parameters = CheckpointReader(folder / f"checkpoint-{CUT}"), parameters_of(self.model)
+        load_weights(reader, parameters)
+        load_optimizer(reader, self.optimizer, parameters)
+        load_masks(reader, self.callback.shards, lambda name: row_size(parameters[name]))
+        self.callback.load_state(reader.state["sparsity"], CUT)
+
+    def weights(self) -> Masks:
+        names = set(self.callback.kept)
+        return {name: full_tensor(p.detach()).clone() for name, p in parameters_of(self.model).items() if name in names}
+
+
+CPU = torch.device("cpu")
+
+
+def full_sum(tensor: Tensor) -> Tensor:
+    total = tensor.sum()
+    return total.full_tensor() if dist.is_initialized() else total
+
+
+def train_and_save(folder: str) -> None:
+    for method in ALLOWED:
+        run = Run(method)
+        run.train(0, CUT)
+        run.save(Path(folder) / str(method))
+
+
+def resume_and_export(folder: str) -> dict[str, tuple[Masks, float]]:
+    """The final weights and the average density of each method, from the checkpoints of another number of ranks."""
+    found = {}
+    for method in ALLOWED:
+        run = Run(method)
+        run.load(Path(folder) / str(method))
+        run.train(CUT, NUM_STEPS)
+        found[str(method)] = run.weights(), run.callback.average_density
+        if dist.is_initialized():
+            nobody = SimpleNamespace(save_pretrained=lambda folder: None)
+            export = {"dtype": "float32", "max_shard_size": "5GB", "world": run.world}
+            export_model(run.model, nobody, Path(folder) / str(method) / "model", **export)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Run]:
+    """Every method's run in one process that nothing happened to."""
+    runs = {}
+    for method in ALLOWED:
+        runs[str(method)] = run = Run(method)
+        run.train(0, NUM_STEPS)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    run_ranks(train_and_save, 2, str(folder), timeout_s=250)
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_go_on_as_one_and_as_three_to_the_same_weights(whole, folder):
+    alone = resume_and_export(str(folder))
+    for resumed in (alone, *run_ranks(resume_and_export, 3, str(folder), timeout_s=250)):
+        for method, (weights, average_density) in resumed.items():
+            expected = whole[method]
+            assert average_density == expected.callback.average_density, method
+            for name, weight in expected.weights().items():
+                assert torch.equal(weights[name], weight), (method, name)
+    for method, run in whole.items():
+        exported = load_file(folder / method / "model" / "model.safetensors")
+        for name, weight in run.weights().items():
+            assert torch.equal(exported[name], weight), (method, name)
+
+
+def pools_by_hand(method: Method, names: list[str]) -> list[list[str]]:
+    """Names that share a threshold."""
+    if method.scope == "uniform":
+        return [[name] for name in names]
+    by_target: dict[float, list[str]] = {}
+    for name in names:
+        by_target.setdefault(method.target(name), []).append(name)
+    return list(by_target.values())
+
+
+@pytest.mark.parametrize("method", [m for m in ALLOWED if m.schedule != "fixed"], ids=str)
+def test_every_pool_ends_with_its_share_pruned_and_every_block_with_its_pattern(whole, method):
+    weights = whole[str(method)].weights()
+    for pool in pools_by_hand(method, list(weights)):
+        numel = sum(weights[name].numel() for name in pool)
+        zeros = sum(int((weights[name] == 0).sum()) for name in pool)
+        assert zeros == round(method.target(pool[0]) * numel)
+    if method.pattern != "unstructured":
+        kept, block = map(int, method.pattern.split(":"))
+        for name, weight in weights.items():
+            in_blocks = (weight.view(-1, block) != 0).sum(dim=1)
+            assert set(in_blocks.tolist()) == ({kept} if method.target(name) else {block})
+
+
+def test_the_pruned_of_a_pool_are_its_smallest_at_the_first_event(whole):
+    names = list(whole[str(ALLOWED[0])].callback.kept)
+    weights = {name: param.detach().abs() for name, param in MODEL.named_parameters() if name in names}
+    for method in (m for m in ALLOWED if (m.schedule, m.pattern, m.score) == ("constant", "unstructured", "magnitude")):
+        run = Run(method)
+        run.callback.prune_at(0)
+        masks = {shard.name: shard.mask for shard in run.callback.shards}
+        for pool in pools_by_hand(method, names):
+            order = torch.cat([weights[name].view(-1) for name in pool]).sort(stable=True).indices
+            pruned = torch.cat([~masks[name] for name in pool]).nonzero().view(-1)
+            assert set(pruned.tolist()) == set(order[: len(pruned)].tolist()), method
+
+
+def test_magnitude_and_random_prune_different_weights(whole):
+    for method in (m for m in ALLOWED if m.score == "random"):
+        other = Method(method.schedule, method.scope, method.groups, method.pattern, "magnitude")
+        mine, theirs = whole[str(method)].weights(), whole[str(other)].weights()
+        assert any(not torch.equal(mine[name] == 0, theirs[name] == 0) for name in mine), method
+
+
+def test_fixed_masks_are_the_zeros_that_were_there(whole):
+    (method,) = (str(m) for m in ALLOWED if m.schedule == "fixed")
+    weights = whole[method].weights()
+    zeros = Counter({name: int((weight == 0).sum()) for name, weight in weights.items()})
+    assert +zeros == {"lm_head.weight": len(range(0, 17 * 8, 3))}
+    assert whole[method].callback.average_density == pytest.approx(
+        1 - len(range(0, 17 * 8, 3)) / whole[method].callback.num_prunable
+    )
+
+
+def test_the_table_holds_every_combination_once():
+    assert len(ALLOWED) + len(REFUSED) == len(METHODS) == 6 * 2 * 3 * 3 * 2
+    assert (len(ALLOWED), len(REFUSED)) == (5 * 2 * 7 * 2 + 1, 75)
+
+
+@pytest.mark.parametrize("method", REFUSED, ids=str)
+def test_what_does_not_go_together_is_refused_with_the_reason(method):
+    with pytest.raises(ValueError, match=re.escape(reason_to_refuse(method))):
+        callback_of(method)
+
+
+@pytest.mark.parametrize("method", ALLOWED, ids=str)
+def test_metrics_name_the_density_that_is_there(whole, method):
+    run = whole[str(method)]
+    figures = run.callback.metrics(NUM_STEPS - 1)
+    if method.schedule != "fixed":
+        # Each pool's count is rounded on its own.
+        assert figures["sparsity/density"] == pytest.approx(figures["sparsity/target_density"], abs=0.5 * 8 / 1000)
+    assert schedule_of(method).density(NUM_STEPS - 1) <= 1
+
+
+def test_a_model_without_layers_of_whole_blocks_is_refused_by_name():
+    method = next(m for m in ALLOWED if m.pattern == "2:4")
+    model = nn.Sequential(nn.Linear(8, 3), nn.Linear(6, 4))
+    with pytest.raises(
+        ValueError, match=r"multiple of 4 inputs, and 1.weight has the shape \[4, 6\]: name it in requires_dense"
+    ):
+        callback_of(method).bind(model)

@@ -1,0 +1,47 @@
+"""How a run is found in wandb: its group, job type and tags."""
+
+from __future__ import annotations
+
+import pytest
+
+from conf.compose import composed
+from train.plan import plan_run
+from train.wandb_key import has_wandb_key
+from train.wandb_run import kind_of_run, run_tags
+
+
+def kind_and_tags(*overrides: str) -> tuple[str, list[str]]:
+    config = composed("train", ["model=llama_tiny", "trainer.max_steps=1000", *overrides])
+    plan = plan_run(config, 1)
+    return kind_of_run(plan), run_tags(config, plan)
+
+
+def test_a_sparse_a_dense_and_a_twin_run_have_job_types_and_tags_of_their_own():
+    assert kind_and_tags("sparsity.target=0.8") == ("sparse", ["llama-tiny", "sparsity-80"])
+    assert kind_and_tags("sparsity=dense") == ("dense", ["llama-tiny", "dense"])
+    assert kind_and_tags("sparsity.target=0.625", "model.match=average") == (
+        "twin", ["llama-tiny", "twin", "twin-of-sparsity-62.5"],
+    )  # fmt: skip
+
+
+def test_tags_of_the_config_come_behind_each_once_and_no_longer_than_wandb_takes():
+    long = "x" * 70
+    _, tags = kind_and_tags("sparsity.target=0.5", f"logger.tags=[seed-1,sparsity-50,{long}]")
+    assert tags == ["llama-tiny", "sparsity-50", "seed-1", "x" * 64]
+
+
+@pytest.mark.parametrize(
+    ("netrc", "key", "expected"),
+    [
+        ("", "", False),
+        ("machine api.wandb.ai login user password k", "", True),
+        ("", "k", True),
+        ("not a netrc", "", False),
+    ],
+)
+def test_a_key_is_found_in_the_environment_or_in_netrc(tmp_path, monkeypatch, netrc, key, expected):
+    (tmp_path / ".netrc").write_text(netrc)
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    assert has_wandb_key() is expected

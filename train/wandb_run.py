@@ -1,0 +1,63 @@
+"""The wandb run beside a run's own records: where it goes, and what it is called and found by."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import Any
+
+from conf.schema import Config
+from train.checkpoints.durable import write_atomically
+from train.plan import RunPlan
+from train.wandb_key import has_wandb_key
+
+MAX_TAG_LENGTH = 64
+"""wandb refuses longer tags."""
+
+
+def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any]) -> Any | None:
+    """A wandb run in the run's folder, under the same id when the run goes on: offline where no key is configured.
+
+    `values` is the configuration it shows. None where wandb is off.
+    """
+    if not config.logger.wandb:
+        return None
+    import wandb
+
+    logger, run_dir = config.logger, plan.run_dir
+    mode = os.environ.get("WANDB_MODE") if logger.mode == "auto" else logger.mode
+    id_file = run_dir / "wandb" / "id.txt"
+    if not id_file.exists():
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(id_file, uuid.uuid4().hex[:8] + "\n")
+    run = wandb.init(
+        id=id_file.read_text().strip(),
+        resume="allow",
+        dir=str(run_dir),
+        project=logger.project,
+        entity=logger.entity,
+        group=logger.group or config.sweep_name,
+        job_type=logger.job_type or kind_of_run(plan),
+        tags=run_tags(config, plan),
+        name=config.run_name or run_dir.name,
+        config=values,
+        mode=mode or ("online" if has_wandb_key() else "offline"),  # type: ignore[arg-type]
+        settings=wandb.Settings(silent=True),
+    )
+    run.define_metric("train/tokens")
+    for group in ("train/*", "eval/*", "sparsity/*", "layer_density/*"):
+        run.define_metric(group, step_metric="train/tokens")
+    return run
+
+
+def kind_of_run(plan: RunPlan) -> str:
+    """The job type that tells the runs of a group apart: sparse, its dense `twin`, or dense."""
+    return "twin" if plan.twin else "sparse" if plan.schedule else "dense"
+
+
+def run_tags(config: Config, plan: RunPlan) -> list[str]:
+    """The model's name, the target sparsity, or that of the run whose twin this is, and the tags of the config."""
+    level = f"sparsity-{100 * config.sparsity.target:g}"
+    of_kind = {"sparse": [level], "twin": ["twin", f"twin-of-{level}"], "dense": ["dense"]}
+    tags = [config.model.name, *of_kind[kind_of_run(plan)], *config.logger.tags]
+    return [tag[:MAX_TAG_LENGTH] for tag in dict.fromkeys(tags) if tag]
