@@ -27,7 +27,7 @@ test: $(READY)
 test-cluster: $(READY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -qq --yes --no-install-recommends slurm-wlm munge iproute2 chromium >/dev/null; fi
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,slurm]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,slurm,search,eval]'
 	$(BIN)/python -m pytest -q -m cluster
 
 check: $(READY)

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from conf import cli, schema
 from conf.compose import check_arguments
+from launch.help import help_text
 from launch.local import sweep_here
 from launch.remote import check_plugins, run_job, sweep_elsewhere
 from launch.run import exit_code, start_run
@@ -33,6 +34,11 @@ def sweep(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> None:
+    if {"--help", "-h"} & set(arguments):
+        with cli.user_errors():
+            groups = [item for item in arguments if not item.startswith("-")]
+            print(help_text(groups[0] if groups else None))
+        return
     others = [item for item in arguments if item not in MULTIRUN]
     is_multirun = len(others) < len(arguments)
     if any(item.startswith("-") for item in others):

@@ -6,9 +6,10 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from launch.sweep import Job, Sweep
+from launch.sweep import Job, Sweep, key_of
 from train.directory import RunDirectory
 from train.plan import run_directory
 from train.report.table import markdown
@@ -39,6 +40,22 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
     return failed
 
 
+def close_search(folder: Path) -> int:
+    """Print a search's finished runs, the lowest held-out loss first, draw them, and tell the best; its exit code."""
+    found = [{**json.loads(path.read_text()), "run_name": path.parent.name} for path in folder.glob("*/summary.json")]
+    if not found:
+        print(f"error: no trial of {folder} finished; their words are above.", file=sys.stderr, flush=True)
+        return 1
+    from eval.sweep import draw_sweep
+
+    found.sort(key=lambda summary: float(summary["heldout_loss"]))
+    draw_sweep(found, folder / FIGURE, folder.name)
+    print("\n" + markdown(found) + "\n")
+    print(f"best     {found[0]['run_name']}: held-out loss {found[0]['heldout_loss']:.4f}")
+    print(f"figure   {folder / FIGURE}", flush=True)
+    return 0
+
+
 def summary_of(job: Job) -> dict[str, Any] | None:
     """A finished run's figures under its name in the sweep."""
     path = RunDirectory(run_directory(job.config)).summary
@@ -62,4 +79,4 @@ def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | Non
 
 def again(job: Job) -> str:
     """The command that goes on with a job by itself: what it has done is kept."""
-    return shlex.join(["python", "-m", "launch", *(item for item in job.overrides if item != "overwrite=true")])
+    return shlex.join(["python", "-m", "launch", *(item for item in job.overrides if key_of(item) != "overwrite")])

@@ -20,7 +20,7 @@ from conf.schema import Config
 from launch.command import num_gpus, num_processes, printable
 from launch.local import command_of, plan_jobs, say
 from launch.machines import Machines
-from launch.outcome import close_sweep
+from launch.outcome import close_search, close_sweep
 from launch.run import start_run
 from launch.sweep import Job, Sweep, job_name, key_of
 from train.directory import RunDirectory
@@ -71,7 +71,7 @@ def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
     sys.argv[1:] = ["--multirun", *arguments, *own]
     hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")(run_job)()
     if not sweep.jobs:
-        return 0
+        return close_search(sweep.folder)
     return int(bool(close_sweep(sweep, {})))
 
 
