@@ -90,7 +90,7 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     if not sparse or len(sparse) == len(groups):
         raise ValueError(
             f"the runs are all {'sparse' if sparse else 'dense'}: give sparse runs and dense ones of the same data, such as "
-            "those of sweep=pairs."
+            "those of sweep=twin_pairs."
         )
     names = _differing([group[0].settings for group in sparse])
     found = []
