@@ -212,12 +212,11 @@ def _prune_with_collected_ties(
     shards: Sequence[ParameterShard], threshold: Threshold, candidates: Candidates, score: Score, layout: RankLayout
 ) -> None:
     """Set the masks where only the first of the keys equal to the threshold are pruned, above a threshold of 0."""
-    is_tie = candidates.keys == threshold.key
-    upto = torch.cat([is_tie.new_zeros(1, dtype=torch.int64), torch.cumsum(is_tie, dim=0)])
-    starts = upto[torch.tensor(candidates.starts, device=is_tie.device)].tolist()
-    places = candidates.index[is_tie.nonzero().view(-1)].long()
+    tied = (candidates.keys == threshold.key).nonzero().view(-1)
+    starts = torch.searchsorted(tied, torch.tensor(candidates.starts, device=tied.device)).tolist()
+    places = candidates.index[tied].long()
     counts = [stop - start for start, stop in pairwise(starts)]
-    quotas = _num_ties_dropped(counts, threshold.num_ties_pruned, layout, is_tie.device)
+    quotas = _num_ties_dropped(counts, threshold.num_ties_pruned, layout, tied.device)
     for number, (shard, start, count, quota) in enumerate(zip(shards, starts[:-1], counts, quotas, strict=True)):
         keep_above_(shards, number, score, threshold.key)
         if quota < count:
