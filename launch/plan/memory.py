@@ -27,7 +27,9 @@ MASK_BYTES = 1
 # int32 keys, int64 differences and bins, three comparisons (sparsity.select, sparsity.shards.chunks).
 SELECTION_CHUNK = 1 << 22
 SELECTION_BYTES = 24
+# The most weights around the threshold that are collected, and the bytes of each one's key and place.
 CANDIDATE_SHARE = 1 / 32
+CANDIDATE_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     gathered_loss = c * (tail + 2 * block) if setting.fsdp else 0
     gathered_backward = c * (tail + 5 * block) if setting.fsdp else 0
     selection = SELECTION_BYTES * min(prunable, setting.selection_chunk) + int(
-        FLOAT32_BYTES * CANDIDATE_SHARE * prunable
+        CANDIDATE_BYTES * CANDIDATE_SHARE * prunable
     )
     transients = {
         "the loss": tokens * loss_bytes_per_token(model, setting) + gathered_loss,
