@@ -64,8 +64,8 @@ def test_checkpointing_and_a_fused_loss_save_memory():
 def test_accumulation_holds_whole_gradients_between_micro_batches():
     setting = Setting(64, 1, 2048)
     waiting = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048, accumulates=True))
-    assert waiting.waiting_gradients == 2 * 1_204_881_408
-    assert waiting.peak - gpu_memory(ONE_B, LINEAR, setting).peak == 2 * 1_204_881_408
+    assert waiting.waiting_gradients == 4 * 1_204_881_408
+    assert waiting.peak - gpu_memory(ONE_B, LINEAR, setting).peak == 4 * 1_204_881_408
 
 
 def test_the_largest_micro_batch_divides_the_share_and_fits():
@@ -102,8 +102,8 @@ def test_the_1b_costs_7_64_gflop_a_token():
 def test_network_traffic():
     assert step_network_bytes(ONE_B, 1, 2, 4) == event_network_bytes(1) == 0
     total, tail = count_parameters(ONE_B).total, 32001 * 2048
-    assert step_network_bytes(ONE_B, 2, 2, 1) == 3 * total - tail
-    assert event_network_bytes(1024) < 2 * 8 * (3 * 2**16 + 2)
+    assert step_network_bytes(ONE_B, 2, 2, 1) == 4 * total - tail
+    assert event_network_bytes(1024) < 2 * 8 * (6 * 2**12 + 3)
 
 
 def test_average_flops_follow_the_schedule():

@@ -9,10 +9,12 @@ from train.counts import count_parameters
 
 SECONDS_PER_DAY = 86_400
 FORMULA = "tokens x (6 x linear parameters + 12 x layers x width x sequence length)"
-# An event sums int64 counts over the ranks: the sample's 2^16 bins, two counts, and one or two histograms of 2^16 bins
-# (sparsity.select); the larger number here.
-EVENT_COUNTS = 3 * (1 << 16) + 2
+# An event sums int64 counts over the ranks: at most three histograms of 2^12 bins of the sample, three counts, and three
+# histograms more (sparsity.select).
+EVENT_COUNTS = 6 * (1 << 12) + 3
 COUNT_BYTES = 8
+REDUCED_BYTES = 4
+"""Of a gradient while it is summed over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ def step_network_bytes(model: ModelConfig, world_size: int, compute_bytes: int, 
     """Bytes that one GPU receives in an optimizer step under FSDP2, with rings.
 
     Each micro-batch gathers the weights for its forward and again for its backward, only the final norm and lm_head
-    stay in between; the last one reduces and scatters the gradients.
+    stay in between; the last one reduces and scatters the gradients, in float32 (train.distributed.reduce_in_float32).
     """
     counts = count_parameters(model)
     tail = (model.vocab_size + 1) * model.hidden_size
     gathered = num_micro_batches * (2 * counts.total - tail)
-    return round(compute_bytes * (gathered + counts.total) * (world_size - 1) / world_size)
+    return round((compute_bytes * gathered + REDUCED_BYTES * counts.total) * (world_size - 1) / world_size)
 
 
 def event_network_bytes(world_size: int) -> int:

@@ -90,8 +90,9 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     shard = -(-counts.total // world)
     prunable = -(-num_prunable // world)
     gradients = FLOAT32_BYTES * shard
-    # Under accelerate's no_sync FSDP2 reduces nothing until the last micro-batch: gradients of the whole model wait.
-    waiting = (c * counts.total if setting.fsdp else gradients) if setting.accumulates else 0
+    # Under accelerate's no_sync FSDP2 reduces nothing until the last micro-batch: gradients of the whole model wait, in
+    # the type in which they are summed over the ranks.
+    waiting = (FLOAT32_BYTES * counts.total if setting.fsdp else gradients) if setting.accumulates else 0
     activations = tokens * activation_bytes_per_token(model, setting)
     one_block = tokens * block_bytes_per_token(model, c)
     recomputed = one_block if setting.gradient_checkpointing else 0
@@ -102,7 +103,7 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     # Blocks in flight: the one computed and the next one prefetched, plus the buffer that the gather arrives in; going
     # back also the block's gradients and the copy of them that is being reduced.
     gathered_loss = c * (tail + 2 * block) if setting.fsdp else 0
-    gathered_backward = c * (tail + 5 * block) if setting.fsdp else 0
+    gathered_backward = c * (tail + 4 * block) + FLOAT32_BYTES * block if setting.fsdp else 0
     selection = SELECTION_BYTES * min(prunable, setting.selection_chunk) + int(
         CANDIDATE_BYTES * CANDIDATE_SHARE * prunable
     )
