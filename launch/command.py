@@ -61,6 +61,9 @@ def accelerate_command(config: Config, overrides: Sequence[str], gpus: int, mach
     options = {"config_file": config_file, "num_processes": total}
     if machines.num > 1:
         options |= {"num_machines": machines.num, "machine_rank": machines.rank, "main_process_ip": machines.address}
+    elif replicas > 1:
+        # hsdp.yaml is of two machines.
+        options |= {"num_machines": 1}
     options |= {"main_process_port": machines.port, "max_restarts": config.launch.max_restarts}
     if replicas > 1:
         options["parallelism_config_dp_replicate_size"] = replicas

@@ -52,6 +52,7 @@ def test_replicas_are_hsdp_over_all_processes():
     assert found["config_file"].endswith("hsdp.yaml")
     assert found["parallelism_config_dp_replicate_size"] == "4"
     assert found["parallelism_config_dp_shard_size"] == "8"
+    assert flags(accelerate_command(config, [], gpus=8))["num_machines"] == "1"
     with pytest.raises(ValueError, match=r"launch.num_replicas=4 cannot share 4 processes"):
         accelerate_command(config, [], gpus=4)
 
