@@ -280,7 +280,6 @@ WRONG_KEYS = [
     (["tokenizer=nowhere.model"], "tokenizer=nowhere.model does not exist"),
     (["data.path=nowhere.raw"], "data.path=nowhere.raw is no file"),
     (["folder=./nowhere"], "model=./nowhere is no folder"),
-    (["tasks=[nothing_like_it]"], "nothing_like_it"),
 ]
 
 
