@@ -36,8 +36,8 @@ def test_every_experiment_opens_with_its_purpose_and_its_command(name):
 @pytest.mark.parametrize(("group", "name"), [pair for pair in GROUPS if pair[0] not in ("experiment", "sweep")])
 def test_every_choice_of_every_group_composes(group, name):
     overrides = ["data.path=somewhere"] if (group, name) == ("data", "text") else []
-    command = ["eval", "folder=somewhere"] if name == "wikitext" else ["train"]
-    assert composed(command[0], [*command[1:], f"{group}={name}", *overrides])
+    command = "eval" if (group, name) == ("data", "wikitext") else "train"
+    assert composed(command, [f"{group}={name}", *overrides, *["folder=model"] * (command == "eval")])
 
 
 def test_every_yaml_opens_with_a_comment():

@@ -54,7 +54,7 @@ def nats(model: Any, context: np.ndarray, token: int) -> float:
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory) -> tuple[Path, Any, int]:
     model = llama()
-    zeros = prune(model, 0.5)
+    zeros = prune(model, 0.25)
     return saved(model, tmp_path_factory.mktemp("sparse") / "model"), model, zeros
 
 
@@ -114,10 +114,10 @@ def test_zeros_are_counted_per_layer_and_in_total(sparse):
     figures = figures_of(folder)
     assert (figures["zero_linear_params"], figures["dense"]) == (zeros, False)
     assert sum(figures["layer_zeros"].values()) == zeros
-    assert figures["layer_zeros"]["model.layers.1.mlp.up_proj.weight"] == 20 * 24
+    assert figures["layer_zeros"]["model.layers.1.mlp.up_proj.weight"] == 10 * 24
     assert figures["layer_weights"]["lm_head.weight"] == VOCABULARY * 24
     text = figures_text(figures)
-    assert f"{zeros:,} of {figures['linear_params']:,} linear weights are zero (50.00%)" in text
+    assert f"{zeros:,} of {figures['linear_params']:,} linear weights are zero (25.00%)" in text
     assert [line.split()[0] for line in text.splitlines()[-3:]] == ["model.layers.0", "model.layers.1", "lm_head"]
 
 
@@ -289,7 +289,6 @@ WRONG_KEYS = [
     (["tokenizer=nowhere.model"], "tokenizer=nowhere.model does not exist"),
     (["data.path=nowhere.raw"], "data.path=nowhere.raw is no file"),
     (["folder=./nowhere"], "model=./nowhere is no folder"),
-    (["tasks=[nothing_like_it]"], "nothing_like_it"),
 ]
 
 

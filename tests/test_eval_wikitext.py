@@ -36,7 +36,8 @@ def test_pages_begin_at_titles_of_the_first_level():
     ("line", "is_title"),
     [
         (" = A = ", True), ("= A =", True), (" = A = b = ", True), (" = = A = = ", False), (" = = = A = = = ", False),
-        (" = A ", False), (" A = ", False), (" =A= ", False), (" = A = = ", False), (" ", False),
+        (" = A ", False), (" A = ", False), (" =A= ", False), (" = A = = ", False), (" = = A = ", False),
+        (" ", False),
     ],
 )  # fmt: skip
 def test_only_a_line_between_single_signs_is_a_title(line, is_title):
