@@ -118,8 +118,8 @@ class TimedEvents(SparsityCallback):
         super().__init__(schedule)
         self.device, self.seconds = device, list[float]()
 
-    def prune(self, density: float, optimizer: Any = None) -> None:
-        self.seconds.append(clock(lambda: super(TimedEvents, self).prune(density, optimizer), self.device)[0])
+    def prune_at(self, step: int, optimizer: Any = None) -> None:
+        self.seconds.append(clock(lambda: super(TimedEvents, self).prune_at(step, optimizer), self.device)[0])
 
 
 def rank_main(pairs: int, overrides: Sequence[str], output: Path) -> None:
