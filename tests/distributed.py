@@ -17,15 +17,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
-    """`body(*args)` on `world_size` ranks of one thread each; the results in rank order. `body` must be importable."""
+def run_ranks(
+    body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, joined: bool = True
+) -> list[Any]:
+    """`body(*args)` on `world_size` ranks of one thread each; the results in rank order. `body` must be importable.
+
+    With `joined=False` it finds what torchrun leaves to a script: the environment, and no process group yet.
+    """
     # Ranks are forked from a server that has imported torch: importing it takes longer than most bodies.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["train.trainer", "train.export"])
     results: Any = context.Queue()
     port = free_port()
     ranks = [
-        context.Process(target=_rank_main, args=(body, rank, world_size, port, args, results), daemon=True)
+        context.Process(target=_rank_main, args=(body, rank, world_size, port, args, results, joined), daemon=True)
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -56,25 +61,29 @@ def free_port() -> int:
 
 
 def _rank_main(
-    body: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any
+    body: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any, joined: bool
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        CUDA_VISIBLE_DEVICES="",
-    )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if joined or world_size > 1:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        if joined:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         value = body(*args)
-        dist.barrier()
+        if joined:
+            dist.barrier()
         # As bytes: torch would share tensors through files that go with the process.
         results.put((rank, pickle.dumps(value), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

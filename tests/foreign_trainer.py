@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -36,7 +38,22 @@ class Counting(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    found, wants_wandb = train(arguments)
+    if found is not None:
+        print("\nFOUND " + json.dumps(found), flush=True)
+    if wants_wandb:
+        import wandb
+
+        wandb.finish()
+    # Threads of the process group that is gone now and then abort the interpreter's own ending.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def train(words: Sequence[str]) -> tuple[dict[str, Any] | None, bool]:
+    """(what rank 0 found, None on the others; whether wandb was asked for)."""
     parser = argparse.ArgumentParser()
     parser.add_argument("output_dir")
     parser.add_argument("--sparsity", type=float, default=None)
@@ -47,7 +64,7 @@ def main() -> None:
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.fsdp2:
         os.environ |= {
             "ACCELERATE_USE_FSDP": "true",
@@ -87,25 +104,17 @@ def main() -> None:
         digest.update(full.float().numpy().tobytes())
         if "proj" in name or "lm_head" in name:
             zeros, weights = zeros + int((full == 0).sum()), weights + full.numel()
-    if trainer.is_world_process_zero():
-        print("\nFOUND " + json.dumps({
-            "losses": [record["loss"] for record in trainer.state.log_history if "loss" in record],
-            "densities": [r.get("sparsity/density") for r in trainer.state.log_history if "loss" in r],
-            "average_density": callbacks[0].average_density if callbacks else None,
-            "digest": digest.hexdigest(), "zeros": zeros, "weights": weights, "world_size": arguments.world_size,
-            "is_fsdp2": trainer.accelerator.is_fsdp2,
-        }), flush=True)  # fmt: skip
+    found = {
+        "losses": [record["loss"] for record in trainer.state.log_history if "loss" in record],
+        "densities": [r.get("sparsity/density") for r in trainer.state.log_history if "loss" in r],
+        "average_density": callbacks[0].average_density if callbacks else None,
+        "digest": digest.hexdigest(), "zeros": zeros, "weights": weights, "world_size": arguments.world_size,
+        "is_fsdp2": trainer.accelerator.is_fsdp2,
+    }  # fmt: skip
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    if options.wandb:
-        import wandb
-
-        wandb.finish()
-    # Threads of the process group that is gone now and then abort the interpreter's own ending.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    return found if trainer.is_world_process_zero() else None, options.wandb
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
