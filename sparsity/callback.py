@@ -43,7 +43,7 @@ class SparsityCallback(Pruner, TrainerCallback):
         """The figures to log while `step` is the last step that ran."""
         figures = {
             "sparsity/density": self.density,
-            "sparsity/target_density": self.overall.density(step),
+            "sparsity/target_density": self.target_density(step),
             "sparsity/average_density": self.average_density,
             "sparsity/nonzero_linear_params": float(sum(self.kept.values())),
         }
@@ -70,6 +70,11 @@ class SparsityCallback(Pruner, TrainerCallback):
             raise ValueError(
                 f"The prune window ends at step {max(self._events)}, outside a run of {state.max_steps} steps: end the "
                 "window earlier or train longer."
+            )
+        if self._events and args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True would bring back the weights of a checkpoint before the last prune event: set it "
+                "to False, and load the checkpoint you want yourself."
             )
         self.bind(model)
         if state.global_step > 0:
@@ -171,6 +176,8 @@ class SparsityCallback(Pruner, TrainerCallback):
             self._is_loaded = False
             return
         self.check_zeros(global_step, more=self.keep_zeros)
+        if self.keep_zeros:
+            self.note_inherited()
         self._num_steps = global_step
         average = self.overall.average_density(global_step) if self._events else self.density
         self._density_sum = average * global_step

@@ -104,6 +104,11 @@ class Pruner:
         """Weights that were zero when the run began and are kept so."""
         return sum(self.inherited.values())
 
+    def target_density(self, step: int) -> float:
+        """The share that the schedule keeps while `step` trains, less where more was inherited."""
+        inherited = self.num_inherited / self.num_prunable if self.num_prunable else 0.0
+        return min(self.overall.density(step), 1.0 - inherited)
+
     @property
     def shards(self) -> list[ParameterShard]:
         """The local shards with their masks, after `bind`."""
@@ -138,12 +143,16 @@ class Pruner:
     def inherit(self) -> None:
         """Take the masks over from the model's exact zeros. Collective."""
         self.take_masks_from_zeros()
-        self.inherited = {name: self._parameters[name].numel() - kept for name, kept in self.kept.items()}
+        self.note_inherited()
         for name in (name for name, kept in self.kept.items() if not kept):
             warnings.warn(
                 f"{name} is all zeros and stays so; name it in requires_dense if it is new and to be trained.",
                 stacklevel=2,
             )
+
+    def note_inherited(self) -> None:
+        """What is pruned now is kept so, whatever the schedule says."""
+        self.inherited = {name: self._parameters[name].numel() - kept for name, kept in self.kept.items()}
 
     def take_masks_from_zeros(self) -> None:
         """What is exactly 0 is pruned; a ValueError where the pattern has no room for it. Collective."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from omegaconf import OmegaConf
 
 from conf.cli import sentence
 from conf.compose import composed
@@ -102,3 +103,13 @@ def test_another_config_is_refused_key_by_key_and_what_is_no_part_of_a_run_is_no
         directory.claim(config_of(tmp_path, "optim.weight_decay=0.2"), 0)
     directory._lock.release()
     assert directory.claim(config_of(tmp_path, "trainer.ddp_timeout=7", "launch.max_restarts=3"), 0) is None
+
+
+def test_a_key_that_a_later_version_brought_does_not_make_another_run(tmp_path):
+    directory = begun(tmp_path)
+    before = OmegaConf.load(directory.config)
+    del before.sparsity.pattern
+    OmegaConf.save(before, directory.config)
+    assert directory.finished(config_of(tmp_path)) is None
+    with pytest.raises(ValueError, match=r"sparsity\.pattern was unstructured, is 2:4"):
+        directory.finished(config_of(tmp_path, "sparsity.pattern='2:4'", "sparsity.target=0.5"))

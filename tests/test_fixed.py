@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from sparsity import Fixed, OneShot, SparsityCallback
+from sparsity.resume import STATE_KEY
+from sparsity.schedule import Schedule
 from tests.test_export import tokenizer_in
 
 STEPS = 4
@@ -40,22 +45,51 @@ def assert_only_survivors_moved(folder: Path, model: nn.Module) -> None:
             assert not torch.equal(weight, before[name]), name
 
 
-def test_a_foreign_trainer_keeps_the_zeros_and_resumes_with_them(tmp_path):
-    folder = sparse_model(tmp_path / "model")
+def foreign_trainer(folder: Path, output: Path, schedule: Schedule, **options: Any) -> tuple[Trainer, SparsityCallback]:
+    """Somebody's Trainer over the sparse model in `folder`, and the callback in it."""
     data = [{"input_ids": torch.arange(i, i + 16), "labels": torch.arange(i, i + 16)} for i in range(16)]
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=2, use_cpu=True,
-        weight_decay=0.1, disable_tqdm=True, report_to="none", logging_steps=1,
+        str(output), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=2, use_cpu=True,
+        weight_decay=0.1, disable_tqdm=True, report_to="none", logging_steps=1, **options,
     )  # fmt: skip
-    whole = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    callback = SparsityCallback(Fixed())
-    Trainer(model=whole, args=arguments, train_dataset=data, callbacks=[callback]).train()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    callback = SparsityCallback(schedule)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, callbacks=[callback])
+    return trainer, callback
+
+
+def test_a_resume_without_the_callbacks_record_still_leaves_checkpoints_to_resume_from(tmp_path):
+    folder = sparse_model(tmp_path / "model")
+    foreign_trainer(folder, tmp_path, Fixed())[0].train()
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"][STATE_KEY]
+    path.write_text(json.dumps(state))
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    for checkpoint in ("checkpoint-2", "checkpoint-4"):
+        trainer, callback = foreign_trainer(folder, tmp_path, Fixed())
+        trainer.train(resume_from_checkpoint=str(tmp_path / checkpoint))
+        assert callback.density == pytest.approx(0.3, abs=1e-4)
+        assert callback.metrics(3)["sparsity/target_density"] == pytest.approx(callback.density)
+
+
+def test_the_best_model_of_a_run_that_prunes_is_refused(tmp_path):
+    folder = sparse_model(tmp_path / "model")
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    with pytest.raises(ValueError, match="before the last prune event"):
+        foreign_trainer(folder, tmp_path, OneShot(0.8, 2), **options)[0].train()
+
+
+def test_a_foreign_trainer_keeps_the_zeros_and_resumes_with_them(tmp_path):
+    folder = sparse_model(tmp_path / "model")
+    trainer, callback = foreign_trainer(folder, tmp_path, Fixed())
+    whole = trainer.model
+    trainer.train()
     assert_only_survivors_moved(folder, whole)
     assert callback.average_density == pytest.approx(0.3, abs=1e-4)
 
-    resumed = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    again = SparsityCallback(Fixed())
-    trainer = Trainer(model=resumed, args=arguments, train_dataset=data, callbacks=[again])
+    trainer, again = foreign_trainer(folder, tmp_path, Fixed())
+    resumed = trainer.model
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert again.average_density == pytest.approx(callback.average_density)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import TrainerControl, TrainerState
 
 from tests.distributed import run_ranks
 from train.distributed import World
@@ -87,3 +88,23 @@ def test_all_ranks_skip_together_under_fsdp2():
     for num_skipped, found in run_ranks(skip_on_one_rank, 2):
         assert num_skipped == 1
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_flags_of_the_last_step_are_read_before_it_ends():
+    guard = StepGuard(alone(), Preemption(), max_skipped=0)
+    guard.decide_on_device(torch.optim.AdamW([nn.Parameter(torch.ones(2))], fused=True), NAN, None)
+    control = TrainerControl()
+    guard.on_step_end(None, TrainerState(global_step=4, max_steps=5), control)
+    assert not control.should_save
+    guard.on_step_end(None, TrainerState(global_step=5, max_steps=5), control)
+    assert control.should_save
+
+
+def test_a_request_behind_the_last_step_is_agreed_on():
+    preemption = Preemption()
+    guard = StepGuard(alone(), preemption, max_skipped=0)
+    assert not guard.is_asked_to_stop()
+    preemption.is_requested = True
+    assert guard.is_asked_to_stop()
+    assert guard.stop is not None
+    assert guard.stop.code == 75

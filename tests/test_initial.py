@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsity.callback import SparsityCallback
+from sparsity.compact import compact_folder
 from sparsity.schedule import Fixed, Geometric
 from tests.commands import run_command
 from tests.interrupted import interrupted
@@ -42,6 +43,13 @@ def test_a_folder_of_another_model_or_of_none_is_refused_in_a_sentence(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not this")
     with pytest.raises(ValueError, match="cannot be read"):
         load_initial_weights(small(), str(tmp_path))
+
+
+def test_a_compact_folder_is_refused_with_the_command_that_makes_it_plain(tmp_path):
+    small().save_pretrained(tmp_path / "plain")
+    compact_folder(tmp_path / "plain", tmp_path / "compact")
+    with pytest.raises(ValueError, match=r"is compact: .* expand=true"):
+        load_initial_weights(small(), str(tmp_path / "compact"))
 
 
 def test_a_pickled_folder_is_never_opened(tmp_path):

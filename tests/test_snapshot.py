@@ -25,6 +25,13 @@ def test_secrets_are_never_kept_and_other_variables_only_by_name():
     assert "secret" not in json.dumps(snapshot(environment, ["train"], WORLD))
 
 
+def test_credentials_in_addresses_are_cut_out_and_tokenizers_is_no_token():
+    kept = kept_variables({"HF_ENDPOINT": "https://me:secret@hub.example/x", "TOKENIZERS_PARALLELISM": "false"})
+    assert kept == {"HF_ENDPOINT": "https://hub.example/x", "TOKENIZERS_PARALLELISM": "false"}
+    command = snapshot({}, ["train", "data.path=https://me:secret@host/x"], WORLD)["command"]
+    assert command[-1] == "data.path=https://host/x"
+
+
 def test_each_start_of_a_run_is_one_more_entry(tmp_path):
     path = tmp_path / "environment.json"
     for _ in range(2):

@@ -16,6 +16,7 @@ SET_HERE = {
     "output_dir", "overwrite_output_dir", "report_to", "fsdp", "fsdp_config", "deepspeed", "use_cpu",
     "accelerator_config", "remove_unused_columns", "dataloader_drop_last", "num_train_epochs", "label_names",
     "average_tokens_across_devices", "logging_nan_inf_filter", "push_to_hub", "resume_from_checkpoint", "run_name",
+    "load_best_model_at_end",
 }  # fmt: skip
 
 

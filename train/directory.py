@@ -111,7 +111,8 @@ class RunDirectory:
     def _check_same(self, config: Config) -> None:
         try:
             # OmegaConf's loader knows no tags that make objects, and interpolations are not resolved.
-            before = run_identity(OmegaConf.load(self.config))
+            # A key that a later version brought has its default here: the run began without it.
+            before = run_identity(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(self.config)))
         except Exception as error:
             if isinstance(error, OSError) and error.errno:
                 raise

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sparsity.compact.contents import METHOD
 from train.export import full_names
 
 INDEX = "model.safetensors.index.json"
@@ -30,6 +31,11 @@ def load_initial_weights(model: Any, folder: str) -> None:
             raise ValueError(f"init_from={folder} has no weight {name}: give a folder of the configured model.")
         try:
             with safe_open(path, framework="pt") as file:
+                if METHOD in (file.metadata() or {}):
+                    raise ValueError(
+                        f"init_from={folder} is compact: make it plain first, `python -m eval.compact model={folder} "
+                        "out=DIR expand=true`."
+                    )
                 found = file.get_tensor(name)
         except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(f"init_from={folder}: {path.name} cannot be read ({error}): copy it again.") from error

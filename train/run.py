@@ -17,7 +17,7 @@ from conf.cli import user_errors
 from conf.schema import Config
 from sparsity import SparsityCallback, prunable_parameters
 from sparsity.prunable import own_linear_weights
-from sparsity.schedule import Fixed, schedule_record
+from sparsity.schedule import schedule_record
 from sparsity.shards import local_values, rank_layout
 from train.arguments import training_arguments
 from train.checkpoints.durable import write_atomically
@@ -33,8 +33,8 @@ from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
 from train.initial import load_initial_weights
 from train.model import build_model
-from train.names import pruned_groups
 from train.plan import RunPlan
+from train.pruning import sparsity_callback
 from train.records import ProgressBar, Recorder, keep_whole_records
 from train.report.card import write_card
 from train.report.figure import draw_report, read_records
@@ -79,25 +79,26 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
 
     sparsity = sparsity_callback(config, plan)
     recorder = make_recorder(config, plan, directory, sparsity) if world.is_main else None
-    trainer = PretrainingTrainer(
-        world=world,
-        sparsity=sparsity,
-        run_state=RunState(
-            identity=identity(plan),
-            carried={"data": fingerprint},
-            before_save=recorder.sync if recorder else lambda: None,
-        ),
-        guard=StepGuard(world, preemption, config.max_skipped),
-        heartbeat=heartbeat,
-        batch_size=plan.batch_size,
-        evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
-        model=model,
-        args=arguments,
-        train_dataset=Blocks(TokenStream(data.folder, "train"), plan.sequence_length),
-        eval_dataset=[],
-        data_collator=default_data_collator,
-        callbacks=[callback for callback in (sparsity, recorder) if callback is not None],
-    )
+    with user_errors(quiet=not world.is_main):
+        trainer = PretrainingTrainer(
+            world=world,
+            sparsity=sparsity,
+            run_state=RunState(
+                identity=identity(plan),
+                carried={"data": fingerprint},
+                before_save=recorder.sync if recorder else lambda: None,
+            ),
+            guard=StepGuard(world, preemption, config.max_skipped),
+            heartbeat=heartbeat,
+            batch_size=plan.batch_size,
+            evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
+            model=model,
+            args=arguments,
+            train_dataset=Blocks(TokenStream(data.folder, "train"), plan.sequence_length),
+            eval_dataset=[],
+            data_collator=default_data_collator,
+            callbacks=[callback for callback in (sparsity, recorder) if callback is not None],
+        )
     show_progress(trainer, sparsity)
     fsdp_version = 2 if trainer.is_fsdp_enabled else 0
     say(world, opening_words(plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
@@ -151,25 +152,6 @@ def identity(plan: RunPlan) -> dict[str, Any]:
 def say(world: World, words: str) -> None:
     if world.is_main:
         print(words, flush=True)
-
-
-def sparsity_callback(config: Config, plan: RunPlan) -> SparsityCallback | None:
-    """The callback of a sparse run, or of one that may start sparse; its figures go out through the Recorder."""
-    sparsity, keep_zeros = config.sparsity, config.init_from is not None
-    patterns: Any = {"include": sparsity.include, "requires_dense": sparsity.requires_dense}
-    if plan.schedule is None:
-        return SparsityCallback(Fixed(), report=False, **patterns) if keep_zeros else None
-    return SparsityCallback(
-        plan.schedule.base,
-        keep_zeros=keep_zeros,
-        score=sparsity.score,
-        scope=sparsity.scope,
-        groups=pruned_groups(sparsity),
-        pattern=sparsity.pattern,
-        seed=config.trainer.seed,
-        report=False,
-        **patterns,
-    )
 
 
 def make_recorder(

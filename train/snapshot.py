@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def snapshot(environment: Mapping[str, str], command: list[str], world: World) -
     """This start of a run as plain data."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": ["python", "-m", "train", *command[1:]],
+        "command": ["python", "-m", "train", *map(without_credentials, command[1:])],
         "folder": os.getcwd(),
         "code": code_version(ROOT),
         "python": platform.python_version(),
@@ -56,8 +57,17 @@ def snapshot(environment: Mapping[str, str], command: list[str], world: World) -
 
 def kept_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """What steers the run and is no secret, sorted by name."""
-    names = [name for name in environment if name.startswith(KEPT) and not any(word in name.upper() for word in SECRET)]
-    return {name: environment[name] for name in sorted(names)}
+    names = [name for name in environment if name.startswith(KEPT) and not is_secret(name)]
+    return {name: without_credentials(environment[name]) for name in sorted(names)}
+
+
+def is_secret(name: str) -> bool:
+    return any(word in name.upper().removeprefix("TOKENIZERS_") for word in SECRET)
+
+
+def without_credentials(text: str) -> str:
+    """URLs in `text` without the user and password that may stand in them."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 def code_version(root: Path) -> dict[str, Any]:

@@ -85,11 +85,14 @@ class PretrainingTrainer(Trainer):
         self._since = time.monotonic()
         self.guard.preemption.at_step_ends = True
         result = super().train(*args, **kwargs)
-        self.guard.read_late_flags()
         self._count_time()
+        if self.guard.stop is None:
+            self.guard.preemption.at_step_ends = False
+            if self.guard.is_asked_to_stop():
+                # The signal came behind the last step's agreement.
+                self._save_checkpoint(self._module)
         if self.guard.stop is not None:
             raise self.guard.stop
-        self.guard.preemption.at_step_ends = False
         return result
 
     def _count_time(self) -> None:

@@ -81,6 +81,12 @@ class StepGuard(TrainerCallback):
             self._read(self._unread)
             self._unread = None
 
+    def is_asked_to_stop(self) -> bool:
+        """Whether a rank was preempted by now, outside a step: the same answer on every rank. Collective."""
+        flag = torch.full((1,), float(self.preemption.is_requested), device=self.world.device)
+        self._is_stop_agreed |= bool(self.world.largest(flag))
+        return self._is_stop_agreed
+
     def _agree(self, loss: Tensor, grad_norm: Tensor | float | None) -> Tensor:
         """[whether a number is not finite, whether a rank is to stop] of all ranks, as 0 or 1, on the device."""
         device = self.world.device
@@ -114,6 +120,9 @@ class StepGuard(TrainerCallback):
         return None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            # No later step reads them before the run ends.
+            self.read_late_flags()
         if self.stop is not None:
             control.should_save = True
             control.should_training_stop = True

@@ -1,0 +1,41 @@
+"""The sparsity callback of a run, from its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conf.schema import Config
+from sparsity import SparsityCallback
+from sparsity.schedule import Fixed
+from train.faults.stop import RunStopped
+from train.names import pruned_groups
+from train.plan import RunPlan
+
+
+class RunSparsity(SparsityCallback):
+    """What does not fit, in a model or a checkpoint, ends the run in a sentence: all ranks find it alike."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().on_train_begin(*args, **kwargs)
+        except ValueError as error:
+            raise RunStopped(str(error)) from error
+
+
+def sparsity_callback(config: Config, plan: RunPlan) -> RunSparsity | None:
+    """The callback of a sparse run, or of one that may start sparse; its figures go out through the Recorder."""
+    sparsity, keep_zeros = config.sparsity, config.init_from is not None
+    patterns: Any = {"include": sparsity.include, "requires_dense": sparsity.requires_dense}
+    if plan.schedule is None:
+        return RunSparsity(Fixed(), report=False, **patterns) if keep_zeros else None
+    return RunSparsity(
+        plan.schedule.base,
+        keep_zeros=keep_zeros,
+        score=sparsity.score,
+        scope=sparsity.scope,
+        groups=pruned_groups(sparsity),
+        pattern=sparsity.pattern,
+        seed=config.trainer.seed,
+        report=False,
+        **patterns,
+    )
