@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conf.compose import composed
 from conf.schema import Config
-from eval.perplexity import evaluate
+from eval.load import load_whole, model_config
 from tests.test_run import tiny
 from train.checkpoints import layout
 from train.checkpoints.read import CheckpointReader
@@ -73,15 +74,12 @@ def with_code(folder: Path, fuse: Path, file: str, key: str, base: str) -> None:
     (folder / file).write_text(json.dumps(config))
 
 
-def eval_config(folder: Path) -> Any:
-    return SimpleNamespace(folder=str(folder), device="cpu", window=None, tokenizer=None, data=None, batch_size=1)
-
-
 def test_a_model_that_brings_its_own_code_is_refused_by_eval(tmp_path, fuse):
     model().save_pretrained(tmp_path / "model")
     with_code(tmp_path / "model", fuse, "config.json", "AutoModelForCausalLM", "LlamaForCausalLM")
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        evaluate(eval_config(tmp_path / "model"))
+    for load in (model_config, lambda folder: load_whole(folder, torch.float32)):
+        with pytest.raises(ValueError, match="contains custom code"):
+            load(str(tmp_path / "model"))
     assert not fuse.exists()
 
 
@@ -90,8 +88,8 @@ def test_pickled_weights_are_refused_by_eval_and_init_from(tmp_path, fuse):
     model().save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(fuse)))
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        evaluate(eval_config(folder))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_whole(str(folder), torch.float32)
     with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
         load_initial_weights(model(), str(folder))
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
@@ -239,7 +237,7 @@ def test_torch_loads_nothing_here():
             "pickle.load",
             "allow_pickle=True",
             "trust_remote_code=True",
-            "joblib",
+            "joblib.load(",
             "yaml.load(",
         ):
             assert call not in text, (path, call)

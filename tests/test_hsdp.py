@@ -11,6 +11,7 @@ from tests.interrupted import records_of
 from tests.test_run import tiny, write_text
 
 
+@pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_two_replicas_prune_and_train_what_one_process_does(tmp_path):
     """With a checkpoint in between: replicas that disagreed on a mask would end the run with an error."""
