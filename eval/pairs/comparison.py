@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from eval.law.points import check_comparable, finished_runs, positive
 from train.directory import run_identity
+from train.report.siblings import has_sparse_weights
 
 SEEDS = ("trainer.seed", "trainer.data_seed")
 NAMES = ("run_name", "sweep_name")
@@ -152,7 +153,7 @@ def _run(summary_file: Path, row: Mapping[str, Any]) -> Run:
     return Run(
         settings={key: value for key, value in settings.items() if key not in (*SEEDS, *NAMES)},
         seed=settings["trainer.seed"],
-        is_sparse=row.get("prune_start_step") is not None,
+        is_sparse=has_sparse_weights(row),
         avg_linear_params=positive(where, row, "avg_linear_params"),
         final_linear_params=positive(where, row, "nonzero_linear_params"),
         total_tokens=positive(where, row, "total_tokens"),

@@ -51,7 +51,7 @@ def record_points(panel: Panel, run: Run) -> list[tuple[float, float]]:
 def summary_point(panel: Panel, run: Run) -> list[tuple[float, float]]:
     """(x, y) of a finished run; a bar's x is 0."""
     x, y = (0.0 if panel.kind == "bars" else run.figures.get(panel.x)), run.figures.get(panel.y)
-    return [(float(x), float(y))] if is_number(x) and is_number(y) else []  # type: ignore[arg-type]
+    return [(float(x), float(y))] if is_number(x) and is_number(y) else []
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +17,7 @@ from yaml import YAMLError
 from conf.schema import Config
 from eval.folders import named_places, run_folders
 from train.plan import plan_run
-from train.report.siblings import counterpart, is_sparse
+from train.report.siblings import counterpart, has_sparse_weights
 
 METRICS = "metrics.jsonl"
 
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def is_sparse(self) -> bool:
-        return self.figures.get("prune_start_step") is not None or any("sparsity/density" in r for r in self.records)
+        return has_sparse_weights(self.figures) or any("sparsity/density" in r for r in self.records)
 
 
 def read_runs(patterns: Sequence[str]) -> list[Run]:
@@ -157,14 +157,14 @@ def paired(runs: Sequence[Run]) -> list[Run]:
     ]
     sparse_of: dict[str, str] = {}
     for figures in known:
-        if is_sparse(figures) and (twin := counterpart(figures, known)):
+        if has_sparse_weights(figures) and (twin := counterpart(figures, known)):
             sparse_of.setdefault(twin["run_name"], figures["run_name"])
     keys = [sparse_of.get(run.name, run.name) for run in runs]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [replace(run, pair=numbers[key]) for run, key in zip(runs, keys, strict=True)]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
