@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -18,6 +19,8 @@ LISTS = ("runs", "predict.overrides")
 """Keys whose value `quoted_list` quotes."""
 TEXTS = ("title",)
 """Keys whose value `quoted_text` quotes."""
+PATHS = ("folder", "out")
+"""Keys whose value `quoted_path` quotes."""
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
@@ -44,14 +47,29 @@ def quoted_list(argument: str) -> str:
     if key not in LISTS or re.search(r"""['"{}$]|.\[|\].""", value):
         return argument
     names = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",")]
-    return f"{key}=[{','.join(repr(name) for name in names if name)}]"
+    return f"{key}=[{','.join(_quoted(name) for name in names if name)}]"
 
 
 def quoted_text(argument: str) -> str:
     """title=80 % & its twin as title='80 % & its twin': free text has what Hydra's grammar does not."""
     key, _, value = argument.partition("=")
-    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    return argument if key not in TEXTS or is_quoted or value == "null" else f"{key}={value!r}"
+    return f"{key}={_quoted(value)}" if key in TEXTS and value != "null" else argument
+
+
+def quoted_path(argument: str) -> str:
+    """model=a/sparsity.target=0.8 as folder='a/sparsity.target=0.8'.
+
+    By its own name Hydra would look for the value of model= among the configs in conf/model.
+    """
+    key, equals, value = argument.partition("=")
+    key = "folder" if key == "model" and equals else key
+    return f"{key}={_quoted(value)}" if key in PATHS and value else f"{key}{equals}{value}"
+
+
+def _quoted(text: str) -> str:
+    """`text` between quotes, as Hydra reads any character; what a user has quoted stays as it is."""
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text if is_quoted else QuotedString(text, Quote.single).with_quotes()
 
 
 def check_arguments(config_name: str, arguments: Sequence[str]) -> None:

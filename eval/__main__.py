@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import cli, schema
-from conf.compose import check_arguments
+from conf.compose import check_arguments, quoted_path
 from train.faults.process import die_with_parent, end_process
 
 COLLECTIVES_TIMEOUT_S = 1800
@@ -48,18 +48,13 @@ def main(cfg: DictConfig) -> None:
     world.leave()
 
 
-def folder_named_model(argument: str) -> str:
-    """Hydra would look for the value of model= among the configs in conf/model."""
-    return f"folder={argument.removeprefix('model=')}" if argument.startswith("model=") else argument
-
-
 if __name__ == "__main__":
     exit_code = 0
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()
         cli.hush_other_ranks()
-        sys.argv[1:] = map(folder_named_model, sys.argv[1:])
+        sys.argv[1:] = map(quoted_path, sys.argv[1:])
         with cli.user_errors():
             check_arguments("eval", sys.argv[1:])
         main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MissingMandatoryValue
 
 from conf.cli import user_errors
-from conf.compose import composed
+from conf.compose import composed, quoted_path
 from conf.schema import CompactConfig
 
 if TYPE_CHECKING:
@@ -23,16 +22,6 @@ python -m eval.compact model=DIR2 out=DIR3 expand=true     a plain folder again,
     ... format=json                                        the figures for a script
 Load DIR2 with transformers after `import sparsity.compact`. The format: docs/compact.md. Keys: CompactConfig in
 conf/schema/compact.py."""
-
-
-def quoted_path(argument: str) -> str:
-    """model=a/sparsity.target=0.8 as folder='a/sparsity.target=0.8': Hydra reads no bare `=` or `,` in a value."""
-    key, _, value = argument.partition("=")
-    key = {"model": "folder"}.get(key, key)
-    if key not in ("folder", "out") or not value or re.fullmatch(r"""(['"]).*\1""", value):
-        return f"{key}={value}" if "=" in argument else argument
-    escaped = value.replace("'", "\\'")
-    return f"{key}='{escaped}'"
 
 
 def convert(config: CompactConfig) -> Folder:

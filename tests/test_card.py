@@ -29,7 +29,7 @@ from train.model import build_model
 from train.plan import RunPlan, plan_run
 from train.report.card import card_text, write_card
 from train.report.publish import push_to_hub, renew_card
-from train.report.siblings import counterpart, find_siblings
+from train.report.siblings import counterpart, find_siblings, has_sparse_weights, match_words
 
 TINY = (
     "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=1",
@@ -462,3 +462,29 @@ def test_a_card_that_cannot_be_is_refused_before_the_run(override, message):
 
 def test_another_card_does_not_make_another_run():
     assert run_identity(compose_run()[0]) == run_identity(compose_run("card.license=mit")[0])
+
+
+@pytest.mark.parametrize(
+    ("figures", "sparse"),
+    [
+        ({"prune_start_step": 5, "sparsity": 0.8}, True),
+        ({"prune_start_step": 5}, True),
+        ({"prune_start_step": None, "sparsity": 0.8}, True),
+        ({"prune_start_step": None, "sparsity": 1e-5}, False),
+        ({"prune_start_step": None, "sparsity": 0.0}, False),
+        ({}, False),
+    ],
+)
+def test_weights_are_sparse_by_pruning_or_by_the_zeros_they_kept(figures, sparse):
+    assert has_sparse_weights(figures) is sparse
+
+
+def test_a_run_that_kept_the_zeros_of_another_is_nobodys_twin():
+    config, plan = compose_run("sparsity.target=0")
+    assert plan.schedule is None
+    tuned = make_summary(plan, run_name="tuned", sparsity=0.8)
+    pruned = {**tuned, "run_name": "pruned", "prune_start_step": 5}
+    dense = {**tuned, "run_name": "plain", "sparsity": 0.0}
+    assert counterpart(pruned, [tuned]) is None
+    assert counterpart(pruned, [tuned, dense]) is dense
+    assert match_words(config, plan, tuned, [pruned, dense]) is None

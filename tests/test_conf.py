@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from conf.compose import composed
+from conf.compose import composed, quoted_path
 from conf.schema import OptimConfig, TrainerConfig
+from conf.schema.checks import names_of
 from tests.commands import ROOT
 from train.plan import plan_run
 
@@ -38,6 +39,38 @@ def test_every_choice_of_every_group_composes(group, name):
     overrides = ["data.path=somewhere"] if (group, name) == ("data", "text") else []
     command = "eval" if (group, name) == ("data", "wikitext") else "train"
     assert composed(command, [f"{group}={name}", *overrides, *["folder=model"] * (command == "eval")])
+
+
+@pytest.mark.parametrize(
+    ("value", "folder"),
+    [
+        ("runs/a", "runs/a"),
+        ("a/target=0.8,seed=1", "a/target=0.8,seed=1"),
+        ("two words", "two words"),
+        ("it's", "it's"),
+        ('a"b', 'a"b'),
+        ("back\\slash\\", "back\\slash\\"),
+        ("'a,b'", "a,b"),
+    ],
+)
+def test_a_models_folder_may_be_called_anything(value, folder):
+    data = ["data=wikitext", "data.path=x"]
+    assert composed("eval", [quoted_path(f"model={value}"), *data]).folder == folder
+    assert composed("compact", [quoted_path(f"model={value}"), quoted_path(f"out={value}")]).out == folder
+
+
+@pytest.mark.parametrize("argument", ["dtype=float32", "tokenizer=a", "model", "out="])
+def test_what_names_no_folder_is_left_as_it_is(argument):
+    assert quoted_path(argument) == argument
+
+
+def test_one_run_or_a_list_are_names_and_nothing_only_where_it_may_be():
+    assert names_of("runs/a") == ["runs/a"]
+    assert names_of(["a", "b"]) == ["a", "b"]
+    assert names_of([], least=0) == []
+    for runs, least in (([], 1), ([""], 1), ([3], 0), (None, 0)):
+        with pytest.raises(ValueError, match="names nothing"):
+            names_of(runs, least)
 
 
 def test_every_yaml_opens_with_a_comment():

@@ -107,3 +107,28 @@ def test_a_run_without_its_config_is_refused(sweep):
     (sweep / "s40" / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"no config\.yaml beside it"):
         read_runs([str(sweep)])
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({"heldout_loss": None}, r"s80-1/summary\.json has no figure heldout_loss: leave this run out"),
+        ({"heldout_loss": math.nan}, "has heldout_loss=nan, which is no finite number above 0"),
+        ({"bits_per_byte": "many"}, "has bits_per_byte=many, which is no number"),
+        ({"avg_linear_params": 0}, "has avg_linear_params=0, which is no finite number above 0"),
+    ],
+)
+def test_a_run_without_its_figures_is_refused_by_name(sweep, figures, words):
+    file = sweep / "s80-1" / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **figures}))
+    with pytest.raises(ValueError, match=words):
+        read_runs([str(sweep)])
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "another: version\n", "- 1\n- 2\n", "words", "", "trainer: {seed: 1}\n", "\x00"]
+)
+def test_a_config_that_is_garbled_or_of_another_version_is_refused_by_name(sweep, text):
+    (sweep / "s40" / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"s40/config\.yaml is garbled or of another version: leave this run out"):
+        read_runs([str(sweep)])

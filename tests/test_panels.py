@@ -8,6 +8,7 @@ import pytest
 
 from eval.report.curves import curves, final_layers, layer_rows, record_points, thinned
 from eval.report.law import fit_runs
+from eval.report.page import row
 from eval.report.panels import PANELS, TABLE
 from eval.report.runs import read_runs
 from tests.panel_runs import write_run, write_sweep
@@ -79,6 +80,47 @@ def test_damaged_records_are_refused_by_name(tmp_path):
     (folder / "metrics.jsonl").write_text("no json\n")
     with pytest.raises(ValueError, match=r"bad/metrics\.jsonl is no file of records"):
         read_runs([str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"train/loss": 1.0, "train/tokens": 9}', "line 21 has train/global_step=None"),
+        ('{"train/loss": 1.0, "train/tokens": 9, "train/global_step": 0}', "train/global_step=0, and records count from 1"),
+        ('{"train/loss": 1.0, "train/global_step": 21}', "train/tokens=None"),
+        ('[1, 2]', "line 21 is no record"),
+    ],
+)  # fmt: skip
+def test_a_record_that_does_not_say_when_it_was_made_is_refused_by_line(tmp_path, line, words):
+    folder = write_run(tmp_path / "odd", finished=False)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=words):
+        read_runs([str(folder)])
+
+
+def test_an_evaluation_before_the_first_step_is_a_record(tmp_path):
+    folder = write_run(tmp_path / "early", finished=False)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"eval/loss": 1.0, "train/tokens": 0, "train/global_step": 0}\n')
+    (run,) = read_runs([str(folder)])
+    assert len(run.records) == 21
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "words", "trainer: 3\n", "\x00"])
+def test_a_garbled_config_of_an_unfinished_run_leaves_its_figures_unknown(tmp_path, text):
+    folder = write_run(tmp_path / "torn", finished=False)
+    (folder / "config.yaml").write_text(text)
+    (run,) = read_runs([str(folder)])
+    assert run.figures == {"run_name": "torn"}
+
+
+def test_a_summary_with_odd_figures_still_has_its_row(tmp_path):
+    odd = {"linear_params": "many", "avg_linear_params": None, "perplexity": "low"}
+    names = [str(write_run(tmp_path / name, **figures)) for name, figures in (("odd", odd), ("plain", {}))]
+    runs = read_runs(names)
+    assert [run.pair for run in runs] == [0, 1]
+    assert set(row(0, runs[0])["cells"]) == {""}
 
 
 def test_a_curve_has_every_record_and_a_dense_run_has_density_1(runs):

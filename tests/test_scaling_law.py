@@ -190,6 +190,16 @@ def test_a_minimum_without_a_term_is_refused(law, form, sentence):
         check_hessian(fit)
 
 
+@pytest.mark.parametrize(("form", "name"), [("n", "alpha"), ("nd", "beta")])
+def test_an_exponent_that_no_law_has_is_refused(form, name):
+    params, tokens = grid(SIZES, np.geomspace(1e8, 1e9, 4)) if form == "nd" else grid(np.geomspace(1e6, 3e6, 6), (1e8,))
+    steep = (tokens / 1e8) ** -7.0 + (params / 1e6) ** -0.5 if form == "nd" else (params / 1e6) ** -17.0
+    fit = fit_law(params, tokens, 2.0 + steep, form)
+    with pytest.raises(ValueError, match=rf"has {name}=[\d.]+, above 4, where measured exponents are below 1") as error:
+        check_hessian(fit)
+    assert str(error.value).count(". ") == 0
+
+
 def test_a_level_spans_five_per_cent():
     assert levels(np.array([100.0, 1.0, 1.04, 1.06, 104.0, 1.049])).tolist() == [2, 0, 0, 1, 2, 0]
 
@@ -342,7 +352,7 @@ HEADER = "avg_linear_params,final_linear_params,total_tokens,loss,sparsity,data"
     [
         ([HEADER], "holds no finished run"),
         ([HEADER, "abc,2e5,1e7,3,0.8,"], "line 2 has avg_linear_params=abc, which is no number"),
-        ([HEADER, "4e5,2e5,1e7,nan,0.8,"], "loss=nan, and the law needs numbers above 0"),
+        ([HEADER, "4e5,2e5,1e7,nan,0.8,"], "loss=nan, which is no finite number above 0"),
         ([HEADER, "4e5,2e5,0,3,0.8,"], "total_tokens=0"),
         ([HEADER, "4e5,2e5,1e7,3,1.8,"], "sparsity=1.8, outside"),
         ([HEADER, "4e5,2e5,1e7,3,,"], "is sparse, and nothing says how much"),

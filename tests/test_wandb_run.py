@@ -24,6 +24,16 @@ def test_a_sparse_a_dense_and_a_twin_run_have_job_types_and_tags_of_their_own():
     )  # fmt: skip
 
 
+def test_a_run_that_is_sparse_by_groups_is_tagged_with_its_overall_sparsity():
+    groups = ["sparsity.target=0", "sparsity.groups=[{include:['*.mlp.*'],target:0.5}]"]
+    config = composed("train", ["model=llama_tiny", "trainer.max_steps=1000", *groups])
+    plan = plan_run(config, 1)
+    level = f"sparsity-{100 * plan.num_pruned / plan.num_prunable:.4g}"
+    assert level not in ("sparsity-0", "sparsity-50")
+    assert kind_and_tags(*groups) == ("sparse", ["llama-tiny", level])
+    assert kind_and_tags(*groups, "model.match=average")[1][1:] == ["twin", f"twin-of-{level}"]
+
+
 def test_tags_of_the_config_come_behind_each_once_and_no_longer_than_wandb_takes():
     long = "x" * 70
     _, tags = kind_and_tags("sparsity.target=0.5", f"logger.tags=[seed-1,sparsity-50,{long}]")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from conf.schema import Config
 from train.checkpoints.durable import write_atomically
-from train.plan import RunPlan
+from train.plan import RunPlan, plan_run
 from train.wandb_key import has_wandb_key
 
 MAX_TAG_LENGTH = 64
@@ -55,9 +56,16 @@ def kind_of_run(plan: RunPlan) -> str:
     return "twin" if plan.twin else "sparse" if plan.schedule else "dense"
 
 
+def final_sparsity(config: Config, plan: RunPlan) -> float:
+    """Of all prunable weights together, whatever the groups' targets are; for a twin, that of its sparse run."""
+    if plan.twin is not None:
+        plan = plan_run(replace(config, model=replace(config.model, match=None)), plan.world_size)
+    return plan.schedule.sparsity if plan.schedule else 0.0
+
+
 def run_tags(config: Config, plan: RunPlan) -> list[str]:
-    """The model's name, the target sparsity, or that of the run whose twin this is, and the tags of the config."""
-    level = f"sparsity-{100 * config.sparsity.target:g}"
+    """The model's name, the final sparsity, or that of the run whose twin this is, and the tags of the config."""
+    level = f"sparsity-{100 * final_sparsity(config, plan):.4g}"
     of_kind = {"sparse": [level], "twin": ["twin", f"twin-of-{level}"], "dense": ["dense"]}
     tags = [config.model.name, *of_kind[kind_of_run(plan)], *config.logger.tags]
     return [tag[:MAX_TAG_LENGTH] for tag in dict.fromkeys(tags) if tag]

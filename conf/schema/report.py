@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.schema.checks import check, check_choice
+from conf.schema.checks import check, check_choice, names_of
 
 
 @dataclass
@@ -24,8 +24,7 @@ class ReportConfig:
     """The law drawn through the points, as in `python -m eval.scaling_law`; auto: the first of nd, n, power they tell."""
 
     def __post_init__(self) -> None:
-        self.runs = names(self.runs)
-        check(bool(self.runs), "runs= names nothing: give run folders, a folder of runs, or a pattern of them.")
+        self.runs = names_of(self.runs)
         check(
             Path(self.page).suffix in (".html", ".htm"),
             f"page={self.page} is no HTML file: give a name that ends in .html.",
@@ -53,7 +52,7 @@ class DashboardConfig:
     """Print the dashboard's JSON, and ask for no account."""
 
     def __post_init__(self) -> None:
-        self.runs = names(self.runs)
+        self.runs = names_of(self.runs, least=0)
         check(
             self.sweep_name is not None or bool(self.runs),
             "a dashboard needs sweep_name=, the group of its wandb runs, or runs=, their folders.",
@@ -63,13 +62,3 @@ class DashboardConfig:
             f"sweep_name={self.sweep_name} and runs={','.join(self.runs)} both say which runs: give one of them.",
         )
         check_choice("kind", self.kind, ("workspace", "report"))
-
-
-def names(value: Any) -> list[str]:
-    """One name or a list of them as a list; a ValueError where it holds anything else."""
-    listed = [value] if isinstance(value, str) else value
-    check(
-        isinstance(listed, list) and all(isinstance(name, str) and name for name in listed),
-        f"runs={value} is no list of names: give run folders, a folder of runs, or a pattern of them.",
-    )
-    return listed

@@ -32,6 +32,10 @@ LEAST_SHARE = HUBER_DELTA
 """A term that is nowhere a larger share of the loss has vanished: the objective hardly sees it."""
 
 
+LARGEST_EXPONENT = 4.0
+"""Twice the steepest start, where every published exponent is below 1: a steeper best fit has followed the noise."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """N, D and L of the points, and their logarithms: log N, in the form `nd` also log D, centred and scaled."""
@@ -117,7 +121,10 @@ def identifies(problem: Problem, chosen: NDArray[np.bool_]) -> bool:
 
 
 def check_hessian(fit: Fit) -> None:
-    """ValueError where the minimum is degenerate: a direction in which the coefficients change no predicted loss."""
+    """ValueError where the minimum is degenerate: a direction in which the coefficients change no predicted loss.
+
+    Or where an exponent is far above all that were ever measured, as a few runs that follow no law give.
+    """
     names = COEFFICIENTS[fit.problem.form]
     _, shares = _log_predictions(fit.problem, fit.minima[:1])
     jacobian = _jacobian(fit.problem, shares)[0]
@@ -132,6 +139,14 @@ def check_hessian(fit: Fit) -> None:
             f"the points do not identify {', '.join(names)} of {FORMULAS[fit.problem.form]}, because at the best fit "
             f"{what}: add runs over a wider range of sizes{' and tokens' if fit.problem.form == 'nd' else ''}{reduced}."
         )
+    for name in ("alpha", "beta"):
+        exponent = fit.law.coefficients.get(name, 0.0)
+        if exponent > LARGEST_EXPONENT:
+            raise ValueError(
+                f"the best fit of {FORMULAS[fit.problem.form]} has {name}={exponent:.3g}, above {LARGEST_EXPONENT:g}, where "
+                f"measured exponents are below 1: these points do not identify the law, add runs over a wider range of "
+                f"{'tokens' if name == 'beta' else 'sizes'}."
+            )
 
 
 def _grid(problem: Problem) -> Array:

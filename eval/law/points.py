@@ -140,7 +140,8 @@ def check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
     fertile = {
         row["heldout_tokens"] / row["heldout_bytes"]: where
         for where, row in rows.items()
-        if isinstance(row.get("heldout_tokens"), int) and row.get("heldout_bytes")
+        if isinstance(row.get("heldout_tokens"), int) and isinstance(row.get("heldout_bytes"), int)
+        if row["heldout_tokens"] > 0 and row["heldout_bytes"] > 0
     }
     if fertile and max(fertile) > (1 + SAME_TOKENIZER) * min(fertile):
         raise ValueError(
@@ -155,12 +156,12 @@ def _point(where: str, row: Mapping[str, Any], loss_name: str) -> Point:
         present = [name for name in names if name in row]
         if not present:
             raise ValueError(f"{where} has no figure {figure}: give a column {' or '.join(names)}.")
-        figures[figure] = _positive(where, present[0], row[present[0]])
+        figures[figure] = positive(where, row, present[0])
     final, average = figures["final_linear_params"], figures["avg_linear_params"]
     if "sparsity" in row:
         sparsity = _number(where, "sparsity", row["sparsity"])
     elif "linear_params" in row:
-        sparsity = 1 - final / _positive(where, "linear_params", row["linear_params"])
+        sparsity = 1 - final / positive(where, row, "linear_params")
     elif final == average:
         sparsity = 0.0
     else:
@@ -168,7 +169,7 @@ def _point(where: str, row: Mapping[str, Any], loss_name: str) -> Point:
     if not 0 <= sparsity < 1:
         raise ValueError(f"{where} has sparsity={sparsity:g}, outside [0, 1): give the share of weights removed.")
     name = next((str(row[key]) for key in NAMES if key in row), where)
-    loss = _positive(where, loss_name, row[loss_name])
+    loss = positive(where, row, loss_name)
     return Point(name, loss=loss, sparsity=sparsity, **figures)
 
 
@@ -182,8 +183,11 @@ def _number(where: str, key: str, value: Any) -> float:
         raise ValueError(f"{where} has {key}={text}, which is no number: write 1234, 1.2e3 or 1.2K.") from None
 
 
-def _positive(where: str, key: str, value: Any) -> float:
-    number = _number(where, key, value)
+def positive(where: str, row: Mapping[str, Any], key: str) -> float:
+    """The figure `key` of a run, finite and above 0; a ValueError names the run that has another or none."""
+    if key not in row:
+        raise ValueError(f"{where} has no figure {key}: leave this run out.")
+    number = _number(where, key, row[key])
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{where} has {key}={number:g}, and the law needs numbers above 0: leave this run out.")
+        raise ValueError(f"{where} has {key}={number:g}, which is no finite number above 0: leave this run out.")
     return number

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from eval.law.points import check_comparable, finished_runs
+from eval.law.points import check_comparable, finished_runs, positive
 from train.directory import run_identity
+from train.report.siblings import has_sparse_weights
 
 SEEDS = ("trainer.seed", "trainer.data_seed")
 NAMES = ("run_name", "sweep_name")
@@ -148,17 +149,29 @@ def _run(summary_file: Path, row: Mapping[str, Any]) -> Run:
         raise ValueError(
             f"{summary_file} has no config.yaml beside it: give run folders, whose settings can be compared."
         )
-    settings = dict(_flat(run_identity(OmegaConf.load(config_file))))
+    settings, where = _settings(config_file), str(summary_file)
     return Run(
         settings={key: value for key, value in settings.items() if key not in (*SEEDS, *NAMES)},
         seed=settings["trainer.seed"],
-        is_sparse=row.get("prune_start_step") is not None,
-        avg_linear_params=row["avg_linear_params"],
-        final_linear_params=row["nonzero_linear_params"],
-        total_tokens=row["total_tokens"],
-        loss=row["heldout_loss"],
-        bits_per_byte=row["bits_per_byte"],
+        is_sparse=has_sparse_weights(row),
+        avg_linear_params=positive(where, row, "avg_linear_params"),
+        final_linear_params=positive(where, row, "nonzero_linear_params"),
+        total_tokens=positive(where, row, "total_tokens"),
+        loss=positive(where, row, "heldout_loss"),
+        bits_per_byte=positive(where, row, "bits_per_byte"),
     )
+
+
+def _settings(config_file: Path) -> dict[str, Any]:
+    """A run's settings by dotted key; a ValueError where this version cannot have written them."""
+    try:
+        settings = dict(_flat(run_identity(OmegaConf.load(config_file))))
+        json.dumps([settings[SEEDS[0]], settings], allow_nan=False)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{config_file} is garbled or of another version: leave this run out.") from None
+    return settings
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from eval.report.panels import Panel
-from eval.report.runs import Run
+from eval.report.runs import Run, is_number
 
 MAX_POINTS = 400
 """Points of a curve; of a longer one the extremes of equal stretches are drawn, so that no spike is lost."""
@@ -53,7 +51,7 @@ def record_points(panel: Panel, run: Run) -> list[tuple[float, float]]:
 def summary_point(panel: Panel, run: Run) -> list[tuple[float, float]]:
     """(x, y) of a finished run; a bar's x is 0."""
     x, y = (0.0 if panel.kind == "bars" else run.figures.get(panel.x)), run.figures.get(panel.y)
-    return [(float(x), float(y))] if is_number(x) and is_number(y) else []  # type: ignore[arg-type]
+    return [(float(x), float(y))] if is_number(x) and is_number(y) else []
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
@@ -72,7 +70,11 @@ def final_layers(panel: Panel, run: Run) -> dict[str, float]:
     """The last value of every key of the panel's group, without the group's name: a record has all of them or none."""
     group = panel.y.removesuffix("*")
     for record in reversed(run.records):
-        values = {key.removeprefix(group): value for key, value in record.items() if key.startswith(group)}
+        values = {
+            key.removeprefix(group): value
+            for key, value in record.items()
+            if key.startswith(group) and is_number(value)
+        }
         if values:
             return values
     return {}
@@ -90,7 +92,3 @@ def layer_rows(layers: Mapping[str, float]) -> tuple[dict[str, dict[int, float]]
         else:
             outside[name] = value
     return inside, outside
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

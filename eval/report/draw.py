@@ -13,7 +13,7 @@ from typing import Any
 from eval.report.curves import Curve, layer_rows
 from eval.report.law import FittedLaw
 from eval.report.panels import Panel
-from eval.report.runs import Run
+from eval.report.runs import Run, is_number
 from train.report.style import count_ticks, lighten, pyplot
 from train.report.table import half_up
 
@@ -172,7 +172,7 @@ def _bars(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) 
             half_up(value, 3), (value, place), xytext=(4, 0), textcoords="offset points", va="center", gid=gid
         )
         unigram = run.figures.get(f"unigram_{panel.y}")
-        if unigram is not None:
+        if is_number(unigram):
             axes.plot([unigram, unigram], [place - 0.36, place + 0.36], color=FAINT, linewidth=2, gid=gid)
     axes.set_yticks(range(len(drawn)), [runs[curve.run].name for curve in drawn])
     axes.invert_yaxis()

@@ -138,11 +138,11 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 def row(number: int, run: Run) -> dict[str, Any]:
-    """A run as the template takes it; a run whose config cannot be read has empty cells."""
+    """A run as the template takes it; a run whose config or figures cannot be read has empty cells."""
     empty = dict.fromkeys(COLUMNS, "")
     try:
         line = cells(finite(run.figures))
-    except KeyError:
+    except (KeyError, TypeError, ValueError):
         line = empty
     return {
         "number": number,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from conf.schema import Config
 from eval.folders import named_places, run_folders
 from train.plan import plan_run
-from train.report.siblings import counterpart, is_sparse
+from train.report.siblings import counterpart, has_sparse_weights
 
 METRICS = "metrics.jsonl"
 
@@ -36,7 +38,7 @@ class Run:
 
     @property
     def is_sparse(self) -> bool:
-        return self.figures.get("prune_start_step") is not None or any("sparsity/density" in r for r in self.records)
+        return has_sparse_weights(self.figures) or any("sparsity/density" in r for r in self.records)
 
 
 def read_runs(patterns: Sequence[str]) -> list[Run]:
@@ -70,18 +72,32 @@ def read_run(folder: Path) -> Run:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, of which a live run may be writing the last."""
+    """The whole lines of a metrics.jsonl, of which a live run may be writing the last; a ValueError names a bad one."""
     lines = file.read_bytes().split(b"\n")[:-1]
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
+        records = [json.loads(line) for line in lines]
+    except ValueError as error:
         raise ValueError(f"{file} is no file of records ({error}): leave this run out.") from None
+    for number, record in enumerate(records, start=1):
+        _check_record(f"{file} line {number}", record)
+    return records
+
+
+def _check_record(where: str, record: Any) -> None:
+    """ValueError where a record doesn't say when it was made; an evaluation may come before the first step."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is no record: leave this run out.")
+    first_step = 1 if "train/loss" in record else 0
+    for key, least in (("train/global_step", first_step), ("train/tokens", 0)):
+        value = record.get(key)
+        if not is_number(value) or value < least:
+            raise ValueError(f"{where} has {key}={value}, and records count from {least}: leave this run out.")
 
 
 def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The summary's figures that a run without a summary has: counts by its config, density by its last records.
 
-    Empty where another version of the project wrote the config.
+    Empty where the config is garbled, or another version of the project wrote it.
     """
     steps = [record for record in records if "train/loss" in record]
     try:
@@ -89,17 +105,18 @@ def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[s
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), loaded))
         # The number of processes is not written down: where it decides the batch, the records tell that.
         plan = plan_run(config, 1)
-    except (OSError, ValueError, OmegaConfBaseException):
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
         return {}
     last = steps[-1] if steps else {"train/tokens": plan.batch_tokens, "train/global_step": 1}
     batch_tokens = last["train/tokens"] // last["train/global_step"]
     linear, schedule = plan.counts.linear, plan.schedule
+    density, average = (_share(last, f"sparsity/{name}") for name in ("density", "average_density"))
     return {
         "total_params": plan.counts.total,
         "linear_params": linear,
-        "avg_linear_params": last.get("sparsity/average_density", 1.0) * linear,
-        "nonzero_linear_params": round(last.get("sparsity/density", 1.0) * linear),
-        "sparsity": 1 - last.get("sparsity/density", 1.0),
+        "avg_linear_params": average * linear,
+        "nonzero_linear_params": round(density * linear),
+        "sparsity": 1 - density,
         "batch_tokens": batch_tokens,
         "learning_rate": config.trainer.learning_rate,
         "total_tokens": plan.num_steps * batch_tokens,
@@ -132,20 +149,34 @@ def distinctly_named(runs: Sequence[Run]) -> list[Run]:
 
 def paired(runs: Sequence[Run]) -> list[Run]:
     """The runs with a number for each pair, from 0 in their order: a dense twin has that of its sparse run."""
-    known = [run.figures for run in runs if run.figures.keys() >= {"prune_start_step", "linear_params", "total_tokens"}]
+    sizes = ("linear_params", "avg_linear_params", "total_tokens")
+    known = [
+        run.figures
+        for run in runs
+        if "prune_start_step" in run.figures and all(is_number(run.figures.get(key)) for key in sizes)
+    ]
     sparse_of: dict[str, str] = {}
     for figures in known:
-        if is_sparse(figures) and (twin := counterpart(figures, known)):
+        if has_sparse_weights(figures) and (twin := counterpart(figures, known)):
             sparse_of.setdefault(twin["run_name"], figures["run_name"])
     keys = [sparse_of.get(run.name, run.name) for run in runs]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [replace(run, pair=numbers[key]) for run, key in zip(runs, keys, strict=True)]
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _share(record: Mapping[str, Any], key: str) -> float:
+    """1 where the record of a dense run has no such share."""
+    return float(record[key]) if is_number(record.get(key)) else 1.0
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}): finish the run again, or leave it out.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} is no run's summary: leave this run out.")

@@ -18,6 +18,8 @@ TWIN_SUFFIXES = ("-small-dense", "-twin")
 """A dense twin is called like its sparse run, with one of these behind; the first is the series'."""
 TWIN_TOLERANCE = 0.05
 """How far, relatively, a dense run of another name may be off N-bar and still be called a match."""
+SHARE_BY_CHANCE = 1e-3
+"""A dense run may hold a few exact zeros; a larger share of them is a mask's."""
 
 
 def find_siblings(run_dir: Path, runs_dir: Path) -> list[dict[str, Any]]:
@@ -45,7 +47,15 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 
 
 def is_sparse(figures: Figures) -> bool:
+    """Whether this run pruned."""
     return figures["prune_start_step"] is not None
+
+
+def has_sparse_weights(figures: Figures) -> bool:
+    """Whether the finished weights are sparse: pruned by this run, or by the one whose zeros it kept."""
+    share = figures.get("sparsity")
+    holds_zeros = isinstance(share, int | float) and share > SHARE_BY_CHANCE
+    return figures.get("prune_start_step") is not None or holds_zeros
 
 
 def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
@@ -53,14 +63,14 @@ def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
 
     By name; else the closest in linear parameters to N-bar that was trained on as many tokens, within TWIN_TOLERANCE.
     """
-    others = [sibling for sibling in siblings if is_sparse(sibling) != is_sparse(own)]
+    others = [sibling for sibling in siblings if has_sparse_weights(sibling) != has_sparse_weights(own)]
     for other in others:
-        dense, sparse = (other, own) if is_sparse(own) else (own, other)
+        dense, sparse = (other, own) if has_sparse_weights(own) else (own, other)
         if dense["run_name"] in [sparse["run_name"] + suffix for suffix in TWIN_SUFFIXES]:
             return other
 
     def distance(other: Figures) -> float:
-        dense, sparse = (other, own) if is_sparse(own) else (own, other)
+        dense, sparse = (other, own) if has_sparse_weights(own) else (own, other)
         return abs(dense["linear_params"] / sparse["avg_linear_params"] - 1)
 
     near = [
@@ -70,7 +80,12 @@ def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
 
 
 def match_words(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Figures]) -> str | None:
-    """The other half of the pair that the paper predicts to reach the same loss; None for a plain dense run."""
+    """The other half of the pair that the paper predicts to reach the same loss; None for a plain dense run.
+
+    None too for a run that kept the zeros of another: its own average leaves out what that one trained.
+    """
+    if has_sparse_weights(own) and not is_sparse(own):
+        return None
     twin = plan.twin
     # A derived twin may be off by its rounded width; what it was derived for is known exactly.
     other = counterpart({**own, "linear_params": twin.target_linear_params} if twin else own, siblings)
