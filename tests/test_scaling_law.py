@@ -8,7 +8,7 @@ import pytest
 
 from conf.compose import quoted_list
 from eval.law.claim import held_out_residuals, paired, verdict
-from eval.law.fit import Fit, Problem, _grid, _objective, bootstrap, check_hessian, fit_law
+from eval.law.fit import Fit, Problem, _grid, _objective, bootstrap, check_exponents, check_hessian, fit_law
 from eval.law.identifiable import levels
 from eval.law.law import Law
 from eval.law.lbfgs import minimise
@@ -196,8 +196,26 @@ def test_an_exponent_that_no_law_has_is_refused(form, name):
     steep = (tokens / 1e8) ** -7.0 + (params / 1e6) ** -0.5 if form == "nd" else (params / 1e6) ** -17.0
     fit = fit_law(params, tokens, 2.0 + steep, form)
     with pytest.raises(ValueError, match=rf"has {name}=[\d.]+, above 4, where measured exponents are below 1") as error:
-        check_hessian(fit)
+        check_exponents(fit)
     assert str(error.value).count(". ") == 0
+
+
+def test_runs_whose_law_is_absurd_are_refused_on_either_side(tmp_path, capsys):
+    rows = [
+        {
+            "avg_linear_params": size, "final_linear_params": 1e6 * (size / 1e6) ** 0.1, "total_tokens": 1e8,
+            "loss": 2.0 + (size / 1e6) ** -0.8, "sparsity": 0.5,
+        }
+        for size in np.geomspace(1e6, 1e8, 6)
+    ]  # fmt: skip
+    figures = json_of(capsys, f"runs={write_csv(rows, tmp_path / 'runs.csv')}", "form=n", "num_bootstrap=20")
+    assert figures["average"]["alpha"] == pytest.approx(0.8, rel=1e-3)
+    assert "has alpha=8, above 4" in figures["final"]["refused"]
+    for row in rows:
+        row["avg_linear_params"], row["final_linear_params"] = row["final_linear_params"], row["avg_linear_params"]
+    with pytest.raises(SystemExit):
+        main([f"runs={write_csv(rows, tmp_path / 'turned.csv')}", "form=n", "figure=null"])
+    assert "has alpha=8, above 4" in capsys.readouterr().err
 
 
 def test_a_level_spans_five_per_cent():

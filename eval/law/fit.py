@@ -121,10 +121,7 @@ def identifies(problem: Problem, chosen: NDArray[np.bool_]) -> bool:
 
 
 def check_hessian(fit: Fit) -> None:
-    """ValueError where the minimum is degenerate: a direction in which the coefficients change no predicted loss.
-
-    Or where an exponent is far above all that were ever measured, as a few runs that follow no law give.
-    """
+    """ValueError where the minimum is degenerate: a direction in which the coefficients change no predicted loss."""
     names = COEFFICIENTS[fit.problem.form]
     _, shares = _log_predictions(fit.problem, fit.minima[:1])
     jacobian = _jacobian(fit.problem, shares)[0]
@@ -139,6 +136,10 @@ def check_hessian(fit: Fit) -> None:
             f"the points do not identify {', '.join(names)} of {FORMULAS[fit.problem.form]}, because at the best fit "
             f"{what}: add runs over a wider range of sizes{' and tokens' if fit.problem.form == 'nd' else ''}{reduced}."
         )
+
+
+def check_exponents(fit: Fit) -> None:
+    """ValueError where an exponent is far above all that were ever measured, as a few runs that follow no law give."""
     for name in ("alpha", "beta"):
         exponent = fit.law.coefficients.get(name, 0.0)
         if exponent > LARGEST_EXPONENT:

@@ -11,7 +11,7 @@ import numpy as np
 from conf.compose import composed
 from conf.schema import PredictConfig, ScalingLawConfig
 from eval.law.claim import by_sparsity, dense_law_residuals, held_out_residuals, paired, verdict
-from eval.law.fit import Fit, Problem, bootstrap, check_hessian, fit_law
+from eval.law.fit import Fit, Problem, bootstrap, check_exponents, check_hessian, fit_law
 from eval.law.identifiable import SAME_TOKENS
 from eval.law.law import FLOPS_PER_PARAM_TOKEN, FORMULAS, Form, Law
 from eval.law.lbfgs import Array
@@ -31,9 +31,12 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
     tokens, loss, configurations = points.column("total_tokens"), points.column("loss"), points.configurations
     fits = {"average": fit_law(points.column("avg_linear_params"), tokens, loss, form)}
     check_hessian(fits["average"])
+    check_exponents(fits["average"])
     sides: dict[str, dict[str, Any]] = {}
     try:
-        fits["final"] = fit_law(points.column("final_linear_params"), tokens, loss, form)
+        final = fit_law(points.column("final_linear_params"), tokens, loss, form)
+        check_exponents(final)
+        fits["final"] = final
     except ValueError as error:
         sides["final"] = {"refused": str(error)}
     held_out = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.law.figure import curve_tokens
-from eval.law.fit import Fit, check_hessian, fit_law
+from eval.law.fit import Fit, check_exponents, check_hessian, fit_law
 from eval.law.law import FORMULAS, Form
 from eval.law.points import Points, read_points
 from eval.law.text import number_text
@@ -58,6 +58,7 @@ def fitted(points: Points, form: Form) -> FittedLaw:
     """A ValueError where the points cannot tell the coefficients."""
     fit = fit_law(points.column("avg_linear_params"), points.column("total_tokens"), points.column("loss"), form)
     check_hessian(fit)
+    check_exponents(fit)
     coefficients = ", ".join(f"{name} = {number_text(value)}" for name, value in fit.law.coefficients.items())
     off = np.abs(fit.residuals)
     words = (
