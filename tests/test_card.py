@@ -488,3 +488,13 @@ def test_a_run_that_kept_the_zeros_of_another_is_nobodys_twin():
     assert counterpart(pruned, [tuned]) is None
     assert counterpart(pruned, [tuned, dense]) is dense
     assert match_words(config, plan, tuned, [pruned, dense]) is None
+
+
+def test_the_card_of_a_run_that_kept_the_zeros_of_another_calls_it_sparse():
+    card = make_card("sparsity.target=0", sparsity=0.8)
+    assert "sparse by the zeros of the model that it started from, which it kept: 80.00%" in card
+    assert line_of(card, "Model type").startswith("sparse causal")
+    assert line_of(card, "Sparsity configuration") == "the zeros it started with, kept"
+    assert "Pruning start step" not in card
+    assert "- sparse\n" in card
+    assert "- pruning\n" not in card

@@ -13,7 +13,7 @@ from conf.schema import Config
 from train.checkpoints.durable import write_atomically
 from train.directory import RunDirectory
 from train.plan import RunPlan
-from train.report.siblings import Figures, find_siblings, finite, is_sparse, match_words
+from train.report.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
 from train.report.summary import SHARE_OF_FINAL_STEPS
 from train.report.table import count_text, half_up, markdown, percent_text, rate_text
 from train.report.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words, tokenizer_terms, tokenizer_words
@@ -68,7 +68,9 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
         for metric, name in names.items()
         if math.isfinite(summary[metric])
     ]
-    kind = ["sparse", "pruning", f"{config.sparsity.score}-pruning"] if is_sparse(summary) else ["dense"]
+    kind = ["sparse"] if has_sparse_weights(summary) else ["dense"]
+    if is_sparse(summary):
+        kind += ["pruning", f"{config.sparsity.score}-pruning"]
     return ModelCardData(
         language=source.language,
         license=config.card.license,
@@ -85,9 +87,12 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
 
 
 def _opening(own: Figures) -> str:
+    zeros = f"{percent_text(own['sparsity'])} of the weights in its linear layers are exactly zero"
     outcome = (
-        f"pruned on the way: {percent_text(own['sparsity'])} of the weights in its linear layers are exactly zero"
+        f"pruned on the way: {zeros}"
         if is_sparse(own)
+        else f"sparse by the zeros of the model that it started from, which it kept: {zeros}"
+        if has_sparse_weights(own)
         else "dense: nothing was pruned"
     )
     return (
@@ -111,12 +116,13 @@ def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     ]
     head = "lm_head is the embedding and not counted" if model.tie_word_embeddings else "lm_head counted, embedding not"
     lines = {
-        "Model type": f"{'sparse' if is_sparse(own) else 'dense'} causal language model, LLaMA architecture",
+        "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, LLaMA architecture",
         "Shape": ", ".join(shape),
-        "Sparsity configuration": _sparsity(config) if is_sparse(own) else "none, dense throughout",
+        "Sparsity configuration": _sparsity(config, own),
         "Training data": _data(config),
         "Tokenizer": tokenizer_words(config.tokenizer),
-        "Weights": f"safetensors, {config.export.dtype}" + ("; pruned weights are stored as zeros" * is_sparse(own)),
+        "Weights": f"safetensors, {config.export.dtype}"
+        + ("; pruned weights are stored as zeros" * has_sparse_weights(own)),
         "Total parameters": _count(own["total_params"]),
         "Linear parameters": f"{_count(own['linear_params'])}: the weights of the linear layers, {head}",
         "Non-zero linear parameters": _count(own["nonzero_linear_params"]),
@@ -127,7 +133,9 @@ def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     return _bullets(lines)
 
 
-def _sparsity(config: Config) -> str:
+def _sparsity(config: Config, own: Figures) -> str:
+    if not is_sparse(own):
+        return "the zeros it started with, kept" if has_sparse_weights(own) else "none, dense throughout"
     sparsity = config.sparsity
     pruned = "the weights of all linear layers"
     if sparsity.include is not None:
@@ -226,7 +234,7 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
             else "all at once",
         }
     if twin := match_words(config, plan, own, siblings):
-        lines["Matching dense model" if is_sparse(own) else "Dense twin of"] = twin
+        lines["Matching dense model" if has_sparse_weights(own) else "Dense twin of"] = twin
     processes = "1 process" if own["world_size"] == 1 else f"{own['world_size']} processes"
     sharding = "FSDP2" if own["fsdp_version"] == 2 else "no sharding"
     lines["Run"] = f"{processes}, {sharding}, {half_up(own['seconds'] / 3600, 2)} hours, seed {optim.seed}"
@@ -234,7 +242,7 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
 
 
 def _series(own: Figures, siblings: Sequence[Figures]) -> str:
-    rows = sorted([own, *siblings], key=lambda row: (not is_sparse(row), row["sparsity"], row["run_name"]))
+    rows = sorted([own, *siblings], key=lambda row: (not has_sparse_weights(row), row["sparsity"], row["run_name"]))
     lines = [finite(row) | ({"run_name": f"**{row['run_name']}**"} if row is own else {}) for row in rows]
     notes = [
         "Batch size and total tokens are in tokens; total tokens = training steps x batch size.",
@@ -278,7 +286,7 @@ def _limits(own: Figures) -> str:
         "A base model for research on scaling: it continues text, was tuned neither to follow instructions nor to be "
         "safe, and repeats what its training data says, mistakes included."
     )
-    if is_sparse(own):
+    if has_sparse_weights(own):
         words += (
             " To transformers a zero is a weight like any other: the sparsity saves memory and time only once the "
             "weights are in a sparse format with kernels for it."
