@@ -134,7 +134,7 @@ def test_job_names_tell_the_swept_values_alone_and_need_no_quotes():
 def test_a_sweep_over_experiments_gives_each_its_folder():
     sweep = read_sweep(["experiment=demo,sparsellm-1b-80p", "sparsity.target=0.5"])
     assert [job.name for job in sweep.jobs] == ["sweep/experiment-demo", "sweep/experiment-sparsellm-1b-80p"]
-    assert sweep.fixed_keys == ("sparsity.target",)
+    assert sweep.fixed_keys == ("sparsity.target", "sweep_name")
     assert sweep.is_local
 
 
