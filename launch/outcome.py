@@ -70,7 +70,9 @@ def summary_of(job: Job) -> dict[str, Any] | None:
 def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | None]) -> str:
     """One line for the sweep, one for each job that is not finished with the command that goes on with it alone."""
     same = "" if failed[0].config.overwrite else "the same command runs these alone, and "
-    lines = [f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; {same}each has its own:"]
+    lines = [
+        f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; {same}each has its own command:"
+    ]
     for job in failed:
         code = codes.get(job.name)
         is_begun = code is not None or job.name not in codes

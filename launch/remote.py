@@ -33,7 +33,7 @@ from launch.sweep import Job, Sweep, is_hydras, is_key, job_name, key_of
 from train.directory import RunDirectory
 from train.faults.preempt import SIGNALS
 from train.faults.stop import PREEMPTED_CODE
-from train.plan import plan_run, run_directory
+from train.plan import run_directory
 
 PLUGINS = {
     "submitit": ("hydra_plugins.hydra_submitit_launcher", "slurm"),
@@ -60,7 +60,6 @@ def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
     """Plan all jobs, hand them to Hydra's launcher, wait, and close the sweep; its exit code."""
     launcher = sweep.launcher
     if sweep.trial is not None:
-        plan_run(sweep.trial.config, world_size(sweep.trial.config, launcher))
         if sweep.trial.config.dry_run:
             print(printable(dry_command(sweep.trial, launcher)))
             return 0

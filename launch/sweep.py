@@ -106,7 +106,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
             )
     if mistakes:
         raise ValueError(refusal(mistakes, len(mistakes) + len(jobs)))
-    launcher = {"name": hydra.runtime.choices["hydra/launcher"], **hydra.launcher}
+    launcher = {**hydra.launcher, "name": hydra.runtime.choices["hydra/launcher"]}
     folder = Path(jobs[0].config.runs_dir) / (name or "")
     trial = jobs.pop() if is_search else None
     return Sweep(name, tuple(jobs), trial, launcher, tuple(sorted(keys - swept)), folder)
