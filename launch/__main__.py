@@ -10,9 +10,9 @@ from conf import cli, schema
 from conf.compose import check_arguments
 from launch.help import help_text
 from launch.local import sweep_here
-from launch.remote import check_plugins, run_job, sweep_elsewhere
+from launch.remote import check_plugins, run_job, run_trial, sweep_elsewhere
 from launch.run import exit_code, start_run
-from launch.sweep import read_sweep
+from launch.sweep import is_key, read_sweep
 
 schema.register()
 MULTIRUN = ("-m", "--multirun")
@@ -43,8 +43,9 @@ def main(arguments: list[str]) -> None:
     is_multirun = len(others) < len(arguments)
     if any(item.startswith("-") for item in others):
         # Hydra's own flags: --cfg, --info, --shell-completion and the like.
+        is_named = any(is_key(item, "sweep_name") for item in others)
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")(
-            run_job
+            run_trial if is_named else run_job
         )() if is_multirun else one_run()
     elif is_multirun:
         with cli.user_errors():

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launch.run import exit_code
 from launch.sweep import Job, Sweep, key_of
 from train.directory import RunDirectory
 from train.plan import run_directory
@@ -20,10 +21,12 @@ FIGURE = "sweep.png"
 def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
     """Print the table of the finished jobs, draw their figure, and name the others; these are handed back.
 
-    `codes` are the exit codes of the jobs that were run just now, None for one that was not begun.
+    `codes` are the exit codes of the jobs that were to run just now, None for one that was not begun: with
+    overwrite=true it has an older run's summary still.
     """
-    summaries = [summary for job in sweep.jobs if (summary := summary_of(job)) is not None]
-    failed = [job for job in sweep.jobs if summary_of(job) is None or codes.get(job.name)]
+    done = {job.name: summary_of(job) for job in sweep.jobs if codes.get(job.name, 0) == 0}
+    summaries = [summary for summary in done.values() if summary is not None]
+    failed = [job for job in sweep.jobs if done.get(job.name) is None]
     if summaries:
         print("\n" + markdown(summaries), flush=True)
         if sweep.name is not None:
@@ -66,17 +69,18 @@ def summary_of(job: Job) -> dict[str, Any] | None:
 
 def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | None]) -> str:
     """One line for the sweep, one for each job that is not finished with the command that goes on with it alone."""
+    same = "" if failed[0].config.overwrite else "the same command runs these alone, and "
     lines = [
-        f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; the same command runs these alone, "
-        "and each has its own:"
+        f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; {same}each has its own command:"
     ]
     for job in failed:
         code = codes.get(job.name)
-        ending = "not begun" if code is None else f"exit code {code if code >= 0 else 128 - code}"
-        lines.append(f"  {job.name} ({ending})\n    {again(job)}")
+        is_begun = code is not None or job.name not in codes
+        ending = f"exit code {exit_code(code)}" if code else "not finished" if is_begun else "not begun"
+        lines.append(f"  {job.name} ({ending})\n    {again(job) if is_begun else job.command}")
     return "\n".join(lines)
 
 
 def again(job: Job) -> str:
-    """The command that goes on with a job by itself: what it has done is kept."""
+    """The command that goes on with a job that was begun: what it has done is kept."""
     return shlex.join(["python", "-m", "launch", *(item for item in job.overrides if key_of(item) != "overwrite")])

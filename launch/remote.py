@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import hydra
+from hydra import initialize_config_module
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 from conf import cli
+from conf.compose import composition_sentence
 from conf.schema import Config
 from launch.command import num_gpus, num_processes, printable
 from launch.local import command_of, plan_jobs, say
 from launch.machines import Machines
 from launch.outcome import close_search, close_sweep
 from launch.run import start_run
-from launch.sweep import Job, Sweep, job_name, key_of
+from launch.sweep import Job, Sweep, is_hydras, is_key, job_name, key_of
 from train.directory import RunDirectory
+from train.faults.preempt import SIGNALS
 from train.faults.stop import PREEMPTED_CODE
 from train.plan import run_directory
 
@@ -51,51 +59,106 @@ def _is_there(module: str) -> bool:
 def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
     """Plan all jobs, hand them to Hydra's launcher, wait, and close the sweep; its exit code."""
     launcher = sweep.launcher
+    if sweep.trial is not None:
+        if sweep.trial.config.dry_run:
+            print(printable(dry_command(sweep.trial, launcher)))
+            return 0
+        return search(sweep, arguments)
     planned = plan_jobs(sweep, {job.name: world_size(job.config, launcher) for job in sweep.jobs})
-    if sweep.jobs and sweep.jobs[0].config.dry_run:
+    if sweep.jobs[0].config.dry_run:
         for job in sweep.jobs:
             print(printable(dry_command(job, launcher)))
         return 0
-    if planned and all(item.finished is not None for item in planned):
+    waiting = [item.job for item in planned if item.finished is None]
+    if not waiting:
         say("all jobs were finished before: nothing is submitted")
         return int(bool(close_sweep(sweep, {})))
-    if planned:
-        say(
-            f"{launcher['name']}: {len(planned)} {'jobs' if len(planned) > 1 else 'job'}, words in {sweep.folder}/.submitit"
-        )
-    own = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sweep.fixed_keys)}]"]
-    if sweep.name is None:
-        own.append("hydra.sweep.dir=${runs_dir}")
-    elif "sweep_name" not in sweep.fixed_keys:
-        own.append(f"sweep_name={sweep.name}")
-    sys.argv[1:] = ["--multirun", *arguments, *own]
-    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")(run_job)()
-    if not sweep.jobs:
-        return close_search(sweep.folder)
-    return int(bool(close_sweep(sweep, {})))
+    say(
+        f"{launcher['name']}: {len(waiting)} {'jobs' if len(waiting) > 1 else 'job'}, words in {sweep.folder}/.submitit"
+    )
+    try:
+        codes = launched(waiting, sweep, arguments)
+    except RuntimeError as error:
+        # submitit's words: no SLURM here, or a job that was cancelled; the others stay.
+        say(f"error: {launcher['name']}: {' '.join(str(error).split())}")
+        codes = {}
+    return int(bool(close_sweep(sweep, codes)))
 
 
-def run_job(cfg: DictConfig) -> float | None:
-    """One job, called by Hydra's launcher where it is to run; the held-out loss, None where the run did not finish.
+def launched(jobs: Sequence[Job], sweep: Sweep, arguments: Sequence[str]) -> dict[str, int]:
+    """Have Hydra's launcher run `jobs` and wait for them; their exit codes by name."""
+    # The words of a single run, which has no sweep's folder, lie beside it.
+    place = ["hydra.sweep.dir=${runs_dir}"] if sweep.name is None else []
+    with hydra_context([*filter(is_hydras, arguments), *place, *jobs[0].overrides]) as (config, context):
+        launcher = Plugins.instance().instantiate_launcher(context, run_job, config)
+        returns = launcher.launch([job.overrides for job in jobs], 0)
+    return {job.name: int(result.return_value) for job, result in zip(jobs, returns, strict=True)}
+
+
+def search(sweep: Sweep, arguments: Sequence[str]) -> int:
+    """Hand a search to Hydra's sweeper, and tell the best run; its exit code, 75 where it was asked to stop."""
+    assert sweep.trial is not None
+    code = 0
+    try:
+        fixed = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sweep.fixed_keys)}]"
+        own = [item for item in arguments if not is_key(item, "sweep_name")]
+        with hydra_context([*own, f"sweep_name={sweep.name}", fixed]) as (config, context):
+            sweeper = Plugins.instance().instantiate_sweeper(
+                config=config, hydra_context=context, task_function=run_trial
+            )
+            sweeper.sweep(list(config.hydra.overrides.task))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except ValueError as error:
+        if "No trials are completed" not in str(error):
+            raise
+        code = 1
+    return max(close_search(sweep.folder), code)
+
+
+@contextlib.contextmanager
+def hydra_context(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, HydraContext]]:
+    """The config of a sweep and what Hydra's plugins are set up with."""
+    with initialize_config_module("conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        try:
+            config = loader.load_configuration("train", list(overrides), RunMode.MULTIRUN)
+        except HydraException as error:
+            raise ValueError(composition_sentence(error, Config)) from error
+        yield config, HydraContext(loader, Callbacks(config))
+
+
+def run_job(cfg: DictConfig) -> int:
+    """One job as it was planned, called by Hydra's launcher where it is to run; its exit code."""
+    return run_here(cfg, list(HydraConfig.get().overrides.task))
+
+
+def run_here(cfg: DictConfig, overrides: Sequence[str]) -> int:
+    """Start a run and wait for it; its exit code.
 
     On a preemption or before the time limit the run has saved a checkpoint: submitit puts the job back into the queue.
     """
-    settings = HydraConfig.get()
-    overrides = list(settings.overrides.task)
-    if cfg.sweep_name is not None:
-        fixed = set(settings.job.config.override_dirname.exclude_keys)
-        swept = {key_of(item) for item in overrides} - fixed
-        cfg.run_name = f"{cfg.sweep_name}/{job_name(overrides, swept)}"
-        overrides.append(f"run_name={cfg.run_name}")
     try:
-        config: Config = cli.typed(cfg)
-        code = start_run(config, overrides)
+        code = start_run(cli.typed(cfg), overrides)
     except cli.USER_ERRORS as error:
         say(f"error: {cfg.run_name}: {cli.sentence(error)}")
-        return None
+        return cli.USER_ERROR_CODE
     if code == PREEMPTED_CODE and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
         requeue()
-    summary = RunDirectory(run_directory(config)).summary
+    return code
+
+
+def run_trial(cfg: DictConfig) -> float | None:
+    """One trial of a search under a name of its values; the held-out loss, None where the run did not finish."""
+    settings = HydraConfig.get()
+    overrides = list(settings.overrides.task)
+    swept = {key_of(item) for item in overrides} - set(settings.job.config.override_dirname.exclude_keys)
+    cfg.run_name = f"{cfg.sweep_name}/{job_name(overrides, swept)}"
+    code = run_here(cfg, [*overrides, f"run_name={cfg.run_name}"])
+    if code in (PREEMPTED_CODE, *(-number for number in SIGNALS)) and "SUBMITIT_EXECUTOR" not in os.environ:
+        # Hydra keeps an Exception to itself and would start the next trial.
+        sys.exit(PREEMPTED_CODE)
+    summary = RunDirectory(run_directory(cli.typed(cfg))).summary
     return float(json.loads(summary.read_text())["heldout_loss"]) if code == 0 and summary.exists() else None
 
 

@@ -5,6 +5,7 @@ What is finished is not run again, so the same command goes on with a sweep; eac
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import warnings
@@ -21,7 +22,7 @@ from hydra.errors import HydraException
 from conf import schema
 from conf.compose import composed, composition_sentence
 from conf.schema import Config, LaunchConfig
-from train.directory import RunDirectory
+from train.directory import RunDirectory, is_restart
 from train.plan import RunPlan
 
 DEFAULT_NAME = "sweep"
@@ -51,6 +52,8 @@ class Sweep:
     """None where nothing is swept: one run, which keeps its own name, under a launcher of Hydra's."""
     jobs: tuple[Job, ...]
     """Empty where a search (Optuna) decides on them one after another."""
+    trial: Job | None
+    """What the trials of a search have in common, and None elsewhere."""
     launcher: dict[str, Any]
     """Hydra's launcher, with its `name`: basic is this machine."""
     fixed_keys: tuple[str, ...]
@@ -72,30 +75,41 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
         overrides = [*OverridesParser.create().parse_overrides(params), *overrides]
         swept = {key_of(override.get_key_element()) for override in overrides if override.is_sweep_override()}
         is_search = hydra.runtime.choices["hydra/sweeper"] != "basic"
-        batches = [] if is_search else BasicSweeper.split_arguments(overrides, None)
+        # Of what a search varies, an interval has no values yet; the rest is checked like a job.
+        listed = [
+            item for item in overrides if not is_search or not item.is_sweep_override() or item.is_discrete_sweep()
+        ]
+        (combinations,) = BasicSweeper.split_arguments(listed, None)
     except HydraException as error:
         raise ValueError(composition_sentence(error, Config)) from error
-    keys = {key_of(override.get_key_element()) for override in overrides}
+    keys = {key_of(override.get_key_element()) for override in overrides} | {"sweep_name"}
     is_one_run = not swept and not is_search
     name = None if is_one_run else next((item.split("=", 1)[1] for item in own if is_key(item, "sweep_name")), None)
     if not is_one_run:
         check_names(own)
         name = name or DEFAULT_NAME
-    common = [] if name is None or "sweep_name" in keys else [f"sweep_name={name}"]
-    jobs, mistakes = [], []
-    for values in (values for batch in batches for values in batch):
-        run_name = [] if name is None else [f"run_name={name}/{job_name(values, swept)}"]
+    common = [] if name is None or any(is_key(item, "sweep_name") for item in own) else [f"sweep_name={name}"]
+    jobs, mistakes, taken = [], [], dict[str, str]()
+    for values in combinations[:1] if is_search else combinations:
+        run_name = [] if name is None or is_search else [f"run_name={name}/{job_name(values, swept)}"]
+        own_values = ", ".join(item for item in values if key_of(item) in swept) or "this run"
         try:
             job = (*(item for item in values if not is_key(item, "dry_run")), *common, *run_name)
             jobs.append(Job(job, composed("train", [*values, *common, *run_name])))
         except ValueError as error:
-            mistakes.append(f"{', '.join(item for item in values if key_of(item) in swept) or 'this run'}: {error}")
+            mistakes.append(f"{own_values}: {error}")
+            continue
+        if (other := taken.setdefault(jobs[-1].name, own_values)) is not own_values:
+            raise ValueError(
+                f"{other} and {own_values} would share the folder {jobs[-1].name}, and one of them would never run: give "
+                "each value once, and values that differ only in signs or separators in sweeps of their own."
+            )
     if mistakes:
         raise ValueError(refusal(mistakes, len(mistakes) + len(jobs)))
-    launcher = {"name": hydra.runtime.choices["hydra/launcher"], **hydra.launcher}
-    runs_dir = next((item.split("=", 1)[1] for item in own if is_key(item, "runs_dir")), "runs")
-    folder = Path(jobs[0].config.runs_dir if jobs else runs_dir) / (name or "")
-    return Sweep(name, tuple(jobs), launcher, tuple(sorted(keys - swept)), folder)
+    launcher = {**hydra.launcher, "name": hydra.runtime.choices["hydra/launcher"]}
+    folder = Path(jobs[0].config.runs_dir) / (name or "")
+    trial = jobs.pop() if is_search else None
+    return Sweep(name, tuple(jobs), trial, launcher, tuple(sorted(keys - swept)), folder)
 
 
 def refusal(mistakes: Sequence[str], num_jobs: int) -> str:
@@ -172,4 +186,6 @@ def places(launch: LaunchConfig, gpus: Sequence[str]) -> list[dict[str, str]]:
 
 def finished_job(job: Job, plan: RunPlan) -> dict[str, Any] | None:
     """The summary of a job that has ended before and is not to be started anew."""
-    return None if job.config.overwrite else RunDirectory(plan.run_dir).finished(job.config)
+    return (
+        None if job.config.overwrite and not is_restart(os.environ) else RunDirectory(plan.run_dir).finished(job.config)
+    )

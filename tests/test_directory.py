@@ -89,10 +89,11 @@ def test_resume_never_refuses_an_unfinished_run_and_must_a_folder_without_a_chec
     assert not directory.checkpoints.exists()
 
 
-def test_a_restart_by_the_agent_goes_on_whatever_the_command_said(tmp_path, monkeypatch):
-    """It repeats the command after a failure: with overwrite=true it must not begin anew."""
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_by_the_agent_or_by_slurm_goes_on_whatever_the_command_said(tmp_path, monkeypatch, variable):
+    """They repeat the command: with overwrite=true it must not begin anew."""
     directory = begun(tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv(variable, "1")
     assert directory.claim(config_of(tmp_path, "resume=never", "overwrite=true"), 0) is None
     assert directory.config.exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from launch.local import plan_jobs
 from launch.machines import Machines, find_machines
 from launch.sweep import job_name, places, read_sweep
 from tests.commands import ROOT, run_command
+from train.plan import plan_run
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_job_names_tell_the_swept_values_alone_and_need_no_quotes():
 def test_a_sweep_over_experiments_gives_each_its_folder():
     sweep = read_sweep(["experiment=demo,sparsellm-1b-80p", "sparsity.target=0.5"])
     assert [job.name for job in sweep.jobs] == ["sweep/experiment-demo", "sweep/experiment-sparsellm-1b-80p"]
-    assert sweep.fixed_keys == ("sparsity.target",)
+    assert sweep.fixed_keys == ("sparsity.target", "sweep_name")
     assert sweep.is_local
 
 
@@ -160,6 +162,37 @@ def test_nothing_swept_is_one_run_under_its_own_name():
     assert [job.name for job in sweep.jobs] == ["mine"]
     assert sweep.name is None
     assert not sweep.is_local
+
+
+@pytest.mark.parametrize("values", ["data.path=a/b,a-b", "sparsity.target=0.2,0.4,0.2"])
+def test_two_jobs_of_one_name_are_refused(values):
+    with pytest.raises(
+        ValueError, match=r"(data.path=a/b and data.path=a-b|target=0.2 and sparsity.target=0.2) would share"
+    ):
+        read_sweep(["experiment=demo", "data=text", "data.path=c", values])
+
+
+def test_a_searchs_name_and_values_are_checked_before_it_starts():
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'sparsellm[search]'")
+    search = ["experiment=demo", "sweep=optuna_window", "sparsity.schedule=choice(cubic,linear)"]
+    with pytest.raises(ValueError, match=r"sweep_name=\.\./\.\./x leaves the runs folder"):
+        read_sweep([*search, "sweep_name=../../x"])
+    with pytest.raises(ValueError, match=r"sparsity\.target=1\.5 is outside"):
+        read_sweep([*search, "sparsity.target=1.5"])
+    sweep = read_sweep([*search, "sweep_name=s", "runs_dir=elsewhere"])
+    assert (sweep.jobs, str(sweep.folder)) == ((), "elsewhere/s")
+
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+def test_the_command_that_prepares_the_text_fits_every_experiment():
+    (printed,) = re.findall(r"srun -N1 -n1 python -m launch (.*)", (ROOT / "docs" / "clusters.md").read_text())
+    assert len(EXPERIMENTS) > 10
+    for experiment in EXPERIMENTS:
+        config = composed("train", printed.replace("experiment=NAME", f"experiment={experiment}").split())
+        plan = plan_run(config, 8)
+        assert (plan.num_steps, plan.run_dir.name) == (1, "prepare")
 
 
 def test_named_sweeps_have_their_jobs():

@@ -14,11 +14,12 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 import launch.local as local
+from conf.schema import Config
 from eval.sweep import draw_sweep, sweep_points
 from launch.outcome import close_search
 from launch.process import Task, run_children
 from launch.remote import check_plugins, world_size
-from launch.sweep import Job, read_sweep
+from launch.sweep import read_sweep
 from train.plan import plan_run
 
 FIGURES = {
@@ -27,13 +28,13 @@ FIGURES = {
 }  # fmt: skip
 
 
-def finish(job: Job, loss: float) -> None:
-    """Leave what a finished run of the job leaves."""
-    folder = plan_run(job.config, 2).run_dir
+def finish(config: Config, loss: float) -> None:
+    """Leave what a finished run leaves."""
+    folder = plan_run(config, 2).run_dir
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(job.config)))
-    sparsity = job.config.sparsity.target
-    own = {"run_name": job.name, "sparsity": sparsity, "avg_linear_params": 1e6 * (1 - sparsity / 2)}
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    sparsity = config.sparsity.target
+    own = {"run_name": config.run_name, "sparsity": sparsity, "avg_linear_params": 1e6 * (1 - sparsity / 2)}
     (folder / "summary.json").write_text(json.dumps({**FIGURES, **own, "final_train_loss": loss, "heldout_loss": loss}))
 
 
@@ -43,7 +44,7 @@ def children(monkeypatch):
 
     class Children:
         def __init__(self) -> None:
-            self.outcomes: dict[str, float | int] = {}
+            self.outcomes: dict[str, float | int | None] = {}
             self.ran: list[str] = []
 
         def run(self, tasks, places, on_start, on_end):
@@ -54,9 +55,10 @@ def children(monkeypatch):
                 on_start(index)
                 outcome = self.outcomes[name.split("/")[1]]
                 if isinstance(outcome, float):
-                    finish(next(job for job in self.sweep.jobs if job.name == name), outcome)
+                    finish(next(job.config for job in self.sweep.jobs if job.name == name), outcome)
                 codes.append(0 if isinstance(outcome, float) else outcome)
-                on_end(index, codes[-1])
+                if codes[-1] is not None:
+                    on_end(index, codes[-1])
             return codes
 
     fake = Children()
@@ -92,6 +94,21 @@ def test_a_failed_job_is_named_with_its_own_command_and_alone_run_again(tmp_path
     assert imread(tmp_path / "s" / "sweep.png").std() > 0.01
 
 
+def test_with_overwrite_a_job_that_was_not_begun_is_not_done_and_keeps_overwrite_in_its_command(
+    tmp_path, children, capsys
+):
+    children.sweep = sweep = sweep_of(tmp_path, "overwrite=true")
+    for job in sweep.jobs:
+        finish(job.config, 3.0)
+    children.outcomes = {"sparsity.target-0": 3.5, "sparsity.target-0.5": 75, "sparsity.target-0.8": None}
+    assert local.sweep_here(sweep) == 75
+    said = capsys.readouterr()
+    assert said.out.count("| sparsity.target-") == 1
+    assert "the same command" not in said.err
+    *_, begun, _, not_begun = said.err.strip().splitlines()[-4:]
+    assert ("overwrite=True" in begun, "overwrite=True" in not_begun) == (False, True)
+
+
 def test_a_job_that_was_preempted_makes_the_sweep_end_as_preempted(tmp_path, children, capsys):
     children.sweep = sweep = sweep_of(tmp_path)
     children.outcomes = {"sparsity.target-0": 3.5, "sparsity.target-0.5": 75, "sparsity.target-0.8": 75}
@@ -99,7 +116,7 @@ def test_a_job_that_was_preempted_makes_the_sweep_end_as_preempted(tmp_path, chi
 
 
 def test_a_folder_of_another_config_is_refused_before_any_job_starts(tmp_path, children):
-    finish(sweep_of(tmp_path, "optim.weight_decay=0.3").jobs[1], 3.0)
+    finish(sweep_of(tmp_path, "optim.weight_decay=0.3").jobs[1].config, 3.0)
     with pytest.raises(ValueError, match=r"1 of the sweep's 3 jobs cannot be.*weight_decay was 0.3, is 0.1"):
         local.sweep_here(sweep_of(tmp_path))
     assert children.ran == []
@@ -108,7 +125,7 @@ def test_a_folder_of_another_config_is_refused_before_any_job_starts(tmp_path, c
 def test_overwrite_runs_everything_again_and_is_left_out_of_the_commands(tmp_path, children, capsys):
     children.sweep = sweep = sweep_of(tmp_path, "overwrite=true")
     for job in sweep.jobs:
-        finish(job, 3.0)
+        finish(job.config, 3.0)
     children.outcomes = {"sparsity.target-0": 3.5, "sparsity.target-0.5": 9, "sparsity.target-0.8": 3.9}
     assert local.sweep_here(sweep) == 1
     assert len(children.ran) == 3
@@ -167,7 +184,7 @@ def test_the_figure_has_every_run_with_a_loss(tmp_path):
 
 def test_a_search_ends_with_its_best_run_first(tmp_path, capsys):
     for job, loss in zip(sweep_of(tmp_path).jobs, (3.5, 3.2, 3.9), strict=True):
-        finish(job, loss)
+        finish(job.config, loss)
     assert close_search(tmp_path / "s") == 0
     rows = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith(("| sparsity", "best"))]
     assert rows == ["sparsity.target-0.5", "sparsity.target-0", "sparsity.target-0.8", "sparsity.target-0.5:"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,13 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} is in use by a live process: wait for it or end it, or take another run_name."
             ) from None
-        # The agent that starts a run again after a failure repeats the command: it must not begin anew.
-        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if config.overwrite and not is_restart:
+        again = is_restart(os.environ)
+        if config.overwrite and not again:
             self._empty()
         elif self.config.exists():
             if (summary := self.finished(config)) is not None:
                 return summary
-            if config.resume == "never" and not is_restart:
+            if config.resume == "never" and not again:
                 raise ValueError(
                     f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
                     "anew, or resume=auto to go on with it."
@@ -125,6 +125,11 @@ class RunDirectory:
                 f"{self.path} is in use by a run with another config ({'; '.join(changed)}): take another run_name, or "
                 "set overwrite=true to start it anew."
             )
+
+
+def is_restart(environment: Mapping[str, str]) -> bool:
+    """Whether the command is repeated, by torch's agent after a failure or by SLURM: then it must not begin anew."""
+    return any(environment.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
 
 
 def run_identity(config: Any) -> dict[str, Any]:
