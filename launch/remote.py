@@ -57,7 +57,7 @@ def _is_there(module: str) -> bool:
 
 
 def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
-    """Plan all jobs, hand them to Hydra's launcher, wait, and close the sweep; its exit code."""
+    """Plan all jobs, hand those not finished to Hydra's launcher, wait, and close the sweep; its exit code."""
     launcher = sweep.launcher
     if sweep.trial is not None:
         if sweep.trial.config.dry_run:
