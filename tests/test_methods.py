@@ -107,17 +107,17 @@ def local_square_sum(param: Tensor) -> Tensor:
     return (param.to_local() if isinstance(param, DTensor) else param).square().sum()
 
 
-def train_and_save(folder: str) -> None:
-    for method in ALLOWED:
+def train_and_save(folder: str, methods: list[Method]) -> None:
+    for method in methods:
         run = Run(method)
         run.train(0, CUT)
         run.save(Path(folder) / str(method))
 
 
-def resume_and_export(folder: str) -> dict[str, tuple[Masks, float]]:
+def resume_and_export(folder: str, methods: list[Method]) -> dict[str, tuple[Masks, float]]:
     """The final weights and the average density of each method, from the checkpoints of another number of ranks."""
     found = {}
-    for method in ALLOWED:
+    for method in methods:
         run = Run(method)
         run.load(Path(folder) / str(method))
         run.train(CUT, NUM_STEPS)
@@ -139,24 +139,35 @@ def whole() -> dict[str, Run]:
     return runs
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("methods")
-    run_ranks(train_and_save, 2, str(folder), timeout_s=250)
-    return folder
+SOME = ALLOWED[::-9]
+"""The order of the table makes every ninth one meet all schedules, scopes, groups, patterns and scores."""
+
+
+def test_some_methods_meet_every_setting():
+    for setting in ("schedule", "scope", "groups", "pattern", "score"):
+        assert {getattr(method, setting) for method in SOME} == {getattr(method, setting) for method in ALLOWED}
 
 
 @pytest.mark.timeout(600)
-def test_two_ranks_go_on_as_one_and_as_three_to_the_same_weights(whole, folder):
-    alone = resume_and_export(str(folder))
-    for resumed in (alone, *run_ranks(resume_and_export, 3, str(folder), timeout_s=250)):
+@pytest.mark.parametrize(
+    "methods",
+    [
+        pytest.param(SOME, id="some"),
+        pytest.param([m for m in ALLOWED if m not in SOME], id="all others", marks=pytest.mark.cluster),
+    ],
+)
+def test_two_ranks_go_on_as_one_and_as_three_to_the_same_weights(whole, tmp_path, methods):
+    folder = tmp_path
+    run_ranks(train_and_save, 2, str(folder), methods, timeout_s=250)
+    alone = resume_and_export(str(folder), methods)
+    for resumed in (alone, *run_ranks(resume_and_export, 3, str(folder), methods, timeout_s=250)):
         for method, (weights, average_density) in resumed.items():
             expected = whole[method]
             assert average_density == expected.callback.average_density, method
             for name, weight in expected.weights().items():
                 assert torch.equal(weights[name], weight), (method, name)
-    for method, run in whole.items():
-        exported = load_file(folder / method / "model" / "model.safetensors")
+    for method in map(str, methods):
+        run, exported = whole[method], load_file(folder / method / "model" / "model.safetensors")
         for name, weight in run.weights().items():
             assert torch.equal(exported[name], weight), (method, name)
 
