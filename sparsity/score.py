@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -55,6 +55,12 @@ def score_named(name: ScoreName, seed: int = 0) -> Score:
     if name not in get_args(ScoreName):
         raise ValueError(f"score={name} is not known: choose {' or '.join(get_args(ScoreName))}.")
     return magnitude if name == "magnitude" else random(seed)
+
+
+def key_spacing_bits(shards: Sequence[ParameterShard], score: Score) -> int:
+    """How many lower bits are 0 in every key: those that the narrowest widening of magnitudes to float32 leaves open."""
+    spare = {torch.bfloat16: 16, torch.float16: 13}
+    return min(spare.get(shard.values.dtype, 0) for shard in shards) if score is magnitude else 0
 
 
 def magnitude_of_key(key: int) -> float:

@@ -9,20 +9,18 @@ radix sort). A bracket that misses costs a few more passes and never the exactne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity.scan import Candidates, collect, keep_above_
-from sparsity.score import NUM_KEY_BITS, Score, magnitude
+from sparsity.scan import Inside, Streamed, collect, histogram, keep_above_
+from sparsity.score import NUM_KEY_BITS, Score, key_spacing_bits, magnitude
 from sparsity.shards import ParameterShard, RankLayout, chunks
 
 NUM_BIN_BITS = 12
-SAMPLE_SIZE = 3 << 17
+SAMPLE_SIZE = 1 << 17
 SAMPLE_SHARE = 1 / 256
 """The sample is the larger of the two, over all ranks."""
 SAMPLE_SIGMAS = 3.0
@@ -47,8 +45,6 @@ class Threshold:
     num_below: int
     num_ties: int
     num_ties_pruned: int
-    candidates: Candidates | None = field(default=None, repr=False, compare=False)
-    """This rank's keys around the threshold, all ties among them; None where they were too many to collect."""
 
 
 @torch.no_grad()
@@ -64,45 +60,42 @@ def prune_smallest_(
     layout = layout or RankLayout()
     if not shards or num_pruned == 0:
         return None
-    threshold = find_threshold(shards, num_pruned, score, layout)
+    threshold, inside = _find_threshold(shards, num_pruned, score, layout)
     if threshold.num_ties_pruned == threshold.num_ties:
-        for number in range(len(shards)):
-            keep_above_(shards, number, score, threshold.key)
-    elif threshold.candidates is not None:
-        _prune_with_collected_ties(shards, threshold, threshold.candidates, score, layout)
+        for shard in shards:
+            keep_above_(shard, score, threshold.key)
     else:
-        _prune_with_streamed_ties(shards, num_pruned, threshold, score, layout)
+        _prune_some_ties(shards, num_pruned, threshold, inside, score, layout)
     return threshold
 
 
-def find_threshold(shards: Sequence[ParameterShard], rank: int, score: Score, layout: RankLayout) -> Threshold:
-    """The `rank`-th smallest key of all shards, rank counted from 1. Collective over the shard group."""
-    device = shards[0].values.device
-    bracket, share = _sample_bracket(shards, rank, score, layout)
+def _find_threshold(
+    shards: Sequence[ParameterShard], rank: int, score: Score, layout: RankLayout
+) -> tuple[Threshold, Inside]:
+    """The `rank`-th smallest key of all shards, rank counted from 1, and this rank's keys of a range that holds it.
+
+    Collective over the shard group.
+    """
+    device, spacing_bits = shards[0].values.device, key_spacing_bits(shards, score)
+    bracket, share = _sample_bracket(shards, rank, score, layout, spacing_bits)
     numel = sum(shard.values.numel() for shard in shards)
     limit = min(numel, math.ceil(min(1.5 * share, CANDIDATE_SHARE) * numel) + MIN_CANDIDATES)
-    below, inside, candidates = collect(shards, score, bracket.lo, bracket.hi, limit)
-    # At a threshold of 0 what was pruned before has the key of the ties: only the masks tell them apart.
-    is_partial = candidates is None or bracket.lo == 0
-    local = torch.tensor([below, inside, is_partial], dtype=torch.int64, device=device)
-    num_below, num_inside, num_partial = layout.sum_counts(local).tolist()
+    below, num_inside, inside = collect(shards, score, bracket.lo, bracket.hi, limit)
+    local = torch.tensor([below, num_inside], dtype=torch.int64, device=device)
+    num_below, num_inside = layout.sum_counts(local).tolist()
     if num_below < rank <= num_below + num_inside:
         bracket = _Range(bracket.lo, bracket.hi, num_below)
-        if num_partial:
-            candidates = None
     else:
-        candidates = None
-        is_low = rank <= num_below
+        inside, is_low = Streamed(shards, score), rank <= num_below
         bracket = _Range(0, bracket.lo) if is_low else _Range(bracket.hi, 1 << NUM_KEY_BITS, num_below + num_inside)
     while True:
-        shift = max(0, (bracket.hi - bracket.lo - 1).bit_length() - NUM_BIN_BITS)
-        keys = candidates.parts() if candidates is not None else _all_keys(shards, score)
-        counts = layout.sum_counts(_histogram(keys, bracket, shift, device))
+        shift = _bin_bits(bracket, spacing_bits)
+        counts = layout.sum_counts(inside.histogram(bracket.lo, bracket.hi, shift))
         bin_index, before, held = find_bin(counts, rank - bracket.below)
         lo = bracket.lo + (bin_index << shift)
         bracket = _Range(lo, min(bracket.hi, lo + (1 << shift)), bracket.below + before)
-        if shift == 0:
-            return Threshold(lo, bracket.below, held, rank - bracket.below, candidates)
+        if shift == spacing_bits:
+            return Threshold(lo, bracket.below, held, rank - bracket.below), inside
 
 
 def find_bin(counts: Tensor, rank: int) -> tuple[int, int, int]:
@@ -123,14 +116,13 @@ def share_ties(totals: Sequence[int], quota: int) -> tuple[int, int]:
     raise AssertionError("more ties are to be pruned than there are")
 
 
-def _all_keys(shards: Sequence[ParameterShard], score: Score) -> Iterator[Tensor]:
-    for shard in shards:
-        for part in chunks(shard.values.numel(), shard.values.device):
-            yield score(shard, part)
+def _bin_bits(bracket: _Range, spacing_bits: int) -> int:
+    """The bits of a bin's width: 2^NUM_BIN_BITS bins cover the range, none finer than the keys."""
+    return max(spacing_bits, (bracket.hi - bracket.lo - 1).bit_length() - NUM_BIN_BITS)
 
 
 def _sample_bracket(
-    shards: Sequence[ParameterShard], rank: int, score: Score, layout: RankLayout
+    shards: Sequence[ParameterShard], rank: int, score: Score, layout: RankLayout, spacing_bits: int
 ) -> tuple[_Range, float]:
     """A range of keys that very likely holds the `rank`-th smallest, and the share of the sample inside it.
 
@@ -140,8 +132,14 @@ def _sample_bracket(
     device = shards[0].values.device
     numel = sum(shard.full_numel for shard in shards)
     keys = _sample(shards, numel // max(SAMPLE_SIZE, math.ceil(SAMPLE_SHARE * numel)) | 1, score)
-    bracket, shift = _Range(0, 1 << NUM_KEY_BITS), NUM_KEY_BITS - NUM_BIN_BITS
-    counts = layout.sum_counts(_histogram(_parts(keys), bracket, shift, device))
+
+    def count(bracket: _Range, shift: int) -> Tensor:
+        parts = (keys[part] for part in chunks(len(keys), device))
+        return layout.sum_counts(histogram(parts, bracket.lo, bracket.hi, shift, device))
+
+    bracket = _Range(0, 1 << NUM_KEY_BITS)
+    shift = _bin_bits(bracket, spacing_bits)
+    counts = count(bracket, shift)
     size, share = int(counts.sum()), rank / numel
     if size == 0:
         return bracket, 1.0
@@ -152,10 +150,10 @@ def _sample_bracket(
         inside = before + held - below
         lo = bracket.lo + (first << shift)
         bracket = _Range(lo, min(bracket.hi, bracket.lo + ((last + 1) << shift)), bracket.below + below)
-        if shift == 0:
+        if shift == spacing_bits:
             break
-        shift = max(0, (bracket.hi - bracket.lo - 1).bit_length() - NUM_BIN_BITS)
-        counts = layout.sum_counts(_histogram(_parts(keys), bracket, shift, device))
+        shift = _bin_bits(bracket, spacing_bits)
+        counts = count(bracket, shift)
     return bracket, inside / size
 
 
@@ -170,82 +168,56 @@ def _sample(shards: Sequence[ParameterShard], stride: int, score: Score) -> Tens
     filled = 0
     for shard, start, size in zip(shards, starts, sizes, strict=True):
         values, mask = shard.values[start::stride], shard.mask[start::stride]
-        part = ParameterShard(shard.name, values, mask, shard.offset, shard.full_numel)
-        keys[filled : filled + size] = score(part, slice(0, size))
+        few = ParameterShard(shard.name, values, mask, shard.offset, shard.full_numel)
+        for part in chunks(size, keys.device):
+            keys[filled + part.start : filled + part.stop] = score(few, part)
         filled += size
     return keys
 
 
-def _parts(keys: Tensor) -> Iterator[Tensor]:
-    for part in chunks(len(keys), keys.device):
-        yield keys[part]
+def _prune_some_ties(
+    shards: Sequence[ParameterShard],
+    num_pruned: int,
+    threshold: Threshold,
+    inside: Inside,
+    score: Score,
+    layout: RankLayout,
+) -> None:
+    """Set the masks where only the first of the keys equal to the threshold are pruned. Collective over the shard group.
+
+    A key of 0 can be that of weights pruned before: there the ties that the quota is for are the survivors among them.
+    """
+    ties, quota = inside.num_equal(threshold.key), threshold.num_ties_pruned
+    if threshold.key == 0:
+        pruned = [shard.mask.numel() - int(torch.count_nonzero(shard.mask)) for shard in shards]
+        ties = [tie - gone for tie, gone in zip(ties, pruned, strict=True)]
+        total = torch.tensor([sum(pruned)], dtype=torch.int64, device=shards[0].values.device)
+        quota = num_pruned - int(layout.sum_counts(total))
+    quotas = _num_ties_dropped(ties, quota, layout, shards[0].values.device)
+    for shard, num_ties, num_dropped in zip(shards, ties, quotas, strict=True):
+        if num_dropped == num_ties:
+            keep_above_(shard, score, threshold.key)
+        elif num_dropped == 0 and threshold.key > 0:
+            keep_above_(shard, score, threshold.key - 1)
+        elif num_dropped > 0:
+            _prune_first_ties(shard, threshold.key, num_dropped, score)
 
 
-def _histogram(keys: Iterable[Tensor], inside: _Range, shift: int, device: torch.device) -> Tensor:
-    """Counts [number of bins] of the keys in a range, in bins of 2^shift keys."""
-    num_bins = ((inside.hi - inside.lo - 1) >> shift) + 1
-    histogram = torch.zeros(num_bins, dtype=torch.int64, device=device)
-    for part in keys:
-        if device.type == "cpu":
-            found = part.numpy()
-            # hi can be 2^31, which an int32 would wrap.
-            found = found[(found >= np.int32(inside.lo)) & (found <= np.int32(inside.hi - 1))]
-            histogram += torch.from_numpy(np.bincount((found - np.int32(inside.lo)) >> shift, minlength=num_bins))
-        else:
-            # torch.bincount and a boolean index would wait for the device; a last bin takes what is outside instead.
-            is_inside = (part >= inside.lo) & (part <= inside.hi - 1)
-            bins = torch.where(is_inside, (part.long() - inside.lo) >> shift, num_bins)
-            counted = torch.zeros(num_bins + 1, dtype=torch.int64, device=device)
-            histogram += counted.scatter_add_(0, bins, torch.ones_like(bins))[:num_bins]
-    return histogram
-
-
-def _num_ties_dropped(counts: list[int], quota: int, layout: RankLayout, device: torch.device) -> list[int]:
+def _num_ties_dropped(ties: list[int], quota: int, layout: RankLayout, device: torch.device) -> list[int]:
     """How many of each local shard's ties a quota over all ranks covers. Collective over the shard group."""
-    totals = layout.sum_counts(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
+    totals = layout.sum_counts(torch.tensor(ties, dtype=torch.int64, device=device)).tolist()
     last, quota = share_ties(totals, quota)
-    before = sum(layout.gather_count(counts[last], device)[: layout.shard_rank])
-    return [*counts[:last], min(max(0, quota - before), counts[last]), *[0] * (len(counts) - last - 1)]
+    before = sum(layout.gather_count(ties[last], device)[: layout.shard_rank])
+    return [*ties[:last], min(max(0, quota - before), ties[last]), *[0] * (len(ties) - last - 1)]
 
 
-def _prune_with_collected_ties(
-    shards: Sequence[ParameterShard], threshold: Threshold, candidates: Candidates, score: Score, layout: RankLayout
-) -> None:
-    """Set the masks where only the first of the keys equal to the threshold are pruned, above a threshold of 0."""
-    tied = (candidates.keys == threshold.key).nonzero().view(-1)
-    starts = torch.searchsorted(tied, torch.tensor(candidates.starts, device=tied.device)).tolist()
-    places = candidates.index[tied].long()
-    counts = [stop - start for start, stop in pairwise(starts)]
-    quotas = _num_ties_dropped(counts, threshold.num_ties_pruned, layout, tied.device)
-    for number, (shard, start, count, quota) in enumerate(zip(shards, starts[:-1], counts, quotas, strict=True)):
-        keep_above_(shards, number, score, threshold.key)
-        if quota < count:
-            shard.mask.index_fill_(0, torch.sort(places[start : start + count]).values[quota:], True)
-
-
-def _prune_with_streamed_ties(
-    shards: Sequence[ParameterShard], num_pruned: int, threshold: Threshold, score: Score, layout: RankLayout
-) -> None:
-    """The same where ties were not collected; at a threshold of 0 what was pruned before lies below the ties."""
-    device = shards[0].values.device
-    is_zero = threshold.key == 0
-
-    def ties(shard: ParameterShard, part: slice, keys: Tensor) -> Tensor:
-        return (keys == threshold.key) & shard.mask[part] if is_zero else keys == threshold.key
-
-    counts = [
-        sum(int(torch.count_nonzero(ties(s, part, score(s, part)))) for part in chunks(s.values.numel(), device))
-        for s in shards
-    ]
-    quota = threshold.num_ties_pruned
-    if is_zero:
-        survivors = torch.tensor([sum(int(torch.count_nonzero(shard.mask)) for shard in shards)], device=device)
-        quota = num_pruned - (sum(shard.full_numel for shard in shards) - int(layout.sum_counts(survivors)))
-    for shard, num_left in zip(shards, _num_ties_dropped(counts, quota, layout, device), strict=True):
-        for part in chunks(shard.values.numel(), device):
-            keys = score(shard, part)
-            tied = ties(shard, part, keys).nonzero().view(-1)
-            keep = keys > threshold.key
-            keep[tied[num_left:]] = True
-            num_left = max(0, num_left - len(tied))
-            shard.mask[part] = keep
+def _prune_first_ties(shard: ParameterShard, key: int, num_dropped: int, score: Score) -> None:
+    """Set the mask of the one shard in which the quota runs out: of its ties the first `num_dropped` go."""
+    for part in chunks(shard.values.numel(), shard.values.device):
+        keys = score(shard, part)
+        # What was pruned before stays so whether it is counted or not.
+        tied = ((keys == key) & shard.mask[part]).nonzero().view(-1)
+        keep = keys > key
+        keep[tied[num_dropped:]] = True
+        num_dropped = max(0, num_dropped - len(tied))
+        shard.mask[part] = keep

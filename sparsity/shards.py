@@ -110,8 +110,6 @@ def _shard_dim(param: DTensor) -> int | None:
 
 def chunks(size: int, device: torch.device) -> Iterator[slice]:
     """Slices that cover `size` elements: as many at a time as stay in a CPU's cache, or as keep a GPU busy."""
-    # Up to 2^15 elements torch computes in the calling thread, where our own threads share out the chunks.
-    on_cpu = 1 << 16 if torch.get_num_threads() == 1 else 1 << 15
-    step = on_cpu if device.type == "cpu" else 1 << 22
+    step = 1 << 16 if device.type == "cpu" else 1 << 22
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

@@ -1,6 +1,7 @@
 """The GPU's kernels against torch's own operations: on a GPU where there is one, else under Triton's interpreter."""
 
 import importlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,9 +37,8 @@ def make_shards(kind: str) -> list[ParameterShard]:
     ]
 
 
-def sorted_candidates(found: scan.Candidates) -> list[list[tuple[int, int]]]:
-    shards = [found.of_shard(number) for number in range(len(found.starts) - 1)]
-    return [sorted(zip(index.tolist(), keys.tolist(), strict=True)) for keys, index in shards]
+def sorted_keys(found: scan.Collected) -> list[list[int]]:
+    return [sorted(found.keys[start:stop].tolist()) for start, stop in pairwise(found.starts)]
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "denormal", "bfloat16", "float16"])
@@ -50,8 +50,10 @@ def test_the_kernel_collects_what_torch_collects(kernels, monkeypatch, kind):
         mine = scan._collect_on_gpu(shards, lo, hi, 9_334)
         theirs = scan._collect_in_torch(shards, magnitude, lo, hi, 9_334)
         assert mine[:2] == theirs[:2]
-        assert sorted_candidates(mine[2]) == sorted_candidates(theirs[2])
-    assert scan._collect_on_gpu(shards, keys[0], keys[-1], 100) == (0, len(keys) - keys.count(keys[-1]), None)
+        assert sorted_keys(mine[2]) == sorted_keys(theirs[2])
+    *counts, inside = scan._collect_on_gpu(shards, keys[0], keys[-1], 100)
+    assert counts == [0, len(keys) - keys.count(keys[-1])]
+    assert isinstance(inside, scan.Streamed)
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "bfloat16"])
@@ -67,7 +69,7 @@ def test_the_kernels_prune_what_the_cpu_prunes(kernels, monkeypatch, kind):
             patched.setattr(
                 select,
                 "keep_above_",
-                lambda shards, i, _, key: kernels.keep_above_(shards[i].values, shards[i].mask, key),
+                lambda shard, _, key: kernels.keep_above_(shard.values, shard.mask, key),
             )
             select.prune_smallest_(mine, num_pruned)
         for a, b in zip(mine, theirs, strict=True):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsity import scan
 from sparsity.schedule import Geometric
-from sparsity.score import magnitude, magnitude_of_key, random
+from sparsity.score import key_spacing_bits, magnitude, magnitude_of_key, random
 from sparsity.select import find_bin, prune_smallest_, share_ties
 from sparsity.shards import ParameterShard
 
@@ -112,6 +113,48 @@ def test_candidates_past_the_limit_are_streamed(monkeypatch):
     shards = whole([weights])
     prune_smallest_(shards, 2_345)
     assert torch.equal(shards[0].mask, kept_by_sort([weights], 2_345, [torch.ones(5_000).bool()]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keys_that_were_collected_counted_or_streamed_answer_alike(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shards = whole([(torch.randn(n, generator=generator) * 64).round().to(dtype) / 64 for n in (90_001, 0, 3, 40_000)])
+    spacing = key_spacing_bits(shards, magnitude)
+    assert spacing == {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}[dtype]
+    lo = tie = int(magnitude(whole([torch.tensor([0.5])])[0], slice(0, 1)))
+    for num_keys in (40, 1 << 10):
+        hi = lo + (num_keys << spacing)
+        below, num_inside, inside = scan.collect(shards, magnitude, lo, hi, 130_000)
+        streamed = scan.Streamed(shards, magnitude)
+        in_torch = scan._collect_in_torch(shards, magnitude, lo, hi, 130_000)
+        assert isinstance(inside, scan.Counted if num_keys == 40 else scan.Collected)
+        assert isinstance(in_torch[2], scan.Collected)
+        assert (below, num_inside) == in_torch[:2]
+        assert below == sum(int((shard.values.abs() < 0.5).sum()) for shard in shards)
+        for other in (streamed, in_torch[2]):
+            for shift in (spacing, spacing + 3):
+                assert torch.equal(inside.histogram(lo, hi, shift), other.histogram(lo, hi, shift))
+            low = lo + (8 << spacing)
+            assert torch.equal(inside.histogram(low, hi, spacing), other.histogram(low, hi, spacing))
+            assert inside.num_equal(tie) == other.num_equal(tie)
+        assert inside.num_equal(tie) == [int((shard.values.abs() == 0.5).sum()) for shard in shards]
+        assert inside.num_equal(tie)[0] > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ties_over_many_chunks_and_shards_go_in_order(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, generator=generator).to(dtype) for n in (200_000, 70_001, 5)]
+    if dtype == torch.float32:
+        weights = [weight.bfloat16().float() for weight in weights]
+    shards = whole(weights)
+    for num_pruned in (100_001, 216_003, 270_005):
+        expected = kept_by_sort(weights, num_pruned, [shard.mask.clone() for shard in shards])
+        threshold = prune_smallest_(shards, num_pruned)
+        assert threshold.num_ties > threshold.num_ties_pruned > 0 or num_pruned == 270_005
+        assert torch.equal(torch.cat([shard.mask for shard in shards]), expected)
+        for weight, shard in zip(weights, shards, strict=True):
+            weight.masked_fill_(~shard.mask, 0)
 
 
 def test_threshold_is_the_magnitude_of_the_last_pruned():

@@ -9,9 +9,9 @@ from train.counts import count_parameters
 
 SECONDS_PER_DAY = 86_400
 FORMULA = "tokens x (6 x linear parameters + 12 x layers x width x sequence length)"
-# An event sums int64 counts over the ranks: at most three histograms of 2^12 bins of the sample, three counts, and three
+# An event sums int64 counts over the ranks: at most three histograms of 2^12 bins of the sample, two counts, and three
 # histograms more (sparsity.select).
-EVENT_COUNTS = 6 * (1 << 12) + 3
+EVENT_COUNTS = 6 * (1 << 12) + 2
 COUNT_BYTES = 8
 REDUCED_BYTES = 4
 """Of a gradient while it is summed over the ranks."""

@@ -27,9 +27,9 @@ MASK_BYTES = 1
 # int32 keys, int64 differences and bins, three comparisons (sparsity.select, sparsity.shards.chunks).
 SELECTION_CHUNK = 1 << 22
 SELECTION_BYTES = 24
-# The most weights around the threshold that are collected, and the bytes of each one's key and place.
+# The most weights around the threshold that are collected, and the bytes of each one's key.
 CANDIDATE_SHARE = 1 / 32
-CANDIDATE_BYTES = 8
+CANDIDATE_BYTES = 4
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def event_traffic(num_shards: int, world_size: int) -> tuple[int, int]:
     counts around the bracket, the ties of each parameter, one count a rank, and the kept weights of each parameter."""
     from sparsity.select import NUM_BIN_BITS
 
-    counts = [*[1 << NUM_BIN_BITS] * 4, 3, num_shards, world_size, num_shards]
+    counts = [*[1 << NUM_BIN_BITS] * 4, 2, num_shards, world_size, num_shards]
     return len(counts), BYTES_PER_BIN * sum(counts)
 
 
