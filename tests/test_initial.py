@@ -14,6 +14,7 @@ from sparsity.compact import compact_folder
 from sparsity.schedule import Fixed, Geometric
 from tests.commands import run_command
 from tests.interrupted import interrupted
+from tests.wandb_file import read_records
 from train.initial import load_initial_weights
 
 
@@ -79,11 +80,14 @@ def test_events_prune_only_beyond_the_zeros_that_were_inherited(schedule, expect
 
 def test_a_run_keeps_the_masks_of_the_model_it_starts_from(folder, whole):
     command = interrupted(
-        folder, "second", "logger=none", "sparsity=dense", f"init_from={whole}/model", "trainer.max_steps=8"
+        folder, "second", "logger=wandb", "sparsity=dense", f"init_from={whole}/model", "trainer.max_steps=8"
     )
     command = [item for item in command if not item.startswith("sparsity.")]
     done = run_command(["launch", *command])
     assert done.returncode == 0, done.stderr[-3000:]
+    (shown,) = whole.with_name("second").glob("wandb/offline-run-*/*.wandb")
+    kinds = [record.run.job_type for record in read_records(shown) if record.WhichOneof("record_type") == "run"]
+    assert set(kinds) == {"sparse"}
     before, after = (load_file(Path(run) / "model" / "model.safetensors") for run in (whole, whole.with_name("second")))
     for name, tensor in before.items():
         if "proj" in name or name == "lm_head.weight":

@@ -10,10 +10,10 @@ from train.wandb_key import has_wandb_key
 from train.wandb_run import kind_of_run, run_tags
 
 
-def kind_and_tags(*overrides: str) -> tuple[str, list[str]]:
+def kind_and_tags(*overrides: str, initial_sparsity: float = 0.0) -> tuple[str, list[str]]:
     config = composed("train", ["model=llama_tiny", "trainer.max_steps=1000", *overrides])
     plan = plan_run(config, 1)
-    return kind_of_run(plan), run_tags(config, plan)
+    return kind_of_run(plan, initial_sparsity), run_tags(config, plan, initial_sparsity)
 
 
 def test_a_sparse_a_dense_and_a_twin_run_have_job_types_and_tags_of_their_own():
@@ -22,6 +22,13 @@ def test_a_sparse_a_dense_and_a_twin_run_have_job_types_and_tags_of_their_own():
     assert kind_and_tags("sparsity.target=0.625", "model.match=average") == (
         "twin", ["llama-tiny", "twin", "twin-of-sparsity-62.5"],
     )  # fmt: skip
+
+
+def test_a_run_that_keeps_the_zeros_it_starts_from_is_sparse_and_one_with_a_chance_zero_is_not():
+    fixed = ["sparsity=dense", "init_from=model"]
+    assert kind_and_tags(*fixed, initial_sparsity=0.7) == ("sparse", ["llama-tiny", "sparsity-70"])
+    assert kind_and_tags(*fixed, initial_sparsity=1e-9) == ("dense", ["llama-tiny", "dense"])
+    assert kind_and_tags("sparsity.target=0.8", initial_sparsity=0.9)[1] == ["llama-tiny", "sparsity-90"]
 
 
 def test_a_run_that_is_sparse_by_groups_is_tagged_with_its_overall_sparsity():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ def load_initial_weights(model: Any, folder: str) -> None:
                 "set the model group to the folder's model."
             )
         tensor.copy_(found)
+
+
+def zero_share(parameters: Mapping[str, torch.Tensor]) -> float:
+    """The share of exact zeros among all weights of whole parameters."""
+    zeros = sum(param.numel() - int(torch.count_nonzero(param)) for param in parameters.values())
+    return zeros / max(1, sum(param.numel() for param in parameters.values()))
 
 
 def _files(folder: Path, names: list[str]) -> dict[str, Path]:

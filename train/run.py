@@ -31,7 +31,7 @@ from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
-from train.initial import load_initial_weights
+from train.initial import load_initial_weights, zero_share
 from train.model import build_model
 from train.plan import RunPlan
 from train.pruning import sparsity_callback
@@ -70,7 +70,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     with user_errors(quiet=not world.is_main):
         if config.init_from is not None:
             load_initial_weights(model, config.init_from)
-        prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
+        prunable = prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
     fingerprint = world.on_main(data_fingerprint, data.folder)
     resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
     world.on_main(directory.begin, config)
@@ -78,7 +78,10 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     world.on_main(write_snapshot, directory.environment, world)
 
     sparsity = sparsity_callback(config, plan)
-    recorder = make_recorder(config, plan, directory, sparsity) if world.is_main else None
+    recorder = None
+    if world.is_main:
+        initial_sparsity = 0.0 if config.init_from is None else zero_share(prunable)
+        recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity)
     with user_errors(quiet=not world.is_main):
         trainer = PretrainingTrainer(
             world=world,
@@ -155,11 +158,15 @@ def say(world: World, words: str) -> None:
 
 
 def make_recorder(
-    config: Config, plan: RunPlan, directory: RunDirectory, sparsity: SparsityCallback | None
+    config: Config,
+    plan: RunPlan,
+    directory: RunDirectory,
+    sparsity: SparsityCallback | None,
+    initial_sparsity: float,
 ) -> Recorder:
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
-    wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size})
+    wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size}, initial_sparsity)
     return Recorder(plan, sparsity, directory.metrics, wandb_run)
 
 

@@ -10,16 +10,18 @@ from typing import Any
 from conf.schema import Config
 from train.checkpoints.durable import write_atomically
 from train.plan import RunPlan, plan_run
+from train.report.siblings import SHARE_BY_CHANCE
 from train.wandb_key import has_wandb_key
 
 MAX_TAG_LENGTH = 64
 """wandb refuses longer tags."""
 
 
-def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any]) -> Any | None:
+def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_sparsity: float) -> Any | None:
     """A wandb run in the run's folder, under the same id when the run goes on: offline where no key is configured.
 
-    `values` is the configuration it shows. None where wandb is off.
+    `values` is the configuration it shows; `initial_sparsity` is that of the weights it starts from. None where wandb is
+    off.
     """
     if not config.logger.wandb:
         return None
@@ -38,8 +40,8 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any]) -> Any | 
         project=logger.project,
         entity=logger.entity,
         group=logger.group or config.sweep_name,
-        job_type=logger.job_type or kind_of_run(plan),
-        tags=run_tags(config, plan),
+        job_type=logger.job_type or kind_of_run(plan, initial_sparsity),
+        tags=run_tags(config, plan, initial_sparsity),
         name=config.run_name or run_dir.name,
         config=values,
         mode=mode or ("online" if has_wandb_key() else "offline"),  # type: ignore[arg-type]
@@ -51,21 +53,23 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any]) -> Any | 
     return run
 
 
-def kind_of_run(plan: RunPlan) -> str:
-    """The job type that tells the runs of a group apart: sparse, its dense `twin`, or dense."""
-    return "twin" if plan.twin else "sparse" if plan.schedule else "dense"
+def kind_of_run(plan: RunPlan, initial_sparsity: float) -> str:
+    """The job type that tells the runs of a group apart: sparse, by pruning or from the start, its `twin`, or dense."""
+    if plan.twin:
+        return "twin"
+    return "sparse" if plan.schedule or initial_sparsity > SHARE_BY_CHANCE else "dense"
 
 
-def final_sparsity(config: Config, plan: RunPlan) -> float:
+def final_sparsity(config: Config, plan: RunPlan, initial_sparsity: float) -> float:
     """Of all prunable weights together, whatever the groups' targets are; for a twin, that of its sparse run."""
     if plan.twin is not None:
         plan = plan_run(replace(config, model=replace(config.model, match=None)), plan.world_size)
-    return plan.schedule.sparsity if plan.schedule else 0.0
+    return max(initial_sparsity, plan.schedule.sparsity if plan.schedule else 0.0)
 
 
-def run_tags(config: Config, plan: RunPlan) -> list[str]:
+def run_tags(config: Config, plan: RunPlan, initial_sparsity: float) -> list[str]:
     """The model's name, the final sparsity, or that of the run whose twin this is, and the tags of the config."""
-    level = f"sparsity-{100 * final_sparsity(config, plan):.4g}"
+    level = f"sparsity-{100 * final_sparsity(config, plan, initial_sparsity):.4g}"
     of_kind = {"sparse": [level], "twin": ["twin", f"twin-of-{level}"], "dense": ["dense"]}
-    tags = [config.model.name, *of_kind[kind_of_run(plan)], *config.logger.tags]
+    tags = [config.model.name, *of_kind[kind_of_run(plan, initial_sparsity)], *config.logger.tags]
     return [tag[:MAX_TAG_LENGTH] for tag in dict.fromkeys(tags) if tag]
