@@ -10,6 +10,7 @@ from conf.schema import Config
 from launch.command import accelerate_command, child_environment, num_gpus, num_processes, printable
 from launch.machines import find_machines
 from launch.process import run_child
+from train.directory import RunDirectory
 from train.plan import plan_run
 
 
@@ -17,11 +18,14 @@ def start_run(config: Config, overrides: Sequence[str]) -> int:
     """Start the run that `overrides` make and wait for it; its exit code. A ValueError says why it can't be."""
     gpus = num_gpus(os.environ)
     machines = find_machines(config.launch, os.environ)
-    plan_run(config, num_processes(config, gpus) * machines.num)
+    plan = plan_run(config, num_processes(config, gpus) * machines.num)
     command = accelerate_command(config, overrides, gpus, machines)
     if config.dry_run:
         print(printable(command))
         return 0
+    if not config.overwrite:
+        # A folder of another config is refused by the ranks too, but only seconds later.
+        RunDirectory(plan.run_dir).finished(config)
     print(f"$ {printable(command)}", file=sys.stderr, flush=True)
     return run_child(command, child_environment(os.environ, gpus))
 
