@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/python -m launch experiment=demo overwrite=true
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Where this is root it installs what they need; elsewhere what is missing is skipped with a reason.
 test-cluster: $(READY)
