@@ -22,6 +22,7 @@ from sparsity.shards import local_values, rank_layout
 from train.arguments import training_arguments
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
+from train.compiled import compile_by_blocks
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
 from train.directory import RunDirectory
 from train.disk import run_bytes
@@ -70,6 +71,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     with user_errors(quiet=not world.is_main):
         if config.init_from is not None:
             load_initial_weights(model, config.init_from)
+        compile_by_blocks(model, arguments)
         prunable = prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
     fingerprint = world.on_main(data_fingerprint, data.folder)
     resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)

@@ -16,6 +16,7 @@ import contextlib
 import gc
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -256,11 +257,13 @@ def profiled(step: Callable[[Tensor], Tensor], work: Workload, device: str, rows
     ]
 
 
-def measure_trainer(work: Workload, device: str, peak_tflops: float) -> Result:
-    """`transformers.Trainer` as it comes, with bf16 alone: what a user would write first."""
+def measure_trainer(work: Workload, device: str, peak_tflops: float, compiled: bool) -> Result:
+    """`transformers.Trainer` as it comes, with bf16 alone: what a user would write first; or compiled as runs are."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    result = Result("plain Trainer, bf16")
+    from train.compiled import compile_by_blocks
+
+    result = Result("Trainer, bf16, compiled by blocks" if compiled else "plain Trainer, bf16")
     laps: list[float] = []
 
     class Lap(TrainerCallback):
@@ -277,18 +280,26 @@ def measure_trainer(work: Workload, device: str, peak_tflops: float) -> Result:
             arguments = TrainingArguments(
                 folder, max_steps=WARM_UP + work.steps + 1, per_device_train_batch_size=work.batch, bf16=True,
                 use_cpu=device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True,
+                torch_compile=compiled,
             )  # fmt: skip
-            trainer = Trainer(LlamaForCausalLM(work.config()), arguments, train_dataset=blocks, callbacks=[Lap()])  # type: ignore[arg-type]
+            model = LlamaForCausalLM(work.config())
+            compile_by_blocks(model, arguments)
+            trainer = Trainer(model, arguments, train_dataset=blocks, callbacks=[Lap()])  # type: ignore[arg-type]
             loss = trainer.train().training_loss
     except Exception as error:
         result.skipped = f"{type(error).__name__}: {error}"
         return result
+    finally:
+        torch.compiler.reset()
+        for key in [key for key in os.environ if key.startswith("ACCELERATE_DYNAMO_")]:
+            del os.environ[key]
     seconds = [after - before for before, after in pairwise(laps)][WARM_UP:]
     return with_figures(result, seconds, loss, work, device, peak_tflops)
 
 
 def measure_all(work: Workload, device: str, peak_tflops: float, names: str, profile: bool) -> Iterator[Result]:
-    yield measure_trainer(work, device, peak_tflops)
+    for compiled in (False, True):
+        yield measure_trainer(work, device, peak_tflops, compiled)
     for variant in VARIANTS:
         if names in variant.name:
             yield measure(work, variant, device, peak_tflops, profile)

@@ -1,0 +1,65 @@
+"""torch.compile makes one graph of a block for all blocks, with FSDP2's hooks between them, and trains the same."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_ranks
+
+NUM_LAYERS = 12
+
+
+def train(folder: Path, fsdp: bool, compiled: bool) -> dict[str, Any]:
+    """Three steps; `aot_eager` makes inductor's graphs and runs them operation by operation."""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": str(fsdp).lower(), "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+        "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "false",
+    }  # fmt: skip
+    import torch
+    from torch._dynamo.utils import counters
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    from sparsity.prunable import linear_weights
+    from train.compiled import compile_by_blocks
+    from train.distributed import join_world
+
+    join_world(60)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=NUM_LAYERS, num_attention_heads=2,
+        num_key_value_heads=2, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(64).view(2, 32)] * 8
+    arguments = TrainingArguments(
+        str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, logging_steps=1, torch_compile=compiled,
+        torch_compile_backend="aot_eager" if compiled else None, accelerator_config={"use_configured_state": True},
+    )  # fmt: skip
+    compile_by_blocks(model, arguments)
+    trainer = Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.train()
+    return {
+        "losses": [record["loss"] for record in trainer.state.log_history if "loss" in record],
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+        "names": list(linear_weights(model)),
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2], ids=["one process", "FSDP2 on two ranks"])
+def test_blocks_share_a_graph_that_nothing_breaks_and_train_as_without(tmp_path, num_ranks):
+    plain, compiled = (
+        run_ranks(train, num_ranks, tmp_path, num_ranks > 1, compiled, joined=False)[0] for compiled in (False, True)
+    )
+    assert plain["graphs"] == 0
+    assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    assert compiled["names"] == plain["names"]
+    assert compiled["breaks"] == 0
+    # Beside the block there are the embedding, the last norm, the rotary table, the head and the loss.
+    assert 2 <= compiled["graphs"] <= 6
