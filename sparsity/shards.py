@@ -69,7 +69,7 @@ def shard_offset(param: Tensor) -> int:
     """Flat index in the full tensor of the local shard's first element; the shard is a run of whole rows."""
     if not isinstance(param, DTensor):
         return 0
-    dim = _shard_dim(param)
+    dim = shard_dim(param)
     if dim is None or param.shape[0] == 0:
         return 0
     world, rank = param.device_mesh.size(dim), param.device_mesh.get_local_rank(dim)
@@ -91,12 +91,12 @@ def _layout_of(param: Tensor) -> RankLayout:
     if not isinstance(param, DTensor):
         replicated = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return RankLayout(None, (dist.group.WORLD,) if replicated else ())  # type: ignore[arg-type]
-    mesh, shard_dim = param.device_mesh, _shard_dim(param)
-    replicas = tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if dim != shard_dim and mesh.size(dim) > 1)
-    return RankLayout(None if shard_dim is None else mesh.get_group(shard_dim), replicas)
+    mesh, sharded = param.device_mesh, shard_dim(param)
+    replicas = tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if dim != sharded and mesh.size(dim) > 1)
+    return RankLayout(None if sharded is None else mesh.get_group(sharded), replicas)
 
 
-def _shard_dim(param: DTensor) -> int | None:
+def shard_dim(param: DTensor) -> int | None:
     """The mesh dimension along which rows are shared out; None where the parameter is whole on every rank."""
     sharded = [dim for dim, placement in enumerate(param.placements) if isinstance(placement, Shard)]
     whole_rows = all(param.placements[dim] == Shard(0) for dim in sharded)

@@ -18,7 +18,7 @@ from tests.distributed import run_ranks
 from train.checkpoints import layout
 from train.checkpoints.read import CheckpointReader, load_masks
 from train.checkpoints.tensorfile import file_bytes, write_tensors
-from train.checkpoints.write import write_checkpoint
+from train.checkpoints.write import Pieces, write_checkpoint
 from train.distributed import World
 from train.faults.stop import RunStopped
 
@@ -27,12 +27,13 @@ WEIGHT = torch.arange(21, dtype=torch.float32).view(7, 3)
 MASK = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
 
 
-def save(root: Path, step: int, cuts: tuple[int, ...] = (0, 7), world: World = ALONE) -> Path:
-    """A checkpoint of WEIGHT and MASK whose rank r holds the rows cuts[r] .. cuts[r + 1]."""
-    start, stop = cuts[world.rank], cuts[world.rank + 1]
+def save(root: Path, step: int, size: int = 7, world: World = ALONE) -> Path:
+    """A checkpoint of WEIGHT and MASK in pieces of `size` rows, a rank each."""
+    pieces = Pieces(list(range(world.size)), {"w": size})
+    start, stop = pieces.of("w", world.rank, len(WEIGHT)) or (0, 0)
     tensors = {"model/w": WEIGHT[start:stop], "mask/w": pack_mask(MASK[start:stop].reshape(-1))}
     state = {"shapes": {"w": [7, 3]}}
-    return write_checkpoint(root, step, world, tensors, {"w": [start, stop]}, state, write_trainer_state)
+    return write_checkpoint(root, step, world, tensors, pieces, state, write_trainer_state)
 
 
 def write_trainer_state(path: str) -> None:
@@ -87,7 +88,7 @@ def test_three_ranks_files_are_read_in_every_cut_of_rows(tmp_path):
 
 
 def save_on_three_ranks(root: Path) -> None:
-    save(root, 5, cuts=(0, 3, 7, 7), world=world_here())
+    save(root, 5, size=4, world=world_here())
 
 
 def test_every_flipped_byte_and_every_truncation_is_noticed(tmp_path):
@@ -145,12 +146,12 @@ def test_a_rank_without_room_ends_all_and_the_checkpoint_before_stays(tmp_path):
 
 def fail_on_the_second_rank(root: Path) -> str:
     world = world_here()
-    save(root, 5, cuts=(0, 3, 7), world=world)
+    save(root, 5, size=4, world=world)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        save(root, 10, cuts=(0, 3, 7), world=world)
+        save(root, 10, size=4, world=world)
     except RunStopped as stopped:
         return str(stopped)
     finally:
@@ -160,7 +161,7 @@ def fail_on_the_second_rank(root: Path) -> str:
 
 def test_a_checkpoint_without_masks_is_refused(tmp_path):
     tensors = {"model/w": WEIGHT}
-    folder = write_checkpoint(tmp_path, 5, ALONE, tensors, {"w": [0, 7]}, {}, write_trainer_state)
+    folder = write_checkpoint(tmp_path, 5, ALONE, tensors, Pieces([0], {"w": 7}), {}, write_trainer_state)
     shard = ParameterShard("w", WEIGHT.clone().view(-1), torch.ones(21, dtype=torch.bool), 0, 21)
     with pytest.raises(ValueError, match="has no mask of w: going on from it would train a dense model"):
         load_masks(CheckpointReader(folder), [shard], lambda name: 3)

@@ -209,7 +209,8 @@ def test_a_pickle_in_the_place_of_a_checkpoints_tensors_is_not_loaded(tmp_path, 
     folder = layout.folder_of(tmp_path, 5)
     folder.mkdir()
     (folder / layout.rank_file(0)).write_bytes(pickle.dumps(Bomb(fuse)))
-    (folder / layout.STATE).write_text(json.dumps({"format": layout.FORMAT, "step": 5, "rows": {"w": [[0, 0, 7]]}}))
+    state = {"format": layout.FORMAT, "step": 5, "pieces": {"writers": [0], "rows": {"w": 7}}}
+    (folder / layout.STATE).write_text(json.dumps(state))
     (folder / layout.TRAINER_STATE).write_text("{}")
     names = (layout.STATE, layout.TRAINER_STATE, layout.rank_file(0))
     (folder / layout.SUMS).write_text("".join(f"{layout.sha256_of(folder / name)}  {name}\n" for name in names))

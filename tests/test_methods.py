@@ -80,13 +80,13 @@ class Run:
 
     def save(self, folder: Path) -> None:
         parameters = parameters_of(self.model)
-        tensors, rows, scalars = rank_tensors(self.model, self.optimizer, self.callback.shards, {}, self.world.rank)
+        tensors, pieces, scalars = rank_tensors(self.model, self.optimizer, self.callback.shards, {}, self.world.rank)
         state = {
             "shapes": {name: list(param.shape) for name, param in parameters.items()},
             "optimizer": {"scalars": scalars, **optimizer_figures(self.optimizer, parameters)},
             "sparsity": self.callback.state(),
         }
-        write_checkpoint(folder, CUT, self.world, tensors, rows, state, lambda path: Path(path).write_text("{}"))
+        write_checkpoint(folder, CUT, self.world, tensors, pieces, state, lambda path: Path(path).write_text("{}"))
 
     def load(self, folder: Path) -> None:
         reader, parameters = CheckpointReader(folder / f"checkpoint-{CUT}"), parameters_of(self.model)

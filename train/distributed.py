@@ -62,6 +62,21 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def to_main(self, value: Result) -> list[Result]:
+        """Each rank's `value`, in rank order, on rank 0; nothing on the others. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        # Between the processes of one run, so unpickling is safe.
+        dist.gather_object(value, values)
+        return values or []
+
+    def problems(self, problem: str | None) -> list[str]:
+        """What went wrong, of each rank where something did, on all ranks: a flag is all they send otherwise.
+        Collective."""
+        flag = torch.tensor(int(problem is not None), device=self.device)
+        return [found for found in self.gather(problem) if found] if int(self.largest(flag)) else []
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `values` over the ranks. Collective."""
         if self.size > 1:

@@ -180,7 +180,7 @@ class PretrainingTrainer(Trainer):
         """Write a checkpoint of this step and remove those beyond `save_total_limit`. Collective."""
         self.guard.read_late_flags()
         shards = self.sparsity.shards if self.sparsity else []
-        tensors, rows, scalars = rank_tensors(self._module, self.optimizer, shards, rng_state(), self.world.rank)
+        tensors, pieces, scalars = rank_tensors(self._module, self.optimizer, shards, rng_state(), self.world.rank)
         losses = self.step_losses()
         if self.world.is_main:
             tensors["losses"] = losses
@@ -203,7 +203,7 @@ class PretrainingTrainer(Trainer):
             "train_seconds": self.train_seconds,
         }
         write_checkpoint(
-            root, step, self.world, tensors, rows, state, self.state.save_to_json, self.run_state.before_save
+            root, step, self.world, tensors, pieces, state, self.state.save_to_json, self.run_state.before_save
         )
         if self.world.is_main:
             layout.prune(root, self.args.save_total_limit or 1, step)

@@ -24,7 +24,7 @@ from train.faults.stop import RunStopped
 if TYPE_CHECKING:
     from train.distributed import World
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"
 SUMS = "SHA256SUMS"
@@ -91,7 +91,7 @@ def newest_whole(root: Path, world: World) -> tuple[Path | None, list[str]]:
     """
     warnings: list[str] = []
     for folder in world.on_main(checkpoints, root):
-        found = [problem for problem in world.gather(damage(folder, (world.rank, world.size))) if problem]
+        found = world.problems(damage(folder, (world.rank, world.size)))
         if not found:
             return folder, warnings
         world.on_main(set_aside, folder)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsity.mask import state_holder, unpack_mask
 from sparsity.shards import ParameterShard, local_tensor
 from train.checkpoints import layout
-from train.checkpoints.write import rows_of
+from train.checkpoints.write import Pieces, local_rows
 
 
 class CheckpointReader:
@@ -28,6 +28,7 @@ class CheckpointReader:
                 f"{folder} has format {self.state.get('format')} where this version reads {layout.FORMAT}: resume with "
                 "the version that wrote it, or set overwrite=true to start anew."
             )
+        self._pieces_of = Pieces(**self.state["pieces"])
         self._files: dict[int, Any] = {}
 
     @property
@@ -58,10 +59,12 @@ class CheckpointReader:
 
     def _pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """(rank, its first row, first and last row to take) of the files that cover start .. stop, in order."""
-        for rank, offset, end in sorted(self.state["rows"][name], key=lambda piece: piece[1]):
-            first, last = max(start, offset), min(stop, end)
+        size = self._pieces_of.rows[name]
+        for index in range(start // size, -(-stop // size)):
+            offset = index * size
+            first, last = max(start, offset), min(stop, offset + size)
             if first < last:
-                yield rank, offset, first, last
+                yield self._pieces_of.writers[index], offset, first, last
 
     def _file(self, rank: int) -> Any:
         if rank not in self._files:
@@ -72,7 +75,7 @@ class CheckpointReader:
 @torch.no_grad()
 def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> None:
     """Copy this rank's rows of every parameter; a ValueError where model and checkpoint name other parameters."""
-    saved = set(reader.state["rows"])
+    saved = set(reader.state["pieces"]["rows"])
     if saved != set(parameters):
         other = sorted(saved ^ set(parameters))[0]
         raise ValueError(
@@ -127,9 +130,8 @@ def load_masks(reader: CheckpointReader, shards: list[ParameterShard], row_sizes
 
 
 def _fill(reader: CheckpointReader, key: str, name: str, tensor: Tensor, param: Tensor) -> None:
-    rows = rows_of(param, 0)
     local = local_tensor(tensor.detach())
-    found = reader.rows(key, name, rows.start, rows.stop)
+    found = reader.rows(key, name, *local_rows(param))
     if found is None:
         found = torch.empty(0, *local.shape[1:], dtype=local.dtype)
     local.copy_(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import accelerate
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from conf.cli import sentence
 from sparsity.mask import pack_mask, state_holder
 from sparsity.prunable import plain_name
-from sparsity.shards import ParameterShard, local_tensor, shard_offset
+from sparsity.shards import ParameterShard, local_tensor, shard_dim, shard_offset
 from train.checkpoints import layout
 from train.checkpoints.durable import remove_folder, sync_file, sync_folder, write_synced
 from train.checkpoints.tensorfile import file_bytes, write_tensors
@@ -27,24 +27,41 @@ from train.faults.stop import RunStopped
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows start .. stop of a parameter, which this rank holds, and whether this rank writes them."""
+class Pieces:
+    """Which rank's file has which rows: piece i of a parameter, `rows[name]` rows from row i x rows[name] on and fewer at
+    the end, is in the file of rank `writers[i]`."""
 
-    start: int
-    stop: int
-    is_written_here: bool
+    writers: list[int]
+    rows: dict[str, int]
+
+    def of(self, name: str, rank: int, num_rows: int) -> tuple[int, int] | None:
+        """The rows start .. stop of a parameter of `num_rows` that `rank` writes; None where it writes none of it."""
+        if rank not in self.writers:
+            return None
+        index, size = self.writers.index(rank), self.rows[name]
+        if index and size >= num_rows:
+            return None
+        return min(index * size, num_rows), min((index + 1) * size, num_rows)
 
 
-def rows_of(param: Tensor, rank: int) -> Rows:
-    """Where the local shard lies in the full parameter; of replicas, the first one writes."""
+def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
+    """The pieces that FSDP2 has cut the parameters into; of replicas the first one writes. The same on every rank."""
+    writers, rows = [0], {}
+    for name, param in parameters.items():
+        dim = shard_dim(param) if isinstance(param, DTensor) else None
+        rows[name] = max(1, param.shape[0])
+        if isinstance(param, DTensor) and dim is not None:
+            mesh = param.device_mesh.mesh
+            writers = mesh[tuple(slice(None) if axis == dim else 0 for axis in range(mesh.ndim))].tolist()
+            rows[name] = max(1, -(-param.shape[0] // len(writers)))
+    return Pieces(writers, rows)
+
+
+def local_rows(param: Tensor) -> tuple[int, int]:
+    """The rows start .. stop of the full parameter that lie on this rank."""
     per_row = param.numel() // param.shape[0] if param.shape[0] else 1
     start = shard_offset(param) // max(1, per_row)
-    stop = start + local_tensor(param.detach()).shape[0]
-    if not isinstance(param, DTensor):
-        return Rows(start, stop, rank == 0)
-    mesh = param.device_mesh
-    replicas = [dim for dim, placement in enumerate(param.placements) if not isinstance(placement, Shard)]
-    return Rows(start, stop, all(mesh.get_local_rank(dim) == 0 for dim in replicas))
+    return start, start + local_tensor(param.detach()).shape[0]
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -84,18 +101,21 @@ def optimizer_figures(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[
 
 def rank_tensors(
     model: nn.Module, optimizer: Any, shards: list[ParameterShard], rng: Mapping[str, Tensor], rank: int
-) -> tuple[dict[str, Tensor], dict[str, list[int]], dict[str, Any]]:
-    """(this rank's tensors for its file, the rows it writes, the optimizer's scalars)."""
+) -> tuple[dict[str, Tensor], Pieces, dict[str, Any]]:
+    """(this rank's tensors for its file, which rank has which rows, the optimizer's scalars)."""
     parameters = parameters_of(model)
+    pieces = pieces_of(parameters)
     moments, scalars = optimizer_state(optimizer, parameters)
-    rows = {name: rows_of(param, rank) for name, param in parameters.items()}
-    written = {name: [found.start, found.stop] for name, found in rows.items() if found.is_written_here}
+    found = {name: pieces.of(name, rank, param.shape[0]) for name, param in parameters.items()}
+    written = {name: rows for name, rows in found.items() if rows is not None}
+    for name, rows in written.items():
+        assert rows == local_rows(parameters[name]), f"{name} is not cut as FSDP2 cuts: {rows}"
     tensors = {f"model/{name}": local_tensor(parameters[name].detach()) for name in written}
     for key, by_name in moments.items():
         tensors |= {f"optim.{key}/{name}": local_tensor(value) for name, value in by_name.items() if name in written}
     tensors |= {f"mask/{shard.name}": pack_mask(shard.mask) for shard in shards if shard.name in written}
     tensors |= {f"rng/{name}": value for name, value in rng.items()}
-    return tensors, written, scalars
+    return tensors, pieces, scalars
 
 
 def write_checkpoint(
@@ -103,7 +123,7 @@ def write_checkpoint(
     step: int,
     world: World,
     tensors: Mapping[str, Tensor],
-    rows: dict[str, list[int]],
+    pieces: Pieces,
     state: dict[str, Any],
     save_trainer_state: Callable[[str], None],
     before: Callable[[], None] = lambda: None,
@@ -111,32 +131,30 @@ def write_checkpoint(
     """Write the checkpoint of `step`, after rank 0 did what comes `before`; it appears whole or not at all. Collective.
 
     RunStopped on every rank where one of them could not write: what was written is removed, older checkpoints stay.
+    What the ranks tell each other does not grow with their number, but for the checksum and size that each tells rank 0.
     """
     aside, folder = layout.aside_of(root, step), layout.folder_of(root, step)
-    needed = sum(world.gather(file_bytes(tensors)))
+    needed = int(world.sum(torch.tensor(file_bytes(tensors), device=world.device)))
 
-    def together(action: Callable[[], Any] | None) -> list[Any]:
-        """Each rank's result of its `action`; none goes on where one failed."""
+    def together(action: Callable[[], Any] | None) -> Any:
+        """This rank's result of its `action`; none goes on where one failed."""
         result, problem = attempt(action) if action else (None, None)
-        answers = world.gather((result, problem))
-        problems = [problem for _, problem in answers if problem]
-        if problems:
+        if problems := world.problems(problem):
             if world.is_main:
                 remove_folder(aside)
             raise RunStopped(_failure(folder, problems[0], needed))
-        return [result for result, _ in answers]
+        return result
 
     def begin() -> None:
         before()
         remove_folder(aside)
         aside.mkdir(parents=True)
 
-    def write() -> tuple[str, int, dict[str, list[int]]]:
-        digest = write_tensors(aside / layout.rank_file(world.rank), tensors)
-        return digest, file_bytes(tensors), rows
+    def write() -> tuple[str, int]:
+        return write_tensors(aside / layout.rank_file(world.rank), tensors), file_bytes(tensors)
 
     together(begin if world.is_main else None)
-    written = together(write)
+    written = world.to_main(together(write))
 
     def finish() -> None:
         files = {layout.rank_file(rank): report for rank, report in enumerate(written)}
@@ -146,7 +164,7 @@ def write_checkpoint(
             "world_size": world.size,
             "versions": versions(),
             **state,
-            "rows": whose_rows([report[2] for report in written]),
+            "pieces": asdict(pieces),
             "bytes": {name: report[1] for name, report in files.items()},
         }
         write_synced(aside / layout.STATE, json.dumps(whole) + "\n")
@@ -162,17 +180,6 @@ def write_checkpoint(
 
     together(finish if world.is_main else None)
     return folder
-
-
-def whose_rows(by_rank: list[dict[str, list[int]]]) -> dict[str, list[list[int]]]:
-    """{name: [[rank, start, stop], ...]} without empty pieces."""
-    found: dict[str, list[list[int]]] = {}
-    for rank, rows in enumerate(by_rank):
-        for name, (start, stop) in rows.items():
-            pieces = found.setdefault(name, [])
-            if stop > start:
-                pieces.append([rank, start, stop])
-    return found
 
 
 def attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
