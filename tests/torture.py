@@ -1,6 +1,6 @@
 """A run killed, preempted, damaged and starved of disk, many times: `make torture`, or by hand
 
-    python -m tests.torture [--kills 20] [--damages 50] [--signals 10] [--seed 0] [--folder DIR]
+    python -m tests.torture [--kills 20] [--damages 50] [--signals 10] [--seed 0] [--folder DIR] [--only WORDS]
 
 Each trial ends with the finished run compared with one that nothing happened to: same records, same model to the last
 bit. Prints a table of tried, survived, lost, and exits 1 where anything was lost. About a minute a trial on two cores.
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--signals", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--only", default="", help="lines of the table whose name contains this")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="torture-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,16 +60,17 @@ def main() -> int:
         return 1
     whole, chance = folder / "runs" / "whole", random.Random(options.seed)
     few = max(1, options.kills // 4)
-    table = {
-        "SIGKILL to all, at any moment": tally(whole, chance, [kill_all] * options.kills),
-        "SIGKILL to one rank": tally(whole, chance, [kill_one] * few),
-        "SIGKILL to launcher or agent": tally(whole, chance, [kill_launcher, kill_agent] * (few // 2)),
-        "SIGKILL while saving": tally(whole, chance, [kill_while_saving] * few),
-        "SIGKILL in a prune event": tally(whole, chance, [kill_in_an_event] * few, slow_events(folder)),
-        "SIGKILL while exporting": tally(whole, chance, [kill_while_exporting] * (few // 2)),
-        "SIGTERM, SIGUSR1, SIGINT": tally(whole, chance, signals(options.signals)),
-        "files damaged": damage_files(options.damages, chance, whole),
+    trials: dict[str, Callable[[], tuple[int, int]]] = {
+        "SIGKILL to all, at any moment": lambda: tally(whole, chance, [kill_all] * options.kills),
+        "SIGKILL to one rank": lambda: tally(whole, chance, [kill_one] * few),
+        "SIGKILL to launcher or agent": lambda: tally(whole, chance, [kill_launcher, kill_agent] * (few // 2)),
+        "SIGKILL while saving": lambda: tally(whole, chance, [kill_while_saving] * few),
+        "SIGKILL in a prune event": lambda: tally(whole, chance, [kill_in_an_event] * few, slow_events(folder)),
+        "SIGKILL while exporting": lambda: tally(whole, chance, [kill_while_exporting] * (few // 2)),
+        "SIGTERM, SIGUSR1, SIGINT": lambda: tally(whole, chance, signals(options.signals)),
+        "files damaged": lambda: damage_files(options.damages, chance, whole),
     }
+    table = {name: trial() for name, trial in trials.items() if options.only in name}
     print(f"\n{'':32}{'tried':>7}{'survived':>10}{'lost':>6}")
     for name, (tried, survived) in table.items():
         print(f"{name:32}{tried:>7}{survived:>10}{tried - survived:>6}")
