@@ -2,6 +2,11 @@
 
 import sys
 
+from train.faults.preempt import end_when_asked
+
+if __name__ == "__main__":
+    end_when_asked()
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig

@@ -16,6 +16,11 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from train.faults.preempt import end_when_asked
+
+if __name__ == "__main__":
+    end_when_asked()
+
 import torch.distributed.launcher.api as launcher
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

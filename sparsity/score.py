@@ -58,9 +58,12 @@ def score_named(name: ScoreName, seed: int = 0) -> Score:
 
 
 def key_spacing_bits(shards: Sequence[ParameterShard], score: Score) -> int:
-    """How many lower bits are 0 in every key: those that the narrowest widening of magnitudes to float32 leaves open."""
-    spare = {torch.bfloat16: 16, torch.float16: 13}
-    return min(spare.get(shard.values.dtype, 0) for shard in shards) if score is magnitude else 0
+    """How many lower bits are 0 in every key: 16 where all magnitudes are bfloat16.
+
+    Those of float16 would have 13, but torch widens its NaN to more than one pattern of bits.
+    """
+    is_narrow = score is magnitude and all(shard.values.dtype == torch.bfloat16 for shard in shards)
+    return 16 if is_narrow else 0
 
 
 def magnitude_of_key(key: int) -> float:

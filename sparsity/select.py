@@ -1,9 +1,10 @@
 """The smallest keys of all shards: exact, with no gather of weights and no sort.
 
-Every key lies on some rank; what crosses ranks are counts of keys, so the traffic does not grow with the model. A sample
-brackets the threshold; one pass counts what lies below the bracket and collects the few keys inside it; histograms of
-those narrow the bracket to a single key; a second pass writes the masks (Floyd and Rivest 1975, in the key space of a
-radix sort). A bracket that misses costs a few more passes and never the exactness.
+Every key lies on some rank; what crosses ranks are counts of keys, so the traffic does not grow with the model's weights:
+it is a few histograms, and for ties a count of each parameter and of each rank. A sample brackets the threshold; one pass
+counts what lies below the bracket and collects the few keys inside it; histograms of those narrow the bracket to a single
+key; a second pass writes the masks (Floyd and Rivest 1975, in the key space of a radix sort). A bracket that misses costs
+a few more passes and never the exactness.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def prune_smallest_(
     layout = layout or RankLayout()
     if not shards or num_pruned == 0:
         return None
+    if num_pruned > (numel := sum(shard.full_numel for shard in shards)):
+        raise ValueError(f"{num_pruned:,} of {numel:,} weights cannot be pruned: prune no more than there are.")
     threshold, inside = _find_threshold(shards, num_pruned, score, layout)
     if threshold.num_ties_pruned == threshold.num_ties:
         for shard in shards:
@@ -70,32 +73,32 @@ def prune_smallest_(
 
 
 def _find_threshold(
-    shards: Sequence[ParameterShard], rank: int, score: Score, layout: RankLayout
+    shards: Sequence[ParameterShard], k: int, score: Score, layout: RankLayout
 ) -> tuple[Threshold, Inside]:
-    """The `rank`-th smallest key of all shards, rank counted from 1, and this rank's keys of a range that holds it.
+    """The k-th smallest key of all shards, counted from 1, and this rank's keys of a range that holds it.
 
     Collective over the shard group.
     """
     device, spacing_bits = shards[0].values.device, key_spacing_bits(shards, score)
-    bracket, share = _sample_bracket(shards, rank, score, layout, spacing_bits)
+    bracket, share = _sample_bracket(shards, k, score, layout, spacing_bits)
     numel = sum(shard.values.numel() for shard in shards)
     limit = min(numel, math.ceil(min(1.5 * share, CANDIDATE_SHARE) * numel) + MIN_CANDIDATES)
     below, num_inside, inside = collect(shards, score, bracket.lo, bracket.hi, limit)
     local = torch.tensor([below, num_inside], dtype=torch.int64, device=device)
     num_below, num_inside = layout.sum_counts(local).tolist()
-    if num_below < rank <= num_below + num_inside:
+    if num_below < k <= num_below + num_inside:
         bracket = _Range(bracket.lo, bracket.hi, num_below)
     else:
-        inside, is_low = Streamed(shards, score), rank <= num_below
+        inside, is_low = Streamed(shards, score), k <= num_below
         bracket = _Range(0, bracket.lo) if is_low else _Range(bracket.hi, 1 << NUM_KEY_BITS, num_below + num_inside)
     while True:
         shift = _bin_bits(bracket, spacing_bits)
         counts = layout.sum_counts(inside.histogram(bracket.lo, bracket.hi, shift))
-        bin_index, before, held = find_bin(counts, rank - bracket.below)
+        bin_index, before, held = find_bin(counts, k - bracket.below)
         lo = bracket.lo + (bin_index << shift)
         bracket = _Range(lo, min(bracket.hi, lo + (1 << shift)), bracket.below + before)
         if shift == spacing_bits:
-            return Threshold(lo, bracket.below, held, rank - bracket.below), inside
+            return Threshold(lo, bracket.below, held, k - bracket.below), inside
 
 
 def find_bin(counts: Tensor, rank: int) -> tuple[int, int, int]:
@@ -122,9 +125,9 @@ def _bin_bits(bracket: _Range, spacing_bits: int) -> int:
 
 
 def _sample_bracket(
-    shards: Sequence[ParameterShard], rank: int, score: Score, layout: RankLayout, spacing_bits: int
+    shards: Sequence[ParameterShard], k: int, score: Score, layout: RankLayout, spacing_bits: int
 ) -> tuple[_Range, float]:
-    """A range of keys that very likely holds the `rank`-th smallest, and the share of the sample inside it.
+    """A range of keys that very likely holds the k-th smallest, and the share of the sample inside it.
 
     The sample is every n-th weight, n odd so that it wanders over the columns: it needs no generator, and as it decides
     the cost alone, never the result, its patterns do no harm.
@@ -140,7 +143,7 @@ def _sample_bracket(
     bracket = _Range(0, 1 << NUM_KEY_BITS)
     shift = _bin_bits(bracket, spacing_bits)
     counts = count(bracket, shift)
-    size, share = int(counts.sum()), rank / numel
+    size, share = int(counts.sum()), k / numel
     if size == 0:
         return bracket, 1.0
     slack = SAMPLE_SIGMAS * math.sqrt(size * share * (1 - share)) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,19 @@ def train(folder: Path, fsdp: bool, compiled: bool) -> dict[str, Any]:
         "breaks": sum(counters["graph_break"].values()),
         "names": list(linear_weights(model)),
     }
+
+
+@pytest.mark.parametrize("option", ["backend", "mode"])
+def test_a_backend_or_mode_that_is_not_there_is_one_sentence(option):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from train.compiled import compile_by_blocks
+
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    asked = {"torch_compile_backend": "inductor", "torch_compile_mode": None, f"torch_compile_{option}": "nonsense"}
+    arguments = SimpleNamespace(torch_compile=True, use_liger_kernel=False, **asked)
+    with pytest.raises(ValueError, match=rf"torch_compile_{option}=nonsense .*not what torch.compile takes"):
+        compile_by_blocks(LlamaForCausalLM(config), arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2], ids=["one process", "FSDP2 on two ranks"])

@@ -169,6 +169,27 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(number):
         assert process.wait(15) == 75
 
 
+@pytest.mark.parametrize("module", ["launch", "launch.agent"])
+def test_a_launcher_heeds_signals_before_it_imports_what_takes_long(module):
+    process = subprocess.Popen([sys.executable, "-m", module, "run_name=never"], cwd=ROOT, env=quiet_environment({}))
+    try:
+        deadline = time.monotonic() + 60
+        while not catches(process.pid, signal.SIGUSR1) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (mask,) = [line.split()[1] for line in lines if line.startswith("SigCgt:")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 class listening:
     """A process that listens for the cluster's signals; killed afterwards."""
 

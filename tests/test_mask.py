@@ -17,6 +17,25 @@ def test_zeroing_leaves_no_negative_zero_and_no_nan():
     assert not torch.signbit(tensor).any()
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.complex128],
+)
+def test_zeroing_takes_any_type_and_any_strides(dtype):
+    values, mask = torch.arange(1, 13).view(3, 4), torch.arange(12) % 5 != 0
+    for tensor in (values.to(dtype), values.t().to(dtype).t()):
+        zero_pruned_(tensor, mask)
+        assert torch.equal(
+            tensor.double() if not tensor.is_complex() else tensor.real, (values * mask.view(3, 4)).double()
+        )
+
+
+def test_a_mask_of_another_size_is_refused():
+    for size in (1, 5):
+        with pytest.raises(RuntimeError, match="shape"):
+            zero_pruned_(torch.ones(4), torch.ones(size, dtype=torch.bool))
+
+
 def test_a_nan_gradient_of_a_pruned_weight_vanishes_before_clipping():
     layer = nn.Linear(3, 2, bias=False)
     parameters = prunable_parameters(layer)

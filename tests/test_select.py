@@ -120,7 +120,7 @@ def test_keys_that_were_collected_counted_or_streamed_answer_alike(dtype):
     generator = torch.Generator().manual_seed(0)
     shards = whole([(torch.randn(n, generator=generator) * 64).round().to(dtype) / 64 for n in (90_001, 0, 3, 40_000)])
     spacing = key_spacing_bits(shards, magnitude)
-    assert spacing == {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}[dtype]
+    assert spacing == (16 if dtype == torch.bfloat16 else 0)
     lo = tie = int(magnitude(whole([torch.tensor([0.5])])[0], slice(0, 1)))
     for num_keys in (40, 1 << 10):
         hi = lo + (num_keys << spacing)
@@ -167,6 +167,24 @@ def test_selection_draws_from_no_global_generator():
     before = torch.get_rng_state()
     prune_smallest_(whole([torch.ones(1000)]), 10)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_ones", [1, 5_000, 70_000])
+def test_nan_of_any_type_goes_last_and_never_too_few(dtype, num_ones):
+    weights = torch.ones(num_ones + 3, dtype=dtype)
+    weights[[0, num_ones // 2 + 1, num_ones + 2]] = float("nan")
+    for num_pruned in (num_ones - 1, num_ones, num_ones + 1, num_ones + 3):
+        shards = whole([weights])
+        prune_smallest_(shards, num_pruned)
+        gone = ~shards[0].mask
+        assert int(gone.sum()) == num_pruned
+        assert int((gone & weights.isnan()).sum()) == max(0, num_pruned - num_ones)
+
+
+def test_more_weights_than_there_are_cannot_be_pruned():
+    with pytest.raises(ValueError, match="4 of 3 weights cannot be pruned"):
+        prune_smallest_(whole([torch.ones(3)]), 4)
 
 
 def test_float64_is_refused_by_name():

@@ -28,7 +28,9 @@ def test_a_run_that_keeps_the_zeros_it_starts_from_is_sparse_and_one_with_a_chan
     fixed = ["sparsity=dense", "init_from=model"]
     assert kind_and_tags(*fixed, initial_sparsity=0.7) == ("sparse", ["llama-tiny", "sparsity-70"])
     assert kind_and_tags(*fixed, initial_sparsity=1e-9) == ("dense", ["llama-tiny", "dense"])
-    assert kind_and_tags("sparsity.target=0.8", initial_sparsity=0.9)[1] == ["llama-tiny", "sparsity-90"]
+    assert kind_and_tags("sparsity.target=0.8", initial_sparsity=0.5)[1] == ["llama-tiny", "sparsity-80"]
+    twin = kind_and_tags("sparsity.target=0.8", "model.match=average", initial_sparsity=0.9)
+    assert twin == ("twin", ["llama-tiny", "twin", "twin-of-sparsity-80"])
 
 
 def test_a_run_that_is_sparse_by_groups_is_tagged_with_its_overall_sparsity():

@@ -59,18 +59,21 @@ def main() -> int:
         print(done.stderr[-3000:], file=sys.stderr)
         return 1
     whole, chance = folder / "runs" / "whole", random.Random(options.seed)
-    few = max(1, options.kills // 4)
+    few, half = max(1, options.kills // 4), max(1, options.kills // 8)
     trials: dict[str, Callable[[], tuple[int, int]]] = {
         "SIGKILL to all, at any moment": lambda: tally(whole, chance, [kill_all] * options.kills),
         "SIGKILL to one rank": lambda: tally(whole, chance, [kill_one] * few),
-        "SIGKILL to launcher or agent": lambda: tally(whole, chance, [kill_launcher, kill_agent] * (few // 2)),
+        "SIGKILL to launcher or agent": lambda: tally(whole, chance, [kill_launcher, kill_agent] * half),
         "SIGKILL while saving": lambda: tally(whole, chance, [kill_while_saving] * few),
         "SIGKILL in a prune event": lambda: tally(whole, chance, [kill_in_an_event] * few, slow_events(folder)),
-        "SIGKILL while exporting": lambda: tally(whole, chance, [kill_while_exporting] * (few // 2)),
+        "SIGKILL while exporting": lambda: tally(whole, chance, [kill_while_exporting] * half),
         "SIGTERM, SIGUSR1, SIGINT": lambda: tally(whole, chance, signals(options.signals)),
         "files damaged": lambda: damage_files(options.damages, chance, whole),
     }
-    table = {name: trial() for name, trial in trials.items() if options.only in name}
+    chosen = [name for name in trials if options.only in name]
+    if not chosen:
+        parser.error(f"--only {options.only} is in none of these names: {'; '.join(trials)}.")
+    table = {name: trials[name]() for name in chosen}
     print(f"\n{'':32}{'tried':>7}{'survived':>10}{'lost':>6}")
     for name, (tried, survived) in table.items():
         print(f"{name:32}{tried:>7}{survived:>10}{tried - survived:>6}")
@@ -191,7 +194,12 @@ def signals(num_trials: int) -> list[Trial]:
 
 
 def preempt(number: signal.Signals, to_all: bool, chance: random.Random, run: LaunchedRun) -> Container[int]:
-    reach(run, chance.randrange(1, STEPS - 3))
+    """At a step; where the run has been there before, while its processes start."""
+    step = chance.randrange(1, STEPS - 3)
+    if run.last_step() >= step:
+        # Before Python runs at all nobody can answer.
+        time.sleep(chance.uniform(0.5, 10))
+    reach(run, step)
     for pid in [run.process.pid, *(descendants(run.process.pid) if to_all else [])]:
         send(pid, number)
     # 0 where the run was over before the signal came.

@@ -49,7 +49,7 @@ def load_initial_weights(model: Any, folder: str) -> None:
 
 
 def zero_share(parameters: Mapping[str, torch.Tensor]) -> float:
-    """The share of exact zeros among all weights of whole parameters."""
+    """The share of exact zeros in whole parameters."""
     zeros = sum(param.numel() - int(torch.count_nonzero(param)) for param in parameters.values())
     return zeros / max(1, sum(param.numel() for param in parameters.values()))
 

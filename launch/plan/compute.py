@@ -10,7 +10,7 @@ from train.counts import count_parameters
 SECONDS_PER_DAY = 86_400
 FORMULA = "tokens x (6 x linear parameters + 12 x layers x width x sequence length)"
 # An event sums int64 counts over the ranks: at most three histograms of 2^12 bins of the sample, two counts, and three
-# histograms more (sparsity.select).
+# histograms more; for ties a count of each parameter and each rank; the kept weights of each parameter (sparsity.select).
 EVENT_COUNTS = 6 * (1 << 12) + 2
 COUNT_BYTES = 8
 REDUCED_BYTES = 4
@@ -58,6 +58,7 @@ def step_network_bytes(model: ModelConfig, world_size: int, compute_bytes: int, 
     return round((compute_bytes * gathered + REDUCED_BYTES * counts.total) * (world_size - 1) / world_size)
 
 
-def event_network_bytes(world_size: int) -> int:
-    """Bytes that one GPU receives in a prune event for each threshold: counts alone, whatever the model's size."""
-    return round(2 * COUNT_BYTES * EVENT_COUNTS * (world_size - 1) / world_size)
+def event_network_bytes(num_parameters: int, world_size: int) -> int:
+    """Bytes that one GPU receives in a prune event for the threshold of so many parameters: counts alone."""
+    num_counts = EVENT_COUNTS + 2 * num_parameters + world_size
+    return round(2 * COUNT_BYTES * num_counts * (world_size - 1) / world_size)

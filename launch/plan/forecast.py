@@ -63,7 +63,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "bytes_per_step": step_network_bytes(
                 plan.model, plan.world_size, setting.compute_bytes, plan.gradient_accumulation_steps
             ),
-            "bytes_per_prune_event": len(plan.pools) * event_network_bytes(plan.world_size),
+            "bytes_per_prune_event": sum(event_network_bytes(len(pool.names), plan.world_size) for pool in plan.pools),
         },
         "disk": {
             "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable),

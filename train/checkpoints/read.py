@@ -28,7 +28,7 @@ class CheckpointReader:
                 f"{folder} has format {self.state.get('format')} where this version reads {layout.FORMAT}: resume with "
                 "the version that wrote it, or set overwrite=true to start anew."
             )
-        self._pieces_of = Pieces(**self.state["pieces"])
+        self._pieces = Pieces(**self.state["pieces"])
         self._files: dict[int, Any] = {}
 
     @property
@@ -44,27 +44,27 @@ class CheckpointReader:
         """The rows start .. stop of `key`/`name`; None for no rows."""
         pieces = [
             self._file(rank).get_slice(f"{key}/{name}")[first - offset : last - offset]
-            for rank, offset, first, last in self._pieces(name, start, stop)
+            for rank, offset, first, last in self._parts(name, start, stop)
         ]
         return torch.cat(pieces) if pieces else None
 
     def mask(self, name: str, start: int, stop: int, per_row: int) -> Tensor:
         """The mask of the flat weights start .. stop, whole rows of `per_row` weights, bool [stop - start]."""
         pieces = [torch.empty(0, dtype=torch.bool)]
-        for rank, offset, first, last in self._pieces(name, start // per_row, stop // per_row):
+        for rank, offset, first, last in self._parts(name, start // per_row, stop // per_row):
             begin, end = (first - offset) * per_row, (last - offset) * per_row
             bits = self._file(rank).get_slice(f"mask/{name}")[begin // 8 : -(-end // 8)]
             pieces.append(unpack_mask(bits, begin, end))
         return torch.cat(pieces)
 
-    def _pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    def _parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """(rank, its first row, first and last row to take) of the files that cover start .. stop, in order."""
-        size = self._pieces_of.rows[name]
+        size = self._pieces.rows[name]
         for index in range(start // size, -(-stop // size)):
             offset = index * size
             first, last = max(start, offset), min(stop, offset + size)
             if first < last:
-                yield self._pieces_of.writers[index], offset, first, last
+                yield self._pieces.writers[index], offset, first, last
 
     def _file(self, rank: int) -> Any:
         if rank not in self._files:

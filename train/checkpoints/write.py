@@ -52,7 +52,9 @@ def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
         rows[name] = max(1, param.shape[0])
         if isinstance(param, DTensor) and dim is not None:
             mesh = param.device_mesh.mesh
-            writers = mesh[tuple(slice(None) if axis == dim else 0 for axis in range(mesh.ndim))].tolist()
+            ranks = mesh[tuple(slice(None) if axis == dim else 0 for axis in range(mesh.ndim))].tolist()
+            assert writers in ([0], ranks), f"{name} is shared out among other ranks: {ranks}"
+            writers = ranks
             rows[name] = max(1, -(-param.shape[0] // len(writers)))
     return Pieces(writers, rows)
 

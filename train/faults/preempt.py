@@ -52,6 +52,15 @@ class Preemption:
             os._exit(128 + number)
 
 
+def end_when_asked() -> None:
+    """Until a process takes the signals over there is nothing to save, and the first one ends it as preempted.
+
+    A process's first call: importing torch takes seconds, in which a request must not look like a failure.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(PREEMPTED_CODE))
+
+
 def start_unheeding(then: Callable[[int], None] | None, worker: int) -> None:
     """A data worker's first act: its rank decides when to end, but SLURM signals every process of a job.
 
