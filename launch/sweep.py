@@ -26,6 +26,8 @@ from train.directory import RunDirectory, is_restart
 from train.plan import RunPlan
 
 DEFAULT_NAME = "sweep"
+NOT_IN_A_NAME = ("experiment", "sweep", "sweep_name", "launch", "dry_run", "overwrite", "resume", "logger", "runs_dir")
+"""Keys that do not tell a single run of a sweep from its others."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return str(self.config.run_name)
+        return str(self.config.run_name or "the run")
 
     @property
     def command(self) -> str:
@@ -49,7 +51,7 @@ class Sweep:
     """What `python -m launch -m ...` asks for."""
 
     name: str | None
-    """None where nothing is swept: one run, which keeps its own name, under a launcher of Hydra's."""
+    """None where nothing is swept and no sweep_name was given: one run, which keeps its own name."""
     jobs: tuple[Job, ...]
     """Empty where a search (Optuna) decides on them one after another."""
     trial: Job | None
@@ -83,15 +85,17 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     except HydraException as error:
         raise ValueError(composition_sentence(error, Config)) from error
     keys = {key_of(override.get_key_element()) for override in overrides} | {"sweep_name"}
-    is_one_run = not swept and not is_search
-    name = None if is_one_run else next((item.split("=", 1)[1] for item in own if is_key(item, "sweep_name")), None)
+    name = next((item.split("=", 1)[1] for item in own if is_key(item, "sweep_name")), None)
+    is_one_run = not swept and not is_search and name is None
+    # One run of a sweep is told from its others by what was asked for.
+    naming = swept or {key for key in keys if key.split(".")[0] not in NOT_IN_A_NAME}
     if not is_one_run:
         check_names(own)
         name = name or DEFAULT_NAME
     common = [] if name is None or any(is_key(item, "sweep_name") for item in own) else [f"sweep_name={name}"]
     jobs, mistakes, taken = [], [], dict[str, str]()
     for values in combinations[:1] if is_search else combinations:
-        run_name = [] if name is None or is_search else [f"run_name={name}/{job_name(values, swept)}"]
+        run_name = [] if name is None or is_search else [f"run_name={name}/{job_name(values, naming)}"]
         own_values = ", ".join(item for item in values if key_of(item) in swept) or "this run"
         try:
             job = (*(item for item in values if not is_key(item, "dry_run")), *common, *run_name)
@@ -109,7 +113,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     launcher = {**hydra.launcher, "name": hydra.runtime.choices["hydra/launcher"]}
     folder = Path(jobs[0].config.runs_dir) / (name or "")
     trial = jobs.pop() if is_search else None
-    return Sweep(name, tuple(jobs), trial, launcher, tuple(sorted(keys - swept)), folder)
+    return Sweep(name, tuple(jobs), trial, launcher, tuple(sorted(keys - naming)), folder)
 
 
 def refusal(mistakes: Sequence[str], num_jobs: int) -> str:
@@ -129,9 +133,9 @@ def check_names(arguments: Sequence[str]) -> None:
             raise ValueError(f"{item} would put all jobs of a sweep in one folder: give sweep_name instead.")
 
 
-def job_name(overrides: Sequence[str], swept: Container[str]) -> str:
-    """A sweep job's folder: its values of the swept keys, with only what file systems and Hydra take without quotes."""
-    own = sorted(item.lstrip("+") for item in overrides if key_of(item) in swept)
+def job_name(overrides: Sequence[str], keys: Container[str]) -> str:
+    """A sweep job's folder: its values of `keys`, with only what file systems and Hydra take without quotes."""
+    own = sorted(item.lstrip("+") for item in overrides if key_of(item) in keys)
     return re.sub(r"[^\w.+]+", "-", "_".join(own)).strip("-") or "job"
 
 

@@ -157,6 +157,15 @@ def test_what_only_the_plan_can_know_is_refused_before_any_job_starts():
     assert str(error.value).count("cannot be shared") == 2
 
 
+def test_one_run_that_joins_a_sweep_is_called_by_what_was_asked_for():
+    own = ["experiment=demo", "launch.num_processes=1", "sparsity.target=0.5", "trainer.seed=1"]
+    sweep = read_sweep([*own, "sweep_name=s"])
+    assert [job.name for job in sweep.jobs] == ["s/sparsity.target-0.5_trainer.seed-1"]
+    assert {"experiment", "launch.num_processes", "sweep_name"} <= set(sweep.fixed_keys)
+    alone = read_sweep(own)
+    assert (alone.name, [job.name for job in alone.jobs]) == (None, ["demo"])
+
+
 def test_nothing_swept_is_one_run_under_its_own_name():
     sweep = read_sweep(["hydra/launcher=submitit_local", "experiment=demo", "run_name=mine"])
     assert [job.name for job in sweep.jobs] == ["mine"]
