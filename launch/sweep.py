@@ -51,7 +51,7 @@ class Sweep:
     """What `python -m launch -m ...` asks for."""
 
     name: str | None
-    """None where nothing is swept and no sweep_name was given: one run, which keeps its own name."""
+    """None where nothing is swept and the one run keeps a name of its own."""
     jobs: tuple[Job, ...]
     """Empty where a search (Optuna) decides on them one after another."""
     trial: Job | None
@@ -86,10 +86,13 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
         raise ValueError(composition_sentence(error, Config)) from error
     keys = {key_of(override.get_key_element()) for override in overrides} | {"sweep_name"}
     name = next((item.split("=", 1)[1] for item in own if is_key(item, "sweep_name")), None)
-    is_one_run = not swept and not is_search and name is None
+    has_own_name = name is None or any(is_key(item, "run_name") for item in own)
+    is_one_run = not swept and not is_search and has_own_name
     # One run of a sweep is told from its others by what was asked for.
     naming = swept or {key for key in keys if key.split(".")[0] not in NOT_IN_A_NAME}
-    if not is_one_run:
+    if is_one_run:
+        name = None
+    else:
         check_names(own)
         name = name or DEFAULT_NAME
     common = [] if name is None or any(is_key(item, "sweep_name") for item in own) else [f"sweep_name={name}"]
