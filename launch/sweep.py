@@ -101,6 +101,8 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
         run_name = [] if name is None or is_search else [f"run_name={name}/{job_name(values, naming)}"]
         own_values = ", ".join(item for item in values if key_of(item) in swept) or "this run"
         try:
+            if run_name == [f"run_name={name}/"]:
+                run_name = [f"run_name={name}/{composed('train', [*values, *common]).run_name or 'job'}"]
             job = (*(item for item in values if not is_key(item, "dry_run")), *common, *run_name)
             jobs.append(Job(job, composed("train", [*values, *common, *run_name])))
         except ValueError as error:
@@ -139,7 +141,7 @@ def check_names(arguments: Sequence[str]) -> None:
 def job_name(overrides: Sequence[str], keys: Container[str]) -> str:
     """A sweep job's folder: its values of `keys`, with only what file systems and Hydra take without quotes."""
     own = sorted(item.lstrip("+") for item in overrides if key_of(item) in keys)
-    return re.sub(r"[^\w.+]+", "-", "_".join(own)).strip("-") or "job"
+    return re.sub(r"[^\w.+]+", "-", "_".join(own)).strip("-")
 
 
 def hydra_settings(overrides: Sequence[str]) -> Any:

@@ -54,7 +54,7 @@ LEVELS = "sparsity.target=0,0.5,0.8"
     [
         ([LEVELS], [f"sweep/sparsity.target-{target}" for target in ("0", "0.5", "0.8")]),
         (["sweep_name=s", LEVELS], [f"s/sparsity.target-{target}" for target in ("0", "0.5", "0.8")]),
-        (["sweep_name=s"], ["demo"]),
+        (["sweep_name=s"], ["s/demo"]),
         (["run_name=mine"], ["mine"]),
     ],
 )
