@@ -172,7 +172,8 @@ def _sample(shards: Sequence[ParameterShard], stride: int, score: Score) -> Tens
     for shard, start, size in zip(shards, starts, sizes, strict=True):
         values, mask = shard.values[start::stride], shard.mask[start::stride]
         few = ParameterShard(shard.name, values, mask, shard.offset, shard.full_numel)
-        for part in chunks(size, keys.device):
+        # A score may take several times the memory of its keys.
+        for part in chunks(size, keys.device, on_cpu=1 << 13):
             keys[filled + part.start : filled + part.stop] = score(few, part)
         filled += size
     return keys

@@ -108,8 +108,8 @@ def shard_dim(param: DTensor) -> int | None:
     return sharded[0] if sharded else None
 
 
-def chunks(size: int, device: torch.device) -> Iterator[slice]:
+def chunks(size: int, device: torch.device, on_cpu: int = 1 << 16) -> Iterator[slice]:
     """Slices that cover `size` elements: as many at a time as stay in a CPU's cache, or as keep a GPU busy."""
-    step = 1 << 16 if device.type == "cpu" else 1 << 22
+    step = on_cpu if device.type == "cpu" else 1 << 22
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

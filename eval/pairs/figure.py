@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.pairs.comparison import Comparison, Run, curve
-from eval.pairs.text import settings_text
-
-COLORS = ("#d1495b", "#2e6f95", "#3a7d44", "#8e5ea2", "#b5651d", "#444444")
+from eval.pairs.text import label, usual_settings
 
 
 def draw_pairs(runs: Sequence[Run], comparisons: Sequence[Comparison], file: Path) -> None:
@@ -17,8 +15,9 @@ def draw_pairs(runs: Sequence[Run], comparisons: Sequence[Comparison], file: Pat
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    usual, colors = usual_settings(comparisons), plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     dense = [run for run in runs if not run.is_sparse]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=(1.2, 1))
     left.plot(*curve(dense), color="#999999", linewidth=1.5, zorder=1)
@@ -27,8 +26,7 @@ def draw_pairs(runs: Sequence[Run], comparisons: Sequence[Comparison], file: Pat
         markersize=8, markerfacecolor="white", markeredgecolor="#555555", label="dense", zorder=2,
     )  # fmt: skip
     for index, comparison in enumerate(comparisons):
-        color = COLORS[index % len(COLORS)]
-        label = settings_text(comparison.settings)
+        color = colors[index % len(colors)]
         losses = [
             run.loss
             for run in runs
@@ -36,7 +34,7 @@ def draw_pairs(runs: Sequence[Run], comparisons: Sequence[Comparison], file: Pat
         ]
         left.plot(
             [comparison.avg_linear_params] * len(losses), losses, linestyle="none", marker="D", markersize=7, color=color,
-            label=label, zorder=3,
+            zorder=3,
         )  # fmt: skip
         for gap, marker, filled in ((comparison.twin_gap, "D", True), (comparison.curve_gap, "o", False)):
             if gap is None:
@@ -48,14 +46,18 @@ def draw_pairs(runs: Sequence[Run], comparisons: Sequence[Comparison], file: Pat
             )  # fmt: skip
     left.set_xscale("log")
     left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}M"))
-    left.xaxis.set_minor_formatter(NullFormatter())
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    left.xaxis.set_minor_locator(NullLocator())
     left.set_xlabel("average linear parameters, N-bar")
     left.set_ylabel("held-out loss, nats a token")
     left.legend(frameon=False, fontsize=9)
     right.axvline(0, color="#999999", linewidth=1)
-    right.set_yticks(range(len(comparisons)), [settings_text(comparison.settings) for comparison in comparisons])
-    right.invert_yaxis()
-    right.set_xlabel("sparse less dense, nats a token (filled: its twin, hollow: the curve at N-bar)")
+    # The names of the colors on both sides; one without a gap has its losses on the left alone.
+    right.set_yticks(range(len(comparisons)), [label(comparison, usual) for comparison in comparisons])
+    for index, words in enumerate(right.get_yticklabels()):
+        words.set_color(colors[index % len(colors)])
+    right.set_ylim(len(comparisons) - 0.5, -0.5)
+    right.set_xlabel("sparse less dense, nats a token\nfilled: its twin, hollow: the dense curve at N-bar")
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -20,10 +20,26 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.removeprefix('sparsity.')}={value}" for name, value in settings.items()) or "the run"
 
 
-def cells(comparison: Comparison) -> list[str]:
+def usual_settings(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """The value that most configurations have of each key but the first, where more than one key tells them apart."""
+    names = list(comparisons[0].settings)[1:]
+    usual = {}
+    for name in names:
+        values = [comparison.settings[name] for comparison in comparisons]
+        usual[name] = max(values, key=values.count)
+    return usual
+
+
+def label(comparison: Comparison, usual: Mapping[str, Any]) -> str:
+    """The settings without those that are as usual."""
+    own = comparison.settings.items()
+    return settings_text({name: value for name, value in own if name not in usual or value != usual[name]})
+
+
+def cells(comparison: Comparison, usual: Mapping[str, Any]) -> list[str]:
     twin, gap = comparison.twin_loss, comparison.curve_gap
     return [
-        settings_text(comparison.settings),
+        label(comparison, usual),
         str(comparison.loss.num),
         count_text(comparison.avg_linear_params),
         count_text(comparison.final_linear_params),
@@ -44,7 +60,8 @@ def spread_text(spread: Spread, sign: bool = False) -> str:
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """An aligned Markdown table, and what its columns are."""
-    rows = [list(HEAD), *map(cells, comparisons)]
+    usual = usual_settings(comparisons)
+    rows = [list(HEAD), *(cells(comparison, usual) for comparison in comparisons)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -58,7 +75,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
             "",
             "Held-out nats a token, mean ± sample standard deviation over seeds. A gap is sparse less dense: above 0 the "
             "sparse run is worse. To the twin it is the mean of each seed's difference; to the curve of the dense runs it is "
-            "taken at N-bar.",
+            "taken at N-bar." + (f" Where a name says nothing else: {settings_text(usual)}." if usual else ""),
         ]
     )
 
