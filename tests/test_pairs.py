@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from conf.compose import composed
 from eval.pairs.comparison import compare, curve_loss, read_runs
-from eval.pairs.text import cells
+from eval.pairs.text import cells, markdown, usual_settings
 from tests.commands import run_command
 
 
@@ -62,7 +62,17 @@ def test_a_single_seed_has_no_spread(sweep):
     assert least.settings == {"sparsity.target": 0.4}
     assert least.twin_gap is not None
     assert (least.twin_gap.num, least.twin_gap.std) == (1, None)
-    assert cells(least)[8] == "+0.1000"
+    assert cells(least, {})[8] == "+0.1000"
+
+
+def test_a_name_leaves_out_what_is_as_usual_but_never_the_first_key(sweep):
+    write_run(sweep / "late", 3.3, 110.0, "sparsity.target=0.8", "sparsity.window={start:0.5,end:1}")
+    comparisons = compare(read_runs([str(sweep)]))
+    usual = usual_settings(comparisons)
+    assert usual == {"sparsity.window.start": 0.25, "sparsity.window.end": 0.75}
+    names = [cells(comparison, usual)[0] for comparison in comparisons]
+    assert sorted(names) == ["target=0.4", "target=0.8", "target=0.8, window.start=0.5, window.end=1.0"]
+    assert "says nothing else: window.start=0.25, window.end=0.75." in markdown(comparisons)
 
 
 def test_dense_curve_is_read_at_n_bar_and_leaves_out_other_recipes(sweep):
