@@ -30,6 +30,15 @@ def test_zeroing_takes_any_type_and_any_strides(dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zeroing_reaches_every_element_of_a_large_tensor(dtype):
+    tensor, mask = torch.full((3, 40_001), float("nan"), dtype=dtype), torch.arange(120_003) % 7 == 0
+    tensor.view(-1)[mask] = -2.0
+    zero_pruned_(tensor, mask)
+    assert torch.equal(tensor.view(-1), torch.where(mask, -2.0, 0.0).to(dtype))
+    assert not torch.signbit(tensor.view(-1)[~mask]).any()
+
+
 def test_a_mask_of_another_size_is_refused():
     for size in (1, 5):
         with pytest.raises(RuntimeError, match="shape"):
