@@ -27,7 +27,7 @@ SAMPLE_SHARE = 1 / 256
 SAMPLE_SIGMAS = 3.0
 MIN_CANDIDATES = 1 << 12
 CANDIDATE_SHARE = 1 / 32
-FEW = 1 << 13
+SCORED_AT_ONCE = 1 << 13
 """Keys that a score makes at a time on a CPU, where it takes several times their memory and time hardly matters."""
 
 
@@ -174,7 +174,7 @@ def _sample(shards: Sequence[ParameterShard], stride: int, score: Score) -> Tens
     for shard, start, size in zip(shards, starts, sizes, strict=True):
         values, mask = shard.values[start::stride], shard.mask[start::stride]
         few = ParameterShard(shard.name, values, mask, shard.offset, shard.full_numel)
-        for part in chunks(size, keys.device, on_cpu=FEW):
+        for part in chunks(size, keys.device, on_cpu=SCORED_AT_ONCE):
             keys[filled + part.start : filled + part.stop] = score(few, part)
         filled += size
     return keys
@@ -218,7 +218,7 @@ def _num_ties_dropped(ties: list[int], quota: int, layout: RankLayout, device: t
 
 def _prune_first_ties(shard: ParameterShard, key: int, num_dropped: int, score: Score) -> None:
     """Set the mask of the one shard in which the quota runs out: of its ties the first `num_dropped` go."""
-    for part in chunks(shard.values.numel(), shard.values.device, on_cpu=FEW):
+    for part in chunks(shard.values.numel(), shard.values.device, on_cpu=SCORED_AT_ONCE):
         keys = score(shard, part)
         # What was pruned before stays so whether it is counted or not.
         tied = ((keys == key) & shard.mask[part]).nonzero().view(-1)
