@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -55,10 +56,11 @@ class Preemption:
 def end_when_asked() -> None:
     """Until a process takes the signals over there is nothing to save, and the first one ends it as preempted.
 
-    A process's first call: importing torch takes seconds, in which a request must not look like a failure.
+    A process's first call: importing torch takes seconds, in which a request must not look like a failure. It ends by
+    SystemExit, as Ctrl-C would by KeyboardInterrupt, so that whoever started something can put it away.
     """
     for number in SIGNALS:
-        signal.signal(number, lambda *_: os._exit(PREEMPTED_CODE))
+        signal.signal(number, lambda *_: sys.exit(PREEMPTED_CODE))
 
 
 def start_unheeding(then: Callable[[int], None] | None, worker: int) -> None:
