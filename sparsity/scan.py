@@ -119,6 +119,27 @@ def keep_above_(shard: ParameterShard, score: Score, key: int) -> None:
             torch.gt(score(shard, part), key, out=shard.mask[part])
 
 
+def keep_after_ties_(shard: ParameterShard, score: Score, key: int, num_dropped: int) -> None:
+    """Set the mask of a shard in which `key` occurs: kept is what has a key above it, and of the weights with this very key
+    that were kept so far all but the first `num_dropped`."""
+    if shard.values.device.type == "cpu":
+        keys, mask = _Keys(shard, score), shard.mask.numpy()
+        bound = keys.bound(key)
+        for part, chunk in keys.chunks():
+            tied = np.flatnonzero((chunk == bound) & mask[part])
+            np.greater(chunk, bound, out=mask[part])
+            mask[part][tied[num_dropped:]] = True
+            num_dropped = max(0, num_dropped - len(tied))
+        return
+    for part in chunks(shard.values.numel(), shard.values.device):
+        found = score(shard, part)
+        keep = found > key
+        places = ((found == key) & shard.mask[part]).nonzero().view(-1)
+        keep[places[num_dropped:]] = True
+        num_dropped = max(0, num_dropped - len(places))
+        shard.mask[part] = keep
+
+
 @cache
 def kernels() -> ModuleType | None:
     """The Triton kernels, or None where Triton is not installed."""

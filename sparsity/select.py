@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsity.scan import Inside, Streamed, collect, histogram, keep_above_
+from sparsity.scan import Inside, Streamed, collect, histogram, keep_above_, keep_after_ties_
 from sparsity.score import NUM_KEY_BITS, Score, key_spacing_bits, magnitude
 from sparsity.shards import ParameterShard, RankLayout, chunks
 
@@ -205,7 +205,7 @@ def _prune_some_ties(
         elif num_dropped == 0 and threshold.key > 0:
             keep_above_(shard, score, threshold.key - 1)
         elif num_dropped > 0:
-            _prune_first_ties(shard, threshold.key, num_dropped, score)
+            keep_after_ties_(shard, score, threshold.key, num_dropped)
 
 
 def _num_ties_dropped(ties: list[int], quota: int, layout: RankLayout, device: torch.device) -> list[int]:
@@ -214,15 +214,3 @@ def _num_ties_dropped(ties: list[int], quota: int, layout: RankLayout, device: t
     last, quota = share_ties(totals, quota)
     before = sum(layout.gather_count(ties[last], device)[: layout.shard_rank])
     return [*ties[:last], min(max(0, quota - before), ties[last]), *[0] * (len(ties) - last - 1)]
-
-
-def _prune_first_ties(shard: ParameterShard, key: int, num_dropped: int, score: Score) -> None:
-    """Set the mask of the one shard in which the quota runs out: of its ties the first `num_dropped` go."""
-    for part in chunks(shard.values.numel(), shard.values.device, on_cpu=SCORED_AT_ONCE):
-        keys = score(shard, part)
-        # What was pruned before stays so whether it is counted or not.
-        tied = ((keys == key) & shard.mask[part]).nonzero().view(-1)
-        keep = keys > key
-        keep[tied[num_dropped:]] = True
-        num_dropped = max(0, num_dropped - len(tied))
-        shard.mask[part] = keep
