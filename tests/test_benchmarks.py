@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.benchmarks import around, compact, demo, overhead, scale, selection, throughput
+from tests.benchmarks import around, compact, demo, overhead, scale, selection, startup, throughput
 from tests.benchmarks.common import Comparison, in_process, publish
+from tests.distributed import run_ranks
 
 CONTRACT = {"name", "seconds", "baseline", "baseline_seconds", "ratio"}
 
@@ -27,9 +32,16 @@ def in_this_process(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_the_selection_benchmark_writes_what_the_contract_names(tmp_path, capsys):
-    publish(selection.measure(numel=20_000, sparsity=0.8, rounds=1), tmp_path / "selection.json", ["extra_bytes"])
+    publish(selection.measure([20_000], sparsity=0.8, rounds=1), tmp_path / "selection.json", ["extra_bytes"])
     rows = json.loads((tmp_path / "selection.json").read_text())
-    peers = ["global_unstructured", "topk", "kthvalue", "sort", "one read pass"]
+    peers = [
+        "global_unstructured",
+        "topk",
+        "kthvalue",
+        "sort",
+        *["compiled passes"] * selection.can_compile("cpu"),
+        "one read pass",
+    ]
     baselines = [*peers, "global_unstructured", "one read pass", "one read pass", "one read pass"]
     baselines += ["global_unstructured, one process", "gather + kthvalue", "gather + sort"]
     assert [row["baseline"] for row in rows if row["device"] == "cpu"] == baselines
@@ -159,3 +171,50 @@ def test_a_variant_that_cannot_run_is_a_result_with_the_reason():
     assert (found.skipped, plain.skipped) == (None, None)
     assert found.last_loss == pytest.approx(plain.last_loss, rel=1e-3)
     assert found.tokens_per_second > 0
+
+
+def fsdp2_result() -> tuple[float | None, str | None]:
+    work = throughput.Workload(hidden=16, layers=1, heads=2, vocabulary=32, length=8, batch=2, steps=1)
+    found = throughput.measure(work, throughput.Variant("", precision="fsdp2", compiled=False), "cpu", 1.0)
+    return found.last_loss, found.skipped
+
+
+def test_a_variant_under_fsdp2_trains():
+    ((loss, skipped),) = run_ranks(fsdp2_result, 1)
+    assert skipped is None
+    assert loss == pytest.approx(np.log(32), abs=0.2)
+
+
+@pytest.mark.skipif(find_spec("torchtitan") is not None, reason="torchtitan is installed")
+def test_torchtitan_is_left_out_with_the_reason_where_it_is_not_installed():
+    (variant,) = [variant for variant in throughput.VARIANTS if variant.name == throughput.TORCHTITAN]
+    found = throughput.measure(throughput.Workload(), variant, "cpu", 1.0)
+    assert found.skipped == "ModuleNotFoundError: No module named 'torchtitan'"
+
+
+def test_a_peer_that_memory_is_not_enough_for_is_named_and_left_out(capsys):
+    assert selection.that_fit({"small": 1e-9, "large": 1e9}, 10**6, "cpu") == ["small"]
+    assert (
+        "large of 1,000,000 weights on cpu is left out: it takes 1000000000 bytes a weight." in capsys.readouterr().out
+    )
+
+
+def test_what_a_peer_took_counts_the_weights_and_masks_as_well():
+    row = Comparison("", 1.0, "sort", 1.0, {"numel": 100, "dtype": "bfloat16", "baseline_extra_bytes": 400})
+    assert selection.bytes_per_weight([row]) == {"sort": 4 + 2 + 1}
+
+
+def test_a_command_is_timed_until_its_sign_and_runs_on(tmp_path):
+    sign, end = tmp_path / "sign", tmp_path / "end"
+    sign.write_text("of a run before")
+    code = (
+        f"import pathlib, time; time.sleep(0.2); p = pathlib.Path; p({str(sign)!r}).write_text('x'); time.sleep(0.5); "
+    )
+    taken = startup.seconds_until([sys.executable, "-c", f"{code} p({str(end)!r}).touch()"], sign, dict(os.environ))
+    assert taken > 0.2
+    assert end.exists()
+
+
+def test_a_command_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="no such luck"):
+        startup.seconds_until([sys.executable, "-c", "raise SystemExit('no such luck')"], tmp_path / "sign", {})

@@ -1,8 +1,9 @@
-"""Everything around a step, beside what one would do by hand: imports, tokenizing, loading, scoring, exporting.
+"""Everything around a step, beside what one would do by hand: from the import of the launcher to the finished model.
 
     python -m tests.benchmarks.around [--scale 1.0] [--rounds 3]     -> runs/bench/around.json
 
-One thread, text and weights made here. The two of a pair take turns and the best round of each counts. The import of the
+Imports, start-up to the first step, tokenizing, loading, scoring, exporting. One thread a process, text and weights made
+here. The two of a pair take turns and the best round of each counts. The import of the
 launcher is given in processor seconds, so that other work on the machine does not count; it must stay below 0.6 of them
 and must not bring torch in. Exits with 1 where it does not.
 """
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.benchmarks.common import ONE_THREAD, RESULTS, Comparison, clock, finish, machine, peak_beyond, publish
+from tests.benchmarks.startup import starting, tiny_llama
 
 MOST_IMPORT_SECONDS = 0.6
 PROBE = "import sys; import launch.__main__; sys.exit('torch' in sys.modules)"
@@ -105,23 +107,12 @@ def loading(scale: float, rounds: int) -> Comparison:
     return Comparison("loading", seconds, "slices of an array", baseline, details)
 
 
-def small_model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
 def scoring(scale: float, rounds: int) -> Comparison:
     """Held-out likelihood, against forward and cross entropy by hand."""
     from train.distributed import World
     from train.scoring import score_stream
 
-    model, window, batch = small_model().eval(), 256, 8
+    model, window, batch = tiny_llama().eval(), 256, 8
     tokens = np.random.default_rng(0).integers(4096, size=max(4, int(32 * scale)) * window + 1)
     world = World(0, 1, torch.device("cpu"))
 
@@ -142,15 +133,20 @@ def scoring(scale: float, rounds: int) -> Comparison:
     return Comparison("scoring", seconds, "forward and cross entropy", baseline, details)
 
 
-def exporting(rounds: int, folder: Path) -> Comparison:
+def exporting(scale: float, rounds: int, folder: Path) -> Comparison:
     """The finished model's folder, against transformers' save_pretrained."""
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from train.distributed import World
     from train.export import export_model
 
-    model, world = small_model(), World(0, 1, torch.device("cpu"))
+    hidden = max(32, 32 * int(32 * scale**0.5))
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    model, world = LlamaForCausalLM(config), World(0, 1, torch.device("cpu"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
 
     def ours() -> None:
@@ -175,7 +171,8 @@ def measure(scale: float, rounds: int) -> list[Comparison]:
             tokenizing(scale, rounds, Path(name)),
             loading(scale, rounds),
             scoring(scale, rounds),
-            exporting(rounds, Path(name)),
+            exporting(scale, rounds, Path(name)),
+            starting(rounds, Path(name)),
         ]
     for comparison in found:
         comparison.details.update(machine())

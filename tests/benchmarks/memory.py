@@ -1,9 +1,10 @@
-"""How far the plan's memory model is off: measured peaks of training steps against `launch.plan.memory`.
+"""Peak memory of training steps: measured, as the plan's `launch.plan.memory` has it, and sparse over dense.
 
     python -m tests.benchmarks.memory        -> runs/bench/memory.json
 
 Each case is a process of its own (two under FSDP2) that trains a few steps of a random model and reports the growth of
-its peak resident memory over the moment before the model was made; on a GPU `torch.cuda.max_memory_allocated`.
+its peak resident memory over the moment before the model was made; on a GPU `torch.cuda.max_memory_allocated`. A sparse
+case prunes at every step, so that its peak holds that of an event. The dense ones are there to be compared with.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Case:
     micro_batches: int = 1
     sequence_length: int = 256
     gradient_checkpointing: bool = False
+    sparse: bool = True
+
+    @property
+    def num_prunable(self) -> int:
+        return count_parameters(self.model()).linear if self.sparse else 0
 
     def model(self) -> ModelConfig:
         hidden, heads = self.width["hidden_size"], self.width["num_attention_heads"]
@@ -57,7 +63,7 @@ class Case:
         )
 
     def predicted(self, compute_bytes: int) -> GpuMemory:
-        return gpu_memory(self.model(), count_parameters(self.model()).linear, self.setting(compute_bytes))
+        return gpu_memory(self.model(), self.num_prunable, self.setting(compute_bytes))
 
 
 CASES = (
@@ -69,6 +75,9 @@ CASES = (
     Case("large, batch of 8, accumulation", LARGE, micro_batch_size=8, micro_batches=2),
     Case("large, two ranks", LARGE, world_size=2),
     Case("large, two ranks, accumulation", LARGE, world_size=2, micro_batches=2),
+    Case("large, dense", LARGE, sparse=False),
+    Case("large, batch of 8, dense", LARGE, micro_batch_size=8, sparse=False),
+    Case("large, two ranks, dense", LARGE, world_size=2, sparse=False),
 )
 
 
@@ -114,10 +123,10 @@ def train_steps(case: Case, num_steps: int = 2) -> dict[str, float | str | int]:
     if case.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.world_size > 1 or on_gpu:
-        shard(model, device, case.world_size)
+        shard(model, device, torch.bfloat16 if on_gpu else None)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    masks = [torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters() if is_prunable(name)]
+    prune = pruning(model, optimizer, num_steps) if case.sparse else lambda step: None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     for step in range(num_steps):
@@ -129,10 +138,10 @@ def train_steps(case: Case, num_steps: int = 2) -> dict[str, float | str | int]:
             loss = model(input_ids=tokens, labels=tokens).loss
             (loss / case.micro_batches).backward()
         optimizer.step()
+        prune(step)
         optimizer.zero_grad()
         if step == 0 and not on_gpu:
             reset_peak()
-    assert masks
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -140,26 +149,40 @@ def train_steps(case: Case, num_steps: int = 2) -> dict[str, float | str | int]:
     return {"bytes": peak - baseline, "device": str(device), "compute_bytes": 2 if on_gpu else 4}
 
 
-def is_prunable(name: str) -> bool:
-    return "_proj." in name or name == "lm_head.weight"
+def pruning(model, optimizer, num_steps: int):  # type: ignore[no-untyped-def]
+    """What the callback does after each update, with an event in every one, up to 80 % at the last."""
+    from sparsity import Geometric, SparsityCallback
+
+    callback = SparsityCallback(Geometric(0.8, 0, 0, 1), report=False)
+    callback.bind(model)
+
+    def prune(step: int) -> None:
+        callback.on_optimizer_step(None, None, None)  # type: ignore[arg-type]
+        callback.prune(1 - 0.8 * (step + 1) / num_steps, optimizer)
+
+    return prune
 
 
-def shard(model, device, world_size: int) -> None:  # type: ignore[no-untyped-def]
-    """FSDP2 in the units that accelerate makes: each block, the embedding, and the final norm with lm_head."""
+def shard(model, device, compute_dtype=None, root=None) -> None:  # type: ignore[no-untyped-def]
+    """FSDP2 over all ranks, or this process alone, in the units that accelerate makes: each block, the embedding, and the
+    final norm with lm_head; `root` is the module that is called, if not the model. Gradients are summed in float32."""
     import torch
+    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    mesh = init_device_mesh(device.type, (world_size,))
-    bf16 = torch.bfloat16 if device.type == "cuda" else None
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=bf16)}
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    options = {"mesh": mesh, "mp_policy": precision}
     for block in model.model.layers:
         fully_shard(block, reshard_after_forward=True, **options)
     fully_shard(model.model.embed_tokens, reshard_after_forward=True, **options)
     fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
-    fully_shard(model, **options)
+    fully_shard(root or model, **options)
 
 
 def warm_up(device) -> None:  # type: ignore[no-untyped-def]
@@ -193,6 +216,11 @@ def main() -> None:
             f"(peak in {line['peak_in']})",
             flush=True,
         )
+    measured = {line["name"]: line for line in found}
+    for name, line in measured.items():
+        if dense := measured.get(f"{name}, dense"):
+            line["over_dense"] = line["measured_bytes"] / dense["measured_bytes"]
+            print(f"{name}: a sparse run's peak is {line['over_dense']:.3f} times a dense one's")
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     OUTPUT.write_text(json.dumps(found, indent=2) + "\n")
     print(f"wrote {OUTPUT}")

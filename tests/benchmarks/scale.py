@@ -61,7 +61,7 @@ class Row:
     checkpoint_bytes_gathered: int
 
 
-def measure_constants(numel: int = 8_000_000) -> dict[str, float]:
+def measure_constants(numel: int = 50_000_000) -> dict[str, float]:
     """The body of a process: selection over few large and many small parameters, and a step's blocks."""
     from sparsity.mask import make_shards
     from sparsity.select import prune_smallest_
@@ -196,21 +196,29 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
+    """Four panels over the number of ranks, a line a model; the network's seconds over a scale on which log2 is straight."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
     panels = {
-        "prune event: this rank's part [s]": lambda r: r.event_local_seconds,
-        "prune event: network [ms]": lambda r: 1e3 * r.event_network_seconds,
-        "sharding and masks at start-up [s]": lambda r: r.sharding_seconds + r.bookkeeping_seconds,
+        "prune event: selection on this rank [s]": ("log", lambda r: r.event_local_seconds),
+        "prune event: network [ms], all models alike": ("linear", lambda r: 1e3 * r.event_network_seconds),
+        "start-up: masks [s]": ("log", lambda r: r.bookkeeping_seconds),
+        "start-up: torch's fully_shard [s]": ("log", lambda r: r.sharding_seconds),
     }
-    for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for model in dict.fromkeys(r.model for r in rows):
+    worlds = sorted({r.world_size for r in rows})
+    for axes, (title, (scale, value)) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for model, style in zip(dict.fromkeys(r.model for r in rows), ("o-", "s--", "^:"), strict=False):
             mine = [r for r in rows if r.model == model]
-            axes.plot([r.world_size for r in mine], [value(r) for r in mine], "o-", markersize=3, label=model)
-        axes.set(xscale="log", yscale="log", xlabel="ranks", title=title)
-        axes.title.set_fontsize(9)
-    axes.legend(fontsize=7)
+            axes.plot([r.world_size for r in mine], [value(r) for r in mine], style, markersize=4, label=model)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(worlds, [f"{world:,}" for world in worlds])
+        axes.set(yscale=scale, xlabel="ranks")
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3)
+        if scale == "linear":
+            axes.set_ylim(bottom=0)
+    figure.axes[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -1,12 +1,14 @@
 """Global magnitude pruning: our selection and masks against what torch offers, exactness checked on the way.
 
     python -m tests.benchmarks.selection [--numel 50000000] [--sparsity 0.8] [--rounds 3] [--large]
-        -> runs/bench/selection.json, with --large also runs/bench/selection_large.json: 200 M and 1.14 B weights
+        -> runs/bench/selection.json, with --large also of 200 M and 1.14 B weights
 
 The methods of one process take turns in it and the best round of each counts; where one thread of a CPU computes alone the
 seconds are the processor's, so that other work on the machine does not count. Extra memory (the peak beyond weights and
-masks) comes from a process of its own, because the settings of malloc that make it exact cost time. `one read pass` is
-what reading the weights once would take at the bandwidth of a copy measured in the same rounds: the floor. A `prune
+masks) comes from a process of its own, because the settings of malloc that make it exact cost time; a peer that would
+need more than this machine has, by what it took at the first size, is left out and named. `one read pass` is what reading
+the weights once would take at the bandwidth of a copy measured in the same rounds: the floor. `compiled passes` are the
+two passes of a selection whose threshold is known, by torch.compile on a CPU: what compiled kernels would bring. A `prune
 event` is all that the callback does at one: selection, zeros in weights and both moments, counts. On a machine with a
 GPU every measurement is made there as well. Exits with 1 where a goal is missed.
 """
@@ -14,11 +16,14 @@ GPU every measurement is made there as well. Exits with 1 where a goal is missed
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,7 +33,7 @@ from torch.nn.utils import prune
 
 from sparsity import Geometric, SparsityCallback
 from sparsity.mask import make_shards
-from sparsity.score import magnitude_of_key
+from sparsity.score import SIGN_OFF, magnitude_of_key
 from sparsity.select import Threshold, prune_smallest_
 from sparsity.shards import ParameterShard, rank_layout
 from tests.benchmarks.common import (
@@ -53,7 +58,15 @@ LEAST_MEASURED_NUMEL = 20_000_000
 MOST_PASSES_ON_GPU = 3.0
 MOST_EVENT_SECONDS_ON_GPU = 0.010
 OURS, REFERENCE, FLOOR = "prune_smallest_", "global_unstructured", "one read pass"
+COMPILED = "compiled passes"
+GATHERED = ("kthvalue", "sort")
+EVENT_BYTES = 13
+"""A weight's, with mask and two moments."""
+RANK_BYTES = 7
+"""A weight's, of a rank that holds all weights and masks to compare with, and its shards' masks."""
 LARGE = (200_000_000, 1_139_277_824)
+FREE_SHARE = 0.9
+"""Of the memory that is free a measurement may take so much."""
 Method = Callable[[list[Tensor], int], list[Tensor]]
 """Masks of the weights, True where kept, with that many pruned."""
 
@@ -103,6 +116,36 @@ BASELINES: dict[str, Method] = {
     "kthvalue": by_kthvalue,
     "sort": by_sort,
 }
+PEERS = {"float32": [*BASELINES, COMPILED], "bfloat16": [REFERENCE]}
+
+
+def compiled_passes(weights: list[Tensor], threshold: Threshold, timed: Callable[..., tuple[float, Any]]) -> float:
+    """Seconds of counting around a bracket and of writing the masks, a compiled kernel each.
+
+    Sign bits are counted and written: the comparisons that torch.compile makes for a CPU take several times as long.
+    """
+
+    @torch.compile(dynamic=True)
+    def count(bits: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        keys = (bits & SIGN_OFF).view(-1, 256)
+        below, upto = ((keys - lo) >> 31) & 1, ((keys - hi) >> 31) & 1
+        return below.sum(1, dtype=torch.int32), upto.sum(1, dtype=torch.int32)
+
+    @torch.compile(dynamic=True)
+    def write(bits: Tensor, key: Tensor, mask: Tensor) -> None:
+        mask.copy_(((key - (bits & SIGN_OFF)) >> 31) & 1)
+
+    key, lo, hi = (torch.tensor(threshold.key + away, dtype=torch.int32) for away in (0, -50_000, 50_000))
+    parts = [weight.view(torch.int32).view(-1)[: weight.numel() // 256 * 256] for weight in weights]
+    masks = [torch.empty_like(part, dtype=torch.int8) for part in parts]
+
+    def passes() -> None:
+        for part, mask in zip(parts, masks, strict=True):
+            count(part, lo, hi)
+            write(part, key, mask)
+
+    passes()
+    return timed(passes)[0]
 
 
 def check_same(weights: list[Tensor], ours: list[Tensor], theirs: list[Tensor], threshold: Threshold) -> int:
@@ -134,6 +177,9 @@ def time_one_process(
         seconds.setdefault(FLOOR, []).append(read_pass(weights, device, timed))
         ties = {threshold.num_below, num_pruned, threshold.num_below + threshold.num_ties}
         for name in baselines:
+            if name == COMPILED:
+                seconds.setdefault(name, []).append(compiled_passes(weights, threshold, timed))
+                continue
             taken, theirs = timed(partial(BASELINES[name], weights, num_pruned), device)
             found = check_same(weights, ours, theirs, threshold)
             assert found in ({num_pruned} if name == REFERENCE else ties), f"{name} pruned {found}, we {num_pruned}"
@@ -168,9 +214,10 @@ def time_event(numel: int, sparsity: float, rounds: int, device: str) -> dict[st
     return {OURS: min(taken[1:]), FLOOR: read_pass(weights, device)}
 
 
-def time_ranks(numel: int, sparsity: float, rounds: int) -> dict[str, float]:
-    """The body of a rank: row shards as FSDP2 makes them, ours against gathering all scores for kthvalue."""
-    num_pruned, seconds = round(sparsity * numel), {OURS: [], "gather + kthvalue": [], "gather + sort": []}
+def time_ranks(numel: int, sparsity: float, rounds: int, baselines: list[str]) -> dict[str, float]:
+    """The body of a rank: row shards as FSDP2 makes them, ours against gathering all scores for a method of one process."""
+    num_pruned = round(sparsity * numel)
+    seconds: dict[str, list[float]] = {name: [] for name in (OURS, *baselines)}
     weights = make_weights(numel)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     sharded = {str(i): distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None) for i, w in enumerate(weights)}
@@ -193,8 +240,8 @@ def time_ranks(numel: int, sparsity: float, rounds: int) -> dict[str, float]:
 
     for _ in range(rounds + 1):
         shards = make_shards(sharded)  # type: ignore[arg-type]
-        bodies = {OURS: ours, "gather + kthvalue": partial(gather, False), "gather + sort": partial(gather, True)}
-        for name, body in bodies.items():
+        for name in seconds:
+            body = ours if name == OURS else partial(gather, name == "sort")
             dist.barrier()
             taken, _ = clock(body)
             slowest = torch.tensor(taken, dtype=torch.float64)
@@ -220,14 +267,14 @@ def extra_bytes(numel: int, sparsity: float, device: str, dtype: str, baselines:
 
 
 def compare_one_process(
-    numel: int, sparsity: float, rounds: int, device: str, dtype: str, threads: int, baselines: list[str]
+    numel: int, sparsity: float, rounds: int, device: str, dtype: str, threads: int, baselines: Sequence[str]
 ) -> list[Comparison]:
-    """Ours against the floor and the baselines, in processes of their own."""
+    """Ours against the baselines and the floor, in processes of their own."""
+    peers = [name for name in baselines if name in BASELINES]
     seconds = in_process(MODULE, "time_one_process", numel, sparsity, rounds, device, dtype, threads, baselines)
-    extra = in_process(MODULE, "extra_bytes", numel, sparsity, device, dtype, baselines, **EXACT_MEMORY)
+    extra = in_process(MODULE, "extra_bytes", numel, sparsity, device, dtype, peers, **EXACT_MEMORY)
     share = None if extra[OURS] is None else extra[OURS] / (numel * getattr(torch, dtype).itemsize)
-    details = {"numel": numel, "sparsity": sparsity, "threads": threads, "dtype": dtype, "device": device, "ranks": 1}
-    details |= {**machine(), "extra_bytes": extra[OURS], "extra_share": share}
+    details = where(numel, sparsity, device, dtype, threads) | {"extra_bytes": extra[OURS], "extra_share": share}
     return [
         Comparison(
             "selection, one process",
@@ -242,53 +289,85 @@ def compare_one_process(
 
 def compare_event(numel: int, sparsity: float, rounds: int, device: str) -> Comparison:
     event = in_process(MODULE, "time_event", numel, sparsity, rounds, device)
-    details = {"numel": numel, "sparsity": sparsity, "threads": 1, "dtype": "float32", "device": device, "ranks": 1}
-    return Comparison("prune event", event[OURS], FLOOR, event[FLOOR], {**details, **machine()})
+    return Comparison("prune event", event[OURS], FLOOR, event[FLOOR], where(numel, sparsity, device))
+
+
+def compare_ranks(
+    numel: int, sparsity: float, rounds: int, num_ranks: int, baselines: Sequence[str], reference: float | None = None
+) -> list[Comparison]:
+    """Ours on row shards against gathering, and against `reference`, the seconds of torch's pruning in one process."""
+    ranks = run_ranks(time_ranks, num_ranks, numel, sparsity, rounds, list(baselines), timeout_s=900)[0]
+    peers = {f"gather + {name}": ranks[name] for name in baselines}
+    if reference is not None:
+        peers = {f"{REFERENCE}, one process": reference, **peers}
+    details = where(numel, sparsity, "cpu", ranks=num_ranks)
+    name = f"selection, {num_ranks} ranks"
+    return [Comparison(name, ranks[OURS], peer, seconds, details) for peer, seconds in peers.items()]
+
+
+def where(
+    numel: int, sparsity: float, device: str, dtype: str = "float32", threads: int = 1, ranks: int = 1
+) -> dict[str, Any]:
+    """What every row tells of its circumstances."""
+    details = {"numel": numel, "sparsity": sparsity, "threads": threads, "dtype": dtype, "device": device}
+    return {**details, "ranks": ranks, **machine()}
 
 
 def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def measure(numel: int, sparsity: float, rounds: int, num_ranks: int = 2) -> list[Comparison]:
-    """All comparisons of one size; on a machine with a GPU those of one process there too."""
-    found = []
+def can_compile(device: str) -> bool:
+    """Whether compiled passes can be measured: on a CPU, with a C++ compiler."""
+    return device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def that_fit(needs: dict[str, float], numel: int, device: str) -> list[str]:
+    """Of peers with the bytes that each takes a weight those that memory is enough for; the others are named."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    for name, bytes_per_weight in needs.items():
+        if numel * bytes_per_weight > FREE_SHARE * free:
+            print(
+                f"{name} of {numel:,} weights on {device} is left out: it takes {bytes_per_weight:.0f} bytes a weight."
+            )
+    return [name for name, bytes_per_weight in needs.items() if numel * bytes_per_weight <= FREE_SHARE * free]
+
+
+def measure(sizes: Sequence[int], sparsity: float, rounds: int, num_ranks: int = 2) -> list[Comparison]:
+    """All comparisons, sizes in rising order; on a machine with a GPU those of one process there too."""
+    found: list[Comparison] = []
     for device in devices():
-        found += compare_one_process(numel, sparsity, rounds, device, "float32", 1, list(BASELINES))
-        found += compare_one_process(numel, sparsity, rounds, device, "bfloat16", 1, [REFERENCE])
-        found.append(compare_event(numel, sparsity, rounds, device))
-    found += compare_one_process(numel, sparsity, rounds, "cpu", "float32", 2, [])
-    ranks = run_ranks(time_ranks, num_ranks, numel, sparsity, rounds, timeout_s=600)[0]
-    where = {
-        "numel": numel,
-        "sparsity": sparsity,
-        "threads": 1,
-        "dtype": "float32",
-        "device": "cpu",
-        "ranks": num_ranks,
-    }
-    baselines = {
-        f"{REFERENCE}, one process": found[0].baseline_seconds,
-        "gather + kthvalue": ranks["gather + kthvalue"],
-        "gather + sort": ranks["gather + sort"],
-    }
-    for name, taken in baselines.items():
-        found.append(Comparison(f"selection, {num_ranks} ranks", ranks[OURS], name, taken, {**where, **machine()}))
+        for dtype, peers in PEERS.items():
+            needs = {name: 0.0 for name in peers if name != COMPILED or can_compile(device)}
+            for numel in sizes:
+                fitting = that_fit(needs, numel, device)
+                found += compare_one_process(numel, sparsity, rounds, device, dtype, 1, fitting)
+                needs |= bytes_per_weight(found[-len(fitting) - 1 :])
+        found += [
+            compare_event(numel, sparsity, rounds, device)
+            for numel in sizes
+            if that_fit({"prune event": EVENT_BYTES}, numel, device)
+        ]
+    on_cpu = [row for row in found if row.details["device"] == "cpu" and row.details["dtype"] == "float32"]
+    gathering = {name: num_ranks * (RANK_BYTES + 4 + bytes_per_weight(on_cpu).get(name, 0.0)) for name in GATHERED}
+    for numel in sizes:
+        found += compare_one_process(numel, sparsity, rounds, "cpu", "float32", 2, [])
+        if that_fit({f"{OURS}, {num_ranks} ranks": num_ranks * RANK_BYTES}, numel, "cpu"):
+            reference = [
+                row.baseline_seconds for row in on_cpu if (row.details["numel"], row.baseline) == (numel, REFERENCE)
+            ]
+            fitting = that_fit(gathering, numel, "cpu")
+            found += compare_ranks(numel, sparsity, rounds, num_ranks, fitting, *reference)
     return found
 
 
-def measure_large(sizes: Sequence[int], sparsity: float, rounds: int) -> list[Comparison]:
-    """Ours against the floor where the baselines take tens of GB: one size at a time, and on a GPU the event."""
-    found = []
-    for device in devices():
-        for numel in sizes:
-            for dtype in ("float32", "bfloat16"):
-                found += compare_one_process(numel, sparsity, rounds, device, dtype, 1, [])
-            if device == "cuda":
-                found.append(compare_event(numel, sparsity, rounds, device))
-        if device == "cpu":
-            found += compare_one_process(max(sizes), sparsity, rounds, device, "float32", 2, [])
-    return found
+def bytes_per_weight(rows: Sequence[Comparison]) -> dict[str, float]:
+    """What the peers of one process took beside weights and masks, and those."""
+    return {
+        row.baseline: (extra / row.details["numel"]) + getattr(torch, row.details["dtype"]).itemsize + 1
+        for row in rows
+        if (extra := row.details.get("baseline_extra_bytes")) is not None
+    }
 
 
 def missed_goals(comparisons: list[Comparison]) -> list[str]:
@@ -320,17 +399,12 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "selection.json")
-    parser.add_argument("--large", action="store_true", help="also 200 M and 1.14 B weights: needs 8 GB of memory")
+    parser.add_argument("--large", action="store_true", help="also 200 M and 1.14 B weights: takes 14 GB of memory")
     options = parser.parse_args()
-    columns = ["numel", "dtype", "device", "threads", "ranks", "extra_bytes", "extra_share"]
-    found = measure(options.numel, options.sparsity, options.rounds)
-    publish(found, options.output, columns)
-    missed = missed_goals(found)
-    if options.large:
-        large = measure_large(LARGE, options.sparsity, options.rounds)
-        publish(large, options.output.with_stem(f"{options.output.stem}_large"), columns)
-        missed += missed_goals(large)
-    finish(missed)
+    sizes = [options.numel, *(LARGE if options.large else ())]
+    found = measure(sizes, options.sparsity, options.rounds)
+    publish(found, options.output, ["numel", "dtype", "device", "threads", "ranks", "extra_bytes", "extra_share"])
+    finish(missed_goals(found))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib.util
 import json
 import os
 import statistics
@@ -28,11 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.benchmarks import titan
+from tests.benchmarks.memory import shard
 
 OUTPUT = Path("runs/bench/throughput.json")
 PEAK_TFLOPS = 989.5
@@ -78,16 +81,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Variant:
-    """`attention`: eager, sdpa (torch chooses), one of BACKENDS, flash_attention_2 or _3; `loss`: plain, chunked, liger."""
+    """`attention`: eager, sdpa (torch chooses), one of BACKENDS, flash_attention_2 or _3; `loss`: plain, chunked, liger;
+    `precision`: autocast, or fsdp2, which casts each unit's weights as runs do."""
 
     name: str
     attention: str = "sdpa"
     loss: str = "plain"
+    precision: str = "autocast"
     compiled: bool = True
     fused_adamw: bool = True
     sparse: bool = False
 
 
+TORCHTITAN = "torchtitan"
 BASE = Variant("compiled blocks, sdpa")
 VARIANTS = (
     Variant("eager blocks, sdpa", compiled=False),
@@ -103,7 +109,9 @@ VARIANTS = (
     replace(BASE, name="compiled blocks, liger loss", loss="liger"),
     replace(BASE, name="compiled blocks, cudnn, chunked loss", attention="cudnn", loss="chunked"),
     replace(BASE, name="compiled blocks, AdamW not fused", fused_adamw=False),
+    replace(BASE, name="compiled blocks, sdpa, FSDP2", precision="fsdp2"),
     replace(BASE, name="compiled blocks, sdpa, 80 % sparse", sparse=True),
+    Variant(TORCHTITAN),
 )
 
 
@@ -126,7 +134,7 @@ def measure(work: Workload, variant: Variant, device: str, peak_tflops: float, p
     """Train one variant; what fails is a result with the reason."""
     result = Result(variant.name, settings=asdict(variant))
     try:
-        step = make_step(work, variant, device)
+        step = titan.make_step(work, device) if variant.name == TORCHTITAN else make_step(work, variant, device)
         seconds, loss = run_steps(step, work, device)
         result.profile = profiled(step, work, device) if profile else []
     except Exception as error:
@@ -163,15 +171,17 @@ def make_step(work: Workload, variant: Variant, device: str) -> Callable[[Tensor
     if variant.compiled:
         for block in model.model.layers:
             block.compile()
-    loss_of = LOSSES[variant.loss](model)
+    objective = Objective(model, LOSSES[variant.loss](model))
+    by_autocast = variant.precision == "autocast"
+    if not by_autocast:
+        shard(model, torch.device(device), torch.bfloat16, root=objective)
     backend = BACKENDS.get(variant.attention)
 
     def step(tokens: Tensor) -> Tensor:
         kernel = sdpa_kernel(backend) if backend is not None else contextlib.nullcontext()
         with kernel:
-            with torch.autocast(device, torch.bfloat16):
-                hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-                loss = loss_of(hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            with torch.autocast(device, torch.bfloat16, enabled=by_autocast):
+                loss = objective(tokens)
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
@@ -180,6 +190,18 @@ def make_step(work: Workload, variant: Variant, device: str) -> Callable[[Tensor
         return loss.detach()
 
     return step
+
+
+class Objective(nn.Module):
+    """From tokens [batch, length] to the loss: one module, which FSDP2 can have as its root."""
+
+    def __init__(self, model: LlamaForCausalLM, loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.loss_of(hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def make_sparse(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -303,8 +325,8 @@ def measure_all(work: Workload, device: str, peak_tflops: float, names: str, pro
     for variant in VARIANTS:
         if names in variant.name:
             yield measure(work, variant, device, peak_tflops, profile)
-    reason = "not installed" if importlib.util.find_spec("torchtitan") is None else "run its own trainer by hand"
-    yield Result("torchtitan", skipped=reason)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main() -> None:

@@ -1,0 +1,112 @@
+"""From the command to the first step: `python -m launch` beside `accelerate launch` of a script that one would write.
+
+`tests.benchmarks.around` measures it among the rest. Both commands start as many processes, train the demo's model and are
+timed until a file tells of their first step. Ours finds its data prepared: the first round makes it and does not count.
+It also writes offline wandb files, reads the data and shards the model, which the script does not.
+
+    python -m tests.benchmarks.startup FILE     is that script: a plain Trainer on random tokens, whose first step makes FILE
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.common import ONE_THREAD, Comparison
+
+TIMEOUT_S = 300
+
+
+def tiny_llama() -> Any:
+    """The model of `model=llama_tiny`, made by hand."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def starting(rounds: int, folder: Path) -> Comparison:
+    from launch.command import DEFAULT_CPU_PROCESSES, num_gpus
+
+    gpus = num_gpus(os.environ)
+    processes = str(gpus or DEFAULT_CPU_PROCESSES)
+    metrics, mark = folder / "runs" / "start" / "metrics.jsonl", folder / "mark"
+    ours = [
+        *(sys.executable, "-m", "launch", "experiment=demo", f"runs_dir={folder / 'runs'}", "run_name=start"),
+        *("overwrite=true", "trainer.max_steps=4", "trainer.logging_steps=1"),
+    ]
+    theirs = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+        *(["--multi_gpu"] * (gpus > 1) if gpus else ["--cpu"]),
+        *("-m", "tests.benchmarks.startup", str(mark)),
+    ]
+    environment = {**os.environ, **ONE_THREAD, "SPARSELLM_CACHE": str(folder / "cache"), "WANDB_MODE": "offline"}
+    pairs = []
+    for _ in range(rounds + 1):
+        pairs.append((seconds_until(ours, metrics, environment), seconds_until(theirs, mark, environment)))
+    seconds, baseline = (min(taken) for taken in zip(*pairs[1:], strict=True))
+    details = {"processes": int(processes)}
+    return Comparison("start to the first step", seconds, "accelerate launch, plain Trainer", baseline, details)
+
+
+def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str]) -> float:
+    """From the start of a command until the file `sign` is there anew; the command runs on to its end.
+
+    A RuntimeError with the end of its output where it fails.
+    """
+    sign.unlink(missing_ok=True)
+    started = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    taken = 0.0
+    try:
+        while process.poll() is None and not taken:
+            if sign.exists() and sign.stat().st_size:
+                taken = time.perf_counter() - started
+            elif time.perf_counter() - started > TIMEOUT_S:
+                raise TimeoutError(f"{' '.join(command)} made no step within {TIMEOUT_S} s.")
+            time.sleep(0.005)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    if process.returncode or not taken:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{output[-2000:]}")
+    return taken
+
+
+def first_step(mark: Path) -> None:
+    """The script: rank 0 makes `mark` at the end of the first step."""
+    import tempfile
+
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Mark(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                mark.write_text("stepped")
+
+    tokens = torch.randint(4096, (16 * 4, 256))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=1, per_device_train_batch_size=8, report_to="none", save_strategy="no", disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        )  # fmt: skip
+        Trainer(tiny_llama(), arguments, train_dataset=rows, callbacks=[Mark()]).train()  # type: ignore[arg-type]
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    first_step(Path(sys.argv[1]))
