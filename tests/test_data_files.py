@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -44,13 +46,32 @@ def test_a_large_file_is_hashed_again_only_when_it_was_touched(tmp_path: Path, m
         hashed.append(Path(path).name)
         return original(path)
 
-    monkeypatch.setattr(files, "MEMO_BYTES", 4)
     monkeypatch.setattr(files, "sha256_of", counted)
     (tmp_path / "small").write_text("abc")
     (tmp_path / "large").write_text("abcdef")
-    paths = [tmp_path / "small", tmp_path / "large"]
-    first = sha256_of_all(paths, memo=tmp_path / "memo" / "sha256.json")
-    assert sha256_of_all(paths, memo=tmp_path / "memo" / "sha256.json") == first
+    paths, memo = [tmp_path / "small", tmp_path / "large"], tmp_path / "memo" / "sha256.json"
+    first = sha256_of_all(paths, memo, least_remembered=4)
+    assert sha256_of_all(paths, memo, least_remembered=4) == first
     assert sorted(hashed) == ["large", "small", "small"]
     (tmp_path / "large").write_text("abcdeg")
-    assert sha256_of_all(paths, memo=tmp_path / "memo" / "sha256.json")[1] != first[1]
+    assert sha256_of_all(paths, memo, least_remembered=4)[1] != first[1]
+
+
+def test_the_memo_keeps_one_hash_a_file_and_those_of_other_calls(tmp_path: Path) -> None:
+    one, other, memo = tmp_path / "one with spaces", tmp_path / "other", tmp_path / "sha256.json"
+    one.write_text("a")
+    other.write_text("b")
+    hashes = sha256_of_all([one], memo, least_remembered=0) + sha256_of_all([other], memo, least_remembered=0)
+    assert list(json.loads(memo.read_text()).values()) == hashes
+    one.write_text("ab")
+    changed = sha256_of_all([one, one], memo, least_remembered=0)
+    assert changed == [hashlib.sha256(b"ab").hexdigest()] * 2
+    assert sorted(json.loads(memo.read_text()).values()) == sorted([changed[0], hashes[1]])
+
+
+def test_a_memo_that_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    memo = tmp_path / "sha256.json"
+    memo.write_text('{"/a 1 2 3')
+    assert sha256_of_all([tmp_path / "a"], memo, least_remembered=0) == [hashlib.sha256(b"a").hexdigest()]
+    assert len(json.loads(memo.read_text())) == 1

@@ -58,7 +58,8 @@ def content_key(files: Sequence[Path], cache: Path) -> str:
 def pydocs_files(roots: Sequence[str | Path], cache: Path, num_workers: int | None) -> tuple[str, list[Path]]:
     """(key, jsonl files) of the docstrings below the roots; the key hashes every Python file that is read."""
     sources = pydocs.find_sources(roots)
-    hashes = sha256_of_all(source.path for source in sources)
+    # Thousands of small files, a second or more of every start.
+    hashes = sha256_of_all((source.path for source in sources), memo=cache / "pydocs.sha256.json", least_remembered=0)
     modules = [[source.module, value] for source, value in zip(sources, hashes, strict=True)]
     key = digest([pydocs.FORMAT, platform.python_version(), modules])
     folder = build_once(

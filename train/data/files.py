@@ -67,27 +67,43 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_all(paths: Iterable[str | Path], memo: Path | None = None) -> list[str]:
+def sha256_of_all(
+    paths: Iterable[str | Path], memo: Path | None = None, least_remembered: int = MEMO_BYTES
+) -> list[str]:
     """The sha256 of each file's bytes, read by all cores.
 
-    Files above 64 MiB that have not been touched since (same inode, size and times) are taken from `memo`, a JSON
-    file kept here for that: a corpus of terabytes is not read again at every start.
+    Files of at least `least_remembered` bytes that have not been touched since (same inode, size and times) are taken from
+    `memo`, a JSON file kept here for that: a corpus of terabytes is not read again at every start.
     """
-    paths = [os.path.realpath(path) for path in paths]
-    known: dict[str, str] = json.loads(memo.read_text()) if memo is not None and memo.exists() else {}
-
-    def one(path: str) -> tuple[str, str | None]:
-        stat = os.stat(path)
-        if memo is None or stat.st_size < MEMO_BYTES:
-            return sha256_of(path), None
-        state = f"{path} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-        return known.get(state) or sha256_of(path), state
-
+    names = [os.path.abspath(path) for path in paths]
+    known: dict[str, str] = {} if memo is None else _read_memo(memo)
+    states = [_state(path, least_remembered) if memo is not None else None for path in names]
+    new = [path for path, state in zip(names, states, strict=True) if state not in known]
     with ThreadPoolExecutor(num_cores()) as executor:
-        hashes = list(executor.map(one, paths))
-    new = {state: value for value, state in hashes if state is not None and state not in known}
-    if memo is not None and new:
+        found = dict(zip(new, executor.map(sha256_of, new), strict=True))
+    hashes = [found[path] if path in found else known[str(state)] for path, state in zip(names, states, strict=True)]
+    remembered = {state: value for state, value in zip(states, hashes, strict=True) if state is not None}
+    if memo is not None and not remembered.keys() <= known.keys():
+        here = set(names)
+        elsewhere = {state: value for state, value in known.items() if state.rsplit(" ", 4)[0] not in here}
         memo.parent.mkdir(parents=True, exist_ok=True)
         with aside(memo) as partial:
-            partial.write_text(json.dumps(known | new))
-    return [value for value, _ in hashes]
+            partial.write_text(json.dumps(elsewhere | remembered))
+    return hashes
+
+
+def _read_memo(memo: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(memo.read_text())
+    except (FileNotFoundError, ValueError):
+        # Not there yet, or cut short by a crash of the machine: it can be made anew.
+        return {}
+    return found
+
+
+def _state(path: str, least_bytes: int) -> str | None:
+    """What changes when a file does; None below `least_bytes`."""
+    stat = os.stat(path)
+    if stat.st_size < least_bytes:
+        return None
+    return f"{path} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
