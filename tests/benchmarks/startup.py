@@ -1,8 +1,8 @@
 """From the command to the first step: `python -m launch` beside `accelerate launch` of a script that one would write.
 
 `tests.benchmarks.around` measures it among the rest. Both commands start as many processes, train the demo's model and are
-timed until a file tells of their first step. Ours finds its data prepared: the first round makes it and does not count.
-It also writes offline wandb files, reads the data and shards the model, which the script does not.
+timed until a file tells of their first step. Both write offline wandb files. Ours finds its data prepared: the first round
+makes it and does not count; it checks the data and shards the model, which the script does not.
 
     python -m tests.benchmarks.startup FILE     is that script: a plain Trainer on random tokens, whose first step makes FILE
 """
@@ -52,6 +52,7 @@ def starting(rounds: int, folder: Path) -> Comparison:
         *("-m", "tests.benchmarks.startup", str(mark)),
     ]
     environment = {**os.environ, **ONE_THREAD, "SPARSELLM_CACHE": str(folder / "cache"), "WANDB_MODE": "offline"}
+    environment |= {"WANDB_DIR": str(folder), "WANDB_SILENT": "true"}
     pairs = []
     for _ in range(rounds + 1):
         pairs.append((seconds_until(ours, metrics, environment), seconds_until(theirs, mark, environment)))
@@ -100,7 +101,7 @@ def first_step(mark: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=1, per_device_train_batch_size=8, report_to="none", save_strategy="no", disable_tqdm=True,
+            folder, max_steps=1, per_device_train_batch_size=8, report_to="wandb", save_strategy="no", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         Trainer(tiny_llama(), arguments, train_dataset=rows, callbacks=[Mark()]).train()  # type: ignore[arg-type]
