@@ -40,20 +40,11 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python -m tests.benchmarks.selection
-	$(BIN)/python -m tests.benchmarks.overhead
-	$(BIN)/python -m tests.benchmarks.compact
-	$(BIN)/python -m tests.benchmarks.demo
-	$(BIN)/python -m tests.benchmarks.around
+	$(BIN)/python -m tests.benchmarks
 
-# The sizes of the real models, many ranks, the memory model; on a machine with a GPU everything that needs one as well.
-bench-all: bench
-	$(BIN)/python -m tests.benchmarks.selection --large
-	$(BIN)/python -m tests.benchmarks.scale --figure docs/scale.png
-	$(BIN)/python -m tests.benchmarks.memory
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/python -m tests.benchmarks.throughput --profile; \
-	else echo "no GPU: tests.benchmarks.throughput was left out" >&2; fi
+# The sizes of the real models, many ranks, the memory model.
+bench-all: $(READY)
+	$(BIN)/python -m tests.benchmarks --all
 
 torture: $(READY)
 	$(BIN)/python -m tests.torture

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.benchmarks import __main__ as everything
 from tests.benchmarks import around, compact, demo, overhead, scale, selection, startup, throughput
 from tests.benchmarks.common import Comparison, in_process, publish
 from tests.distributed import run_ranks
@@ -65,8 +66,11 @@ def test_the_overhead_benchmark_writes_what_the_contract_names(tmp_path):
 
 
 def test_a_sparse_step_is_compared_with_the_dense_ones_around_it():
-    step, event = overhead.compare(dense=[1.0, 3.0, 1.0], sparse=[2.2, 2.0, 9.0], events=[9.0, 0.5], details={})
+    step, event = overhead.compare(
+        dense=[1.0, 3.0, 1.0], sparse=[2.2, 2.0, 9.0], events=[9.0, 0.5], details={"batch_tokens": 210}
+    )
     assert step.details["overhead"] == pytest.approx(1.05)
+    assert step.details["tokens_per_second"] == pytest.approx(200)
     assert (event.seconds, event.baseline_seconds) == (0.5, 1.0)
 
 
@@ -218,3 +222,18 @@ def test_a_command_is_timed_until_its_sign_and_runs_on(tmp_path):
 def test_a_command_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="no such luck"):
         startup.seconds_until([sys.executable, "-c", "raise SystemExit('no such luck')"], tmp_path / "sign", {})
+
+
+def test_each_benchmark_runs_once_in_its_longest_form():
+    arguments = {benchmark.name: benchmark.arguments for benchmark in everything.chosen(True, False, True)}
+    assert arguments["selection"] == ("--large",)
+    assert arguments.keys() == {
+        benchmark.name for benchmark in (*everything.QUICK, *everything.LONG, *everything.ON_GPU)
+    }
+    assert "throughput" not in {benchmark.name for benchmark in everything.chosen(True, False, False)}
+    assert everything.chosen(False, True, True) == list(everything.ON_GPU)
+
+
+def test_a_benchmark_is_left_out_or_reported_and_never_ends_the_others():
+    assert everything.run(everything.Benchmark("x", needs=("no_such",))) == "left out: no_such not installed"
+    assert everything.run(everything.Benchmark("no_such_benchmark")).startswith("FAILED OR MISSED A GOAL in ")

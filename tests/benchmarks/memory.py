@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from conf.schema import ModelConfig
 from launch.plan.memory import SELECTION_CHUNK, GpuMemory, Setting, gpu_memory
 from tests.benchmarks.common import EXACT_MEMORY, ONE_THREAD, RESULTS, peak_resident_bytes, reset_peak, resident_bytes
+from tests.benchmarks.fsdp import shard
 from tests.distributed import free_port
 from train.counts import count_parameters
 
@@ -161,28 +162,6 @@ def pruning(model, optimizer, num_steps: int):  # type: ignore[no-untyped-def]
         callback.prune(1 - 0.8 * (step + 1) / num_steps, optimizer)
 
     return prune
-
-
-def shard(model, device, compute_dtype=None, root=None) -> None:  # type: ignore[no-untyped-def]
-    """FSDP2 over all ranks, or this process alone, in the units that accelerate makes: each block, the embedding, and the
-    final norm with lm_head; `root` is the module that is called, if not the model. Gradients are summed in float32."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, **alone)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    options = {"mesh": mesh, "mp_policy": precision}
-    for block in model.model.layers:
-        fully_shard(block, reshard_after_forward=True, **options)
-    fully_shard(model.model.embed_tokens, reshard_after_forward=True, **options)
-    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
-    fully_shard(root or model, **options)
 
 
 def warm_up(device) -> None:  # type: ignore[no-untyped-def]

@@ -201,6 +201,7 @@ def compare(dense: list[float], sparse: list[float], events: list[float], detail
     error = 1.2533 * (quartiles[2] - quartiles[0]) / 1.349 / len(ratios) ** 0.5
     paired = {"overhead": statistics.median(ratios), "overhead_error": error, "pairs": len(ratios)}
     step, event = statistics.median(dense), statistics.median(events[1:])
+    paired["tokens_per_second"] = details["batch_tokens"] / (step * paired["overhead"])
     return [
         Comparison("sparse step", step * paired["overhead"], "dense step", step, {**paired, **details}),
         Comparison("prune event", event, "dense step", step, {"events": len(events), **details}),
@@ -225,7 +226,7 @@ def main() -> None:
         rank_main(options.pairs, options.overrides, options.rank)
         end_process(0)
     found = measure(options.pairs, options.overrides)
-    publish(found, options.output, ["overhead", "overhead_error", "device", "ranks"])
+    publish(found, options.output, ["overhead", "overhead_error", "tokens_per_second", "device", "ranks"])
     finish(missed_goals(found))
 
 

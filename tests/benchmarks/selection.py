@@ -1,6 +1,6 @@
 """Global magnitude pruning: our selection and masks against what torch offers, exactness checked on the way.
 
-    python -m tests.benchmarks.selection [--numel 50000000] [--sparsity 0.8] [--rounds 3] [--large]
+    python -m tests.benchmarks.selection [--numel 50000000] [--sparsity 0.8] [--rounds 3] [--large] [--device cuda]
         -> runs/bench/selection.json, with --large also of 200 M and 1.14 B weights
 
 The methods of one process take turns in it and the best round of each counts; where one thread of a CPU computes alone the
@@ -333,10 +333,12 @@ def that_fit(needs: dict[str, float], numel: int, device: str) -> list[str]:
     return [name for name, bytes_per_weight in needs.items() if numel * bytes_per_weight <= FREE_SHARE * free]
 
 
-def measure(sizes: Sequence[int], sparsity: float, rounds: int, num_ranks: int = 2) -> list[Comparison]:
-    """All comparisons, sizes in rising order; on a machine with a GPU those of one process there too."""
+def measure(
+    sizes: Sequence[int], sparsity: float, rounds: int, on: Sequence[str] = ("cpu",), num_ranks: int = 2
+) -> list[Comparison]:
+    """All comparisons, sizes in rising order, on the devices `on`; ranks are of a CPU."""
     found: list[Comparison] = []
-    for device in devices():
+    for device in on:
         for dtype, peers in PEERS.items():
             needs = {name: 0.0 for name in peers if name != COMPILED or can_compile(device)}
             for numel in sizes:
@@ -348,6 +350,8 @@ def measure(sizes: Sequence[int], sparsity: float, rounds: int, num_ranks: int =
             for numel in sizes
             if that_fit({"prune event": EVENT_BYTES}, numel, device)
         ]
+    if "cpu" not in on:
+        return found
     on_cpu = [row for row in found if row.details["device"] == "cpu" and row.details["dtype"] == "float32"]
     gathering = {name: num_ranks * (RANK_BYTES + 4 + bytes_per_weight(on_cpu).get(name, 0.0)) for name in GATHERED}
     for numel in sizes:
@@ -400,9 +404,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "selection.json")
     parser.add_argument("--large", action="store_true", help="also 200 M and 1.14 B weights: takes 14 GB of memory")
+    parser.add_argument("--device", action="append", choices=devices(), help="this one alone")
     options = parser.parse_args()
     sizes = [options.numel, *(LARGE if options.large else ())]
-    found = measure(sizes, options.sparsity, options.rounds)
+    found = measure(sizes, options.sparsity, options.rounds, options.device or devices())
     publish(found, options.output, ["numel", "dtype", "device", "threads", "ranks", "extra_bytes", "extra_share"])
     finish(missed_goals(found))
 

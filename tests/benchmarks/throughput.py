@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.benchmarks import titan
-from tests.benchmarks.memory import shard
+from tests.benchmarks.fsdp import shard
 
 OUTPUT = Path("runs/bench/throughput.json")
 PEAK_TFLOPS = 989.5

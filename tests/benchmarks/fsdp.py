@@ -1,0 +1,31 @@
+"""A LLaMA under FSDP2 as runs have it, made by hand."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+def shard(
+    model: Any, device: torch.device, compute_dtype: torch.dtype | None = None, root: nn.Module | None = None
+) -> None:
+    """FSDP2 over all ranks, or this process alone, in the units that accelerate makes: each block, the embedding, and the
+    final norm with lm_head; `root` is the module that is called, if not the model. Gradients are summed in float32."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
+    for block in model.model.layers:
+        fully_shard(block, reshard_after_forward=True, **options)
+    fully_shard(model.model.embed_tokens, reshard_after_forward=True, **options)
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
+    fully_shard(root or model, **options)
