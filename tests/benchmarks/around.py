@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tests.benchmarks.common import ONE_THREAD, RESULTS, Comparison, clock, finish, machine, peak_beyond, publish
+from tests.benchmarks.common import ONE_THREAD, RESULTS, Comparison, clock, finish, peak_beyond, publish
 from tests.benchmarks.startup import starting, tiny_llama
 
 MOST_IMPORT_SECONDS = 0.6
@@ -174,8 +174,6 @@ def measure(scale: float, rounds: int) -> list[Comparison]:
             exporting(scale, rounds, Path(name)),
             starting(rounds, Path(name)),
         ]
-    for comparison in found:
-        comparison.details.update(machine())
     return found
 
 

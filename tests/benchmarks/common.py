@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +48,49 @@ class Comparison:
         }
 
 
+PACKAGES = ("torch", "numpy", "transformers", "accelerate", "triton")
+
+
 def machine() -> dict[str, Any]:
-    """Where the numbers come from: processor, cores, GPU, torch."""
+    """Where the numbers come from: processor, cores, GPU, Python and packages."""
     import torch
 
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {"machine": processor(), "cores": os.cpu_count(), **gpu, "torch": torch.__version__}
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"machine": processor(), "cores": os.cpu_count(), **gpu, **versions}
+
+
+def command() -> str:
+    """This process's command, as one would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return shlex.join(["python", "-m", spec.name, *sys.argv[1:]] if spec else sys.argv)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """The file of a benchmark: each row with the command and machine it comes from."""
+    where = {"command": command(), **machine()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps([{**row, **where} for row in rows], indent=2) + "\n")
 
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    found: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    return f"{found['model name']} (family {found.get('cpu family')}, model {found.get('model')})"
 
 
 def publish(comparisons: Sequence[Comparison], output: Path, columns: Sequence[str] = ()) -> None:
     """Write the rows and print them as a table, with `columns` of their details."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps([comparison.row() for comparison in comparisons], indent=2) + "\n")
+    write_rows([comparison.row() for comparison in comparisons], output)
     try:
         from rich.console import Console
         from rich.table import Table
@@ -76,7 +103,7 @@ def publish(comparisons: Sequence[Comparison], output: Path, columns: Sequence[s
     for found in comparisons:
         figures = [f"{found.seconds:.4g}", found.baseline, f"{found.baseline_seconds:.4g}", f"{found.ratio:.3g}"]
         table.add_row(found.name, *figures, *(_cell(found.details.get(column)) for column in columns))
-    where = ", ".join(str(value) for value in machine().values())
+    where = ", ".join(f"{key} {value}" for key, value in machine().items())
     # Wide enough for every column where the output is a file or a log.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)

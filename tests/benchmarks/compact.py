@@ -33,7 +33,6 @@ from tests.benchmarks.common import (
     Comparison,
     finish,
     in_process,
-    machine,
     peak_beyond,
     publish,
 )
@@ -171,7 +170,7 @@ def measure(numel: int, sparsity: float, rounds: int) -> list[Comparison]:
                 "megabytes_per_second": dense_bytes / 1e6 / ours,
                 "bits_per_weight": 8 * timed["sizes"]["ours"] / numel,
                 "baseline_bits_per_weight": 8 * timed["sizes"][name] / numel,
-                "extra_bytes": extra.get(action), "tensor_bytes": extra["tensor"], **machine(),
+                "extra_bytes": extra.get(action), "tensor_bytes": extra["tensor"],
             }  # fmt: skip
             found.append(Comparison(f"{action}, {dtype}", ours, name, taken, details))
     return found

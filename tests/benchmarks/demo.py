@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from conf.compose import composed
 from sparsity import Geometric, SparsityCallback
-from tests.benchmarks.common import RESULTS, Comparison, finish, machine, publish
+from tests.benchmarks.common import RESULTS, Comparison, finish, publish
 from tests.benchmarks.overhead import ALWAYS, EVENTS, WARM_UP, Turns, run_in_turns
 from train.arguments import training_arguments
 from train.data import Blocks
@@ -108,7 +108,7 @@ def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
         )
         trainer.remove_callback(PrinterCallback)
         run_in_turns([trainer.train, lambda: loop.extend(plain_loop(plan, tokens, turns))], turns)
-    details = {"model": plan.model.name, "batch_tokens": plan.batch_tokens, **machine()}
+    details = {"model": plan.model.name, "batch_tokens": plan.batch_tokens}
     return [compare(laps.seconds[WARM_UP:], loop[WARM_UP:], details)]
 
 

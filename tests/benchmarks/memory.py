@@ -18,7 +18,15 @@ from dataclasses import asdict, dataclass
 
 from conf.schema import ModelConfig
 from launch.plan.memory import SELECTION_CHUNK, GpuMemory, Setting, gpu_memory
-from tests.benchmarks.common import EXACT_MEMORY, ONE_THREAD, RESULTS, peak_resident_bytes, reset_peak, resident_bytes
+from tests.benchmarks.common import (
+    EXACT_MEMORY,
+    ONE_THREAD,
+    RESULTS,
+    peak_resident_bytes,
+    reset_peak,
+    resident_bytes,
+    write_rows,
+)
 from tests.benchmarks.fsdp import shard
 from tests.distributed import free_port
 from train.counts import count_parameters
@@ -200,8 +208,7 @@ def main() -> None:
         if dense := measured.get(f"{name}, dense"):
             line["over_dense"] = line["measured_bytes"] / dense["measured_bytes"]
             print(f"{name}: a sparse run's peak is {line['over_dense']:.3f} times a dense one's")
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(found, indent=2) + "\n")
+    write_rows(found, OUTPUT)
     print(f"wrote {OUTPUT}")
 
 

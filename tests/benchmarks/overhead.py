@@ -34,7 +34,7 @@ from transformers.utils import logging
 from conf.compose import composed
 from launch.command import CONFIGS, DEFAULT_CPU_PROCESSES, child_environment, num_gpus
 from sparsity import Geometric, SparsityCallback
-from tests.benchmarks.common import RESULTS, Comparison, clock, finish, machine, publish, synchronize
+from tests.benchmarks.common import RESULTS, Comparison, clock, finish, publish, synchronize
 from train.__main__ import end_process
 from train.arguments import training_arguments
 from train.data import Blocks
@@ -163,7 +163,7 @@ def rank_main(pairs: int, overrides: Sequence[str], output: Path) -> None:
     if world.is_main:
         figures = {"dense": dense[WARM_UP:].tolist(), "sparse": sparse[WARM_UP:].tolist(), "events": events.tolist()}
         details = {"model": plan.model.name, "num_params": plan.counts.total, "batch_tokens": plan.batch_tokens}
-        details |= {"device": device, "ranks": world.size, **machine()}
+        details |= {"device": device, "ranks": world.size}
         output.write_text(json.dumps({**figures, "details": details}))
     world.leave()
 

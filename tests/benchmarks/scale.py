@@ -11,7 +11,6 @@ bandwidth. Everything else is arithmetic. The seconds of an event are a CPU's; w
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import pickle
 import time
@@ -25,7 +24,7 @@ import torch
 
 from conf.compose import composed
 from conf.schema import ModelConfig
-from tests.benchmarks.common import RESULTS, in_process, machine
+from tests.benchmarks.common import RESULTS, in_process, write_rows
 
 OUTPUT = RESULTS / "scale.json"
 MODULE = "tests.benchmarks.scale"
@@ -234,8 +233,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure(options.models, options.worlds, options.latency, options.bandwidth)
     print(table(rows))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps([{**asdict(r), **machine()} for r in rows], indent=2) + "\n")
+    write_rows([asdict(row) for row in rows], options.output)
     if options.figure:
         draw(rows, options.figure)
     print(options.output)

@@ -44,7 +44,6 @@ from tests.benchmarks.common import (
     clock_alone,
     finish,
     in_process,
-    machine,
     peak_beyond,
     publish,
 )
@@ -310,7 +309,7 @@ def where(
 ) -> dict[str, Any]:
     """What every row tells of its circumstances."""
     details = {"numel": numel, "sparsity": sparsity, "threads": threads, "dtype": dtype, "device": device}
-    return {**details, "ranks": ranks, **machine()}
+    return {**details, "ranks": ranks}
 
 
 def devices() -> list[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
 import statistics
 import sys
@@ -35,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.benchmarks import titan
+from tests.benchmarks.common import write_rows
 from tests.benchmarks.fsdp import shard
 
 OUTPUT = Path("runs/bench/throughput.json")
@@ -343,17 +343,15 @@ def main() -> None:
     if device == "cpu" and work == Workload():
         sys.exit("error: the 1B model needs a GPU: on a CPU give a small one, see --help.")
     torch.set_float32_matmul_precision("high")
-    where = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
     results = []
     for result in measure_all(work, device, options.peak, options.only, options.profile):
-        results.append({**asdict(result), **asdict(work), **where})
+        results.append({**asdict(result), **asdict(work)})
         mfu = "" if result.mfu is None else f"  MFU {result.mfu:.1%}"
         memory = "" if result.peak_bytes is None else f"  {result.peak_bytes / 2**30:.1f} GiB"
         figures = f"{result.tokens_per_second:12,.0f} tokens/s{mfu}{memory}  loss {result.last_loss}"
         print(f"{result.name:<40} {'skipped: ' + result.skipped if result.skipped else figures}", flush=True)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{options.output} ({', '.join(where.values())})")
+        write_rows(results, options.output)
+    print(options.output)
 
 
 if __name__ == "__main__":
