@@ -20,22 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, default_data_collator, set_seed
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from conf.compose import composed
 from sparsity import Geometric, SparsityCallback
 from tests.benchmarks.common import RESULTS, Comparison, finish, publish
-from tests.benchmarks.overhead import ALWAYS, EVENTS, WARM_UP, Turns, run_in_turns
-from train.arguments import training_arguments
-from train.data import Blocks
+from tests.benchmarks.turns import ALWAYS, EVENTS, WARM_UP, Turns, make_model, make_trainer, random_tokens, run_in_turns
 from train.distributed import join_world
-from train.faults.guard import StepGuard
-from train.faults.heartbeat import Heartbeat
-from train.faults.preempt import Preemption
-from train.model import llama_config
 from train.plan import RunPlan, plan_run
-from train.trainer import PretrainingTrainer, RunState
 
 LEAST_SPEED = 0.95
 
@@ -52,11 +45,6 @@ class Laps(TrainerCallback):
         self.turns.hand_over(0)
         self.turns.wait(0)
         self.started = time.perf_counter()
-
-
-def make_model(plan: RunPlan) -> LlamaForCausalLM:
-    set_seed(0)
-    return LlamaForCausalLM._from_config(llama_config(plan.model), dtype=torch.float32)
 
 
 def plain_loop(plan: RunPlan, tokens: np.ndarray, turns: Turns) -> list[float]:
@@ -85,28 +73,12 @@ def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
     config = composed("train", [*ALWAYS, *overrides, f"trainer.max_steps={WARM_UP + pairs + 2}"])
     world = join_world(timeout_s=300)
     plan = plan_run(config, world.size)
-    num_tokens = plan.batch_size * plan.num_steps * plan.sequence_length
-    tokens = np.random.default_rng(0).integers(plan.model.vocab_size, size=num_tokens)
+    tokens = random_tokens(plan)
     turns, loop = Turns(), list[float]()
     laps = Laps(turns)
     sparsity = SparsityCallback(Geometric(sparsity=0.8, **EVENTS), report=False)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PretrainingTrainer(
-            world=world,
-            sparsity=sparsity,
-            run_state=RunState(identity={}),
-            guard=StepGuard(world, Preemption(), config.max_skipped),
-            heartbeat=Heartbeat(world.rank, world.size),
-            batch_size=plan.batch_size,
-            evaluator=lambda module: {},
-            model=make_model(plan),
-            args=training_arguments(config, plan, Path(folder)),
-            train_dataset=Blocks(tokens, plan.sequence_length),  # type: ignore[arg-type]
-            eval_dataset=[],
-            data_collator=default_data_collator,
-            callbacks=[laps, sparsity],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = make_trainer(config, plan, world, tokens, sparsity, [laps, sparsity], Path(folder))
         run_in_turns([trainer.train, lambda: loop.extend(plain_loop(plan, tokens, turns))], turns)
     details = {"model": plan.model.name, "batch_tokens": plan.batch_tokens}
     return [compare(laps.seconds[WARM_UP:], loop[WARM_UP:], details)]

@@ -17,80 +17,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, default_data_collator, set_seed
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from conf.compose import composed
 from launch.command import CONFIGS, DEFAULT_CPU_PROCESSES, child_environment, num_gpus
 from sparsity import Geometric, SparsityCallback
 from tests.benchmarks.common import RESULTS, Comparison, clock, finish, publish, synchronize
+from tests.benchmarks.turns import ALWAYS, EVENTS, WARM_UP, Turns, make_trainer, random_tokens, run_in_turns
 from train.__main__ import end_process
-from train.arguments import training_arguments
-from train.data import Blocks
 from train.distributed import join_world
-from train.faults.guard import StepGuard
-from train.faults.heartbeat import Heartbeat
-from train.faults.preempt import Preemption
-from train.model import llama_config
 from train.plan import plan_run
-from train.trainer import PretrainingTrainer, RunState
 
 MOST_OVERHEAD = 1.02
-EVENTS = {"start_step": 2, "end_step": 8, "every_steps": 2}
-WARM_UP = 10
 ON_GPU = ("model=llama_162m", "trainer.per_device_train_batch_size=8")
-ALWAYS = ("experiment=demo", "batch_size=null", "trainer.save_strategy=no", "trainer.disable_tqdm=true")
-
-
-class Turns:
-    """Two threads of which one works at a time; the first begins."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._turn = 0
-        self._left: set[int] = set()
-
-    def wait(self, mine: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._turn == mine)
-
-    def hand_over(self, mine: int, leave: bool = False) -> None:
-        with self._changed:
-            if leave:
-                self._left.add(mine)
-            if 1 - mine not in self._left:
-                self._turn = 1 - mine
-            self._changed.notify_all()
-
-
-def run_in_turns(bodies: Sequence[Callable[[], Any]], turns: Turns) -> None:
-    """Run two functions as threads in turns. A rank that fails ends at once: its peers would wait for ever."""
-
-    def work(mine: int) -> None:
-        turns.wait(mine)
-        try:
-            bodies[mine]()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        turns.hand_over(mine, leave=True)
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 class Laps(TrainerCallback):
@@ -132,27 +80,11 @@ def rank_main(pairs: int, overrides: Sequence[str], output: Path) -> None:
     turns, device = Turns(), world.device.type
     dense_laps, sparse_laps = Laps(turns, 0, device), Laps(turns, 1, device)
     sparsity = TimedEvents(Geometric(sparsity=0.8, **EVENTS), device)
-    num_tokens = plan.batch_size * plan.num_steps * plan.sequence_length
-    tokens = np.random.default_rng(0).integers(plan.model.vocab_size, size=num_tokens)
+    tokens = random_tokens(plan)
     trainers = []
     for laps, pruning in ((dense_laps, None), (sparse_laps, sparsity)):
-        set_seed(0)
-        trainer = PretrainingTrainer(
-            world=world,
-            sparsity=pruning,
-            run_state=RunState(identity={}),
-            guard=StepGuard(world, Preemption(), config.max_skipped),
-            heartbeat=Heartbeat(world.rank, world.size),
-            batch_size=plan.batch_size,
-            evaluator=lambda module: {},
-            model=LlamaForCausalLM._from_config(llama_config(plan.model), dtype=torch.float32),
-            args=training_arguments(config, plan, output.parent / "run"),
-            train_dataset=Blocks(tokens, plan.sequence_length),  # type: ignore[arg-type]
-            eval_dataset=[],
-            data_collator=default_data_collator,
-            callbacks=[laps] if pruning is None else [laps, pruning],
-        )
-        trainer.remove_callback(PrinterCallback)
+        callbacks = [laps] if pruning is None else [laps, pruning]
+        trainer = make_trainer(config, plan, world, tokens, pruning, callbacks, output.parent / "run")
         trainers.append(trainer)
     run_in_turns([trainer.train for trainer in trainers], turns)
 
@@ -174,17 +106,10 @@ def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
     overrides = [*ALWAYS, *(ON_GPU if gpus else ()), *overrides]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "laps.json")
-        command = [
-            *(
-                sys.executable,
-                "-m",
-                "launch.agent",
-                "--config_file",
-                str(CONFIGS / ("gpu.yaml" if gpus else "cpu.yaml")),
-            ),
-            *("--num_processes", str(gpus or DEFAULT_CPU_PROCESSES), "--main_process_port", "0"),
-            *("-m", "tests.benchmarks.overhead", "--rank", str(output), "--pairs", str(pairs), *overrides),
-        ]
+        accelerate_config = str(CONFIGS / ("gpu.yaml" if gpus else "cpu.yaml"))
+        command = [sys.executable, "-m", "launch.agent", "--config_file", accelerate_config]
+        command += ["--num_processes", str(gpus or DEFAULT_CPU_PROCESSES), "--main_process_port", "0"]
+        command += ["-m", "tests.benchmarks.overhead", "--rank", str(output), "--pairs", str(pairs), *overrides]
         subprocess.run(command, env=child_environment(os.environ, gpus), check=True, stdout=sys.stderr)
         return compare(**json.loads(output.read_text()))
 
