@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,11 @@ def command() -> str:
     """This process's command, as one would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return shlex.join(["python", "-m", spec.name, *sys.argv[1:]] if spec else sys.argv)
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile can be measured on a CPU here: with a C++ compiler."""
+    return device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def write_rows(rows: Sequence[dict[str, Any]], output: Path) -> None:

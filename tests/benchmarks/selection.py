@@ -16,8 +16,6 @@ GPU every measurement is made there as well. Exits with 1 where a goal is missed
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +38,7 @@ from tests.benchmarks.common import (
     EXACT_MEMORY,
     RESULTS,
     Comparison,
+    can_compile,
     clock,
     clock_alone,
     finish,
@@ -314,11 +313,6 @@ def where(
 
 def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-def can_compile(device: str) -> bool:
-    """Whether compiled passes can be measured: on a CPU, with a C++ compiler."""
-    return device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def that_fit(needs: dict[str, float], numel: int, device: str) -> list[str]:

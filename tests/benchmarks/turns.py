@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, def
 from conf.schema import Config
 from sparsity import SparsityCallback
 from train.arguments import training_arguments
+from train.compiled import compile_by_blocks
 from train.data import Blocks
 from train.distributed import World
 from train.faults.guard import StepGuard
@@ -92,6 +93,8 @@ def make_trainer(
     folder: Path,
 ) -> PretrainingTrainer:
     """The Trainer of a run on these tokens, without records and evaluation."""
+    model, arguments = make_model(plan), training_arguments(config, plan, folder)
+    compile_by_blocks(model, arguments)
     trainer = PretrainingTrainer(
         world=world,
         sparsity=sparsity,
@@ -100,8 +103,8 @@ def make_trainer(
         heartbeat=Heartbeat(world.rank, world.size),
         batch_size=plan.batch_size,
         evaluator=lambda module: {},
-        model=make_model(plan),
-        args=training_arguments(config, plan, folder),
+        model=model,
+        args=arguments,
         train_dataset=Blocks(tokens, plan.sequence_length),  # type: ignore[arg-type]
         eval_dataset=[],
         data_collator=default_data_collator,
