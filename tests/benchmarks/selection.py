@@ -16,6 +16,7 @@ GPU every measurement is made there as well. Exits with 1 where a goal is missed
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -336,26 +337,32 @@ def measure(
             needs = {name: 0.0 for name in peers if name != COMPILED or can_compile(device)}
             for numel in sizes:
                 fitting = that_fit(needs, numel, device)
-                found += compare_one_process(numel, sparsity, rounds, device, dtype, 1, fitting)
+                found += said(compare_one_process(numel, sparsity, rounds, device, dtype, 1, fitting))
                 needs |= bytes_per_weight(found[-len(fitting) - 1 :])
-        found += [
-            compare_event(numel, sparsity, rounds, device)
-            for numel in sizes
-            if that_fit({"prune event": EVENT_BYTES}, numel, device)
-        ]
+        for numel in sizes:
+            if that_fit({"prune event": EVENT_BYTES}, numel, device):
+                found += said([compare_event(numel, sparsity, rounds, device)])
     if "cpu" not in on:
         return found
     on_cpu = [row for row in found if row.details["device"] == "cpu" and row.details["dtype"] == "float32"]
     gathering = {name: num_ranks * (RANK_BYTES + 4 + bytes_per_weight(on_cpu).get(name, 0.0)) for name in GATHERED}
     for numel in sizes:
-        found += compare_one_process(numel, sparsity, rounds, "cpu", "float32", 2, [])
+        found += said(compare_one_process(numel, sparsity, rounds, "cpu", "float32", 2, []))
         if that_fit({f"{OURS}, {num_ranks} ranks": num_ranks * RANK_BYTES}, numel, "cpu"):
             reference = [
                 row.baseline_seconds for row in on_cpu if (row.details["numel"], row.baseline) == (numel, REFERENCE)
             ]
             fitting = that_fit(gathering, numel, "cpu")
-            found += compare_ranks(numel, sparsity, rounds, num_ranks, fitting, *reference)
+            found += said(compare_ranks(numel, sparsity, rounds, num_ranks, fitting, *reference))
     return found
+
+
+def said(rows: list[Comparison]) -> list[Comparison]:
+    """The rows of a measurement, with a line for who waits."""
+    details = rows[0].details
+    where = f"{details['numel']:,} {details['dtype']} weights on {details['device']}, {details['threads']} threads"
+    print(f"{rows[0].name}: {where}: {rows[0].seconds:.3g} s", file=sys.stderr, flush=True)
+    return rows
 
 
 def bytes_per_weight(rows: Sequence[Comparison]) -> dict[str, float]:
