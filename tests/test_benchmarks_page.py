@@ -25,7 +25,7 @@ def write(folder, name, rows):
     ("value", "text"),
     [
         (0.0832, "0.0832"), (14.861, "14.9"), (179.4, "179"), (7.3e6, "7,300,000"), (1.0061, "1.01"), (0, "0"),
-        (0.00044, "0.000440"), (-3.21, "-3.21"),
+        (9.996, "10.0"), (0.9999, "1.00"), (0.00044, "0.000440"), (-3.21, "-3.21"),
     ],
 )  # fmt: skip
 def test_figures_have_three_digits_and_no_power_of_ten(value, text):
@@ -55,13 +55,15 @@ def test_a_section_names_command_machine_and_versions_once_for_each_folder(tmp_p
     write(tmp_path / "there", "demo", [{**row, "gpu": "a GPU"}])
     text = page([tmp_path / "here", tmp_path / "there"])
     assert "`python -m tests.benchmarks.x` on 2 cores of a processor; python 3.11, torch 2." in text
-    assert "`python -m tests.benchmarks.x` on a GPU, 2 cores of a processor; python 3.11, torch 2." in text
+    assert "`python -m tests.benchmarks.x` on 2 cores of a processor with one a GPU; python 3.11, torch 2." in text
     assert text.count("| step | 2.00 | loop | 1.00 | 0.500 | 30 |  |") == 2
 
 
 def test_a_variant_that_did_not_run_says_why(tmp_path):
     ran = {"name": "a", "skipped": None, "mfu": 0.551, "peak_bytes": 2**31, "tokens_per_second": 70_000, "last_loss": 2}
-    write(tmp_path, "throughput", [ran, {"name": "b", "skipped": "ImportError: a | b"}])
+    work = {"hidden": 8, "layers": 1, "heads": 2, "vocabulary": 32, "length": 16, "batch": 4}
+    write(tmp_path, "throughput", [{**ran, **work}, {"name": "b", "skipped": "ImportError: a | b", **work}])
+    assert "A LLaMA of hidden 8, layers 1, heads 2, vocabulary 32, length 16, batch 4." in page([tmp_path])
     assert page([tmp_path]).endswith(
         "| a | 70,000 | 55.1% | 2.0 GiB | 2.000 |  |\n| b |  |  |  |  | ImportError: a / b |\n"
     )

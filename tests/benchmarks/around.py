@@ -3,9 +3,9 @@
     python -m tests.benchmarks.around [--scale 1.0] [--rounds 3]     -> runs/bench/around.json
 
 Imports, start-up to the first step, tokenizing, loading, scoring, exporting. One thread a process, text and weights made
-here. The two of a pair take turns and the best round of each counts. The import of the
-launcher is given in processor seconds, so that other work on the machine does not count; it must stay below 0.6 of them
-and must not bring torch in. Exits with 1 where it does not.
+here. The two of a pair take turns and the best round of each counts. The import of the launcher is given in processor
+seconds, so that other work on the machine does not count; it must stay below 0.6 of them and must not bring torch in.
+Exits with 1 where it does not.
 """
 
 from __future__ import annotations

@@ -31,10 +31,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def figure(value: float, digits: int = 3) -> str:
-    """With so many significant digits, never as a power of ten."""
-    if not value:
+    """With at least so many significant digits, never as a power of ten."""
+    rounded = float(f"{value:.{digits - 1}e}")
+    if not rounded:
         return "0"
-    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def selection(rows: list[Row]) -> str:
@@ -46,7 +47,8 @@ def selection(rows: list[Row]) -> str:
     lines = []
     for (name, numel, dtype, device, threads, ranks), found in runs.items():
         by_peer = {row["baseline"]: f"{figure(row['ratio'])} ({figure(row['baseline_seconds'])} s)" for row in found}
-        where = f"{device}, {ranks} ranks" if ranks > 1 else f"{device}, {threads} thread{'s' * (threads > 1)}"
+        shared = f", {ranks} ranks" if ranks > 1 else f", {threads} thread{'s' * (threads > 1)}"
+        where = device + shared * (device == "cpu")
         share = found[0].get("extra_share")
         memory = "" if share is None else f"{share:.2%}"
         what = name.partition(",")[0]
@@ -89,7 +91,9 @@ def throughput(rows: list[Row]) -> str:
         mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f} GiB"
         lines.append([row["name"], f"{row['tokens_per_second']:,.0f}", mfu, peak, f"{row['last_loss']:.3f}", ""])
-    return table(["", "tokens a second", "MFU", "peak memory", "last loss", "left out because"], lines)
+    work = ", ".join(f"{key} {rows[0][key]}" for key in ("hidden", "layers", "heads", "vocabulary", "length", "batch"))
+    made = table(["", "tokens a second", "MFU", "peak memory", "last loss", "left out because"], lines)
+    return f"A LLaMA of {work}.\n\n{made}"
 
 
 def scale(rows: list[Row]) -> str:
@@ -115,7 +119,7 @@ def section(name: str, rows: list[Row]) -> str:
     title, made = SECTIONS[name]
     first = rows[0]
     versions = [f"{package} {first[package]}" for package in ("python", *PACKAGES) if package in first]
-    where = ", ".join([*([first["gpu"]] if "gpu" in first else ()), f"{first['cores']} cores of {first['machine']}"])
+    where = f"{first['cores']} cores of {first['machine']}" + (f" with one {first['gpu']}" if "gpu" in first else "")
     return f"## {title}\n\n`{first['command']}` on {where}; {', '.join(versions)}.\n\n{made(rows)}\n"
 
 

@@ -16,7 +16,7 @@ import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     }
     worlds = sorted({r.world_size for r in rows})
     for axes, (title, (scale, value)) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for model, style in zip(dict.fromkeys(r.model for r in rows), ("o-", "s--", "^:"), strict=False):
+        for model, style in zip(dict.fromkeys(r.model for r in rows), cycle(("o-", "s--", "^:")), strict=False):
             mine = [r for r in rows if r.model == model]
             axes.plot([r.world_size for r in mine], [value(r) for r in mine], style, markersize=4, label=model)
         axes.set_xscale("log", base=2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,27 +69,28 @@ def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str
     """
     sign.unlink(missing_ok=True)
     started = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     taken = 0.0
-    try:
-        while process.poll() is None and not taken:
-            if sign.exists() and sign.stat().st_size:
-                taken = time.perf_counter() - started
-            elif time.perf_counter() - started > TIMEOUT_S:
-                raise TimeoutError(f"{' '.join(command)} made no step within {TIMEOUT_S} s.")
-            time.sleep(0.005)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        process.kill()
-    if process.returncode or not taken:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{output[-2000:]}")
+    # Not a pipe: nobody reads it while the command runs.
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None and not taken:
+                if sign.exists() and sign.stat().st_size:
+                    taken = time.perf_counter() - started
+                elif time.perf_counter() - started > TIMEOUT_S:
+                    raise TimeoutError(f"{' '.join(command)} made no step within {TIMEOUT_S} s.")
+                time.sleep(0.005)
+            process.wait(timeout=TIMEOUT_S)
+        finally:
+            process.kill()
+        output.seek(0)
+        if process.returncode or not taken:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{output.read()[-2000:]}")
     return taken
 
 
 def first_step(mark: Path) -> None:
     """The script: rank 0 makes `mark` at the end of the first step."""
-    import tempfile
-
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 

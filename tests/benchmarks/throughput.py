@@ -4,18 +4,17 @@
     python -m tests.benchmarks.throughput --hidden 128 --layers 2 --heads 4 --vocabulary 512 --length 64 --batch 2 --steps 3
 
 By default the 1B model of the series on a GPU; on a CPU give a small one, as in the second line. Random tokens, no
-network, and nothing but torch and transformers. Every variant trains in this process from the same seed, one after the
-other, with a loss that stays on the device until its last step; a variant that this machine cannot run is written down
-with the reason. MFU counts 6 FLOPs a linear weight and 12 x layers x hidden x length a token, against --peak TFLOP/s.
+network, and nothing but torch and transformers. Every variant trains in a process of its own from the same seed, one after
+the other, with a loss that stays on the device until its last step; a variant that this machine cannot run is written
+down with the reason. MFU counts 6 FLOPs a linear weight and 12 x layers x hidden x length a token, against --peak TFLOP/s.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,10 +22,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,9 +32,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.benchmarks import titan
-from tests.benchmarks.common import write_rows
+from tests.benchmarks.common import in_process, write_rows
 from tests.benchmarks.fsdp import shard
 
+MODULE = "tests.benchmarks.throughput"
 OUTPUT = Path("runs/bench/throughput.json")
 PEAK_TFLOPS = 989.5
 """Dense bf16 of an H100 SXM and an H200."""
@@ -82,7 +81,8 @@ class Workload:
 @dataclass(frozen=True)
 class Variant:
     """`attention`: eager, sdpa (torch chooses), one of BACKENDS, flash_attention_2 or _3; `loss`: plain, chunked, liger;
-    `precision`: autocast, or fsdp2, which casts each unit's weights as runs do."""
+    `precision`: autocast, or fsdp2, which casts each unit's weights as runs do; `trained_by`: the loop of this file, or the
+    code of somebody else, for which the other settings say nothing."""
 
     name: str
     attention: str = "sdpa"
@@ -91,11 +91,13 @@ class Variant:
     compiled: bool = True
     fused_adamw: bool = True
     sparse: bool = False
+    trained_by: Literal["loop", "Trainer", "torchtitan"] = "loop"
 
 
-TORCHTITAN = "torchtitan"
 BASE = Variant("compiled blocks, sdpa")
 VARIANTS = (
+    Variant("plain Trainer, bf16", compiled=False, trained_by="Trainer"),
+    Variant("Trainer, bf16, compiled by blocks", trained_by="Trainer"),
     Variant("eager blocks, sdpa", compiled=False),
     BASE,
     *(
@@ -111,7 +113,7 @@ VARIANTS = (
     replace(BASE, name="compiled blocks, AdamW not fused", fused_adamw=False),
     replace(BASE, name="compiled blocks, sdpa, FSDP2", precision="fsdp2"),
     replace(BASE, name="compiled blocks, sdpa, 80 % sparse", sparse=True),
-    Variant(TORCHTITAN),
+    Variant("torchtitan", trained_by="torchtitan"),
 )
 
 
@@ -130,20 +132,29 @@ class Result:
     profile: list[dict[str, Any]] = field(default_factory=list)
 
 
+def measured(work: dict[str, int], name: str, device: str, peak_tflops: float, profile: bool) -> dict[str, Any]:
+    """The body of a process: one variant alone on the device, as plain data."""
+    torch.set_float32_matmul_precision("high")
+    (variant,) = (variant for variant in VARIANTS if variant.name == name)
+    return asdict(measure(Workload(**work), variant, device, peak_tflops, profile))
+
+
 def measure(work: Workload, variant: Variant, device: str, peak_tflops: float, profile: bool = False) -> Result:
     """Train one variant; what fails is a result with the reason."""
-    result = Result(variant.name, settings=asdict(variant))
+    settings = asdict(variant) if variant.trained_by == "loop" else {"trained_by": variant.trained_by}
+    result = Result(variant.name, settings=settings)
     try:
-        step = titan.make_step(work, device) if variant.name == TORCHTITAN else make_step(work, variant, device)
-        seconds, loss = run_steps(step, work, device)
-        result.profile = profiled(step, work, device) if profile else []
+        if variant.trained_by == "Trainer":
+            seconds, loss = run_trainer(work, device, variant.compiled)
+        else:
+            own = variant.trained_by == "loop"
+            step = make_step(work, variant, device) if own else titan.make_step(work, device)
+            seconds, loss = run_steps(step, work, device)
+            result.profile = profiled(step, work, device) if profile else []
     except Exception as error:
         # One variant's missing library or kernel must not cost the figures of the others.
-        result.skipped = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        result.skipped = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return result
-    finally:
-        torch.compiler.reset()
-        gc.collect()
     return with_figures(result, seconds, loss, work, device, peak_tflops)
 
 
@@ -163,11 +174,8 @@ def make_step(work: Workload, variant: Variant, device: str) -> Callable[[Tensor
     """A function from tokens [batch, length] to the loss on the device, with the update made."""
     torch.manual_seed(0)
     attention = variant.attention if variant.attention.startswith(("eager", "flash_attention")) else "sdpa"
-    model = LlamaForCausalLM._from_config(work.config(), dtype=torch.float32, attn_implementation=attention).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=variant.fused_adamw
-    )
-    after_step = make_sparse(model, optimizer) if variant.sparse else lambda: None
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(work.config(), dtype=torch.float32, attn_implementation=attention)
     if variant.compiled:
         for block in model.model.layers:
             block.compile()
@@ -175,6 +183,11 @@ def make_step(work: Workload, variant: Variant, device: str) -> Callable[[Tensor
     by_autocast = variant.precision == "autocast"
     if not by_autocast:
         shard(model, torch.device(device), torch.bfloat16, root=objective)
+    # FSDP2 makes parameters of its own, which are the ones to update.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=variant.fused_adamw
+    )
+    after_step = make_sparse(model, optimizer) if variant.sparse else lambda: None
     backend = BACKENDS.get(variant.attention)
 
     def step(tokens: Tensor) -> Tensor:
@@ -279,54 +292,55 @@ def profiled(step: Callable[[Tensor], Tensor], work: Workload, device: str, rows
     ]
 
 
-def measure_trainer(work: Workload, device: str, peak_tflops: float, compiled: bool) -> Result:
-    """`transformers.Trainer` as it comes, with bf16 alone: what a user would write first; or compiled as runs are."""
+def run_trainer(work: Workload, device: str, compiled: bool) -> tuple[list[float], float]:
+    """Seconds of each step after the warm-up and the last loss of `transformers.Trainer` as it comes, with bf16 alone: what
+    a user would write first; or compiled as runs are."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from train.compiled import compile_by_blocks
 
-    result = Result("Trainer, bf16, compiled by blocks" if compiled else "plain Trainer, bf16")
     laps: list[float] = []
 
     class Lap(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             if device == "cuda":
                 torch.cuda.synchronize()
+                if len(laps) == WARM_UP:
+                    torch.cuda.reset_peak_memory_stats()
             laps.append(time.perf_counter())
+
+    class KeepsLoss(Trainer):
+        last = torch.zeros(())
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().compute_loss(*args, **kwargs)
+            self.last = found.detach()
+            return found
 
     tokens = torch.cat(work.batches("cpu"))
     blocks = [{"input_ids": row, "labels": row} for row in tokens] * (-(-(WARM_UP + work.steps + 1) // 4))
     torch.manual_seed(0)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                folder, max_steps=WARM_UP + work.steps + 1, per_device_train_batch_size=work.batch, bf16=True,
-                use_cpu=device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True,
-                torch_compile=compiled,
-            )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=WARM_UP + work.steps + 1, per_device_train_batch_size=work.batch, bf16=True,
+            use_cpu=device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True, torch_compile=compiled,
+        )  # fmt: skip
+        with torch.device(device):
             model = LlamaForCausalLM(work.config())
-            compile_by_blocks(model, arguments)
-            trainer = Trainer(model, arguments, train_dataset=blocks, callbacks=[Lap()])  # type: ignore[arg-type]
-            loss = trainer.train().training_loss
-    except Exception as error:
-        result.skipped = f"{type(error).__name__}: {error}"
-        return result
-    finally:
-        torch.compiler.reset()
-        for key in [key for key in os.environ if key.startswith("ACCELERATE_DYNAMO_")]:
-            del os.environ[key]
-    seconds = [after - before for before, after in pairwise(laps)][WARM_UP:]
-    return with_figures(result, seconds, loss, work, device, peak_tflops)
+        compile_by_blocks(model, arguments)
+        trainer = KeepsLoss(model, arguments, train_dataset=blocks, callbacks=[Lap()])  # type: ignore[arg-type]
+        trainer.train()
+    return [after - before for before, after in pairwise(laps)][WARM_UP:], float(trainer.last)
 
 
-def measure_all(work: Workload, device: str, peak_tflops: float, names: str, profile: bool) -> Iterator[Result]:
-    for compiled in (False, True):
-        yield measure_trainer(work, device, peak_tflops, compiled)
+def measure_all(work: Workload, device: str, peak_tflops: float, names: str, profile: bool) -> Iterator[dict[str, Any]]:
+    """Each variant in a process of its own, so that none finds the memory of another."""
     for variant in VARIANTS:
         if names in variant.name:
-            yield measure(work, variant, device, peak_tflops, profile)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            try:
+                yield in_process(MODULE, "measured", asdict(work), variant.name, device, peak_tflops, profile)
+            except subprocess.CalledProcessError as error:
+                yield asdict(Result(variant.name, skipped=f"its process ended with {error.returncode}"))
 
 
 def main() -> None:
@@ -342,15 +356,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and work == Workload():
         sys.exit("error: the 1B model needs a GPU: on a CPU give a small one, see --help.")
-    torch.set_float32_matmul_precision("high")
-    results = []
-    for result in measure_all(work, device, options.peak, options.only, options.profile):
-        results.append({**asdict(result), **asdict(work)})
-        mfu = "" if result.mfu is None else f"  MFU {result.mfu:.1%}"
-        memory = "" if result.peak_bytes is None else f"  {result.peak_bytes / 2**30:.1f} GiB"
-        figures = f"{result.tokens_per_second:12,.0f} tokens/s{mfu}{memory}  loss {result.last_loss}"
-        print(f"{result.name:<40} {'skipped: ' + result.skipped if result.skipped else figures}", flush=True)
-        write_rows(results, options.output)
+    rows = []
+    for row in measure_all(work, device, options.peak, options.only, options.profile):
+        rows.append({**row, **asdict(work)})
+        mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
+        memory = "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 2**30:.1f} GiB"
+        figures = f"{row['tokens_per_second']:12,.0f} tokens/s{mfu}{memory}  loss {row['last_loss']}"
+        print(f"{row['name']:<40} {'skipped: ' + row['skipped'] if row['skipped'] else figures}", flush=True)
+        write_rows(rows, options.output)
     print(options.output)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -38,7 +39,9 @@ def make_step(work: Workload, device: str) -> Callable[[Tensor], Tensor]:
     loss_of = torch.compile(cross_entropy_loss)
 
     def step(tokens: Tensor) -> Tensor:
-        loss = loss_of(model(tokens[:, :-1].contiguous()), tokens[:, 1:]) / tokens[:, 1:].numel()
+        # The last position has no target: torch ignores -100.
+        targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
+        loss = loss_of(model(tokens), targets) / tokens[:, 1:].numel()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from filelock import FileLock
 from train.data.pool import num_cores
 
 MEMO_BYTES = 64 << 20
+SETTLED_NS = 2_000_000_000
 
 
 @contextmanager
@@ -75,35 +78,40 @@ def sha256_of_all(
     Files of at least `least_remembered` bytes that have not been touched since (same inode, size and times) are taken from
     `memo`, a JSON file kept here for that: a corpus of terabytes is not read again at every start.
     """
-    names = [os.path.abspath(path) for path in paths]
-    known: dict[str, str] = {} if memo is None else _read_memo(memo)
-    states = [_state(path, least_remembered) if memo is not None else None for path in names]
-    new = [path for path, state in zip(names, states, strict=True) if state not in known]
+    given = [os.fspath(path) for path in paths]
+    known = {} if memo is None else _read_memo(memo)
+    states = [_state(path, least_remembered) if memo is not None else None for path in given]
+    new = [path for path, state in zip(given, states, strict=True) if state not in known]
     with ThreadPoolExecutor(num_cores()) as executor:
         found = dict(zip(new, executor.map(sha256_of, new), strict=True))
-    hashes = [found[path] if path in found else known[str(state)] for path, state in zip(names, states, strict=True)]
+    hashes = [found[path] if path in found else known[str(state)] for path, state in zip(given, states, strict=True)]
     remembered = {state: value for state, value in zip(states, hashes, strict=True) if state is not None}
     if memo is not None and not remembered.keys() <= known.keys():
-        here = set(names)
-        elsewhere = {state: value for state, value in known.items() if state.rsplit(" ", 4)[0] not in here}
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        with aside(memo) as partial:
-            partial.write_text(json.dumps(elsewhere | remembered))
+        here = {os.path.abspath(path) for path in given}
+        elsewhere = {state: value for state, value in known.items() if state.rsplit(" ", 5)[0] not in here}
+        # Where it cannot be written the files are read again next time.
+        with contextlib.suppress(OSError):
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            with aside(memo) as partial:
+                partial.write_text(json.dumps(elsewhere | remembered))
     return hashes
 
 
 def _read_memo(memo: Path) -> dict[str, str]:
+    """What a memo holds; nothing where it is not there, cannot be read or was cut short: it can be made anew."""
     try:
-        found: dict[str, str] = json.loads(memo.read_text())
-    except (FileNotFoundError, ValueError):
-        # Not there yet, or cut short by a crash of the machine: it can be made anew.
+        found = json.loads(memo.read_text())
+    except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _state(path: str, least_bytes: int) -> str | None:
-    """What changes when a file does; None below `least_bytes`."""
+    """What changes when a file does; None below `least_bytes`, and for a file touched just now: the clocks of file systems
+    are coarse, and a second change within a tick would look like none."""
     stat = os.stat(path)
-    if stat.st_size < least_bytes:
+    touched = max(stat.st_mtime_ns, stat.st_ctime_ns)
+    if stat.st_size < least_bytes or time.time_ns() - touched < SETTLED_NS:
         return None
-    return f"{path} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
+    return f"{os.path.abspath(path)} {stat.st_dev} {stat.st_ino} {stat.st_size} {times}"
