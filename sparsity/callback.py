@@ -96,12 +96,19 @@ class SparsityCallback(Pruner, TrainerCallback):
         self._num_steps += 1
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        # AdamW leaves pruned weights at 0 by itself; optimizers that mix weights, like Muon, do not.
-        self.zero_pruned()
+        self.after_update(optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_evaluate or control.should_save or control.should_training_stop:
+            # Whatever else may have written to the weights: what leaves the run is as sparse as it says.
+            self.zero_pruned()
         self._leave_state(state, control)
 
     def on_epoch_end(

@@ -72,6 +72,20 @@ def zero_pruned_state_(optimizer: torch.optim.Optimizer, param: Tensor, mask: Te
             zero_pruned_(state, mask)
 
 
+def leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an update leaves a weight at exactly 0 whose gradient and states are 0.
+
+    Adam's and AdamW's do: w (1 - lr decay) - lr 0 / (sqrt(0) + eps). Not with eps = 0, and in float16 the usual eps is 0.
+    Other optimizers are not asked, and some mix weights, like Muon.
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return False
+    return all(
+        group["eps"] > 0 and all(param.dtype in (torch.float32, torch.bfloat16) for param in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
 def mask_gradients(parameters: Iterable[tuple[Tensor, ParameterShard]]) -> list[RemovableHandle]:
     """Make pruned gradients exactly 0, NaN included, as soon as they are accumulated, so before any clipping.
 

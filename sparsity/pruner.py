@@ -13,6 +13,7 @@ from sparsity.mask import (
     check_replicas_agree,
     count_kept,
     count_nonzero_pruned,
+    leaves_zeros,
     make_shards,
     mask_gradients,
     masks_from_zeros,
@@ -72,6 +73,8 @@ class Pruner:
         self._pools: list[Pool] = []
         self._layout = RankLayout()
         self._hooks: list[RemovableHandle] = []
+        self._updates_leave_zeros = False
+        """Known of the optimizer, and of its states under these masks."""
         self._check_choices(score)
 
     def _check_choices(self, score: str) -> None:
@@ -132,6 +135,7 @@ class Pruner:
             self.overall = seen_together(self.schedule, self._pools)
         self._layout = rank_layout(list(self._parameters.values()))
         self._shards = make_shards(self._parameters)
+        self._updates_leave_zeros = False
         self._hooks = mask_gradients(zip(self._parameters.values(), self._shards, strict=True))
 
     def unbind(self) -> None:
@@ -182,18 +186,27 @@ class Pruner:
         if not keys:
             return
         check_replicas_agree(self._shards, self._layout)
-        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
-            zero_pruned_(param, shard.mask)
-            if optimizer is not None:
-                zero_pruned_state_(state_holder(optimizer), param, shard.mask)
+        self.zero_pruned(optimizer)
         self._count()
         if self._has_magnitudes:
             self.threshold = magnitude_of_key(max(keys))
 
-    def zero_pruned(self) -> None:
-        """Write 0 into every pruned weight."""
+    def zero_pruned(self, optimizer: Any = None) -> None:
+        """Write 0 into every pruned weight, and into its states in `optimizer`."""
         for param, shard in zip(self._parameters.values(), self._shards, strict=True):
             zero_pruned_(param, shard.mask)
+            if optimizer is not None:
+                zero_pruned_state_(state_holder(optimizer), param, shard.mask)
+
+    def after_update(self, optimizer: Any = None) -> None:
+        """Have every pruned weight at 0 after an update of `optimizer`.
+
+        Where its updates leave zeros by themselves (`sparsity.mask.leaves_zeros`) weights and states are gone through
+        once under the same masks, and no more: reading masks and weights at every step is not free.
+        """
+        if optimizer is None or not self._updates_leave_zeros:
+            self.zero_pruned(optimizer)
+            self._updates_leave_zeros = optimizer is not None and leaves_zeros(state_holder(optimizer))
 
     def check_masks(self, kept: dict[str, int], inherited: dict[str, int], global_step: int) -> None:
         """Take masks that were written into `shards` for those before step `global_step`; a ValueError where they aren't.
@@ -264,4 +277,6 @@ class Pruner:
             shard.values = local_values(param)
 
     def _count(self) -> None:
+        """Called wherever masks have changed. Collective."""
+        self._updates_leave_zeros = False
         self.kept = dict(zip(self._parameters, count_kept(self._shards, self._layout), strict=True))

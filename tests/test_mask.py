@@ -1,11 +1,22 @@
 """Pruned weights are exactly 0 and stay so; survivors are untouched."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerControl, TrainerState
 
 from sparsity import SparsityCallback
-from sparsity.mask import make_shards, mask_gradients, mask_hash, masks_from_zeros, zero_pruned_, zero_pruned_state_
+from sparsity.mask import (
+    leaves_zeros,
+    make_shards,
+    mask_gradients,
+    mask_hash,
+    masks_from_zeros,
+    zero_pruned_,
+    zero_pruned_state_,
+)
 from sparsity.prunable import linear_weights, own_linear_weights, plain_name, prunable_parameters
 from sparsity.schedule import Geometric
 
@@ -130,9 +141,62 @@ def test_an_optimizer_that_mixes_weights_cannot_bring_one_back():
         model(torch.randn(8, 12)).pow(2).mean().backward()
         optimizer.step()
         assert sum(int((param == 0).sum()) for param in model.parameters()) < 96
-        callback.on_optimizer_step(None, None, None)
+        callback.on_optimizer_step(None, None, None, optimizer=optimizer)
         assert sum(int((param == 0).sum()) for param in model.parameters()) == 96
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"amsgrad": True}, {"weight_decay": 0.5}, {"foreach": True}])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adam_leaves_zeros_by_itself_once_its_states_are_zero(kind, options, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Linear(8, 4, bias=False)).to(dtype)
+    callback = SparsityCallback(Geometric(0.75, 0, 0, 1))
+    callback.bind(model)
+    optimizer = kind(model.parameters(), lr=0.1, **options)
+    masked = []
+    for step in range(6):
+        model(torch.randn(8, 12, dtype=dtype)).pow(2).mean().backward()
+        optimizer.step()
+        if step == 2:
+            # Without the optimizer: its moments are those of a dense model.
+            callback.prune(0.25)
+        with mock.patch("sparsity.pruner.zero_pruned_") as zero:
+            zero.side_effect = zero_pruned_
+            callback.on_optimizer_step(None, None, None, optimizer=optimizer)
+            masked.append(zero.called)
+        if step >= 2:
+            weights = torch.cat([param.view(-1) for param in model.parameters()])
+            assert int((weights == 0).sum()) == 96
+            assert not weights[weights == 0].signbit().any()
+        optimizer.zero_grad()
+    assert masked == [True, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.AdamW([nn.Parameter(torch.ones(2))], eps=0.0),
+        torch.optim.AdamW([nn.Parameter(torch.ones(2, dtype=torch.float16))]),
+        torch.optim.SGD([nn.Parameter(torch.ones(2))]),
+        type("Own", (torch.optim.AdamW,), {})([nn.Parameter(torch.ones(2))]),
+    ],
+)
+def test_other_optimizers_are_not_trusted_to_leave_zeros(optimizer):
+    assert not leaves_zeros(optimizer)
+
+
+def test_what_is_saved_or_evaluated_is_sparse_whoever_wrote_to_the_weights():
+    layer = nn.Linear(4, 4, bias=False)
+    callback = SparsityCallback(Geometric(0.5, 0, 0, 1), report=False)
+    callback.bind(layer)
+    callback.prune(0.5)
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    control = TrainerControl(should_evaluate=True)
+    callback.on_step_end(None, TrainerState(), control)
+    assert int((layer.weight == 0).sum()) == 8
 
 
 def test_binding_again_forgets_the_run_before():

@@ -224,7 +224,7 @@ def make_sparse(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[
     callback = SparsityCallback(Geometric(0.8, 0, 0, 1), report=False)
     callback.bind(model)
     callback.prune(0.2, optimizer)
-    return lambda: callback.on_optimizer_step(None, None, None)  # type: ignore[arg-type]
+    return lambda: callback.on_optimizer_step(None, None, None, optimizer=optimizer)  # type: ignore[arg-type]
 
 
 def plain_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
