@@ -64,13 +64,19 @@ def pairs(*details: str) -> Callable[[list[Row]], str]:
         lines = []
         for row in rows:
             more = [row.get(detail) for detail in details]
-            cells = ["" if cell is None else figure(cell, 4) if isinstance(cell, float) else str(cell) for cell in more]
+            cells = [detail_cell(value) for value in more]
             figures = [figure(row["seconds"]), row["baseline"], figure(row["baseline_seconds"]), figure(row["ratio"])]
             lines.append([row["name"], *figures, *cells])
         shown = [detail.replace("_", " ") for detail in details]
         return table(["", "seconds", "peer", "its seconds", "ratio", *shown], lines)
 
     return made
+
+
+def detail_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else figure(value, 4) if isinstance(value, float) else str(value)
 
 
 def memory(rows: list[Row]) -> str:
