@@ -186,8 +186,8 @@ class Pruner:
         if not keys:
             return
         check_replicas_agree(self._shards, self._layout)
-        self.zero_pruned(optimizer)
         self._count()
+        self._zero_all(optimizer)
         if self._has_magnitudes:
             self.threshold = magnitude_of_key(max(keys))
 
@@ -205,8 +205,11 @@ class Pruner:
         once under the same masks, and no more: reading masks and weights at every step is not free.
         """
         if optimizer is None or not self._updates_leave_zeros:
-            self.zero_pruned(optimizer)
-            self._updates_leave_zeros = optimizer is not None and leaves_zeros(state_holder(optimizer))
+            self._zero_all(optimizer)
+
+    def _zero_all(self, optimizer: Any) -> None:
+        self.zero_pruned(optimizer)
+        self._updates_leave_zeros = optimizer is not None and leaves_zeros(state_holder(optimizer))
 
     def check_masks(self, kept: dict[str, int], inherited: dict[str, int], global_step: int) -> None:
         """Take masks that were written into `shards` for those before step `global_step`; a ValueError where they aren't.

@@ -156,22 +156,24 @@ def test_adam_leaves_zeros_by_itself_once_its_states_are_zero(kind, options, dty
     callback.bind(model)
     optimizer = kind(model.parameters(), lr=0.1, **options)
     masked = []
-    for step in range(6):
+    for step in range(8):
         model(torch.randn(8, 12, dtype=dtype)).pow(2).mean().backward()
         optimizer.step()
         if step == 2:
             # Without the optimizer: its moments are those of a dense model.
-            callback.prune(0.25)
+            callback.prune(0.5)
+        if step == 5:
+            callback.prune(0.25, optimizer)
         with mock.patch("sparsity.pruner.zero_pruned_") as zero:
             zero.side_effect = zero_pruned_
             callback.on_optimizer_step(None, None, None, optimizer=optimizer)
             masked.append(zero.called)
         if step >= 2:
             weights = torch.cat([param.view(-1) for param in model.parameters()])
-            assert int((weights == 0).sum()) == 96
+            assert int((weights == 0).sum()) == (64 if step < 5 else 96)
             assert not weights[weights == 0].signbit().any()
         optimizer.zero_grad()
-    assert masked == [True, False, True, False, False, False]
+    assert masked == [True, False, True, *[False] * 5]
 
 
 @pytest.mark.parametrize(
