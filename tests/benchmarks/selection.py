@@ -277,7 +277,7 @@ def extra_bytes(numel: int, sparsity: float, device: str, dtype: str, baselines:
     for weights in (make_weights(max(1000, numel // 100), device, dtype), make_weights(numel, device, dtype)):
         num_pruned = round(sparsity * sum(weight.numel() for weight in weights))
         shards = make_shards({str(index): weight for index, weight in enumerate(weights)})
-        # The largest of several: the system may take pages of code from this process meanwhile, which would hide as many.
+        # The largest of several: where pages cannot be held some may leave meanwhile.
         peaks = [peak_beyond(partial(prune_smallest_, shards, num_pruned), device) for _ in range(3)]
         found[OURS] = None if None in peaks else max(peak for peak in peaks if peak is not None)
         for name in baselines:
