@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from conf import cli, schema
 from conf.compose import check_arguments, quoted_path
-from train.faults.process import die_with_parent, end_process
+from train.faults.process import die_with_parent, end_process_after
 
 COLLECTIVES_TIMEOUT_S = 1800
 
@@ -48,16 +48,15 @@ def main(cfg: DictConfig) -> None:
     world.leave()
 
 
+def run_process() -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    cli.hush_other_ranks()
+    sys.argv[1:] = map(quoted_path, sys.argv[1:])
+    with cli.user_errors():
+        check_arguments("eval", sys.argv[1:])
+    main()
+
+
 if __name__ == "__main__":
-    exit_code = 0
-    try:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            die_with_parent()
-        cli.hush_other_ranks()
-        sys.argv[1:] = map(quoted_path, sys.argv[1:])
-        with cli.user_errors():
-            check_arguments("eval", sys.argv[1:])
-        main()
-    except SystemExit as ended:
-        exit_code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    end_process(exit_code)
+    end_process_after(run_process)

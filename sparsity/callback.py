@@ -106,15 +106,12 @@ class SparsityCallback(Pruner, TrainerCallback):
         self.after_update(optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_evaluate or control.should_save or control.should_training_stop:
-            # Whatever else may have written to the weights: what leaves the run is as sparse as it says.
-            self.zero_pruned()
-        self._leave_state(state, control)
+        self._before_others_look(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._leave_state(state, control)
+        self._before_others_look(state, control)
 
     def on_log(
         self,
@@ -160,6 +157,12 @@ class SparsityCallback(Pruner, TrainerCallback):
         self.threshold = state["threshold"]
         self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
         self._is_loaded = True
+
+    def _before_others_look(self, state: TrainerState, control: TrainerControl) -> None:
+        """Have what is evaluated, saved or left at the end as sparse as it says, whoever wrote to the weights."""
+        if control.should_evaluate or control.should_save or control.should_training_stop:
+            self.zero_pruned()
+        self._leave_state(state, control)
 
     def _leave_state(self, state: TrainerState, control: TrainerControl) -> None:
         """Put what tells masks from zeros into the state that the Trainer saves with its checkpoint. Collective."""

@@ -187,7 +187,7 @@ class Pruner:
             return
         check_replicas_agree(self._shards, self._layout)
         self._count()
-        self._zero_all(optimizer)
+        self.zero_pruned(optimizer)
         if self._has_magnitudes:
             self.threshold = magnitude_of_key(max(keys))
 
@@ -197,6 +197,8 @@ class Pruner:
             zero_pruned_(param, shard.mask)
             if optimizer is not None:
                 zero_pruned_state_(state_holder(optimizer), param, shard.mask)
+        if optimizer is not None:
+            self._updates_leave_zeros = leaves_zeros(state_holder(optimizer))
 
     def after_update(self, optimizer: Any = None) -> None:
         """Have every pruned weight at 0 after an update of `optimizer`.
@@ -205,11 +207,7 @@ class Pruner:
         once under the same masks, and no more: reading masks and weights at every step is not free.
         """
         if optimizer is None or not self._updates_leave_zeros:
-            self._zero_all(optimizer)
-
-    def _zero_all(self, optimizer: Any) -> None:
-        self.zero_pruned(optimizer)
-        self._updates_leave_zeros = optimizer is not None and leaves_zeros(state_holder(optimizer))
+            self.zero_pruned(optimizer)
 
     def check_masks(self, kept: dict[str, int], inherited: dict[str, int], global_step: int) -> None:
         """Take masks that were written into `shards` for those before step `global_step`; a ValueError where they aren't.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import __main__ as everything
-from tests.benchmarks import around, compact, demo, overhead, scale, selection, startup, throughput
+from tests.benchmarks import around, compact, demo, overhead, peers, scale, selection, startup, throughput
 from tests.benchmarks.common import Comparison, can_compile, in_process, publish
 from tests.distributed import run_ranks
 
@@ -35,7 +35,7 @@ def in_this_process(monkeypatch) -> None:
 def test_the_selection_benchmark_writes_what_the_contract_names(tmp_path, capsys):
     publish(selection.measure([20_000], sparsity=0.8, rounds=1), tmp_path / "selection.json", ["extra_bytes"])
     rows = json.loads((tmp_path / "selection.json").read_text())
-    peers = [
+    alone = [
         "global_unstructured",
         "topk",
         "kthvalue",
@@ -43,7 +43,7 @@ def test_the_selection_benchmark_writes_what_the_contract_names(tmp_path, capsys
         *["compiled passes"] * can_compile("cpu"),
         "one read pass",
     ]
-    baselines = [*peers, "global_unstructured", "one read pass", "one read pass", "one read pass"]
+    baselines = [*alone, "global_unstructured", "one read pass", "one read pass", "one read pass"]
     baselines += ["global_unstructured, one process", "gather + kthvalue", "gather + sort", "one read pass"]
     assert [row["baseline"] for row in rows if row["device"] == "cpu"] == baselines
     for row in rows:
@@ -106,7 +106,7 @@ def test_overhead_misses_its_goal_above_one_percent(ratio, num_missed):
 
 @pytest.mark.parametrize("numel", [999, 200_000, 2_000_000])
 def test_the_weights_are_as_many_as_asked_for(numel):
-    assert sum(weight.numel() for weight in selection.make_weights(numel)) == numel
+    assert sum(weight.numel() for weight in peers.make_weights(numel)) == numel
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -189,15 +189,16 @@ def test_other_optimizers_are_not_trusted_to_leave_zeros(optimizer):
     assert not leaves_zeros(optimizer)
 
 
-def test_what_is_saved_or_evaluated_is_sparse_whoever_wrote_to_the_weights():
+@pytest.mark.parametrize("moment", ["on_step_end", "on_epoch_end"])
+@pytest.mark.parametrize("flag", ["should_evaluate", "should_training_stop"])
+def test_what_is_evaluated_or_left_is_sparse_whoever_wrote_to_the_weights(moment, flag):
     layer = nn.Linear(4, 4, bias=False)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1), report=False)
     callback.bind(layer)
     callback.prune(0.5)
     with torch.no_grad():
         layer.weight.add_(1.0)
-    control = TrainerControl(should_evaluate=True)
-    callback.on_step_end(None, TrainerState(), control)
+    getattr(callback, moment)(None, TrainerState(), TrainerControl(**{flag: True}))
     assert int((layer.weight == 0).sum()) == 8
 
 

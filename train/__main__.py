@@ -11,7 +11,7 @@ from conf import cli, schema
 from conf.compose import check_arguments
 from conf.schema.checks import check
 from train.faults.error import FAILED_CODE, hand_over
-from train.faults.process import die_with_parent, end_process
+from train.faults.process import die_with_parent, end_process, end_process_after
 from train.faults.stop import RunStopped
 from train.plan import plan_run, world_size_asked
 
@@ -60,17 +60,16 @@ def train(cfg: DictConfig) -> None:
     world.leave()
 
 
+def run_process() -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+        # Ctrl-C before there is anything to save ends a rank without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    cli.hush_other_ranks()
+    with cli.user_errors():
+        check_arguments("train", sys.argv[1:])
+    main()
+
+
 if __name__ == "__main__":
-    exit_code = 0
-    try:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            die_with_parent()
-            # Ctrl-C before there is anything to save ends a rank without a traceback.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-        cli.hush_other_ranks()
-        with cli.user_errors():
-            check_arguments("train", sys.argv[1:])
-        main()
-    except SystemExit as ended:
-        exit_code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    end_process(exit_code)
+    end_process_after(run_process)

@@ -33,8 +33,8 @@ from launch.command import CONFIGS, DEFAULT_CPU_PROCESSES, child_environment, nu
 from sparsity import Geometric, SparsityCallback
 from tests.benchmarks.common import RESULTS, Comparison, clock, finish, publish, synchronize
 from tests.benchmarks.turns import ALWAYS, EVENTS, WARM_UP, Turns, make_trainer, random_tokens, run_in_turns
-from train.__main__ import end_process
 from train.distributed import join_world
+from train.faults.process import end_process
 from train.plan import plan_run
 
 MOST_OVERHEAD = 1.01

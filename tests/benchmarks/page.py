@@ -47,8 +47,9 @@ def selection(rows: list[Row]) -> str:
     lines = []
     for (name, numel, dtype, device, threads, ranks), found in runs.items():
         by_peer = {row["baseline"]: f"{figure(row['ratio'])} ({figure(row['baseline_seconds'])} s)" for row in found}
-        shared = f", {ranks} ranks" if ranks > 1 else f", {threads} thread{'s' * (threads > 1)}"
-        where = device + shared * (device == "cpu")
+        where = device
+        if device == "cpu":
+            where += f", {ranks} ranks" if ranks > 1 else f", {threads} thread{'s' * (threads > 1)}"
         share = found[0].get("extra_share")
         memory = "" if share is None else f"{share:.2%}"
         what = name.partition(",")[0]

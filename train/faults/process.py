@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
@@ -23,6 +24,16 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def end_process_after(body: Callable[[], None]) -> NoReturn:
+    """Call `body`, and end with the code that its SystemExit gives, 0 where there is none. Other exceptions are raised."""
+    code = 0
+    try:
+        body()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    end_process(code)
 
 
 def end_process(code: int) -> NoReturn:

@@ -1,0 +1,102 @@
+"""What one would prune with instead: masks of the same weights by torch's own means, and the check that they are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from sparsity.score import SIGN_OFF, magnitude_of_key
+from sparsity.select import Threshold
+
+REFERENCE, COMPILED = "global_unstructured", "compiled passes"
+Method = Callable[[list[Tensor], int], list[Tensor]]
+"""Masks of the weights, True where kept, with that many pruned."""
+
+
+def make_weights(numel: int, device: str = "cpu", dtype: str = "float32") -> list[Tensor]:
+    """Weights of a LLaMA's linear layers, `numel` in all; the head and a rest fill up what whole layers leave."""
+    hidden = next((width for width in (2048, 400, 40) if numel >= 32 * width**2), 4)
+    layer = [(hidden, hidden)] * 4 + [(4 * hidden, hidden)] * 2 + [(hidden, 4 * hidden)]
+    num_layers = numel // (16 * hidden**2)
+    rows, rest = divmod(numel - num_layers * 16 * hidden**2, hidden)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [shape for shape in [*layer * num_layers, (rows, hidden), (rest,)] if 0 not in shape]
+    return [torch.randn(shape, generator=generator).mul_(0.02).to(device, getattr(torch, dtype)) for shape in shapes]
+
+
+def by_global_unstructured(weights: list[Tensor], num_pruned: int) -> list[Tensor]:
+    modules = [nn.Module() for _ in weights]
+    for module, weight in zip(modules, weights, strict=True):
+        module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    chosen = [(module, "weight") for module in modules]
+    prune.global_unstructured(chosen, pruning_method=prune.L1Unstructured, amount=num_pruned)
+    return [module.weight_mask for module in modules]  # type: ignore[misc]
+
+
+def by_topk(weights: list[Tensor], num_pruned: int) -> list[Tensor]:
+    """In topk's quickest form: the smaller side, not sorted."""
+    scores = torch.cat([weight.abs().view(-1) for weight in weights])
+    threshold = torch.topk(scores, scores.numel() - num_pruned, sorted=False).values.min()
+    return [weight.abs() >= threshold for weight in weights]
+
+
+def by_kthvalue(weights: list[Tensor], num_pruned: int) -> list[Tensor]:
+    scores = torch.cat([weight.abs().view(-1) for weight in weights])
+    threshold = scores.kthvalue(num_pruned).values
+    return [weight.abs() > threshold for weight in weights]
+
+
+def by_sort(weights: list[Tensor], num_pruned: int) -> list[Tensor]:
+    scores = torch.cat([weight.abs().view(-1) for weight in weights])
+    threshold = torch.sort(scores).values[num_pruned - 1]
+    return [weight.abs() > threshold for weight in weights]
+
+
+BASELINES: dict[str, Method] = {
+    REFERENCE: by_global_unstructured,
+    "topk": by_topk,
+    "kthvalue": by_kthvalue,
+    "sort": by_sort,
+}
+
+
+def compiled_passes(weights: list[Tensor], threshold: Threshold, timed: Callable[..., tuple[float, Any]]) -> float:
+    """Seconds of counting around a bracket and of writing the masks, a compiled kernel each.
+
+    Sign bits are counted and written: the comparisons that torch.compile makes for a CPU take several times as long.
+    """
+
+    @torch.compile(dynamic=True)
+    def count(bits: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        keys = (bits & SIGN_OFF).view(-1, 256)
+        below, upto = ((keys - lo) >> 31) & 1, ((keys - hi) >> 31) & 1
+        return below.sum(1, dtype=torch.int32), upto.sum(1, dtype=torch.int32)
+
+    @torch.compile(dynamic=True)
+    def write(bits: Tensor, key: Tensor, mask: Tensor) -> None:
+        mask.copy_(((key - (bits & SIGN_OFF)) >> 31) & 1)
+
+    key, lo, hi = (torch.tensor(threshold.key + away, dtype=torch.int32) for away in (0, -50_000, 50_000))
+    parts = [weight.view(torch.int32).view(-1)[: weight.numel() // 256 * 256] for weight in weights]
+    masks = [torch.empty_like(part, dtype=torch.int8) for part in parts]
+
+    def passes() -> None:
+        for part, mask in zip(parts, masks, strict=True):
+            count(part, lo, hi)
+            write(part, key, mask)
+
+    passes()
+    return timed(passes)[0]
+
+
+def check_same(weights: list[Tensor], ours: list[Tensor], theirs: list[Tensor], threshold: Threshold) -> int:
+    """The number that they prune; an AssertionError where a mask differs other than in ties at the threshold."""
+    tie = magnitude_of_key(threshold.key)
+    for weight, mask, other in zip(weights, ours, theirs, strict=True):
+        differ = mask.view(-1) != other.bool().view(-1)
+        assert bool((weight.view(-1)[differ].abs() == tie).all()), "a mask differs outside ties"
+    return sum(other.numel() - int(torch.count_nonzero(other)) for other in theirs)
