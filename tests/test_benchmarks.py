@@ -253,3 +253,11 @@ def test_a_command_that_says_a_lot_before_its_first_step_is_not_held_up(tmp_path
     sign = tmp_path / "sign"
     code = f"import pathlib; print('x' * 300_000, flush=True); pathlib.Path({str(sign)!r}).write_text('x')"
     assert startup.seconds_until([sys.executable, "-c", code], sign, dict(os.environ)) > 0
+
+
+def test_a_command_that_ends_with_its_first_step_has_made_it(tmp_path):
+    sign = tmp_path / "sign"
+    for _ in range(10):
+        assert startup.seconds_until(["sh", "-c", f"echo x > '{sign}'"], sign, dict(os.environ)) > 0
+    with pytest.raises(RuntimeError, match="failed:\nno step"):
+        startup.seconds_until(["sh", "-c", "echo no step"], sign, dict(os.environ))

@@ -62,13 +62,14 @@ def test_a_runs_dir_that_cannot_be_made_is_refused(tmp_path):
 
 def test_a_runs_dir_without_permission_is_refused(tmp_path):
     (tmp_path / "runs").mkdir(mode=0o500)
-    user = os.geteuid()
+    # Read while this is still the user whose checkout it is.
+    config, user = config_of(tmp_path), os.geteuid()
     try:
         if user == 0:
             # Root may write anywhere.
             os.seteuid(65534)
         with pytest.raises(OSError, match="Permission denied") as refusal:
-            RunDirectory(tmp_path / "runs" / "tiny").claim(config_of(tmp_path), 0)
+            RunDirectory(tmp_path / "runs" / "tiny").claim(config, 0)
     finally:
         os.seteuid(user)
     assert "choose a runs_dir and data.cache_dir that you may write to" in sentence(refusal.value)

@@ -74,12 +74,17 @@ def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
-            while process.poll() is None and not taken:
+            while not taken:
+                # Asked before the file is looked for: a command may make it and end in between.
+                ended = process.poll() is not None
                 if sign.exists() and sign.stat().st_size:
                     taken = time.perf_counter() - started
+                elif ended:
+                    break
                 elif time.perf_counter() - started > TIMEOUT_S:
                     raise TimeoutError(f"{' '.join(command)} made no step within {TIMEOUT_S} s.")
-                time.sleep(0.005)
+                else:
+                    time.sleep(0.005)
             process.wait(timeout=TIMEOUT_S)
         finally:
             process.kill()
