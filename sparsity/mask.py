@@ -15,12 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sparsity.shards import ParameterShard, RankLayout, chunks, local_tensor, local_values, shard_offset
+from sparsity.shards import ParameterShard, RankLayout, local_tensor, local_values, shard_offset
 
 _AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-FEW_ELEMENTS = 1 << 13
-"""On a CPU torch's `where` branches at every element, four nanoseconds in a mask without pattern; an AND of bits takes
-less than one, but its calls cost what `where` takes for so many elements."""
 
 
 def make_shards(parameters: dict[str, Tensor]) -> list[ParameterShard]:
@@ -50,16 +47,11 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
     """Write 0 into `tensor` (any shape, plain or DTensor) where the flat local `mask` is False."""
     local = local_tensor(tensor)
     mask = mask.view(local.shape)
-    if (
-        local.device.type == "cpu"
-        and local.dtype in _AS_BITS
-        and local.is_contiguous()
-        and local.numel() > FEW_ELEMENTS
-    ):
-        # All bits of a kept weight and none of a pruned one.
-        bits, kept = local.view(-1).view(_AS_BITS[local.dtype]), mask.view(-1).view(torch.int8)
-        for part in chunks(len(bits), local.device):
-            bits[part].bitwise_and_(kept[part].to(bits.dtype).neg_())
+    if local.device.type == "cpu" and local.dtype in _AS_BITS and local.is_contiguous():
+        # A product of integers keeps all bits or none. Torch's `where` branches at each weight, and torch's products of two
+        # types make a copy of the mask first.
+        bits, kept = local.view(_AS_BITS[local.dtype]).numpy(), mask.view(torch.int8).numpy()
+        np.multiply(bits, kept, out=bits)
     else:
         # Into itself: an inverted mask for masked_fill_ would be another byte a weight.
         torch.where(mask, local, local.new_zeros(()), out=local)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import __main__ as everything
-from tests.benchmarks import around, compact, demo, overhead, peers, scale, selection, startup, throughput
+from tests.benchmarks import around, compact, demo, masking, overhead, peers, scale, selection, startup, throughput
 from tests.benchmarks.common import Comparison, can_compile, in_process, publish
 from tests.distributed import run_ranks
 
@@ -27,7 +27,7 @@ def in_this_process(monkeypatch) -> None:
     def call(module: str, function: str, *arguments: object, **environment: str) -> Any:
         return json.loads(json.dumps(getattr(import_module(module), function)(*json.loads(json.dumps(arguments)))))
 
-    for benchmark in (selection, compact):
+    for benchmark in (selection, masking, compact):
         monkeypatch.setattr(benchmark, "in_process", call)
 
 
@@ -50,6 +50,22 @@ def test_the_selection_benchmark_writes_what_the_contract_names(tmp_path, capsys
         assert row.keys() >= CONTRACT | {"numel", "threads", "ranks", "machine", "torch"}
         assert row["ratio"] == row["baseline_seconds"] / row["seconds"] > 0
     assert "gather + kthvalue" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_masking_benchmark_compares_bytes_with_bits_and_torchs_ways(tmp_path, dtype):
+    publish(masking.compare(20_003, rounds=1, device="cpu", dtype=dtype), tmp_path / "masking.json")
+    rows = json.loads((tmp_path / "masking.json").read_text())
+    assert [row["baseline"] for row in rows] == ["bits", "where", "masked_fill", "multiply", "one read pass"]
+    assert [row["peer_bytes_per_weight"] for row in rows] == [0.125, 1, 2, 1, None]
+    assert all(row.keys() >= CONTRACT and row["mask_bytes_per_weight"] == 1 for row in rows)
+
+
+def test_a_way_of_masking_that_leaves_other_gradients_is_found_out(monkeypatch):
+    monkeypatch.setattr(masking, "by_bits", lambda gradient, bits: None)
+    with pytest.raises(AssertionError, match="bits leaves other gradients"):
+        masking.time_masking(20_003, 1, "cpu", "float32")
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ CONFIGURED = ("hydra", "omegaconf")
 RUNS = (*CONFIGURED, "datasets", "filelock")
 QUICK = (
     Benchmark("selection"),
+    Benchmark("masking"),
     Benchmark("overhead", needs=RUNS),
     Benchmark("compact"),
     Benchmark("demo", needs=RUNS),
@@ -44,6 +45,7 @@ LONG = (
 THROUGHPUT = Benchmark("throughput", ("--profile",))
 ON_GPU = (
     Benchmark("selection", ("--large", "--device", "cuda")),
+    Benchmark("masking", ("--device", "cuda")),
     THROUGHPUT,
     Benchmark("overhead", needs=RUNS),
     Benchmark("memory", needs=CONFIGURED),

@@ -112,6 +112,10 @@ def scale(rows: list[Row]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "selection": ("Selection and prune events", selection),
+    "masking": (
+        "Masks of bytes and of bits",
+        pairs("numel", "dtype", "device", "mask_bytes_per_weight", "peer_bytes_per_weight"),
+    ),
     "overhead": ("A sparse step", pairs("overhead", "overhead_error", "pairs", "tokens_per_second", "device", "ranks")),
     "demo": ("The demo beside a plain loop", pairs("pairs", "tokens_per_second")),
     "throughput": ("Training throughput", throughput),
