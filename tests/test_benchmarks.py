@@ -164,13 +164,29 @@ def test_the_launcher_misses_its_goal_above_six_tenths_of_a_second(seconds, num_
     assert len(around.missed_goals([Comparison("import", seconds, "python", 0.1)])) == num_missed
 
 
-def test_a_rank_of_a_fake_world_holds_its_share():
+@pytest.mark.parametrize("shard_ranks", [64, 16])
+def test_a_rank_of_a_fake_world_holds_its_share_of_its_copy(shard_ranks):
     tiny = {
         "name": "tiny", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 4, "vocab_size": 128,
     }  # fmt: skip
-    found = in_process(scale.MODULE, "shard_in_fake_world", tiny, 64)
-    assert (found["num_shards"], found["local_weights"]) == (15, (2 * 16 * 64 * 64 + 128 * 64) // 64)
+    found = in_process(scale.MODULE, "shard_in_fake_world", tiny, 64, shard_ranks)
+    assert (found["num_shards"], found["local_weights"]) == (15, (2 * 16 * 64 * 64 + 128 * 64) // shard_ranks)
+
+
+def test_scale_shows_copies_where_a_world_holds_several(tmp_path):
+    constants = scale.Constants(per_weight=1e-9, per_shard=1e-5, per_block=1e-6)
+    found = {"local_weights": 1000, "num_shards": 7, "sharding_seconds": 0.5, "bookkeeping_seconds": 0.1}
+    rows = [
+        scale.row("tiny", 10_000, world_size, constants, found, hsdp, (1e-5, 25e9))
+        for world_size, hsdp in ((64, None), (512, {"sharding_seconds": 0.25}))
+    ]
+    lines = [line.strip("| ").split(" | ") for line in scale.table(rows).splitlines()]
+    column = lines[0].index("sharding, copies of 64 ranks")
+    assert [line[column - 1 : column + 1] for line in lines[2:]] == [["0.50 s", ""], ["0.50 s", "0.25 s"]]
+    assert len({len(line) for line in (lines[0], *lines[2:])}) == 1
+    scale.draw(rows, tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
 def test_an_event_s_traffic_grows_by_one_count_a_rank():

@@ -32,6 +32,8 @@ MODELS = ("llama2_1b", "llama2_7b", "llama2_70b")
 WORLDS = (2, 8, 64, 512, 4096)
 BATCH = 4096
 BYTES_PER_BIN = 8
+HSDP_SHARDS = 64
+"""Ranks that share one copy of the model where larger worlds hold several."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Row:
     event_network_seconds: float
     event_bytes: int
     sharding_seconds: float
+    hsdp_sharding_seconds: float | None
     bookkeeping_seconds: float
     sampling_seconds: float
     checkpoint_bytes_written: int
@@ -87,8 +90,11 @@ def measure_constants(numel: int = 50_000_000) -> dict[str, float]:
     return asdict(Constants(per_weight, per_shard, (time.perf_counter() - started) / blocks))
 
 
-def shard_in_fake_world(model: dict[str, Any], world_size: int) -> dict[str, float]:
-    """The body of a process: the last rank of a fake world shards a model without weights and makes its masks."""
+def shard_in_fake_world(model: dict[str, Any], world_size: int, shard_ranks: int) -> dict[str, float]:
+    """The body of a process: the last rank of a fake world shards a model without weights and makes its masks.
+
+    The world holds copies of the model, each shared out among `shard_ranks` ranks; one alone is FSDP2, several are HSDP.
+    """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -104,7 +110,9 @@ def shard_in_fake_world(model: dict[str, Any], world_size: int) -> dict[str, flo
     started = time.perf_counter()
     with torch.device("meta"):
         llama = LlamaForCausalLM(llama_config(ModelConfig(**model)))
-    mesh = init_device_mesh("cpu", (world_size,))
+    mesh = init_device_mesh("cpu", (shard_ranks,))
+    if shard_ranks < world_size:
+        mesh = init_device_mesh("cpu", (world_size // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(llama, mesh=mesh)
@@ -137,23 +145,25 @@ def gathered_bytes(world_size: int) -> int:
 
 
 def row(
-    model: ModelConfig,
+    model: str,
     total: int,
     world_size: int,
     constants: Constants,
     found: dict[str, Any],
+    hsdp: dict[str, Any] | None,
     network: tuple[float, float],
 ) -> Row:
     latency, bandwidth = network
     num_reduces, num_bytes = event_traffic(found["num_shards"], world_size)
     return Row(
-        model=model.name,
+        model=model,
         world_size=world_size,
         local_weights=found["local_weights"],
         event_local_seconds=found["local_weights"] * constants.per_weight + found["num_shards"] * constants.per_shard,
         event_network_seconds=2 * num_reduces * latency * math.ceil(math.log2(world_size)) + 2 * num_bytes / bandwidth,
         event_bytes=num_bytes,
         sharding_seconds=found["sharding_seconds"],
+        hsdp_sharding_seconds=hsdp and hsdp["sharding_seconds"],
         bookkeeping_seconds=found["bookkeeping_seconds"],
         # Every rank works out the order of the whole batch and takes its share.
         sampling_seconds=BATCH * constants.per_block,
@@ -171,23 +181,27 @@ def measure(models: Sequence[str], worlds: Sequence[int], latency: float, bandwi
     for name in models:
         model = composed("train", [f"model={name}", "data=text", "data.path=unused"]).model
         for world_size in worlds:
-            found = in_process(MODULE, "shard_in_fake_world", asdict(model), world_size)
+            found = in_process(MODULE, "shard_in_fake_world", asdict(model), world_size, world_size)
+            hsdp = None
+            if world_size > HSDP_SHARDS:
+                hsdp = in_process(MODULE, "shard_in_fake_world", asdict(model), world_size, HSDP_SHARDS)
             total = count_parameters(model).total
-            rows.append(row(model, total, world_size, constants, found, (latency, bandwidth)))
+            rows.append(row(model.name, total, world_size, constants, found, hsdp, (latency, bandwidth)))
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| model | ranks | weights a rank | event, this rank | event, network | sent in it | sharding | masks | a step's "
-        "order | checkpoint a rank | told rank 0 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | ranks | weights a rank | event, this rank | event, network | sent in it | sharding | "
+        f"sharding, copies of {HSDP_SHARDS} ranks | masks | a step's order | checkpoint a rank | told rank 0 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        hsdp = "" if r.hsdp_sharding_seconds is None else f"{r.hsdp_sharding_seconds:.2f} s"
         lines.append(
             f"| {r.model} | {r.world_size:,} | {r.local_weights:,} | {r.event_local_seconds:.3g} s | "
-            f"{1e3 * r.event_network_seconds:.2f} ms | {r.event_bytes / 1e3:.0f} kB | {r.sharding_seconds:.2f} s | "
+            f"{1e3 * r.event_network_seconds:.2f} ms | {r.event_bytes / 1e3:.0f} kB | {r.sharding_seconds:.2f} s | {hsdp} | "
             f"{r.bookkeeping_seconds:.3f} s | {1e3 * r.sampling_seconds:.1f} ms | "
             f"{r.checkpoint_bytes_written / 1e6:,.0f} MB | {r.checkpoint_bytes_gathered / 1e3:.1f} kB |"
         )
@@ -203,13 +217,26 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         "prune event: selection on this rank [s]": ("log", lambda r: r.event_local_seconds),
         "prune event: network [ms], all models alike": ("linear", lambda r: 1e3 * r.event_network_seconds),
         "start-up: masks [s]": ("log", lambda r: r.bookkeeping_seconds),
-        "start-up: torch's fully_shard [s]": ("log", lambda r: r.sharding_seconds),
+        f"start-up: torch's fully_shard [s]; pale: in copies of {HSDP_SHARDS} ranks": (
+            "log",
+            lambda r: r.sharding_seconds,
+        ),
     }
     worlds = sorted({r.world_size for r in rows})
     for axes, (title, (scale, value)) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for model, style in zip(dict.fromkeys(r.model for r in rows), cycle(("o-", "s--", "^:")), strict=False):
             mine = [r for r in rows if r.model == model]
-            axes.plot([r.world_size for r in mine], [value(r) for r in mine], style, markersize=4, label=model)
+            (line,) = axes.plot(
+                [r.world_size for r in mine], [value(r) for r in mine], style, markersize=4, label=model
+            )
+            copies = [r for r in mine if "fully_shard" in title and r.hsdp_sharding_seconds is not None]
+            axes.plot(
+                [r.world_size for r in copies],
+                [r.hsdp_sharding_seconds for r in copies],
+                style[0],
+                color=line.get_color(),
+                alpha=0.4,
+            )
         axes.set_xscale("log", base=2)
         axes.set_xticks(worlds, [f"{world:,}" for world in worlds])
         axes.set(yscale=scale, xlabel="ranks")
