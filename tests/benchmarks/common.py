@@ -71,6 +71,13 @@ def command() -> str:
     return shlex.join(["python", "-m", spec.name, *sys.argv[1:]] if spec else sys.argv)
 
 
+def devices() -> list[str]:
+    """Where figures are made: on the CPU, and on a GPU where there is one."""
+    import torch
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
 def can_compile(device: str) -> bool:
     """Whether torch.compile can be measured on a CPU here: with a C++ compiler."""
     return device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from sparsity.mask import pack_mask, zero_pruned_
 from sparsity.shards import chunks
-from tests.benchmarks.common import RESULTS, Comparison, clock_alone, in_process, publish
-from tests.benchmarks.peers import make_weights
-from tests.benchmarks.selection import FLOOR, devices, read_pass
+from tests.benchmarks.common import RESULTS, Comparison, clock_alone, devices, in_process, publish
+from tests.benchmarks.peers import FLOOR, make_weights, read_pass
 
 MODULE = "tests.benchmarks.masking"
 OURS = "zero_pruned_"

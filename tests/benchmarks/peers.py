@@ -1,4 +1,4 @@
-"""What one would prune with instead: masks of the same weights by torch's own means, and the check that they are the same."""
+"""What one would prune with instead: masks by torch's own means, the check that they are the same, and the floor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.nn.utils import prune
 
 from sparsity.score import SIGN_OFF, magnitude_of_key
 from sparsity.select import Threshold
+from tests.benchmarks.common import clock_alone
 
-REFERENCE, COMPILED = "global_unstructured", "compiled passes"
+REFERENCE, COMPILED, FLOOR = "global_unstructured", "compiled passes", "one read pass"
 Method = Callable[[list[Tensor], int], list[Tensor]]
 """Masks of the weights, True where kept, with that many pruned."""
 
@@ -91,6 +92,23 @@ def compiled_passes(weights: list[Tensor], threshold: Threshold, timed: Callable
 
     passes()
     return timed(passes)[0]
+
+
+def read_pass(weights: list[Tensor], device: str, timed: Callable[..., tuple[float, Any]] = clock_alone) -> float:
+    """Seconds to read all weights once, by the bandwidth of a copy of a part of them: a copy reads and writes."""
+    source = max(weights, key=Tensor.numel).view(-1)
+    if source.nbytes < 64 << 20:
+        source = source.repeat(-(-(64 << 20) // source.nbytes))
+    target = torch.empty_like(source)
+    # On a GPU many at once, so that starting and waiting for them does not count.
+    times = 1 if device == "cpu" else 20
+
+    def copies() -> None:
+        for _ in range(times):
+            target.copy_(source)
+
+    copy = min(timed(copies, device)[0] for _ in range(4)) / times
+    return copy / 2 * sum(weight.nbytes for weight in weights) / source.nbytes
 
 
 def check_same(weights: list[Tensor], ours: list[Tensor], theirs: list[Tensor], threshold: Threshold) -> int:

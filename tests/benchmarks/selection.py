@@ -1,7 +1,7 @@
 """Global magnitude pruning: our selection and masks against what torch offers, exactness checked on the way.
 
     python -m tests.benchmarks.selection [--numel 50000000] [--sparsity 0.8] [--rounds 3] [--large] [--device cuda]
-        -> runs/bench/selection.json, with --large also of 200 M and 1.14 B weights
+        [--dtype bfloat16]    -> runs/bench/selection.json, with --large also of 200 M and 1.14 B weights
 
 The methods of one process take turns in it and the best round of each counts, one round where that takes long. Where one
 thread of a CPU computes alone the seconds are the processor's, so that other work on the machine does not count. Extra
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,22 @@ from tests.benchmarks.common import (
     can_compile,
     clock,
     clock_alone,
+    devices,
     finish,
     in_process,
     peak_beyond,
     publish,
 )
-from tests.benchmarks.peers import BASELINES, COMPILED, REFERENCE, check_same, compiled_passes, make_weights
+from tests.benchmarks.peers import (
+    BASELINES,
+    COMPILED,
+    FLOOR,
+    REFERENCE,
+    check_same,
+    compiled_passes,
+    make_weights,
+    read_pass,
+)
 from tests.distributed import run_ranks
 
 MODULE = "tests.benchmarks.selection"
@@ -55,13 +65,13 @@ LEAST_MEASURED_NUMEL = 20_000_000
 """Below this the fixed buffers and calls are most of the cost: the goals are for models."""
 MOST_PASSES_ON_GPU = 3.0
 MOST_EVENT_SECONDS_ON_GPU = 0.010
-OURS, FLOOR = "prune_smallest_", "one read pass"
-PEERS = {"float32": [*BASELINES, COMPILED], "bfloat16": [REFERENCE]}
+OURS = "prune_smallest_"
+PEERS = {"float32": [*BASELINES, COMPILED], "bfloat16": [*BASELINES]}
 GATHERED = ("kthvalue", "sort")
 EVENT_BYTES = 13
 """A weight's, with mask and two moments."""
 RANK_BYTES = 7
-"""A weight's, of a rank that holds all weights and masks to compare with, and its shards' masks."""
+"""A weight's at most, of a rank that holds all weights and masks to compare with, and its shards' masks."""
 LARGE = (200_000_000, 1_139_277_824)
 SLOW_SECONDS = 5.0
 FREE_SHARE = 0.9
@@ -105,23 +115,6 @@ def is_slow(taken: list[float]) -> bool:
     return len(taken) > 1 and taken[-1] > SLOW_SECONDS
 
 
-def read_pass(weights: list[Tensor], device: str, timed: Callable[..., tuple[float, Any]] = clock_alone) -> float:
-    """Seconds to read all weights once, by the bandwidth of a copy of a part of them: a copy reads and writes."""
-    source = max(weights, key=Tensor.numel).view(-1)
-    if source.nbytes < 64 << 20:
-        source = source.repeat(-(-(64 << 20) // source.nbytes))
-    target = torch.empty_like(source)
-    # On a GPU many at once, so that starting and waiting for them does not count.
-    times = 1 if device == "cpu" else 20
-
-    def copies() -> None:
-        for _ in range(times):
-            target.copy_(source)
-
-    copy = min(timed(copies, device)[0] for _ in range(4)) / times
-    return copy / 2 * sum(weight.nbytes for weight in weights) / source.nbytes
-
-
 def time_event(numel: int, sparsity: float, rounds: int, device: str) -> dict[str, float]:
     """Best seconds of a whole event of the callback, moments included, and of one read pass over the weights."""
     torch.set_num_threads(1)
@@ -139,11 +132,11 @@ def time_event(numel: int, sparsity: float, rounds: int, device: str) -> dict[st
     return {OURS: min(taken[1:]), FLOOR: read_pass(weights, device)}
 
 
-def time_ranks(numel: int, sparsity: float, rounds: int, baselines: list[str]) -> dict[str, float]:
+def time_ranks(numel: int, sparsity: float, rounds: int, dtype: str, baselines: list[str]) -> dict[str, float]:
     """The body of a rank: row shards as FSDP2 makes them, ours against gathering all scores for a method of one process."""
     num_pruned = round(sparsity * numel)
     seconds: dict[str, list[float]] = {name: [] for name in (OURS, *baselines)}
-    weights = make_weights(numel)
+    weights = make_weights(numel, dtype=dtype)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     sharded = {str(i): distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None) for i, w in enumerate(weights)}
     whole = make_shards({str(index): weight for index, weight in enumerate(weights)})
@@ -157,7 +150,7 @@ def time_ranks(numel: int, sparsity: float, rounds: int, baselines: list[str]) -
         local = torch.cat([shard.values.abs() for shard in shards])
         sizes = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, torch.tensor(local.numel()))
-        parts = [torch.empty(int(size)) for size in sizes]
+        parts = [torch.empty(int(size), dtype=local.dtype) for size in sizes]
         dist.all_gather(parts, local)
         scores = torch.cat(parts)
         threshold = scores.sort().values[num_pruned - 1] if by_sort else scores.kthvalue(num_pruned).values
@@ -221,15 +214,21 @@ def compare_event(numel: int, sparsity: float, rounds: int, device: str) -> Comp
 
 
 def compare_ranks(
-    numel: int, sparsity: float, rounds: int, num_ranks: int, baselines: Sequence[str], reference: float | None = None
+    numel: int,
+    sparsity: float,
+    rounds: int,
+    dtype: str,
+    num_ranks: int,
+    baselines: Sequence[str],
+    reference: float | None = None,
 ) -> list[Comparison]:
     """Ours on row shards against gathering, and against `reference`, the processor's seconds of torch's pruning in one
     process."""
-    ranks = run_ranks(time_ranks, num_ranks, numel, sparsity, rounds, list(baselines), timeout_s=900)[0]
+    ranks = run_ranks(time_ranks, num_ranks, numel, sparsity, rounds, dtype, list(baselines), timeout_s=900)[0]
     peers = {**{f"gather + {name}": ranks[name] for name in baselines}, FLOOR: ranks[FLOOR]}
     if reference is not None:
         peers = {f"{REFERENCE}, one process": reference, **peers}
-    details = where(numel, sparsity, "cpu", ranks=num_ranks)
+    details = where(numel, sparsity, "cpu", dtype, ranks=num_ranks)
     name = f"selection, {num_ranks} ranks"
     return [Comparison(name, ranks[OURS], peer, seconds, details) for peer, seconds in peers.items()]
 
@@ -240,10 +239,6 @@ def where(
     """What every row tells of its circumstances."""
     details = {"numel": numel, "sparsity": sparsity, "threads": threads, "dtype": dtype, "device": device}
     return {**details, "ranks": ranks}
-
-
-def devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def that_fit(needs: dict[str, float], numel: int, device: str) -> list[str]:
@@ -258,32 +253,36 @@ def that_fit(needs: dict[str, float], numel: int, device: str) -> list[str]:
 
 
 def measure(
-    sizes: Sequence[int], sparsity: float, rounds: int, on: Sequence[str] = ("cpu",), num_ranks: int = 2
+    sizes: Sequence[int],
+    sparsity: float,
+    rounds: int,
+    on: Sequence[str] = ("cpu",),
+    dtypes: Sequence[str] = tuple(PEERS),
+    num_ranks: int = 2,
 ) -> list[Comparison]:
-    """All comparisons, sizes in rising order, on the devices `on`; ranks are of a CPU."""
+    """All comparisons, sizes in rising order, on the devices `on`; ranks are of a CPU, events of float32."""
     found: list[Comparison] = []
     for device in on:
-        for dtype, peers in PEERS.items():
-            needs = {name: 0.0 for name in peers if name != COMPILED or can_compile(device)}
+        for dtype in dtypes:
+            needs = {name: 0.0 for name in PEERS[dtype] if name != COMPILED or can_compile(device)}
             for numel in sizes:
                 fitting = that_fit(needs, numel, device)
                 found += said(compare_one_process(numel, sparsity, rounds, device, dtype, 1, fitting))
                 needs |= bytes_per_weight(found[-len(fitting) - 1 :])
-        for numel in sizes:
+        for numel in sizes if "float32" in dtypes else ():
             if that_fit({"prune event": EVENT_BYTES}, numel, device):
                 found += said([compare_event(numel, sparsity, rounds, device)])
-    if "cpu" not in on:
-        return found
-    on_cpu = [row for row in found if row.details["device"] == "cpu" and row.details["dtype"] == "float32"]
-    gathering = {name: num_ranks * (RANK_BYTES + 4 + bytes_per_weight(on_cpu).get(name, 0.0)) for name in GATHERED}
-    for numel in sizes:
-        found += said(compare_one_process(numel, sparsity, rounds, "cpu", "float32", 2, []))
-        if that_fit({f"{OURS}, {num_ranks} ranks": num_ranks * RANK_BYTES}, numel, "cpu"):
-            reference = [
-                row.baseline_seconds for row in on_cpu if (row.details["numel"], row.baseline) == (numel, REFERENCE)
-            ]
-            fitting = that_fit(gathering, numel, "cpu")
-            found += said(compare_ranks(numel, sparsity, rounds, num_ranks, fitting, *reference))
+    for dtype in dtypes if "cpu" in on else ():
+        alone = [row for row in found if (row.details["device"], row.details["dtype"]) == ("cpu", dtype)]
+        gathering = {name: num_ranks * (RANK_BYTES + 4 + bytes_per_weight(alone).get(name, 0.0)) for name in GATHERED}
+        for numel in sizes:
+            found += said(compare_one_process(numel, sparsity, rounds, "cpu", dtype, 2, []))
+            if that_fit({f"{OURS}, {num_ranks} ranks": num_ranks * RANK_BYTES}, numel, "cpu"):
+                reference = [
+                    row.baseline_seconds for row in alone if (row.details["numel"], row.baseline) == (numel, REFERENCE)
+                ]
+                fitting = that_fit(gathering, numel, "cpu")
+                found += said(compare_ranks(numel, sparsity, rounds, dtype, num_ranks, fitting, *reference))
     return found
 
 
@@ -335,9 +334,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "selection.json")
     parser.add_argument("--large", action="store_true", help="also 200 M and 1.14 B weights: takes 14 GB of memory")
     parser.add_argument("--device", action="append", choices=devices(), help="this one alone")
+    parser.add_argument("--dtype", action="append", choices=list(PEERS), help="this one alone")
     options = parser.parse_args()
     sizes = [options.numel, *(LARGE if options.large else ())]
-    found = measure(sizes, options.sparsity, options.rounds, options.device or devices())
+    found = measure(sizes, options.sparsity, options.rounds, options.device or devices(), options.dtype or list(PEERS))
     publish(found, options.output, ["numel", "dtype", "device", "threads", "ranks", "extra_bytes", "extra_share"])
     finish(missed_goals(found))
 
