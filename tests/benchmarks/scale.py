@@ -150,7 +150,7 @@ def row(
     world_size: int,
     constants: Constants,
     found: dict[str, Any],
-    hsdp: dict[str, Any] | None,
+    hsdp_sharding_seconds: float | None,
     network: tuple[float, float],
 ) -> Row:
     latency, bandwidth = network
@@ -163,7 +163,7 @@ def row(
         event_network_seconds=2 * num_reduces * latency * math.ceil(math.log2(world_size)) + 2 * num_bytes / bandwidth,
         event_bytes=num_bytes,
         sharding_seconds=found["sharding_seconds"],
-        hsdp_sharding_seconds=hsdp and hsdp["sharding_seconds"],
+        hsdp_sharding_seconds=hsdp_sharding_seconds,
         bookkeeping_seconds=found["bookkeeping_seconds"],
         # Every rank works out the order of the whole batch and takes its share.
         sampling_seconds=BATCH * constants.per_block,
@@ -184,7 +184,8 @@ def measure(models: Sequence[str], worlds: Sequence[int], latency: float, bandwi
             found = in_process(MODULE, "shard_in_fake_world", asdict(model), world_size, world_size)
             hsdp = None
             if world_size > HSDP_SHARDS:
-                hsdp = in_process(MODULE, "shard_in_fake_world", asdict(model), world_size, HSDP_SHARDS)
+                copies = in_process(MODULE, "shard_in_fake_world", asdict(model), world_size, HSDP_SHARDS)
+                hsdp = copies["sharding_seconds"]
             total = count_parameters(model).total
             rows.append(row(model.name, total, world_size, constants, found, hsdp, (latency, bandwidth)))
     return rows
@@ -214,29 +215,31 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     panels = {
-        "prune event: selection on this rank [s]": ("log", lambda r: r.event_local_seconds),
-        "prune event: network [ms], all models alike": ("linear", lambda r: 1e3 * r.event_network_seconds),
-        "start-up: masks [s]": ("log", lambda r: r.bookkeeping_seconds),
+        "prune event: selection on this rank [s]": ("log", ["event_local_seconds"], 1),
+        "prune event: network [ms], all models alike": ("linear", ["event_network_seconds"], 1e3),
+        "start-up: masks [s]": ("log", ["bookkeeping_seconds"], 1),
         f"start-up: torch's fully_shard [s]; pale: in copies of {HSDP_SHARDS} ranks": (
             "log",
-            lambda r: r.sharding_seconds,
+            ["sharding_seconds", "hsdp_sharding_seconds"],
+            1,
         ),
     }
     worlds = sorted({r.world_size for r in rows})
-    for axes, (title, (scale, value)) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    for axes, (title, (scale, fields, unit)) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for model, style in zip(dict.fromkeys(r.model for r in rows), cycle(("o-", "s--", "^:")), strict=False):
-            mine = [r for r in rows if r.model == model]
-            (line,) = axes.plot(
-                [r.world_size for r in mine], [value(r) for r in mine], style, markersize=4, label=model
-            )
-            copies = [r for r in mine if "fully_shard" in title and r.hsdp_sharding_seconds is not None]
-            axes.plot(
-                [r.world_size for r in copies],
-                [r.hsdp_sharding_seconds for r in copies],
-                style[0],
-                color=line.get_color(),
-                alpha=0.4,
-            )
+            color = None
+            for field, alpha in zip(fields, (1.0, 0.4), strict=False):
+                known = [r for r in rows if r.model == model and getattr(r, field) is not None]
+                (line,) = axes.plot(
+                    [r.world_size for r in known],
+                    [unit * getattr(r, field) for r in known],
+                    style,
+                    markersize=4,
+                    label=None if color else model,
+                    color=color,
+                    alpha=alpha,
+                )
+                color = line.get_color()
         axes.set_xscale("log", base=2)
         axes.set_xticks(worlds, [f"{world:,}" for world in worlds])
         axes.set(yscale=scale, xlabel="ranks")
