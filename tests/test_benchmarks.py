@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ import pytest
 
 from tests.benchmarks import __main__ as everything
 from tests.benchmarks import around, compact, demo, masking, overhead, peers, scale, selection, startup, throughput
-from tests.benchmarks.common import Comparison, can_compile, in_process, publish
+from tests.benchmarks.common import EXACT_MEMORY, Comparison, can_compile, in_process, peak_beyond, publish
 from tests.distributed import run_ranks
 
 CONTRACT = {"name", "seconds", "baseline", "baseline_seconds", "ratio"}
@@ -60,6 +61,21 @@ def test_a_way_of_masking_that_leaves_other_gradients_is_found_out(monkeypatch):
     monkeypatch.setattr(masking, "by_bits", lambda gradient, bits: None)
     with pytest.raises(AssertionError, match="bits leaves other gradients"):
         masking.time_masking(20_003, 1, "cpu", "float32")
+
+
+def peak_after_as_much_was_freed() -> int | None:
+    """The body of a process: 20 MB in small pieces, with as many freed before under one that stays."""
+    pieces = [bytearray(100_000) for _ in range(201)]
+    del pieces[:-1]
+    return peak_beyond(lambda: [bytearray(100_000) for _ in range(200)])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is asked to give memory back")
+def test_memory_that_malloc_kept_hides_nothing():
+    found = in_process("tests.test_benchmarks", "peak_after_as_much_was_freed", **EXACT_MEMORY)
+    if found is None:
+        pytest.skip("this system does not let a process forget its peak")
+    assert found > 18_000_000
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.page [runs/bench ...] [--output docs/measured.md]
 
-One folder for each machine, or for a command given differently. A section is one file: its command, machine and versions, and its rows.
+One folder for each machine, or for a command given differently. A section is one file: its command, machine and versions,
+and its rows.
 """
 
 from __future__ import annotations
