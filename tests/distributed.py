@@ -28,9 +28,12 @@ def run_ranks(
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["train.trainer", "train.export"])
     results: Any = context.Queue()
-    port = free_port()
+    # The store lives here, as in torchrun's agent: its port is taken from the start, and no rank ends before it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
-        context.Process(target=_rank_main, args=(body, rank, world_size, port, args, results, joined), daemon=True)
+        context.Process(
+            target=_rank_main, args=(body, rank, world_size, store.port, args, results, joined), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -72,13 +75,14 @@ def _rank_main(
             LOCAL_WORLD_SIZE=str(world_size),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
     torch.set_num_threads(1)
     try:
         if joined:
             dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         value = body(*args)
-        if joined:
+        if dist.is_initialized():
             dist.barrier()
         # As bytes: torch would share tensors through files that go with the process.
         results.put((rank, pickle.dumps(value), None))
