@@ -22,7 +22,7 @@ from sparsity.shards import ParameterShard, RankLayout, chunks
 
 NUM_BIN_BITS = 12
 SAMPLE_SIZE = 1 << 17
-SAMPLE_SHARE = 1 / 256
+SAMPLE_SHARE = 1 / 512
 """The sample is the larger of the two, over all ranks."""
 SAMPLE_SIGMAS = 3.0
 MIN_CANDIDATES = 1 << 12

@@ -65,9 +65,9 @@ def test_a_way_of_masking_that_leaves_other_gradients_is_found_out(monkeypatch):
 
 def peak_after_as_much_was_freed() -> int | None:
     """The body of a process: 20 MB in small pieces, with as many freed before under one that stays."""
-    pieces = [bytearray(100_000) for _ in range(201)]
+    pieces = [bytearray(20_000) for _ in range(1_001)]
     del pieces[:-1]
-    return peak_beyond(lambda: [bytearray(100_000) for _ in range(200)])
+    return peak_beyond(lambda: [bytearray(20_000) for _ in range(1_000)])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is asked to give memory back")
@@ -76,6 +76,16 @@ def test_memory_that_malloc_kept_hides_nothing():
     if found is None:
         pytest.skip("this system does not let a process forget its peak")
     assert found > 18_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+def test_a_selection_takes_less_than_a_hundredth_of_the_weights_memory(dtype, itemsize):
+    numel = 50_000_000
+    extra = in_process("tests.benchmarks.selection", "extra_bytes", numel, 0.8, "cpu", dtype, [], **EXACT_MEMORY)
+    if extra["prune_smallest_"] is None:
+        pytest.skip("this system does not let a process forget its peak")
+    assert 0 < extra["prune_smallest_"] < numel * itemsize / 100
 
 
 @pytest.mark.slow
