@@ -22,8 +22,8 @@ from sparsity.shards import ParameterShard, RankLayout, chunks
 
 NUM_BIN_BITS = 12
 SAMPLE_SIZE = 1 << 17
-SAMPLE_SHARE = 1 / 512
-"""The sample is the larger of the two, over all ranks."""
+SAMPLE_SHARE = 1 / 256
+"""The sample is so many keys, or so much of the weights' memory where that is more, over all ranks."""
 SAMPLE_SIGMAS = 3.0
 MIN_CANDIDATES = 1 << 12
 CANDIDATE_SHARE = 1 / 32
@@ -136,7 +136,8 @@ def _sample_bracket(
     """
     device = shards[0].values.device
     numel = sum(shard.full_numel for shard in shards)
-    keys = _sample(shards, numel // max(SAMPLE_SIZE, math.ceil(SAMPLE_SHARE * numel)) | 1, score)
+    share_of_memory = sum(shard.full_numel * shard.values.itemsize for shard in shards) * SAMPLE_SHARE
+    keys = _sample(shards, numel // max(SAMPLE_SIZE, math.ceil(share_of_memory / torch.int32.itemsize)) | 1, score)
 
     def count(bracket: _Range, shift: int) -> Tensor:
         parts = (keys[part] for part in chunks(len(keys), device))
