@@ -81,7 +81,7 @@ def test_memory_that_malloc_kept_hides_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 def test_a_selection_takes_less_than_a_hundredth_of_the_weights_memory(dtype, itemsize):
-    numel = 50_000_000
+    numel = 100_000_000
     extra = in_process("tests.benchmarks.selection", "extra_bytes", numel, 0.8, "cpu", dtype, [], **EXACT_MEMORY)
     if extra["prune_smallest_"] is None:
         pytest.skip("this system does not let a process forget its peak")
