@@ -305,6 +305,21 @@ def test_the_comparison_finds_which_parameters_the_runs_follow(by, better, tmp_p
     assert abs(rows[0]["mean_residual"] - rows[-1]["mean_residual"]) > 0.2
 
 
+def test_the_published_losses_follow_average_parameters_rather_than_final_ones(capsys):
+    figures = json_of(capsys, "runs=docs/cards.csv", "form=power")
+    assert figures["tokens_follow_params"] is True
+    assert figures["average"]["heldout"]["mean_abs_error"] == pytest.approx(0.0068, abs=1e-4)
+    assert figures["final"]["heldout"]["mean_abs_error"] == pytest.approx(0.0291, abs=1e-4)
+    assert figures["comparison"]["heldout"]["difference_interval"][0] > 0
+
+
+@pytest.mark.parametrize("asked", ["target_loss=2.2", "predict.experiment=sparsellm-1b-60p"])
+def test_runs_whose_tokens_follow_their_sizes_predict_no_others(capsys, asked):
+    with pytest.raises(SystemExit):
+        main(["runs=docs/cards.csv", "form=power", "figure=null", asked])
+    assert "needs a law in N and D, and in these runs D follows from N" in capsys.readouterr().err
+
+
 def test_dense_runs_alone_compare_nothing(tmp_path, capsys):
     rows = series(TRUE, sizes=(1e6, 1e7, 1e8), levels=(0.0,))
     figures = json_of(capsys, f"runs={write_csv(rows, tmp_path / 'runs.csv')}", "num_bootstrap=20")

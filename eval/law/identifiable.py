@@ -48,7 +48,8 @@ def check_points(params: Array, tokens: Array, form: Form, spare: int = 1) -> No
     if form == "nd" and _on_a_line(params, tokens):
         raise ValueError(
             f"in these runs D follows from N (log D = constant {_slope(params, tokens):+.2f} log N, within {LEVEL:.0%}), so "
-            f"that {law} cannot tell what each does: add runs of the same size on other token counts."
+            f"that {law} cannot tell what each does: add runs of the same size on other token counts, or fit form=n or form=power, which "
+            "describe these runs by N alone."
         )
 
 
@@ -60,6 +61,11 @@ def levels(values: Array) -> NDArray[np.intp]:
             start, level = values[index], level + 1
         number[index] = level
     return number
+
+
+def tokens_follow(params: Array, tokens: Array) -> bool:
+    """Return whether token counts differ between runs but follow from the sizes: log D is a line in log N."""
+    return bool(tokens.max() > (1 + SAME_TOKENS) * tokens.min()) and _on_a_line(params, tokens)
 
 
 def _on_a_line(params: Array, tokens: Array) -> bool:

@@ -12,7 +12,7 @@ from conf.compose import composed
 from conf.schema import PredictConfig, ScalingLawConfig
 from eval.law.claim import by_sparsity, dense_law_residuals, held_out_residuals, paired, verdict
 from eval.law.fit import Fit, Problem, bootstrap, check_exponents, check_hessian, fit_law
-from eval.law.identifiable import SAME_TOKENS
+from eval.law.identifiable import SAME_TOKENS, tokens_follow
 from eval.law.law import FLOPS_PER_PARAM_TOKEN, FORMULAS, Form, Law
 from eval.law.lbfgs import Array
 from eval.law.points import Points
@@ -29,6 +29,11 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
     """
     form: Form = config.form  # type: ignore[assignment]
     tokens, loss, configurations = points.column("total_tokens"), points.column("loss"), points.configurations
+    is_path = form != "nd" and tokens_follow(points.column("avg_linear_params"), tokens)
+    if is_path:
+        _check_path(config)
+        # D is no variable of its own in these runs: the law in N alone describes losses along the path.
+        tokens = np.full_like(tokens, tokens.mean())
     fits = {"average": fit_law(points.column("avg_linear_params"), tokens, loss, form)}
     check_hessian(fits["average"])
     check_exponents(fits["average"])
@@ -48,6 +53,7 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
     figures: dict[str, Any] = {
         "form": form,
         "formula": FORMULAS[form],
+        "tokens_follow_params": is_path,
         "loss": points.loss_name,
         "num_runs": len(points.points),
         "num_configurations": int(configurations.max()) + 1,
@@ -65,6 +71,16 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
         figures["cheapest"] = _cheapest(config.target_loss, fits["average"], laws["average"], config.confidence)
     figures["points"] = _points(points, fits, held_out)
     return figures, fits
+
+
+def _check_path(config: ScalingLawConfig) -> None:
+    """Raise if a figure is asked for that needs to know what N and D do apart."""
+    asked = [key for key, is_asked in (("predict", config.predict.is_asked), ("target_loss", config.target_loss)) if is_asked]
+    if asked:
+        raise ValueError(
+            f"{asked[0]} needs a law in N and D, and in these runs D follows from N, so that form={config.form} describes "
+            "them only along that path: add runs of the same size on other token counts and fit form=nd."
+        )
 
 
 def interval(laws: Sequence[Law], value: Callable[[Law], float], confidence: float) -> list[float | None]:

@@ -8,6 +8,10 @@ from eval.law.law import COEFFICIENTS
 from train.report.table import count_text
 
 SIDES = ("average", "final")
+PATH_NOTE = (
+    "In these runs D follows from N-bar, so that A and alpha also hold what D does: the fit compares average with final "
+    "parameters along this path, and predicts nothing beyond it.",
+)
 
 
 def report_text(figures: dict[str, Any]) -> str:
@@ -15,6 +19,7 @@ def report_text(figures: dict[str, Any]) -> str:
         f"{figures['formula']}, fitted to {figures['loss']} of {figures['num_runs']} runs "
         f"({figures['num_configurations']} configurations); intervals of {100 * figures['confidence']:g} %, "
         f"{figures['num_bootstrap']} resamples",
+        *(PATH_NOTE if figures["tokens_follow_params"] else ()),
         _table(figures),
         _residuals(figures),
         *_comparison(figures["comparison"]),
