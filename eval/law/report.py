@@ -75,7 +75,9 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
 
 def _check_path(config: ScalingLawConfig) -> None:
     """Raise if a figure is asked for that needs to know what N and D do apart."""
-    asked = [key for key, is_asked in (("predict", config.predict.is_asked), ("target_loss", config.target_loss)) if is_asked]
+    asked = [
+        key for key, is_asked in (("predict", config.predict.is_asked), ("target_loss", config.target_loss)) if is_asked
+    ]
     if asked:
         raise ValueError(
             f"{asked[0]} needs a law in N and D, and in these runs D follows from N, so that form={config.form} describes "
