@@ -69,7 +69,7 @@ def _collect_block(  # type: ignore[no-untyped-def]
     upto = tl.cumsum(is_within.to(tl.int32), 0)
     num_within = tl.sum(is_within.to(tl.int32), 0)
     if num_within > 0:
-        target = tl.atomic_add(cursor, num_within.to(tl.int64)) + upto - 1
+        target = tl.atomic_add(cursor, num_within.to(tl.int64), sem="relaxed") + upto - 1
         fits = is_within & (target < limit)
         tl.store(keys + target, found, mask=fits)
         tl.store(shards + target, tl.zeros_like(found) + shard, mask=fits)
@@ -228,12 +228,10 @@ def zero(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["numel"], do_not_specialize_on_alignment=["tensor", "mask"])
-def zero_one(tensor, mask, numel, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
+def zero_one(tensor, mask, numel, BLOCK: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
     """`zero` of one tensor without a table: a gradient's."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = tl.minimum(numel - start, BLOCK).to(tl.int32)
-    if ALIGNED:
-        tensor, mask = tl.multiple_of(tensor, [16]), tl.multiple_of(mask, [16])
     if left == BLOCK:
         _zero_block(tensor + start, _load(mask + start, left, BLOCK, True), left, MODE, BLOCK, True)
     else:

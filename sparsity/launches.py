@@ -254,8 +254,7 @@ def zero_(tensor: Tensor, mask: Tensor, shape: Shape = ZERO_GRADIENT, mode: str 
     if not tensor.numel():
         return
     bits, kept = tensor.view(_AS_BITS[tensor.dtype]), mask.view(torch.int8)
-    is_aligned = mode == "rewrite" and bits.data_ptr() % 16 == kept.data_ptr() % 16 == 0
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         kernels.zero_one[(triton.cdiv(bits.numel(), shape.block),)](
-            bits, kept, bits.numel(), ALIGNED=is_aligned, BLOCK=shape.block, MODE=mode, num_warps=shape.num_warps
+            bits, kept, bits.numel(), BLOCK=shape.block, MODE=mode, num_warps=shape.num_warps
         )
