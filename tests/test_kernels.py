@@ -61,8 +61,13 @@ def interpreted_launches() -> ModuleType:
 
 
 def cases() -> list[tuple[str, str, int]]:
-    """Kind, type and storage offset: 3 elements are no multiple of 16 bytes."""
-    return [(kind, dtype, 0) for kind in KINDS for dtype in DTYPES] + [("normal", dtype, 3) for dtype in DTYPES]
+    """Kind, type and storage offset, of which 3 elements are no multiple of 16 bytes. All on a GPU; the interpreter is slow."""
+    if DEVICE == "cuda":
+        return [(kind, dtype, offset) for kind in KINDS for dtype in DTYPES for offset in (0, 3)]
+    return [
+        ("normal", "float32", 3), ("normal", "bfloat16", 0), ("ties", "bfloat16", 3), ("denormal", "float32", 0),
+        ("denormal", "float16", 0), ("mostly zeros", "float32", 0), ("mixed", "float16", 0),
+    ]  # fmt: skip
 
 
 def ranges(tensors) -> list[tuple[int, int]]:
@@ -163,14 +168,13 @@ def test_zeros_replace_what_is_pruned_and_nothing_else_changes(launches, kind, d
             assert same_bits(found, right)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_prune_what_the_cpu_prunes(launches, monkeypatch, kind, dtype):
+@pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
+def test_kernels_prune_what_the_cpu_prunes(launches, monkeypatch, kind, dtype, offset):
     tensors = [tensor.nan_to_num(nan=1.0) for tensor in tensors_of(kind, dtype)]
-    mine, theirs = shards_on(DEVICE, tensors), shards_on("cpu", tensors)
+    mine, theirs = shards_on(DEVICE, tensors, offset), shards_on("cpu", tensors)
     for shard in (*mine, *theirs):
         shard.mask.fill_(True)
-    for num_pruned in (1, 5_001, 9_429):
+    for num_pruned in (1, 5_001):
         with monkeypatch.context() as patched:
             patched.setattr(shards, "_is_gpu", lambda device: False)
             threshold = select.prune_smallest_(theirs, num_pruned)
@@ -190,7 +194,7 @@ def test_a_sample_that_misleads_and_too_many_keys_cost_kernels_no_exactness(laun
     monkeypatch.setattr(select, "CANDIDATE_SHARE", 0.0)
     tensors = [tensor.nan_to_num(nan=1.0) for tensor in tensors_of("ties" if dtype == "float32" else "normal", dtype)]
     magnitudes = torch.cat([tensor.double().abs() for tensor in tensors])
-    for num_pruned in (50, 5_001, 9_000):
+    for num_pruned in (50, 9_000):
         mine = shards_on(DEVICE, tensors)
         for shard in mine:
             shard.mask.fill_(True)
@@ -207,7 +211,7 @@ def test_an_event_on_kernels_is_the_cpus_to_the_last_bit(launches, monkeypatch, 
     events = [SparsityCallback(Geometric(0.8, 0, 0, 1), report=False) for _ in range(2)]
     events[0].bind(mine)
     events[1].bind(theirs)
-    for density in (0.9, 0.5, 0.2):
+    for density in (0.9, 0.2):
         with monkeypatch.context() as patched:
             patched.setattr(shards, "_is_gpu", lambda device: False)
             events[1].prune(density, of_theirs)
