@@ -37,6 +37,7 @@ from sparsity.select import prune_smallest_
 from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
 
 SPARSITY, NUM_EVENTS = 0.8, 20
+NUM_REHEARSED = 2
 IDEAL_BYTES = 4 + 5 + 3 * 8 + 3 + 1
 """Of a weight: collect, keep, zero three tensors each by its mask, count."""
 PASSES = {
@@ -110,7 +111,7 @@ def copy_bandwidth(device: str, numel: int) -> float:
 class Model:
     """Weights, moments and a pruner over them."""
 
-    def __init__(self, size: Size, device: str) -> None:
+    def __init__(self, size: Size, device: str, num_events: int) -> None:
         layers = []
         for rows, columns in size.shapes():
             layer = nn.Linear(1, 1, bias=False)
@@ -125,7 +126,7 @@ class Model:
             self.optimizer.state[param] = moments
             self.moments += moments.values()
         self.numel = sum(weight.numel() for weight in self.weights)
-        self.pruner = Pruner(Geometric(SPARSITY, 0, NUM_EVENTS - 1, 1))
+        self.pruner = Pruner(Geometric(SPARSITY, 0, num_events - 1, 1))
         self.start_anew()
 
     def start_anew(self) -> None:
@@ -265,13 +266,15 @@ def sweep(model: Model, device: str, blocks: Sequence[int], warps: Sequence[int]
     earlier = [shard.mask.clone() for shard in ours]
     later = make_shards({shard.name: shard.values for shard in ours})
     prune_smallest_(later, round(0.54 * model.numel))
+    final = make_shards({shard.name: shard.values for shard in ours})
+    prune_smallest_(final, round(SPARSITY * model.numel))
     triples = [[w, *model.moments[2 * i : 2 * i + 2]] for i, w in enumerate(model.weights)]
 
     def as_before() -> None:
         for tensors, mask in zip(triples, earlier, strict=True):
             for tensor in tensors:
                 tensor.fill_(1.0)
-                torch.where(mask.view(tensor.shape), tensor, 0.0, out=tensor)
+                torch.where(mask.view(tensor.shape), tensor, tensor.new_zeros(()), out=tensor)
 
     def as_gradients() -> None:
         for tensors in triples:
@@ -289,7 +292,7 @@ def sweep(model: Model, device: str, blocks: Sequence[int], warps: Sequence[int]
         bodies[f"zero_all_ {mode}"] = partial(launches.zero_all_, masked, mode=mode), as_before
 
         def gradients(mode: str = mode, **options: Any) -> None:
-            for tensors, shard in zip(triples, later, strict=True):
+            for tensors, shard in zip(triples, final, strict=True):
                 launches.zero_(tensors[1], shard.mask, mode=mode, **options)
 
         bodies[f"gradients {mode}"] = gradients, as_gradients
@@ -311,7 +314,7 @@ def sweep(model: Model, device: str, blocks: Sequence[int], warps: Sequence[int]
         "": best(
             lambda: [
                 torch.where(s.mask.view(t[1].shape), t[1], t[1].new_zeros(()), out=t[1])
-                for t, s in zip(triples, later, strict=True)
+                for t, s in zip(triples, final, strict=True)
             ],
             device, as_gradients, rounds=2,
         )
@@ -345,7 +348,7 @@ def measure(size: Size, device: str, blocks: Sequence[int], warps: Sequence[int]
         )
         print(f"{name:<36} {seconds * 1000:9.3f} ms, {baseline} {baseline_seconds * 1000:.3f} ms; {more}", flush=True)
 
-    model = Model(size, device)
+    model = Model(size, device, NUM_EVENTS if device == "cuda" else NUM_REHEARSED)
     bandwidth = copy_bandwidth(device, min(model.numel, 1 << 28))
     print(
         f"copy: {bandwidth / 1e9:.0f} GB/s read and written; {model.numel:,} weights in {len(model.weights)} parameters"
@@ -390,7 +393,7 @@ def measure(size: Size, device: str, blocks: Sequence[int], warps: Sequence[int]
                 "masking gradients of a step" + (" (ours)" if is_ours else ""), by_shape[fastest], "a copy's 9 bytes a weight",
                 9 * model.numel / bandwidth, way=mode, best=fastest,
             )  # fmt: skip
-        rows[-1].details.setdefault("sweep", {})[name] = by_shape
+    rows[-1].details["sweep"] = swept
     return rows
 
 
