@@ -1,70 +1,238 @@
-"""Two Triton kernels for magnitudes on a GPU: each reads a shard once. Importing this needs Triton.
+"""Triton kernels of a prune event: one launch visits the blocks of all shards. Importing this needs Triton.
 
-`TRITON_INTERPRET=1` runs them on a CPU, where the tests compare them with the other ways.
+A kernel finds its block through a table (`sparsity.launches`): `owners` [blocks] names a row of `rows` [rows, WIDTH], and a
+row holds the columns NUMEL, FIRST, NUMBER, MASK and the pointers. `TRITON_INTERPRET=1` runs the kernels on a CPU, where the
+tests compare them with plain torch.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-BLOCK = 1 << 13
-NUM_WARPS = 8
-
-
-@triton.jit
-def _keys(values, start, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The bits of |w| as float32, and which of the block's elements there are."""
-    index = start + tl.arange(0, BLOCK)
-    there = index < numel
-    bits = tl.load(values + index, mask=there, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
-    return index, there, bits & 0x7FFFFFFF
+NUMEL = tl.constexpr(0)
+FIRST = tl.constexpr(1)
+NUMBER = tl.constexpr(2)
+MASK = tl.constexpr(3)
+POINTERS = tl.constexpr(4)
 
 
 @triton.jit
-def _collect(values, numel, lo, last, limit, keys, cursor, below, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    _, there, found = _keys(values, start, numel, BLOCK)
-    within = (there & (found >= lo) & (found <= last)).to(tl.int32)
-    tl.store(below + tl.program_id(0), tl.sum((there & (found < lo)).to(tl.int32), 0))
-    num_within = tl.sum(within, 0)
+def _block(rows, owners, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The row of this program's block, where the block begins in it, and how many of its elements there are."""
+    row = rows + tl.load(owners + tl.program_id(0)).to(tl.int64) * WIDTH
+    start = (tl.program_id(0) - tl.load(row + FIRST)) * BLOCK
+    left = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
+    return row, start, left
+
+
+@triton.jit
+def _pointer(row, column, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the block begins in the tensor of a column; ALIGNED promises that the tensor begins at a multiple of 16."""
+    pointer = tl.load(row + column).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, [16])
+    return pointer + start
+
+
+@triton.jit
+def _load(pointer, left, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block's elements, 0 after the last. Without a mask, in whole blocks, loads are vectors."""
+    index = tl.arange(0, BLOCK)
+    if FULL:
+        return tl.load(pointer + index)
+    return tl.load(pointer + index, mask=index < left, other=0)
+
+
+@triton.jit
+def _as_keys(values):  # type: ignore[no-untyped-def]
+    """The bits of |w| as float32. Values come as int32 or, bfloat16, as int16 bits, or as float16."""
+    if values.dtype == tl.int16:
+        bits = values.to(tl.int32) << 16
+    elif values.dtype == tl.float16:
+        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+    else:
+        bits = values
+    return bits & 0x7FFFFFFF
+
+
+@triton.jit
+def _collect_block(  # type: ignore[no-untyped-def]
+    pointer, left, shard, lo, last, limit, keys, shards, cursor, below, BLOCK: tl.constexpr, FULL: tl.constexpr
+):
+    found = _as_keys(_load(pointer, left, BLOCK, FULL))
+    is_below, is_within = found < lo, (found >= lo) & (found <= last)
+    if not FULL:
+        there = tl.arange(0, BLOCK) < left
+        is_below, is_within = is_below & there, is_within & there
+    tl.store(below + tl.program_id(0), tl.sum(is_below.to(tl.int32), 0))
+    upto = tl.cumsum(is_within.to(tl.int32), 0)
+    num_within = tl.sum(is_within.to(tl.int32), 0)
     if num_within > 0:
-        first = tl.atomic_add(cursor, num_within.to(tl.int64))
-        target = first + tl.cumsum(within, 0) - 1
-        fits = (within > 0) & (target < limit)
+        target = tl.atomic_add(cursor, num_within.to(tl.int64), sem="relaxed") + upto - 1
+        fits = is_within & (target < limit)
         tl.store(keys + target, found, mask=fits)
+        tl.store(shards + target, tl.zeros_like(found) + shard, mask=fits)
+
+
+@triton.jit(do_not_specialize=["lo", "last", "limit"])
+def collect(  # type: ignore[no-untyped-def]
+    rows, owners, lo, last, limit, keys, shards, cursor, below,
+    WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Append keys lo .. last and their shards' numbers in no order, one atomic a block; count keys under lo by block."""
+    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    pointer, shard = _pointer(row, POINTERS, start, DTYPE, ALIGNED), tl.load(row + NUMBER).to(tl.int32)
+    if left == BLOCK:
+        _collect_block(pointer, left, shard, lo, last, limit, keys, shards, cursor, below, BLOCK, True)
+    else:
+        _collect_block(pointer, left, shard, lo, last, limit, keys, shards, cursor, below, BLOCK, False)
 
 
 @triton.jit
-def _keep_above(values, mask, numel, key, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    place, there, found = _keys(values, start, numel, BLOCK)
-    tl.store(mask + place, (found > key).to(tl.int8), mask=there)
+def _count_bins_block(pointer, left, lo, last, shift, counts, below, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    found = _as_keys(_load(pointer, left, BLOCK, FULL))
+    is_below, is_within = found < lo, (found >= lo) & (found <= last)
+    if not FULL:
+        there = tl.arange(0, BLOCK) < left
+        is_below, is_within = is_below & there, is_within & there
+    tl.store(below + tl.program_id(0), tl.sum(is_below.to(tl.int32), 0))
+    tl.atomic_add(counts + ((found - lo) >> shift), 1, mask=is_within, sem="relaxed")
 
 
-def collect(values: Tensor, lo: int, hi: int, keys: Tensor, span: Tensor, below: Tensor) -> None:
-    """Append the keys lo .. hi - 1 of a flat shard, in no order, behind those that `span[0]` counts.
+@triton.jit(do_not_specialize=["lo", "last", "shift", "num_bins", "num_copies"])
+def count_bins(  # type: ignore[no-untyped-def]
+    rows, owners, lo, last, shift, counts, num_bins, num_copies, below,
+    WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Histograms of the keys lo .. last: of each shard if `num_copies` is 0, else `num_copies` that together are all.
 
-    `span` int64 [2]: `span[1]` is set to the new count, which may exceed the room in `keys`; `below` int64 [] is
-    increased by the number of keys under `lo`. No host sync.
+    Blocks take turns among the copies, so that keys of one bin don't wait for one address.
     """
-    span[1].copy_(span[0])
-    numel = values.numel()
-    if numel == 0:
-        return
-    num_blocks = triton.cdiv(numel, BLOCK)
-    partial = torch.empty(num_blocks, dtype=torch.int32, device=values.device)
-    _collect[(num_blocks,)](
-        values, numel, lo, hi - 1, len(keys), keys, span[1:], partial, BLOCK=BLOCK, num_warps=NUM_WARPS
-    )
-    below += partial.sum()
+    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    pointer = _pointer(row, POINTERS, start, DTYPE, ALIGNED)
+    histogram = tl.load(row + NUMBER) if num_copies == 0 else (tl.program_id(0) % num_copies).to(tl.int64)
+    counts += histogram * num_bins
+    if left == BLOCK:
+        _count_bins_block(pointer, left, lo, last, shift, counts, below, BLOCK, True)
+    else:
+        _count_bins_block(pointer, left, lo, last, shift, counts, below, BLOCK, False)
 
 
-def keep_above_(values: Tensor, mask: Tensor, key: int) -> None:
-    """Set a flat bool mask: True where the key is above `key`. No host sync."""
-    numel = values.numel()
-    if numel:
-        grid = (triton.cdiv(numel, BLOCK),)
-        _keep_above[grid](values, mask.view(torch.int8), numel, key, BLOCK=BLOCK, num_warps=NUM_WARPS)
+@triton.jit(do_not_specialize=["stride"])
+def sample(  # type: ignore[no-untyped-def]
+    rows, owners, stride, keys, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The keys of every `stride`-th weight, to `keys` from NUMBER on."""
+    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    index = tl.arange(0, BLOCK)
+    pointer = _pointer(row, POINTERS, start * stride, DTYPE, False)
+    found = _as_keys(tl.load(pointer + index.to(tl.int64) * stride, mask=index < left, other=0))
+    tl.store(keys + tl.load(row + NUMBER) + start + index, found, mask=index < left)
+
+
+@triton.jit
+def keep_above(  # type: ignore[no-untyped-def]
+    rows, owners, bounds, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Set masks: keep keys above `bounds`[NUMBER]."""
+    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
+    bound, index = tl.load(bounds + tl.load(row + NUMBER)), tl.arange(0, BLOCK)
+    if left == BLOCK:
+        found = _as_keys(_load(pointer, left, BLOCK, True))
+        tl.store(mask + index, (found > bound).to(tl.int8))
+    else:
+        found = _as_keys(_load(pointer, left, BLOCK, False))
+        tl.store(mask + index, (found > bound).to(tl.int8), mask=index < left)
+
+
+@triton.jit(do_not_specialize=["key"])
+def count_ties(  # type: ignore[no-untyped-def]
+    rows, owners, key, ties, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """How many kept weights of each block have this key."""
+    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
+    # Beyond the last weight the mask reads as 0.
+    is_tie = (_as_keys(_load(pointer, left, BLOCK, False)) == key) & (_load(mask, left, BLOCK, False) != 0)
+    tl.store(ties + tl.program_id(0), tl.sum(is_tie.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["key", "num_dropped"])
+def keep_after_ties(  # type: ignore[no-untyped-def]
+    rows, owners, key, ties_before, num_dropped,
+    WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Set masks: keep keys above `key`, and of the kept weights with this key all but the first `num_dropped`."""
+    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
+    found, index = _as_keys(_load(pointer, left, BLOCK, False)), tl.arange(0, BLOCK)
+    is_tie = (found == key) & (_load(mask, left, BLOCK, False) != 0)
+    place = tl.load(ties_before + tl.program_id(0)) + tl.cumsum(is_tie.to(tl.int32), 0)
+    keep = (found > key) | (is_tie & (place > num_dropped))
+    tl.store(mask + index, keep.to(tl.int8), mask=index < left)
+
+
+@triton.jit
+def count_kept(rows, owners, counts, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add the kept weights of each block to `counts`[NUMBER], one atomic a block."""
+    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    mask = _pointer(row, MASK, start, tl.int8, ALIGNED)
+    if left == BLOCK:
+        num_kept = tl.sum(_load(mask, left, BLOCK, True).to(tl.int32), 0)
+    else:
+        num_kept = tl.sum(_load(mask, left, BLOCK, False).to(tl.int32), 0)
+    tl.atomic_add(counts + tl.load(row + NUMBER), num_kept, sem="relaxed")
+
+
+@triton.jit
+def _zero_block(pointer, kept, left, MODE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write 0 where `kept` is 0, in one of three ways, see `zero`."""
+    index = tl.arange(0, BLOCK)
+    is_pruned = kept == 0
+    if not FULL:
+        is_pruned = is_pruned & (index < left)
+    if MODE == "store":
+        tl.store(pointer + index, tl.zeros([BLOCK], pointer.dtype.element_ty), mask=is_pruned)
+    else:
+        values = _load(pointer, left, BLOCK, FULL)
+        if MODE == "change":
+            tl.store(pointer + index, tl.zeros_like(values), mask=is_pruned & (values != 0))
+        elif FULL:
+            tl.store(pointer + index, tl.where(is_pruned, 0, values))
+        else:
+            tl.store(pointer + index, tl.where(is_pruned, 0, values), mask=index < left)
+
+
+@triton.jit
+def zero(  # type: ignore[no-untyped-def]
+    rows, owners, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """Write 0 into all tensors of a row where its mask is 0, reading the mask once. Tensors are seen as integers.
+
+    MODE "store" reads no values and writes every pruned place; "change" reads them and writes those that are not 0 yet;
+    "rewrite" reads and writes all of them, in vectors.
+    """
+    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    mask = _pointer(row, MASK, start, tl.int8, ALIGNED)
+    if left == BLOCK:
+        kept = _load(mask, left, BLOCK, True)
+        for column in tl.static_range(POINTERS, WIDTH):
+            _zero_block(_pointer(row, column, start, DTYPE, ALIGNED), kept, left, MODE, BLOCK, True)
+    else:
+        kept = _load(mask, left, BLOCK, False)
+        for column in tl.static_range(POINTERS, WIDTH):
+            _zero_block(_pointer(row, column, start, DTYPE, ALIGNED), kept, left, MODE, BLOCK, False)
+
+
+@triton.jit(do_not_specialize=["numel"], do_not_specialize_on_alignment=["tensor", "mask"])
+def zero_one(tensor, mask, numel, BLOCK: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`zero` of one tensor without a table: a gradient's."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    if left == BLOCK:
+        _zero_block(tensor + start, _load(mask + start, left, BLOCK, True), left, MODE, BLOCK, True)
+    else:
+        _zero_block(tensor + start, _load(mask + start, left, BLOCK, False), left, MODE, BLOCK, False)

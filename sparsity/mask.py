@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sparsity.shards import ParameterShard, RankLayout, local_tensor, local_values, shard_offset
+from sparsity.scan import count_mask
+from sparsity.shards import ParameterShard, RankLayout, kernels_for, local_tensor, local_values, shard_offset, to_device
 
 _AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -47,7 +48,9 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
     """Write 0 into `tensor` (any shape, plain or DTensor) where the flat local `mask` is False."""
     local = local_tensor(tensor)
     mask = mask.view(local.shape)
-    if local.device.type == "cpu" and local.dtype in _AS_BITS and local.is_contiguous():
+    if (launches := kernels_for(local.device)) is not None and launches.can_zero(local):
+        launches.zero_(local, mask.view(-1))
+    elif local.device.type == "cpu" and local.dtype in _AS_BITS and local.is_contiguous():
         # A product of integers keeps all bits or none. Torch's `where` branches at each weight, and torch's products of two
         # types make a copy of the mask first.
         bits, kept = local.view(_AS_BITS[local.dtype]).numpy(), mask.view(torch.int8).numpy()
@@ -57,11 +60,37 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
         torch.where(mask, local, local.new_zeros(()), out=local)
 
 
+@torch.no_grad()
+def zero_all_pruned_(masked: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> None:
+    """`zero_pruned_` of many tensors, each with a mask that comes first; on a GPU one kernel writes those of a type."""
+    at_once: list[tuple[Tensor, list[Tensor]]] = []
+    for mask, tensors in masked:
+        launches = kernels_for(mask.device)
+        ready = []
+        for tensor in tensors:
+            local = local_tensor(tensor)
+            if launches is not None and launches.can_zero(local) and local.numel() == mask.numel():
+                ready.append(local)
+            else:
+                zero_pruned_(tensor, mask)
+        if ready:
+            at_once.append((mask, ready))
+    if at_once:
+        kernels_for(at_once[0][0].device).zero_all_(at_once)  # type: ignore[union-attr]
+
+
+def states_of(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
+    """Every state of `param` that has its shape: Adam's two moments, a momentum buffer."""
+    return [
+        state
+        for state in optimizer.state.get(param, {}).values()
+        if isinstance(state, Tensor) and state.shape == param.shape and state.is_floating_point()
+    ]
+
+
 def zero_pruned_state_(optimizer: torch.optim.Optimizer, param: Tensor, mask: Tensor) -> None:
-    """Write 0 into every state of `param` that has its shape: Adam's two moments, a momentum buffer."""
-    for state in optimizer.state.get(param, {}).values():
-        if isinstance(state, Tensor) and state.shape == param.shape and state.is_floating_point():
-            zero_pruned_(state, mask)
+    """Write 0 into every state of `param` where the mask is False."""
+    zero_all_pruned_([(mask, states_of(optimizer, param))])
 
 
 def leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
@@ -96,8 +125,7 @@ def mask_gradients(parameters: Iterable[tuple[Tensor, ParameterShard]]) -> list[
 
 def count_kept(shards: Sequence[ParameterShard], layout: RankLayout) -> list[int]:
     """Kept weights of each full parameter. Collective over the shard group."""
-    counts = [torch.count_nonzero(shard.mask) for shard in shards]
-    return [int(count) for count in layout.sum_counts(torch.stack(counts)).tolist()]
+    return [int(count) for count in layout.sum_counts(count_mask(shards)).tolist()]
 
 
 def count_nonzero_pruned(shards: Sequence[ParameterShard], layout: RankLayout) -> int:
@@ -146,9 +174,10 @@ def check_replicas_agree(shards: Sequence[ParameterShard], layout: RankLayout) -
         return
     mine = mask_hash(shards)
     for group in layout.replica_groups:
-        bounds = torch.tensor([mine, ~mine], dtype=torch.int64, device=shards[0].mask.device)
+        bounds = to_device([mine, ~mine], shards[0].mask.device)
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
-        largest, smallest = int(bounds[0]), ~int(bounds[1])
+        largest, inverse = bounds.tolist()
+        smallest = ~inverse
         if largest != smallest:
             raise RuntimeError(
                 f"Replicas disagree on their masks (rank {dist.get_rank()} has hash {mine:x}, others between {smallest:x} "

@@ -18,8 +18,8 @@ from sparsity.mask import (
     mask_gradients,
     masks_from_zeros,
     state_holder,
-    zero_pruned_,
-    zero_pruned_state_,
+    states_of,
+    zero_all_pruned_,
 )
 from sparsity.pattern import UNSTRUCTURED, parse_pattern
 from sparsity.prunable import check_pattern, prunable_parameters
@@ -193,12 +193,13 @@ class Pruner:
 
     def zero_pruned(self, optimizer: Any = None) -> None:
         """Write 0 into every pruned weight, and into its states in `optimizer`."""
-        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
-            zero_pruned_(param, shard.mask)
-            if optimizer is not None:
-                zero_pruned_state_(state_holder(optimizer), param, shard.mask)
-        if optimizer is not None:
-            self._updates_leave_zeros = leaves_zeros(state_holder(optimizer))
+        holder = None if optimizer is None else state_holder(optimizer)
+        zero_all_pruned_(
+            (shard.mask, [param, *(states_of(holder, param) if holder is not None else ())])
+            for param, shard in zip(self._parameters.values(), self._shards, strict=True)
+        )
+        if holder is not None:
+            self._updates_leave_zeros = leaves_zeros(holder)
 
     def after_update(self, optimizer: Any = None) -> None:
         """Have every pruned weight at 0 after an update of `optimizer`.

@@ -1,14 +1,13 @@
 """One pass over the local shards for a range of keys: how many lie below it, and what is inside.
 
-Three ways to the same answer: numpy on a CPU, whose comparisons are twice as fast as torch's; one Triton kernel a shard
-on a GPU, for magnitudes; torch's own operations for everything else.
+Three ways to the same answer: numpy on a CPU, whose comparisons are twice as fast as torch's; Triton kernels on a GPU, for
+magnitudes, each launched once for all shards (`sparsity.launches`); torch's own operations for everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Protocol
 
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor
 
 from sparsity.score import SIGN_OFF, Score, key_spacing_bits, magnitude
-from sparsity.shards import ParameterShard, chunks
+from sparsity.shards import ParameterShard, chunks, kernels_for, to_device
 
 MOST_COUNTED = 64
 """Up to so many different keys in a range they are counted one by one and not collected."""
 
 
 class Inside(Protocol):
-    """This rank's keys of a range, in one of three forms; none of the methods is collective."""
+    """This rank's keys of a range, in one of several forms; none of the methods is collective."""
 
     def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
         """Counts int64 [number of bins] of the keys lo .. hi - 1, within the range, in bins of 2^shift keys."""
@@ -41,12 +40,28 @@ class Collected:
     starts: list[int]
 
     def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
-        parts = (self.keys[part] for part in chunks(len(self.keys), self.keys.device))
-        return histogram(parts, lo, hi, shift, self.keys.device)
+        return histogram_of_keys(self.keys, lo, hi, shift)
 
     def num_equal(self, key: int) -> list[int]:
-        places = (self.keys == key).nonzero().view(-1)
-        return torch.searchsorted(places, torch.tensor(self.starts, device=places.device)).diff().tolist()
+        upto = torch.zeros(len(self.keys) + 1, dtype=torch.int32, device=self.keys.device)
+        torch.cumsum(self.keys == key, dim=0, out=upto[1:])
+        return upto.take(to_device(self.starts, upto.device)).diff().tolist()
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """The keys themselves, int32 [n] in no order, with the number of each key's shard, int16 or int32 [n]."""
+
+    keys: Tensor
+    owners: Tensor
+    num_shards: int
+
+    def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
+        return histogram_of_keys(self.keys, lo, hi, shift)
+
+    def num_equal(self, key: int) -> list[int]:
+        counts = torch.zeros(self.num_shards, dtype=torch.int32, device=self.keys.device)
+        return counts.index_add_(0, self.owners.int(), (self.keys == key).int()).tolist()
 
 
 @dataclass(frozen=True)
@@ -56,14 +71,15 @@ class Counted:
     counts: np.ndarray
     lo: int
     spacing_bits: int
+    device: torch.device
 
     def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
-        counts = torch.zeros(num_bins(lo, hi, shift), dtype=torch.int64)
+        counts = [0] * num_bins(lo, hi, shift)
         for index, count in enumerate(self.counts.sum(axis=0).tolist()):
             key = self.lo + (index << self.spacing_bits)
             if lo <= key < hi:
                 counts[(key - lo) >> shift] += count
-        return counts
+        return to_device(counts, self.device)
 
     def num_equal(self, key: int) -> list[int]:
         found: list[int] = self.counts[:, (key - self.lo) >> self.spacing_bits].tolist()
@@ -78,6 +94,8 @@ class Streamed:
     score: Score
 
     def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
+        if (launches := kernels_of(self.shards, self.score)) is not None:
+            return launches.histogram_of_shards(self.shards, lo, hi, shift)  # type: ignore[no-any-return]
         parts = (
             self.score(shard, part)
             for shard in self.shards
@@ -86,42 +104,60 @@ class Streamed:
         return histogram(parts, lo, hi, shift, self.shards[0].values.device)
 
     def num_equal(self, key: int) -> list[int]:
-        return [
-            sum(
-                int(torch.count_nonzero(self.score(shard, part) == key))
-                for part in chunks(shard.values.numel(), shard.values.device)
-            )
-            for shard in self.shards
-        ]
+        if (launches := kernels_of(self.shards, self.score)) is not None:
+            return launches.count_by_shard(self.shards, key, key + 1, 0)[1].view(-1).tolist()  # type: ignore[no-any-return]
+        counts = torch.zeros(len(self.shards), dtype=torch.int64, device=self.shards[0].values.device)
+        for number, shard in enumerate(self.shards):
+            for part in chunks(shard.values.numel(), shard.values.device):
+                counts[number] += torch.count_nonzero(self.score(shard, part) == key)
+        return counts.tolist()
+
+
+def kernels_of(shards: Sequence[ParameterShard], score: Score) -> ModuleType | None:
+    """`sparsity.launches` if its kernels can rank these shards, else None."""
+    return kernels_for(shards[0].values.device) if score is magnitude else None
 
 
 def collect(shards: Sequence[ParameterShard], score: Score, lo: int, hi: int, limit: int) -> tuple[int, int, Inside]:
     """Local keys below `lo`, local keys in lo .. hi - 1, and the latter themselves, no more than `limit` of them kept."""
-    device = shards[0].values.device
-    if device.type == "cpu":
+    if (launches := kernels_of(shards, score)) is not None:
+        return _collect_in_kernels(launches, shards, lo, hi, limit)
+    if shards[0].values.device.type == "cpu":
         return _collect_on_cpu(shards, score, lo, hi, limit)
-    if score is magnitude and kernels() is not None:
-        return _collect_on_gpu(shards, lo, hi, limit)
     return _collect_in_torch(shards, score, lo, hi, limit)
 
 
-def keep_above_(shard: ParameterShard, score: Score, key: int) -> None:
-    """Set the mask of a shard: kept is what has a key above `key`."""
-    if shard.values.device.type == "cpu":
-        keys, mask = _Keys(shard, score), shard.mask.numpy()
-        bound = keys.bound(key)
-        for part, chunk in keys.chunks():
-            np.greater(chunk, bound, out=mask[part])
-    elif score is magnitude and kernels() is not None:
-        kernels().keep_above_(shard.values, shard.mask, key)  # type: ignore[union-attr]
-    else:
-        for part in chunks(shard.values.numel(), shard.values.device):
-            torch.gt(score(shard, part), key, out=shard.mask[part])
+def keep_above_(shards: Sequence[ParameterShard], score: Score, keys: Sequence[int]) -> None:
+    """Set the masks: in each shard keep what is above its key in `keys`."""
+    if not shards:
+        return
+    if (launches := kernels_of(shards, score)) is not None:
+        launches.keep_above_(shards, keys)
+        return
+    for shard, key in zip(shards, keys, strict=True):
+        if shard.values.device.type == "cpu":
+            on_cpu, mask = _Keys(shard, score), shard.mask.numpy()
+            bound = on_cpu.bound(key)
+            for part, chunk in on_cpu.chunks():
+                np.greater(chunk, bound, out=mask[part])
+        else:
+            for part in chunks(shard.values.numel(), shard.values.device):
+                torch.gt(score(shard, part), key, out=shard.mask[part])
+
+
+def count_mask(shards: Sequence[ParameterShard]) -> Tensor:
+    """Kept weights of each local shard, int64 [shards]."""
+    if (launches := kernels_for(shards[0].mask.device)) is not None:
+        return launches.count_kept(shards)  # type: ignore[no-any-return]
+    return torch.stack([torch.count_nonzero(shard.mask) for shard in shards])
 
 
 def keep_after_ties_(shard: ParameterShard, score: Score, key: int, num_dropped: int) -> None:
     """Set the mask of a shard in which `key` occurs: kept is what has a key above it, and of the weights with this very key
     that were kept so far all but the first `num_dropped`."""
+    if (launches := kernels_of([shard], score)) is not None:
+        launches.keep_after_ties_(shard, key, num_dropped)
+        return
     if shard.values.device.type == "cpu":
         keys, mask = _Keys(shard, score), shard.mask.numpy()
         bound = keys.bound(key)
@@ -131,28 +167,30 @@ def keep_after_ties_(shard: ParameterShard, score: Score, key: int, num_dropped:
             mask[part][tied[num_dropped:]] = True
             num_dropped = max(0, num_dropped - len(tied))
         return
+    _keep_after_ties_in_torch(shard, score, key, num_dropped)
+
+
+def _keep_after_ties_in_torch(shard: ParameterShard, score: Score, key: int, num_dropped: int) -> None:
+    num_before = torch.zeros(1, dtype=torch.int64, device=shard.values.device)
     for part in chunks(shard.values.numel(), shard.values.device):
         found = score(shard, part)
-        keep = found > key
-        places = ((found == key) & shard.mask[part]).nonzero().view(-1)
-        keep[places[num_dropped:]] = True
-        num_dropped = max(0, num_dropped - len(places))
-        shard.mask[part] = keep
-
-
-@cache
-def kernels() -> ModuleType | None:
-    """The Triton kernels, or None where Triton is not installed."""
-    try:
-        from sparsity import kernels as module
-    except ImportError:
-        return None
-    return module
+        is_tie = (found == key) & shard.mask[part]
+        place = torch.cumsum(is_tie, dim=0) + num_before
+        shard.mask[part] = (found > key) | (is_tie & (place > num_dropped))
+        num_before = place[-1:]
 
 
 def num_bins(lo: int, hi: int, shift: int) -> int:
     """Bins of 2^shift keys that hold the keys lo .. hi - 1."""
     return ((hi - lo - 1) >> shift) + 1
+
+
+def histogram_of_keys(keys: Tensor, lo: int, hi: int, shift: int) -> Tensor:
+    """`histogram` of keys int32 [n], on a GPU by one kernel."""
+    if (launches := kernels_for(keys.device)) is not None:
+        return launches.histogram_of_keys(keys, lo, hi, shift)  # type: ignore[no-any-return]
+    parts = (keys[part] for part in chunks(len(keys), keys.device))
+    return histogram(parts, lo, hi, shift, keys.device)
 
 
 def histogram(keys: Iterable[Tensor], lo: int, hi: int, shift: int, device: torch.device) -> Tensor:
@@ -218,7 +256,7 @@ def _collect_on_cpu(
             for num_below, found in _scan(shard, score, lo, hi):
                 below += num_below
                 counts[number] += np.bincount((found - np.int32(lo)) >> spacing_bits, minlength=num_keys)
-        return below, int(counts.sum()), Counted(counts, lo, spacing_bits)
+        return below, int(counts.sum()), Counted(counts, lo, spacing_bits, shards[0].values.device)
 
     # Memory that is never written to takes no room.
     keys, starts, below, inside = np.empty(limit, dtype=np.int32), [0], 0, 0
@@ -245,36 +283,44 @@ def _scan(shard: ParameterShard, score: Score, lo: int, hi: int) -> Iterator[tup
         yield len(chunk) - not_below, chunk[np.flatnonzero(within)].astype(np.int32) << keys.shift
 
 
-def _collect_on_gpu(shards: Sequence[ParameterShard], lo: int, hi: int, limit: int) -> tuple[int, int, Inside]:
+def _collect_in_kernels(
+    launches: ModuleType, shards: Sequence[ParameterShard], lo: int, hi: int, limit: int
+) -> tuple[int, int, Inside]:
     """All kernels run before the one look at their counts."""
-    device = shards[0].values.device
-    keys = torch.empty(limit, dtype=torch.int32, device=device)
-    starts = torch.zeros(len(shards) + 1, dtype=torch.int64, device=device)
-    below = torch.zeros((), dtype=torch.int64, device=device)
-    for number, shard in enumerate(shards):
-        kernels().collect(shard.values, lo, hi, keys, starts[number : number + 2], below)  # type: ignore[union-attr]
-    num_below, *found = torch.cat([below.view(1), starts]).tolist()
-    if found[-1] > limit:
-        return num_below, found[-1], Streamed(shards, magnitude)
-    return num_below, found[-1], Collected(keys[: found[-1]], found)
+    spacing_bits = key_spacing_bits(shards, magnitude)
+    num_keys = num_bins(lo, hi, spacing_bits)
+    if num_keys <= MOST_COUNTED:
+        num_below, by_shard = launches.count_by_shard(shards, lo, hi, spacing_bits)
+        below, *flat = torch.cat([num_below, by_shard.view(-1)]).tolist()
+        counts = np.array(flat, dtype=np.int64).reshape(len(shards), num_keys)
+        return below, int(counts.sum()), Counted(counts, lo, spacing_bits, by_shard.device)
+    found, keys, owners = launches.collect(shards, lo, hi, limit)
+    below, inside = found.tolist()
+    if inside > limit:
+        return below, inside, Streamed(shards, magnitude)
+    return below, inside, Tagged(keys[:inside], owners[:inside], len(shards))
 
 
 def _collect_in_torch(
     shards: Sequence[ParameterShard], score: Score, lo: int, hi: int, limit: int
 ) -> tuple[int, int, Inside]:
+    """As `_collect_in_kernels`, but the keys stay in order."""
     device = shards[0].values.device
-    below = torch.zeros((), dtype=torch.int64, device=device)
-    keys, starts, inside = [torch.empty(0, dtype=torch.int32, device=device)], [0], 0
+    # One place more takes what is not collected: a boolean index would wait for the device at each chunk.
+    keys = torch.empty(limit + 1, dtype=torch.int32, device=device)
+    below, inside = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    starts = [inside]
     for shard in shards:
         for part in chunks(shard.values.numel(), device):
             found = score(shard, part)
-            under = found < lo
-            below += torch.count_nonzero(under)
-            found = found[(found <= hi - 1) ^ under]
-            inside += len(found)
-            if inside <= limit:
-                keys.append(found)
+            is_below = found < lo
+            is_within = (found <= hi - 1) ^ is_below
+            place = torch.cumsum(is_within, dim=0) + inside
+            keys[torch.where(is_within & (place <= limit), place - 1, limit)] = found
+            below, inside = below + torch.count_nonzero(is_below), place[-1:]
         starts.append(inside)
-    if inside > limit:
-        return int(below), inside, Streamed(shards, score)
-    return int(below), inside, Collected(torch.cat(keys), starts)
+    num_below, *found_starts = torch.cat([below, *starts]).tolist()
+    num_inside = found_starts[-1]
+    if num_inside > limit:
+        return num_below, num_inside, Streamed(shards, score)
+    return num_below, num_inside, Collected(keys[:num_inside], found_starts)

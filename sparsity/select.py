@@ -16,9 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsity.scan import Inside, Streamed, collect, histogram, keep_above_, keep_after_ties_
+from sparsity.scan import (
+    Inside,
+    Streamed,
+    collect,
+    count_mask,
+    histogram_of_keys,
+    keep_above_,
+    keep_after_ties_,
+    kernels_of,
+)
 from sparsity.score import NUM_KEY_BITS, Score, key_spacing_bits, magnitude
-from sparsity.shards import ParameterShard, RankLayout, chunks
+from sparsity.shards import ParameterShard, RankLayout, chunks, to_device
 
 NUM_BIN_BITS = 12
 SAMPLE_SIZE = 1 << 17
@@ -67,8 +76,7 @@ def prune_smallest_(
         raise ValueError(f"{num_pruned:,} of {numel:,} weights cannot be pruned: prune no more than there are.")
     threshold, inside = _find_threshold(shards, num_pruned, score, layout)
     if threshold.num_ties_pruned == threshold.num_ties:
-        for shard in shards:
-            keep_above_(shard, score, threshold.key)
+        keep_above_(shards, score, [threshold.key] * len(shards))
     else:
         _prune_some_ties(shards, num_pruned, threshold, inside, score, layout)
     return threshold
@@ -86,8 +94,7 @@ def _find_threshold(
     numel = sum(shard.values.numel() for shard in shards)
     limit = min(numel, math.ceil(min(1.5 * share, CANDIDATE_SHARE) * numel) + MIN_CANDIDATES)
     below, num_inside, inside = collect(shards, score, bracket.lo, bracket.hi, limit)
-    local = torch.tensor([below, num_inside], dtype=torch.int64, device=device)
-    num_below, num_inside = layout.sum_counts(local).tolist()
+    num_below, num_inside = layout.sum_ints([below, num_inside], device)
     if num_below < k <= num_below + num_inside:
         bracket = _Range(bracket.lo, bracket.hi, num_below)
     else:
@@ -104,12 +111,20 @@ def _find_threshold(
 
 
 def find_bin(counts: Tensor, rank: int) -> tuple[int, int, int]:
-    """The bin that holds the `rank`-th element (from 1), how many lie in bins before it, and how many in it."""
+    """Find the bin that holds the `rank`-th element, from 1.
+
+    Returns: the bin, how many elements are in bins before it, and how many in it.
+    """
+    return find_bins(counts, [rank])[0]
+
+
+def find_bins(counts: Tensor, ranks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """`find_bin` of each of `ranks`, with one host sync for all."""
     upto = torch.cumsum(counts, dim=0)
-    index = torch.searchsorted(upto, rank)
-    # One host sync for all three.
-    found, held, last = torch.stack([index, counts[index], upto[index]]).tolist()
-    return found, last - held, held
+    index = torch.searchsorted(upto, to_device(ranks, counts.device))
+    # A tensor of no dimensions as an index would be read by the host: take reads it on the device.
+    found = torch.stack([index, counts.take(index), upto.take(index)], dim=1).tolist()
+    return [(bin_index, last - held, held) for bin_index, held, last in found]
 
 
 def share_ties(totals: Sequence[int], quota: int) -> tuple[int, int]:
@@ -140,19 +155,18 @@ def _sample_bracket(
     keys = _sample(shards, numel // max(SAMPLE_SIZE, math.ceil(share_of_memory / torch.int32.itemsize)) | 1, score)
 
     def count(bracket: _Range, shift: int) -> Tensor:
-        parts = (keys[part] for part in chunks(len(keys), device))
-        return layout.sum_counts(histogram(parts, bracket.lo, bracket.hi, shift, device))
+        return layout.sum_counts(histogram_of_keys(keys, bracket.lo, bracket.hi, shift))
 
     bracket = _Range(0, 1 << NUM_KEY_BITS)
     shift = _bin_bits(bracket, spacing_bits)
-    counts = count(bracket, shift)
-    size, share = int(counts.sum()), k / numel
+    size, share = layout.sum_ints([len(keys)], device)[0], k / numel
     if size == 0:
         return bracket, 1.0
+    counts = count(bracket, shift)
     slack = SAMPLE_SIGMAS * math.sqrt(size * share * (1 - share)) + 1
     ranks = max(1, math.floor(share * size - slack)), min(size, math.ceil(share * size + slack))
     for _ in range(2):
-        (first, below, _), (last, before, held) = (find_bin(counts, rank - bracket.below) for rank in ranks)
+        (first, below, _), (last, before, held) = find_bins(counts, [rank - bracket.below for rank in ranks])
         inside = before + held - below
         lo = bracket.lo + (first << shift)
         bracket = _Range(lo, min(bracket.hi, bracket.lo + ((last + 1) << shift)), bracket.below + below)
@@ -170,6 +184,8 @@ def _sample(shards: Sequence[ParameterShard], stride: int, score: Score) -> Tens
         starts.append(phase)
         phase = (phase - shard.values.numel()) % stride
     sizes = [len(range(start, shard.values.numel(), stride)) for start, shard in zip(starts, shards, strict=True)]
+    if (launches := kernels_of(shards, score)) is not None:
+        return launches.sample(shards, starts, sizes, stride)  # type: ignore[no-any-return]
     keys = torch.empty(sum(sizes), dtype=torch.int32, device=shards[0].values.device)
     filled = 0
     for shard, start, size in zip(shards, starts, sizes, strict=True):
@@ -195,23 +211,24 @@ def _prune_some_ties(
     """
     ties, quota = inside.num_equal(threshold.key), threshold.num_ties_pruned
     if threshold.key == 0:
-        pruned = [shard.mask.numel() - int(torch.count_nonzero(shard.mask)) for shard in shards]
+        kept = count_mask(shards).tolist()
+        pruned = [shard.mask.numel() - count for shard, count in zip(shards, kept, strict=True)]
         ties = [tie - gone for tie, gone in zip(ties, pruned, strict=True)]
-        total = torch.tensor([sum(pruned)], dtype=torch.int64, device=shards[0].values.device)
-        quota = num_pruned - int(layout.sum_counts(total))
+        quota = num_pruned - layout.sum_ints([sum(pruned)], shards[0].values.device)[0]
     quotas = _num_ties_dropped(ties, quota, layout, shards[0].values.device)
+    whole, keys = [], []
     for shard, num_ties, num_dropped in zip(shards, ties, quotas, strict=True):
-        if num_dropped == num_ties:
-            keep_above_(shard, score, threshold.key)
-        elif num_dropped == 0 and threshold.key > 0:
-            keep_above_(shard, score, threshold.key - 1)
+        if num_dropped == num_ties or (num_dropped == 0 and threshold.key > 0):
+            whole.append(shard)
+            keys.append(threshold.key if num_dropped == num_ties else threshold.key - 1)
         elif num_dropped > 0:
             keep_after_ties_(shard, score, threshold.key, num_dropped)
+    keep_above_(whole, score, keys)
 
 
 def _num_ties_dropped(ties: list[int], quota: int, layout: RankLayout, device: torch.device) -> list[int]:
     """How many of each local shard's ties a quota over all ranks covers. Collective over the shard group."""
-    totals = layout.sum_counts(torch.tensor(ties, dtype=torch.int64, device=device)).tolist()
+    totals = layout.sum_ints(ties, device)
     last, quota = share_ties(totals, quota)
     before = sum(layout.gather_count(ties[last], device)[: layout.shard_rank])
     return [*ties[:last], min(max(0, quota - before), ties[last]), *[0] * (len(ties) - last - 1)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -46,13 +48,42 @@ class RankLayout:
             dist.all_reduce(counts, group=self.shard_group)
         return counts
 
+    def sum_ints(self, counts: Sequence[int], device: torch.device) -> list[int]:
+        """Each of `counts` summed over the shard group. Collective over the shard group."""
+        if self.shard_group is None:
+            return list(counts)
+        return [int(count) for count in self.sum_counts(to_device(counts, device)).tolist()]
+
     def gather_count(self, count: int, device: torch.device) -> list[int]:
         """Each rank's `count`, in the order of the shard group. Collective over the shard group."""
         if self.shard_group is None:
             return [count]
-        counts = torch.zeros(dist.get_world_size(self.shard_group), dtype=torch.int64, device=device)
+        counts = [0] * dist.get_world_size(self.shard_group)
         counts[self.shard_rank] = count
-        return [int(c) for c in self.sum_counts(counts).tolist()]
+        return self.sum_ints(counts, device)
+
+
+def to_device(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Int64 on a device, without waiting for it: the driver has taken pageable memory when the call returns."""
+    return torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """`sparsity.launches` for a GPU, or None on other devices and where Triton is not installed."""
+    return _launches() if _is_gpu(device) else None
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@cache
+def _launches() -> ModuleType | None:
+    try:
+        from sparsity import launches
+    except ImportError:
+        return None
+    return launches
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

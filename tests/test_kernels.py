@@ -1,78 +1,295 @@
-"""The GPU's kernels against torch's own operations: on a GPU where there is one, else under Triton's interpreter."""
+"""Kernels against numpy on copies on the CPU: under Triton's interpreter, or on a GPU where there is one."""
 
 import importlib
-from itertools import pairwise
+import json
+import os
+import subprocess
+import sys
+from functools import cache, partial
+from types import ModuleType
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
-from sparsity import scan, select
+import sparsity
+from sparsity import Geometric, SparsityCallback, scan, select, shards
+from sparsity.mask import zero_all_pruned_, zero_pruned_
 from sparsity.score import magnitude
-from sparsity.shards import ParameterShard
+from tests.kernel_oracles import (
+    DTYPES,
+    KINDS,
+    HostReads,
+    keys_of,
+    same_bits,
+    shards_on,
+    small_model,
+    tensors_of,
+    zeroed,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+def launches(monkeypatch):
+    """The launches, which every pass on `DEVICE` takes from now on."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
-    return importlib.reload(importlib.import_module("sparsity.kernels"))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(shards, "_is_gpu", lambda device: True)
+        monkeypatch.setattr(shards, "_launches", interpreted_launches)
+    return shards.kernels_for(torch.device(DEVICE))
 
 
-def make_shards(kind: str) -> list[ParameterShard]:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(size, generator=generator) for size in (9_000, 1, 0, 333)]
-    if kind == "ties":
-        tensors = [(tensor * 3).round() for tensor in tensors]
-    elif kind == "denormal":
-        tensors = [tensor * 1e-42 for tensor in tensors]
-    elif kind in ("bfloat16", "float16"):
-        tensors = [(tensor * 1e-5).to(getattr(torch, kind)) for tensor in tensors]
-    tensors[0][:3] = torch.tensor([float("nan"), float("-inf"), -0.0])
+@cache
+def interpreted_launches() -> ModuleType:
+    """`sparsity.launches` on Triton's interpreter. Triton's own functions ask for it when they are imported, so this imports
+    Triton anew, and puts the other one back."""
+    ours = ("sparsity.kernels", "sparsity.launches")
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "triton" or name in ours}
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        for name in before:
+            if not name.startswith("triton._C"):
+                del sys.modules[name]
+        # As attributes of the package they would be found without an import.
+        for name in ("kernels", "launches"):
+            vars(sparsity).pop(name, None)
+        found = importlib.import_module("sparsity.launches")
+    sys.modules.update(before)
+    return found
+
+
+def cases() -> list[tuple[str, str, int]]:
+    """Kind, type and storage offset, of which 3 elements are no multiple of 16 bytes. All on a GPU; the interpreter is slow."""
+    if DEVICE == "cuda":
+        return [(kind, dtype, offset) for kind in KINDS for dtype in DTYPES for offset in (0, 3)]
     return [
-        ParameterShard(f"p{i}", t.to(DEVICE), torch.ones(len(t), dtype=torch.bool, device=DEVICE), 0, len(t))
-        for i, t in enumerate(tensors)
+        ("normal", "float32", 3), ("normal", "bfloat16", 0), ("ties", "bfloat16", 3), ("denormal", "float32", 0),
+        ("denormal", "float16", 0), ("mostly zeros", "float32", 0), ("mixed", "float16", 0),
+    ]  # fmt: skip
+
+
+def ranges(tensors) -> list[tuple[int, int]]:
+    """Narrow, at the end with NaN and infinities, empty, at zero, and whole."""
+    keys = np.sort(np.concatenate([keys_of(tensor) for tensor in tensors])).tolist()
+    return [
+        (keys[1000], keys[2500] + 1), (keys[-5], 1 << 31), (keys[5000], keys[5000]), (0, 1), (0, 1 << 31),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
+def test_collected_keys_are_those_of_the_range_with_their_shards(launches, kind, dtype, offset):
+    tensors = tensors_of(kind, dtype)
+    mine, keys = shards_on(DEVICE, tensors, offset), [keys_of(tensor) for tensor in tensors]
+    for lo, hi in ranges(tensors):
+        below, inside = sum(int((k < lo).sum()) for k in keys), [np.sort(k[(k >= lo) & (k < hi)]) for k in keys]
+        num_inside = sum(map(len, inside))
+        counts, found, owners = launches.collect(mine, lo, hi, 10_000)
+        assert counts.tolist() == [below, num_inside]
+        found, owners = found[:num_inside].cpu().numpy(), owners[:num_inside].cpu().numpy()
+        assert [np.sort(found[owners == number]).tolist() for number in range(len(tensors))] == [
+            k.tolist() for k in inside
+        ]
+        few = launches.collect(mine, lo, hi, 7)
+        assert few[0].tolist() == [below, num_inside]
+        assert set(few[1][: min(7, num_inside)].tolist()) <= set(found.tolist())
+
+
+@pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
+def test_bins_hold_what_numpy_counts(launches, kind, dtype, offset):
+    tensors = tensors_of(kind, dtype)
+    mine, keys = shards_on(DEVICE, tensors, offset), [keys_of(tensor) for tensor in tensors]
+    for lo, hi in ranges(tensors):
+        if hi == lo:
+            continue
+        shift = max(0, (hi - lo - 1).bit_length() - 6)
+        num_bins = ((hi - lo - 1) >> shift) + 1
+        expected = [np.bincount((k[(k >= lo) & (k < hi)] - lo) >> shift, minlength=num_bins) for k in keys]
+        below, by_shard = launches.count_by_shard(mine, lo, hi, shift)
+        assert below.tolist() == [sum(int((k < lo).sum()) for k in keys)]
+        assert by_shard.tolist() == [e.tolist() for e in expected]
+        total = launches.histogram_of_shards(mine, lo, hi, shift)
+        assert total.dtype == torch.int64
+        assert total.tolist() == sum(expected).tolist()
+        joined = torch.from_numpy(np.concatenate(keys).astype(np.int32)).to(DEVICE)
+        assert launches.histogram_of_keys(joined, lo, hi, shift).tolist() == sum(expected).tolist()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
+def test_masks_keep_keys_above_a_bound_of_each_shard(launches, kind, dtype, offset):
+    tensors = tensors_of(kind, dtype)
+    mine, keys = shards_on(DEVICE, tensors, offset), [keys_of(tensor) for tensor in tensors]
+    bounds = [int(np.sort(k)[len(k) // 2]) - number % 2 if len(k) else 5 for number, k in enumerate(keys)]
+    launches.keep_above_(mine, bounds)
+    for shard, key, bound in zip(mine, keys, bounds, strict=True):
+        assert shard.mask.tolist() == (key > bound).tolist()
+    assert launches.count_kept(mine).tolist() == [int((k > b).sum()) for k, b in zip(keys, bounds, strict=True)]
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_ties_go_and_those_pruned_before_are_none(launches, dtype, offset):
+    tensors = tensors_of("ties", dtype)
+    for num_dropped in (1, 500, 100_000):
+        mine = shards_on(DEVICE, tensors, offset)
+        for shard, tensor in zip(mine, tensors, strict=True):
+            key = keys_of(torch.tensor([0.25]))[0]
+            ties = np.flatnonzero((keys_of(tensor) == key) & shard.mask.cpu().numpy())
+            expected = keys_of(tensor) > key
+            expected[ties[num_dropped:]] = True
+            launches.keep_after_ties_(shard, int(key), num_dropped)
+            assert shard.mask.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sample_is_every_nth_weight(launches, dtype, offset):
+    tensors = tensors_of("normal", dtype)
+    mine = shards_on(DEVICE, tensors, offset)
+    for stride in (7, 4_001):
+        expected = keys_of(torch.cat([tensor.float() for tensor in tensors]))[::stride]
+        assert select._sample(mine, stride, magnitude).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("mode", ["store", "change", "rewrite"])
+@pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
+def test_zeros_replace_what_is_pruned_and_nothing_else_changes(launches, kind, dtype, offset, mode):
+    tensors = tensors_of(kind, dtype)
+    mine, one_by_one = shards_on(DEVICE, tensors, offset), shards_on(DEVICE, tensors, offset)
+    moments = [
+        [torch.full_like(s.values, float("nan")), torch.full_like(s.values, -2, dtype=torch.float32)] for s in mine
     ]
+    expected = [[zeroed(t, s.mask) for t in (s.values, *few)] for s, few in zip(mine, moments, strict=True)]
+    launches.zero_all_([(s.mask, [s.values, *few]) for s, few in zip(mine, moments, strict=True)], mode=mode)
+    for shard, alone, few, wanted in zip(mine, one_by_one, moments, expected, strict=True):
+        launches.zero_(alone.values, alone.mask, mode=mode)
+        for found, right in zip([shard.values, *few, alone.values], [*wanted, wanted[0]], strict=True):
+            assert same_bits(found, right)
 
 
-def sorted_keys(found: scan.Collected) -> list[list[int]]:
-    return [sorted(found.keys[start:stop].tolist()) for start, stop in pairwise(found.starts)]
-
-
-@pytest.mark.parametrize("kind", ["normal", "ties", "denormal", "bfloat16", "float16"])
-def test_the_kernel_collects_what_torch_collects(kernels, monkeypatch, kind):
-    monkeypatch.setattr(scan, "kernels", lambda: kernels)
-    shards = make_shards(kind)
-    keys = torch.sort(torch.cat([magnitude(s, slice(0, len(s.values))) for s in shards])).values.tolist()
-    for lo, hi in [(keys[1000], keys[1500] + 1), (keys[-3], (1 << 31)), (1, 2), (keys[5000], keys[5000])]:
-        mine = scan._collect_on_gpu(shards, lo, hi, 9_334)
-        theirs = scan._collect_in_torch(shards, magnitude, lo, hi, 9_334)
-        assert mine[:2] == theirs[:2]
-        assert sorted_keys(mine[2]) == sorted_keys(theirs[2])
-    *counts, inside = scan._collect_on_gpu(shards, keys[0], keys[-1], 100)
-    assert counts == [0, len(keys) - keys.count(keys[-1])]
-    assert isinstance(inside, scan.Streamed)
-
-
-@pytest.mark.parametrize("kind", ["normal", "ties", "bfloat16"])
-def test_the_kernels_prune_what_the_cpu_prunes(kernels, monkeypatch, kind):
-    mine, theirs = make_shards(kind), make_shards(kind)
-    for num_pruned in (1, 3_000, 7_001, 9_333):
-        select.prune_smallest_(theirs, num_pruned)
+@pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
+def test_kernels_prune_what_the_cpu_prunes(launches, monkeypatch, kind, dtype, offset):
+    tensors = [tensor.nan_to_num(nan=1.0) for tensor in tensors_of(kind, dtype)]
+    mine, theirs = shards_on(DEVICE, tensors, offset), shards_on("cpu", tensors)
+    for shard in (*mine, *theirs):
+        shard.mask.fill_(True)
+    for num_pruned in (1, 5_001):
         with monkeypatch.context() as patched:
-            patched.setattr(scan, "kernels", lambda: kernels)
-            patched.setattr(
-                select, "collect", lambda shards, _, lo, hi, limit: scan._collect_on_gpu(shards, lo, hi, limit)
-            )
-            patched.setattr(
-                select,
-                "keep_above_",
-                lambda shard, _, key: kernels.keep_above_(shard.values, shard.mask, key),
-            )
-            select.prune_smallest_(mine, num_pruned)
+            patched.setattr(shards, "_is_gpu", lambda device: False)
+            threshold = select.prune_smallest_(theirs, num_pruned)
+        assert select.prune_smallest_(mine, num_pruned) == threshold
         for a, b in zip(mine, theirs, strict=True):
-            assert torch.equal(a.mask, b.mask)
+            assert torch.equal(a.mask.cpu(), b.mask)
             a.values.masked_fill_(~a.mask, 0)
             b.values.masked_fill_(~b.mask, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_that_misleads_and_too_many_keys_cost_kernels_no_exactness(launches, monkeypatch, dtype):
+    monkeypatch.setattr(select, "SAMPLE_SIZE", 64)
+    monkeypatch.setattr(select, "SAMPLE_SHARE", 0.0)
+    monkeypatch.setattr(select, "SAMPLE_SIGMAS", 0.0)
+    monkeypatch.setattr(select, "MIN_CANDIDATES", 10)
+    monkeypatch.setattr(select, "CANDIDATE_SHARE", 0.0)
+    tensors = [tensor.nan_to_num(nan=1.0) for tensor in tensors_of("ties" if dtype == "float32" else "normal", dtype)]
+    magnitudes = torch.cat([tensor.double().abs() for tensor in tensors])
+    for num_pruned in (50, 9_000):
+        mine = shards_on(DEVICE, tensors)
+        for shard in mine:
+            shard.mask.fill_(True)
+        select.prune_smallest_(mine, num_pruned)
+        expected = torch.ones(len(magnitudes), dtype=torch.bool)
+        expected[torch.sort(magnitudes, stable=True).indices[:num_pruned]] = False
+        assert torch.equal(torch.cat([shard.mask.cpu() for shard in mine]), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_event_on_kernels_is_the_cpus_to_the_last_bit(launches, monkeypatch, dtype):
+    shapes = ((24, 40), (1, 8), (64, 40), (24, 104))
+    (mine, of_mine), (theirs, of_theirs) = (small_model(dtype, device, shapes) for device in (DEVICE, "cpu"))
+    events = [SparsityCallback(Geometric(0.8, 0, 0, 1), report=False) for _ in range(2)]
+    events[0].bind(mine)
+    events[1].bind(theirs)
+    for density in (0.9, 0.2):
+        with monkeypatch.context() as patched:
+            patched.setattr(shards, "_is_gpu", lambda device: False)
+            events[1].prune(density, of_theirs)
+        events[0].prune(density, of_mine)
+        assert events[0].kept == events[1].kept
+        assert events[0].threshold == events[1].threshold
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert same_bits(a, b)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert same_bits(of_mine.state[a][moment], of_theirs.state[b][moment])
+
+
+def test_a_gradients_pruned_nan_vanishes_and_kept_values_stay(launches):
+    gradient = torch.tensor([[-1.0, float("nan"), 2.0], [float("inf"), -0.0, float("nan")]], device=DEVICE)
+    mask = torch.tensor([True, False, False, False, True, True], device=DEVICE)
+    zero_pruned_(gradient, mask)
+    assert same_bits(gradient, torch.tensor([[-1.0, 0.0, 0.0], [0.0, -0.0, float("nan")]]))
+
+
+def test_what_kernels_do_not_take_is_zeroed_all_the_same(launches):
+    mask = torch.arange(12, device=DEVICE) % 5 != 0
+    values = torch.arange(1.0, 13.0, device=DEVICE).view(3, 4)
+    tensors = [values.double(), values.clone(), values.t().contiguous().t()]
+    zero_all_pruned_([(mask, tensors)])
+    for tensor in tensors:
+        assert torch.equal(tensor, (values * mask.view(3, 4)).to(tensor.dtype))
+
+
+def host_reads(launches, monkeypatch, body) -> list[str]:
+    """What the host reads of the device during a call; the interpreter reads for itself."""
+    reads = HostReads()
+
+    def paused(original):
+        def run(*args, **kwargs):
+            reads.is_paused = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                reads.is_paused = False
+
+        return run
+
+    with monkeypatch.context() as patched, reads:
+        patched.setattr(launches.Table, "launch", paused(launches.Table.launch))
+        body()
+    return reads.found
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 6), ("bfloat16", 8)])
+def test_the_host_waits_as_often_in_an_event_of_many_parameters_as_in_one_of_few(launches, monkeypatch, dtype, most):
+    for num_layers in (2, 20):
+        model, optimizer = small_model(dtype, DEVICE, ((40, 50),) * num_layers)
+        event = SparsityCallback(Geometric(0.8, 0, 0, 1), report=False)
+        event.bind(model)
+        for density in (0.9, 0.5):
+            reads = host_reads(launches, monkeypatch, partial(event.prune, density, optimizer))
+            assert 3 <= len(reads) <= most
+
+
+def test_a_pass_in_torch_waits_once_for_all_its_chunks(monkeypatch):
+    mine = shards_on(DEVICE, tensors_of("ties", "float32"))
+    with HostReads() as reads:
+        scan._collect_in_torch(mine, magnitude, 1_000, 1 << 30, 10_000)
+        scan._keep_after_ties_in_torch(mine[0], magnitude, 1_048_576_000, 5)
+    assert reads.found == ["tolist"]
+
+
+def test_every_kernel_compiles_for_compute_capability_9_0_without_a_device():
+    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compiled_kernels"], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {row["kernel"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert len(found) > 40
+    for name in ("collect", "count_bins", "keep_above"):
+        for dtype in DTYPES:
+            assert found[f"{name}, {dtype}, aligned"]["accesses"]["ld.global.v4.b32"] >= 2
+            assert "ld.global.v4.b32" not in found[f"{name}, {dtype}, unaligned"]["accesses"]
+    assert all("LOCAL:0" in row["usage"] and "STACK:0" in row["usage"] for row in found.values())

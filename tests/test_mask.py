@@ -14,6 +14,7 @@ from sparsity.mask import (
     mask_gradients,
     mask_hash,
     masks_from_zeros,
+    zero_all_pruned_,
     zero_pruned_,
     zero_pruned_state_,
 )
@@ -164,8 +165,8 @@ def test_adam_leaves_zeros_by_itself_once_its_states_are_zero(kind, options, dty
             callback.prune(0.5)
         if step == 5:
             callback.prune(0.25, optimizer)
-        with mock.patch("sparsity.pruner.zero_pruned_") as zero:
-            zero.side_effect = zero_pruned_
+        with mock.patch("sparsity.pruner.zero_all_pruned_") as zero:
+            zero.side_effect = zero_all_pruned_
             callback.on_optimizer_step(None, None, None, optimizer=optimizer)
             masked.append(zero.called)
         if step >= 2:

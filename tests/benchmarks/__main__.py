@@ -42,10 +42,11 @@ LONG = (
     Benchmark("scale", ("--figure", "runs/bench/scale.png"), CONFIGURED),
     Benchmark("memory", needs=CONFIGURED),
 )
-THROUGHPUT = Benchmark("throughput", ("--profile",))
+THROUGHPUT, EVENT = Benchmark("throughput", ("--profile",)), Benchmark("event")
 ON_GPU = (
     Benchmark("selection", ("--large", "--device", "cuda")),
     Benchmark("masking", ("--device", "cuda")),
+    EVENT,
     THROUGHPUT,
     Benchmark("overhead", needs=RUNS),
     Benchmark("memory", needs=CONFIGURED),
@@ -55,7 +56,7 @@ ON_GPU = (
 def chosen(everything: bool, gpu_alone: bool, has_gpu: bool) -> list[Benchmark]:
     """What is to run: each once, in its longest form among those asked for."""
     on_any = [*QUICK, *LONG] if everything else list(QUICK)
-    found = ON_GPU if gpu_alone else [*on_any, *([THROUGHPUT] if has_gpu else ())]
+    found = ON_GPU if gpu_alone else [*on_any, *((EVENT, THROUGHPUT) if has_gpu else ())]
     return list({benchmark.name: benchmark for benchmark in found}.values())
 
 

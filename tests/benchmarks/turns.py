@@ -54,10 +54,14 @@ class Turns:
 
 def run_in_turns(bodies: Sequence[Callable[[], Any]], turns: Turns) -> None:
     """Run two functions as threads in turns. A rank that fails ends at once: its peers would wait for ever."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def work(mine: int) -> None:
         turns.wait(mine)
         try:
+            if device is not None:
+                # Each thread has a device of its own, and begins with the first.
+                torch.cuda.set_device(device)
             bodies[mine]()
         except BaseException:
             traceback.print_exc()

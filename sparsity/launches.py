@@ -1,0 +1,260 @@
+"""The passes of a prune event on a GPU, each one launch over all shards of a type. Importing this needs Triton.
+
+A launch finds the shards through a table of pointers. Tables are kept by the pointers that they hold: FSDP2 may move a
+parameter between events, which then makes another table. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsity import kernels
+from sparsity.shards import ParameterShard
+
+NUM_COPIES = 32
+"""Histograms that a histogram is made of."""
+_READ_AS = {torch.float32: tl.int32, torch.int32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
+_AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_WRITTEN_AS = {torch.int32: tl.int32, torch.int16: tl.int16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Elements of a block and warps of a program: `python -m tests.benchmarks.event` measures which are best."""
+
+    block: int
+    num_warps: int
+
+
+COLLECT = Shape(1 << 12, 8)
+COUNT_BINS = Shape(1 << 12, 8)
+SAMPLE = Shape(1 << 10, 4)
+KEEP = Shape(1 << 12, 8)
+COUNT_KEPT = Shape(1 << 14, 8)
+ZERO, ZERO_MODE = Shape(1 << 12, 8), "change"
+"""Most pruned weights of an event are 0 already."""
+ZERO_GRADIENT, ZERO_GRADIENT_MODE = Shape(1 << 12, 8), "store"
+
+
+class Row(NamedTuple):
+    """Tensors of one type and size, by their pointers, with one mask and one number."""
+
+    dtype: torch.dtype
+    numel: int
+    number: int
+    mask: int
+    pointers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one launch: all of a type, of as many pointers, and all aligned to 16 bytes or not."""
+
+    rows: Tensor
+    owners: Tensor
+    dtype: torch.dtype
+    is_aligned: bool
+
+    def launch(self, kernel: Any, *args: Any, shape: Shape, **constants: Any) -> None:
+        is_cuda = self.rows.is_cuda
+        with torch.cuda.device(self.rows.device) if is_cuda else contextlib.nullcontext():
+            kernel[(len(self.owners),)](
+                self.rows,
+                self.owners,
+                *args,
+                WIDTH=self.rows.shape[1],
+                ALIGNED=self.is_aligned,
+                BLOCK=shape.block,
+                num_warps=shape.num_warps,
+                **constants,
+            )
+
+
+@lru_cache(maxsize=8)
+def make_tables(rows: tuple[Row, ...], block: int, device: torch.device) -> list[Table]:
+    """The tables of these rows, in blocks of `block` elements."""
+    groups: dict[tuple[torch.dtype, int, bool], list[Row]] = {}
+    for row in rows:
+        is_aligned = all(pointer % 16 == 0 for pointer in (row.mask, *row.pointers))
+        if row.numel:
+            groups.setdefault((row.dtype, len(row.pointers), is_aligned), []).append(row)
+    found = []
+    for (dtype, _, is_aligned), group in groups.items():
+        num_blocks = np.array([-(-row.numel // block) for row in group])
+        first = np.cumsum(num_blocks) - num_blocks
+        columns = [
+            (row.numel, begin, row.number, row.mask, *row.pointers) for row, begin in zip(group, first, strict=True)
+        ]
+        on_device = _to_device(np.array(columns, dtype=np.int64), device)
+        numbers = torch.arange(len(group), dtype=torch.int32, device=device)
+        owners = torch.repeat_interleave(numbers, _to_device(num_blocks, device), output_size=int(num_blocks.sum()))
+        found.append(Table(on_device, owners, dtype, is_aligned))
+    return found
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for: the driver has taken pageable memory when the call returns."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def _shard_tables(shards: Sequence[ParameterShard], block: int) -> list[Table]:
+    rows = tuple(
+        Row(shard.values.dtype, shard.values.numel(), number, shard.mask.data_ptr(), (shard.values.data_ptr(),))
+        for number, shard in enumerate(shards)
+    )
+    return make_tables(rows, block, shards[0].values.device)
+
+
+def sample(
+    shards: Sequence[ParameterShard], starts: Sequence[int], sizes: Sequence[int], stride: int, shape: Shape = SAMPLE
+) -> Tensor:
+    """Keys int32 [sum of sizes]: of each shard `sizes` weights from `starts` on, `stride` apart."""
+    device = shards[0].values.device
+    keys = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    filled = np.cumsum([0, *sizes]).tolist()
+    rows = tuple(
+        Row(shard.values.dtype, size, number, 0, (shard.values.data_ptr() + start * shard.values.itemsize,))
+        for shard, start, size, number in zip(shards, starts, sizes, filled[:-1], strict=True)
+    )
+    for table in make_tables(rows, shape.block, device):
+        table.launch(kernels.sample, stride, keys, DTYPE=_READ_AS[table.dtype], shape=shape)
+    return keys
+
+
+def collect(
+    shards: Sequence[ParameterShard], lo: int, hi: int, limit: int, shape: Shape = COLLECT
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Collect the keys lo .. hi - 1 of all shards.
+
+    Returns: counts int64 [2] of the keys under `lo` and of those in the range, which may exceed `limit`; the first `limit`
+    of the latter, int32 in no order; and the number of each key's shard.
+    """
+    device = shards[0].values.device
+    keys = torch.empty(limit, dtype=torch.int32, device=device)
+    owners = torch.empty(limit, dtype=torch.int16 if len(shards) < 1 << 15 else torch.int32, device=device)
+    cursor = torch.zeros(1, dtype=torch.int64, device=device)
+    below = torch.zeros(1, dtype=torch.int64, device=device)
+    for table in _shard_tables(shards, shape.block):
+        partial = torch.empty_like(table.owners)
+        table.launch(
+            kernels.collect, lo, hi - 1, limit, keys, owners, cursor, partial, DTYPE=_READ_AS[table.dtype], shape=shape
+        )
+        below += partial.sum()
+    return torch.cat([below, cursor]), keys, owners
+
+
+def count_by_shard(
+    shards: Sequence[ParameterShard], lo: int, hi: int, shift: int, shape: Shape = COUNT_BINS
+) -> tuple[Tensor, Tensor]:
+    """How many keys are under `lo`, int64 [1], and int32 [shards, bins] of the keys lo .. hi - 1 in bins of 2^shift keys."""
+    device, num_bins = shards[0].values.device, ((hi - lo - 1) >> shift) + 1
+    counts = torch.zeros((len(shards), num_bins), dtype=torch.int32, device=device)
+    below = torch.zeros(1, dtype=torch.int64, device=device)
+    for table in _shard_tables(shards, shape.block):
+        below += _count_bins(table, lo, hi, shift, counts, 0, shape).sum()
+    return below, counts
+
+
+def histogram(
+    tables: Iterable[Table], lo: int, hi: int, shift: int, device: torch.device, shape: Shape = COUNT_BINS
+) -> Tensor:
+    """Counts int64 [bins] of the keys lo .. hi - 1 in bins of 2^shift keys."""
+    counts = torch.zeros((NUM_COPIES, ((hi - lo - 1) >> shift) + 1), dtype=torch.int32, device=device)
+    for table in tables:
+        _count_bins(table, lo, hi, shift, counts, NUM_COPIES, shape)
+    return counts.sum(dim=0)
+
+
+def histogram_of_shards(shards: Sequence[ParameterShard], lo: int, hi: int, shift: int) -> Tensor:
+    """`histogram` of all weights."""
+    return histogram(_shard_tables(shards, COUNT_BINS.block), lo, hi, shift, shards[0].values.device)
+
+
+def histogram_of_keys(keys: Tensor, lo: int, hi: int, shift: int) -> Tensor:
+    """`histogram` of int32 keys."""
+    row = Row(keys.dtype, keys.numel(), 0, 0, (keys.data_ptr(),))
+    return histogram(make_tables((row,), COUNT_BINS.block, keys.device), lo, hi, shift, keys.device)
+
+
+def _count_bins(table: Table, lo: int, hi: int, shift: int, counts: Tensor, num_copies: int, shape: Shape) -> Tensor:
+    """Add to `counts` [shards or copies, bins]; return how many keys of each block are under `lo`."""
+    below = torch.empty_like(table.owners)
+    table.launch(
+        kernels.count_bins,
+        lo,
+        hi - 1,
+        shift,
+        counts,
+        counts.shape[1],
+        num_copies,
+        below,
+        DTYPE=_READ_AS[table.dtype],
+        shape=shape,
+    )
+    return below
+
+
+def keep_above_(shards: Sequence[ParameterShard], keys: Sequence[int], shape: Shape = KEEP) -> None:
+    """Set the masks: in each shard keep what is above its key."""
+    bounds = _to_device(np.array(keys, dtype=np.int32), shards[0].values.device)
+    for table in _shard_tables(shards, shape.block):
+        table.launch(kernels.keep_above, bounds, DTYPE=_READ_AS[table.dtype], shape=shape)
+
+
+def keep_after_ties_(shard: ParameterShard, key: int, num_dropped: int, shape: Shape = KEEP) -> None:
+    """Set the mask: keep what is above `key`, and of the kept weights with this key all but the first `num_dropped`."""
+    for table in _shard_tables([shard], shape.block):
+        ties = torch.empty_like(table.owners)
+        table.launch(kernels.count_ties, key, ties, DTYPE=_READ_AS[table.dtype], shape=shape)
+        before = torch.cumsum(ties, 0, dtype=torch.int32) - ties
+        table.launch(kernels.keep_after_ties, key, before, num_dropped, DTYPE=_READ_AS[table.dtype], shape=shape)
+
+
+def count_kept(shards: Sequence[ParameterShard], shape: Shape = COUNT_KEPT) -> Tensor:
+    """Kept weights of each local shard, int64 [shards]."""
+    counts = torch.zeros(len(shards), dtype=torch.int32, device=shards[0].mask.device)
+    rows = tuple(Row(s.mask.dtype, s.mask.numel(), number, s.mask.data_ptr(), ()) for number, s in enumerate(shards))
+    for table in make_tables(rows, shape.block, counts.device):
+        table.launch(kernels.count_kept, counts, shape=shape)
+    return counts.long()
+
+
+def can_zero(tensor: Tensor) -> bool:
+    """Whether `zero_` and `zero_all_` take this tensor."""
+    return tensor.dtype in _AS_BITS and tensor.is_contiguous()
+
+
+def zero_all_(masked: Sequence[tuple[Tensor, Sequence[Tensor]]], shape: Shape = ZERO, mode: str = ZERO_MODE) -> None:
+    """Write 0 into tensors where the mask that comes with them is False. `can_zero` says which tensors are taken."""
+    rows = []
+    for mask, tensors in masked:
+        by_type: dict[torch.dtype, list[int]] = {}
+        for tensor in tensors:
+            by_type.setdefault(_AS_BITS[tensor.dtype], []).append(tensor.data_ptr())
+        rows += [Row(dtype, mask.numel(), 0, mask.data_ptr(), tuple(found)) for dtype, found in by_type.items()]
+    if rows:
+        for table in make_tables(tuple(rows), shape.block, masked[0][0].device):
+            # Writes here and there are one piece for a warp where its threads take turns, not four elements each.
+            plain = table if mode == "rewrite" else Table(table.rows, table.owners, table.dtype, False)
+            plain.launch(kernels.zero, DTYPE=_WRITTEN_AS[table.dtype], MODE=mode, shape=shape)
+
+
+def zero_(tensor: Tensor, mask: Tensor, shape: Shape = ZERO_GRADIENT, mode: str = ZERO_GRADIENT_MODE) -> None:
+    """Write 0 into a tensor where its flat mask is False. `can_zero` says whether the tensor is taken."""
+    if not tensor.numel():
+        return
+    bits, kept = tensor.view(_AS_BITS[tensor.dtype]), mask.view(torch.int8)
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+        kernels.zero_one[(triton.cdiv(bits.numel(), shape.block),)](
+            bits, kept, bits.numel(), BLOCK=shape.block, MODE=mode, num_warps=shape.num_warps
+        )

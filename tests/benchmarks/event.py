@@ -1,0 +1,441 @@
+"""A prune event on a GPU, pass by pass, beside the time to move its bytes.
+
+    python -m tests.benchmarks.event [--rehearse] [--output FILE]     -> runs/bench/event.json
+
+The 113 prunable parameters of the 1B in float32 with two moments go through the 20 events of a geometric schedule. Every
+event's passes are timed on the device and the event by the clock, its last look at the device included. The ideal event
+reads weights twice, writes masks, reads and writes weights and two moments under masks, and counts: 37 bytes a weight, at the
+bandwidth of a copy measured in the same run. A sweep says which block and number of warps is best for each kernel
+(`sparsity.launches` holds the choice). `--rehearse` does the same at a tiny size on a CPU, under Triton's interpreter if
+Triton is installed: its seconds mean nothing. Exits with 1 where a goal is missed, never in a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from sparsity import Geometric, shards
+from sparsity.mask import make_shards
+from sparsity.pruner import Pruner
+from sparsity.select import prune_smallest_
+from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
+
+SPARSITY, NUM_EVENTS = 0.8, 20
+NUM_REHEARSED = 2
+IDEAL_BYTES = 4 + 5 + 3 * 8 + 3 + 1
+"""Of a weight: collect, keep, zero three tensors each by its mask, count."""
+PASSES = {
+    "sample": 0, "collect": 4, "count_by_shard": 4, "histogram_of_keys": 0, "keep_above_": 5, "keep_after_ties_": 0,
+    "count_kept": 1, "zero_all_": 13,
+}  # fmt: skip
+"""Passes of `sparsity.launches`, and the bytes of a weight that each moves at least."""
+MOST_OF_IDEAL, MOST_READ_PASSES, MOST_EXTRA_SHARE = 1.3, 3.0, 0.01
+MOST_MASKING_SECONDS = 0.01 * 0.230
+"""A hundredth of a dense step of the 1B on an H100."""
+MODES = ("store", "change", "rewrite")
+KTHVALUE_BYTES = 12
+"""Of a weight that `kthvalue` takes beside weights, moments and masks."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's linear layers."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    vocabulary: int
+
+    def shapes(self) -> list[tuple[int, int]]:
+        layer = [(self.hidden, self.hidden)] * 4 + [(self.mlp, self.hidden)] * 2 + [(self.hidden, self.mlp)]
+        return [*layer * self.layers, (self.vocabulary, self.hidden)]
+
+
+ONE_B, TINY = Size(2048, 8192, 16, 32_000), Size(16, 48, 1, 64)
+
+
+def timer(device: str) -> Callable[[], Callable[[], float]]:
+    """A function that begins a measurement on the device and returns one that ends it and, later, says its seconds."""
+
+    def begin() -> Callable[[], float]:
+        if device == "cpu":
+            started = time.perf_counter()
+            return lambda: time.perf_counter() - started
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+
+        def end() -> float:
+            last.record()
+            last.synchronize()
+            return float(first.elapsed_time(last)) / 1000
+
+        return end
+
+    return begin
+
+
+def best(body: Callable[[], Any], device: str, before: Callable[[], Any] = lambda: None, rounds: int = 4) -> float:
+    """Least seconds on the device of a call after a warm-up; `before` is not timed."""
+    seconds = []
+    for _ in range(rounds + 1):
+        before()
+        end = timer(device)()
+        body()
+        seconds.append(end())
+    return min(seconds[1:])
+
+
+def copy_bandwidth(device: str, numel: int) -> float:
+    """Bytes read and written a second by a copy."""
+    source = torch.ones(numel, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best(lambda: target.copy_(source), device, rounds=8)
+
+
+class Model:
+    """Weights, moments and a pruner over them."""
+
+    def __init__(self, size: Size, device: str, num_events: int) -> None:
+        layers = []
+        for rows, columns in size.shapes():
+            layer = nn.Linear(1, 1, bias=False)
+            layer.weight = nn.Parameter(torch.empty(rows, columns, device=device))
+            layers.append(layer)
+        self.module = nn.ModuleList(layers)
+        self.weights: list[Tensor] = [layer.weight.detach() for layer in layers]
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
+        self.moments: list[Tensor] = []
+        for param in self.module.parameters():
+            moments = {name: torch.ones_like(param) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[param] = moments
+            self.moments += moments.values()
+        self.numel = sum(weight.numel() for weight in self.weights)
+        self.pruner = Pruner(Geometric(SPARSITY, 0, num_events - 1, 1))
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Dense weights, moments and masks."""
+        for number, weight in enumerate(self.weights):
+            generator = torch.Generator(weight.device).manual_seed(number)
+            weight.normal_(0, 0.02, generator=generator)
+        for moment in self.moments:
+            moment.fill_(1.0)
+        self.pruner.bind(self.module)
+        self.pruner.unbind()
+
+
+@contextlib.contextmanager
+def timed_passes(device: str, seconds: dict[str, list[Callable[[], float]]]) -> Iterator[None]:
+    """Time each pass of `sparsity.launches` on the device for a while."""
+    launches = shards.kernels_for(torch.device(device))
+
+    def timed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            end = Pending(device)
+            value = original(*args, **kwargs)
+            seconds[name].append(end.stop())
+            return value
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name in PASSES if launches is not None else ():
+            stack.enter_context(mock.patch.object(launches, name, timed(name, getattr(launches, name))))
+        yield
+
+
+class Pending:
+    """A measurement that does not make the host wait: its seconds are read when all is over."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._started: Any = self._mark()
+
+    def stop(self) -> Callable[[], float]:
+        stopped = self._mark()
+        if self._device == "cpu":
+            return lambda: float(stopped - self._started)
+        return lambda: float(self._started.elapsed_time(stopped)) / 1000
+
+    def _mark(self) -> Any:
+        if self._device == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@dataclass
+class Event:
+    """One event: seconds by the clock, of its selection, and of its passes; its extra memory in bytes."""
+
+    density: float
+    seconds: float
+    selection: float
+    passes: dict[str, float]
+    extra_bytes: int
+
+
+def run_events(model: Model, device: str) -> list[Event]:
+    """All events of the schedule from dense weights on; each is checked to prune as many as it should."""
+    model.start_anew()
+    found = []
+    for step in model.pruner.schedule.events():
+        density = model.pruner.schedule.density(step)
+        pending: dict[str, list[Callable[[], float]]] = defaultdict(list)
+        selection: list[float] = []
+
+        def select(*args: Any, selection: list[float] = selection, **kwargs: Any) -> Any:
+            synchronize(device)
+            started = time.perf_counter()
+            threshold = prune_smallest_(*args, **kwargs)
+            synchronize(device)
+            selection.append(time.perf_counter() - started)
+            return threshold
+
+        before = peak(device, reset=True)
+        with timed_passes(device, pending), mock.patch("sparsity.prune.prune_smallest_", select):
+            synchronize(device)
+            started = time.perf_counter()
+            model.pruner.prune(density, model.optimizer)
+            synchronize(device)
+            taken = time.perf_counter() - started
+        extra = peak(device) - before
+        kept = sum(model.pruner.kept.values())
+        assert kept == model.numel - round((1 - density) * model.numel), f"{kept:,} weights are kept at {density}"
+        passes = {name: sum(one() for one in some) for name, some in pending.items()}
+        found.append(Event(density, taken, sum(selection), passes, extra))
+    return found
+
+
+def check_masks(model: Model) -> None:
+    """Compare masks and zeros with what one threshold gives, on copies in the CPU's memory."""
+    model.start_anew()
+    before = [weight.cpu() for weight in (model.weights[0], model.weights[-1])]
+    model.pruner.prune(0.5, model.optimizer)
+    assert model.pruner.threshold is not None
+    for old, weight, shard in zip(
+        before, model.weights[:: len(model.weights) - 1], model.pruner.shards[:: len(model.weights) - 1], strict=True
+    ):
+        kept = old.abs() > model.pruner.threshold
+        # Of the weights at the threshold itself some may be kept.
+        differ = kept.view(-1) != shard.mask.cpu()
+        assert bool((old.view(-1)[differ].abs() == model.pruner.threshold).all()), f"{shard.name} has another mask"
+        assert torch.equal(weight.cpu(), old * shard.mask.cpu().view(old.shape)), f"{shard.name} has other weights"
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(device: str, reset: bool = False) -> int:
+    if device == "cpu":
+        return 0
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return torch.cuda.max_memory_allocated()
+
+
+def sweep(model: Model, device: str, blocks: Sequence[int], warps: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Seconds of each large pass by block and warps, from the same state each time."""
+    launches = shards.kernels_for(torch.device(device))
+    if launches is None:
+        return {}
+    model.start_anew()
+    ours = model.pruner.shards
+    model.pruner.prune(0.5)
+    threshold = int(torch.tensor(model.pruner.threshold, dtype=torch.float32).view(torch.int32))
+    earlier = [shard.mask.clone() for shard in ours]
+    later = make_shards({shard.name: shard.values for shard in ours})
+    prune_smallest_(later, round(0.54 * model.numel))
+    final = make_shards({shard.name: shard.values for shard in ours})
+    prune_smallest_(final, round(SPARSITY * model.numel))
+    triples = [[w, *model.moments[2 * i : 2 * i + 2]] for i, w in enumerate(model.weights)]
+
+    def as_before() -> None:
+        for tensors, mask in zip(triples, earlier, strict=True):
+            for tensor in tensors:
+                tensor.fill_(1.0)
+                torch.where(mask.view(tensor.shape), tensor, tensor.new_zeros(()), out=tensor)
+
+    def as_gradients() -> None:
+        for tensors in triples:
+            tensors[1].fill_(1.0)
+
+    limit = model.numel // 100 + 4096
+    lo, hi = threshold, threshold + (1 << 16)
+    bodies: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
+        "collect": (partial(launches.collect, ours, lo, hi, limit), lambda: None),
+        "keep_above_": (partial(launches.keep_above_, ours, [threshold] * len(ours)), lambda: None),
+        "count_kept": (partial(launches.count_kept, ours), lambda: None),
+    }
+    for mode in MODES:
+        masked = [(shard.mask, tensors) for shard, tensors in zip(later, triples, strict=True)]
+        bodies[f"zero_all_ {mode}"] = partial(launches.zero_all_, masked, mode=mode), as_before
+
+        def gradients(mode: str = mode, **options: Any) -> None:
+            for tensors, shard in zip(triples, final, strict=True):
+                launches.zero_(tensors[1], shard.mask, mode=mode, **options)
+
+        bodies[f"gradients {mode}"] = gradients, as_gradients
+    found: dict[str, dict[str, float]] = {}
+    for name, (body, before) in bodies.items():
+        if name == "zero_all_ store":
+            # These change weights, so passes that read them have come before.
+            print("sweeping what writes zeros", file=sys.stderr, flush=True)
+        found[name] = {
+            f"{block} x {num_warps} warps": best(
+                partial(body, shape=launches.Shape(block, num_warps)), device, before, rounds=2
+            )
+            for block in blocks
+            for num_warps in warps
+        }
+        fastest = min(found[name], key=found[name].__getitem__)
+        print(f"best {name:<18} {fastest:<18} {found[name][fastest] * 1000:8.3f} ms", flush=True)
+    found["gradients torch.where"] = {
+        "": best(
+            lambda: [
+                torch.where(s.mask.view(t[1].shape), t[1], t[1].new_zeros(()), out=t[1])
+                for t, s in zip(triples, final, strict=True)
+            ],
+            device, as_gradients, rounds=2,
+        )
+    }  # fmt: skip
+    return found
+
+
+def by_kthvalue(model: Model, device: str) -> float | None:
+    """Seconds of `kthvalue` over all magnitudes at once, and the masks; None where memory is not enough for it."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < KTHVALUE_BYTES * model.numel:
+        return None
+
+    def body() -> list[Tensor]:
+        scores = torch.cat([weight.abs().view(-1) for weight in model.weights])
+        threshold = scores.kthvalue(model.numel // 2).values
+        return [weight.abs() > threshold for weight in model.weights]
+
+    return best(body, device, rounds=1)
+
+
+def measure(size: Size, device: str, blocks: Sequence[int], warps: Sequence[int]) -> list[Comparison]:
+    """All rows, with a line for each as it comes."""
+    rows: list[Comparison] = []
+
+    def row(name: str, seconds: float, baseline: str, baseline_seconds: float, **details: Any) -> None:
+        rows.append(
+            Comparison(name, seconds, baseline, baseline_seconds, {"numel": model.numel, "device": device, **details})
+        )
+        more = ", ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in details.items()
+        )
+        print(f"{name:<36} {seconds * 1000:9.3f} ms, {baseline} {baseline_seconds * 1000:.3f} ms; {more}", flush=True)
+
+    model = Model(size, device, NUM_EVENTS if device == "cuda" else NUM_REHEARSED)
+    bandwidth = copy_bandwidth(device, min(model.numel, 1 << 28))
+    print(
+        f"copy: {bandwidth / 1e9:.0f} GB/s read and written; {model.numel:,} weights in {len(model.weights)} parameters"
+    )
+    ideal, read_pass = IDEAL_BYTES * model.numel / bandwidth, 4 * model.numel / bandwidth
+    check_masks(model)
+    run_events(model, device)
+    events = run_events(model, device)
+    for number, event in enumerate(events):
+        if number in (0, len(events) // 2, len(events) - 1):
+            row(
+                f"event to a density of {event.density:.2f}", event.seconds, "time to move its bytes", ideal,
+                of_ideal=event.seconds / ideal, gigabytes=IDEAL_BYTES * model.numel / 1e9,
+                extra_share=event.extra_bytes / (4 * model.numel),
+            )  # fmt: skip
+            row(
+                f"selection at {event.density:.2f}", event.selection, "one read pass", read_pass,
+                read_passes=event.selection / read_pass,
+            )  # fmt: skip
+            for name, seconds in event.passes.items():
+                moved = PASSES[name] * model.numel
+                share = {"of_copy_bandwidth": moved / seconds / bandwidth} if moved and seconds else {}
+                row(
+                    f"{name} at {event.density:.2f}", seconds, "its bytes at a copy's speed", moved / bandwidth, **share
+                )
+    with mock.patch.object(shards, "_is_gpu", return_value=False):
+        run_events(model, device)
+        plain = run_events(model, device)
+    middle = len(events) // 2
+    row("event", events[middle].seconds, "the same in torch's operations", plain[middle].seconds)
+    kthvalue = by_kthvalue(model, device)
+    if kthvalue is not None:
+        row("selection", events[middle].selection, "kthvalue", kthvalue)
+    swept = sweep(model, device, blocks, warps)
+    chosen = shards.kernels_for(torch.device(device))
+    for name, by_shape in swept.items():
+        fastest = min(by_shape, key=by_shape.__getitem__)
+        mode = name.removeprefix("gradients ")
+        if name.startswith("gradients "):
+            is_ours = chosen is not None and mode == chosen.ZERO_GRADIENT_MODE
+            row(
+                "masking gradients of a step" + (" (ours)" if is_ours else ""), by_shape[fastest], "a copy's 9 bytes a weight",
+                9 * model.numel / bandwidth, way=mode, best=fastest,
+            )  # fmt: skip
+    rows[-1].details["sweep"] = swept
+    return rows
+
+
+def missed_goals(rows: Sequence[Comparison]) -> list[str]:
+    """A sentence for each goal that is missed."""
+    missed = []
+    for found in rows:
+        details = found.details
+        for key, most in (
+            ("of_ideal", MOST_OF_IDEAL),
+            ("read_passes", MOST_READ_PASSES),
+            ("extra_share", MOST_EXTRA_SHARE),
+        ):
+            if details.get(key, 0) > most:
+                missed.append(f"{found.name}: {key} is {details[key]:.3g}, the goal is {most:g}.")
+        if found.name.endswith("(ours)") and found.seconds > MOST_MASKING_SECONDS:
+            missed.append(
+                f"{found.name}: {found.seconds * 1000:.2f} ms, the goal is {MOST_MASKING_SECONDS * 1000:.2f} ms."
+            )
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true", help="at a tiny size on a CPU")
+    parser.add_argument("--output", type=Path, default=RESULTS / "event.json")
+    options = parser.parse_args()
+    if not options.rehearse:
+        if not torch.cuda.is_available():
+            parser.error("there is no GPU here: add --rehearse to try the code at a tiny size on a CPU.")
+        rows = measure(ONE_B, "cuda", (2048, 4096, 8192, 16384), (4, 8))
+        write_rows([row.row() for row in rows], options.output)
+        finish(missed_goals(rows))
+        return
+    if find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
+        # Triton asks for its interpreter when it is imported, which torch may have done by now.
+        command = [sys.executable, "-m", "tests.benchmarks.event", "--rehearse", "--output", str(options.output)]
+        sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
+    with mock.patch.object(shards, "_is_gpu", return_value=find_spec("triton") is not None):
+        rows = measure(TINY, "cpu", (1024, 4096), (8,))
+    write_rows([row.row() for row in rows], options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Compile every kernel for compute capability 9.0, which needs Triton and no device.
+
+python -m tests.compiled_kernels        a line of JSON a variant: registers, spills, and the loads and stores of its PTX
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparsity import kernels, launches
+
+TARGET = GPUTarget("cuda", 90, 32)
+TABLE = {"rows": "*i64", "owners": "*i32"}
+READ = {"float32": tl.int32, "bfloat16": tl.int16, "float16": tl.float16}
+WRITTEN = {"32 bits": tl.int32, "16 bits": tl.int16}
+
+
+def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launches.Shape]]:
+    """Name, kernel, types of the arguments, constants and shape of every kernel that an event or a hook launches."""
+    readers = {
+        kernels.collect: (
+            {"lo": "i32", "last": "i32", "limit": "i32", "keys": "*i32", "shards": "*i16", "cursor": "*i64", "below": "*i32"},
+            launches.COLLECT,
+        ),
+        kernels.count_bins: (
+            {
+                "lo": "i32", "last": "i32", "shift": "i32", "counts": "*i32", "num_bins": "i32", "num_copies": "i32",
+                "below": "*i32",
+            },
+            launches.COUNT_BINS,
+        ),
+        kernels.sample: ({"stride": "i32", "keys": "*i32"}, launches.SAMPLE),
+        kernels.keep_above: ({"bounds": "*i32"}, launches.KEEP),
+        kernels.count_ties: ({"key": "i32", "ties": "*i32"}, launches.KEEP),
+        kernels.keep_after_ties: ({"key": "i32", "ties_before": "*i32", "num_dropped": "i32"}, launches.KEEP),
+    }  # fmt: skip
+    for (kernel, (types, shape)), name, aligned in itertools.product(readers.items(), READ, (True, False)):
+        constants = {"WIDTH": 5, "DTYPE": READ[name], "ALIGNED": aligned, "BLOCK": shape.block}
+        yield _name(kernel, name, aligned), kernel, TABLE | types, constants, shape
+    shape = launches.COUNT_KEPT
+    for aligned in (True, False):
+        constants = {"WIDTH": 4, "ALIGNED": aligned, "BLOCK": shape.block}
+        yield (
+            _name(kernels.count_kept, "masks", aligned),
+            kernels.count_kept,
+            TABLE | {"counts": "*i32"},
+            constants,
+            shape,
+        )
+    for mode, aligned, name in (
+        (launches.ZERO_MODE, False, "32 bits"), (launches.ZERO_MODE, False, "16 bits"),
+        ("rewrite", True, "32 bits"), ("rewrite", False, "16 bits"), ("store", False, "32 bits"),
+    ):  # fmt: skip
+        constants = {"DTYPE": WRITTEN[name], "ALIGNED": aligned, "BLOCK": launches.ZERO.block, "MODE": mode}
+        yield (
+            _name(kernels.zero, f"{name} {mode}", aligned),
+            kernels.zero,
+            TABLE,
+            constants | {"WIDTH": 7},
+            launches.ZERO,
+        )
+        own = {"tensor": "*i32" if name == "32 bits" else "*i16", "mask": "*i8", "numel": "i32"}
+        del constants["DTYPE"], constants["ALIGNED"]
+        yield (
+            _name(kernels.zero_one, f"{name} {mode}", aligned),
+            kernels.zero_one,
+            own,
+            constants,
+            launches.ZERO_GRADIENT,
+        )
+
+
+def _name(kernel: Any, of: str, aligned: bool) -> str:
+    return f"{kernel.__name__}, {of}, {'aligned' if aligned else 'unaligned'}"
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], shape: launches.Shape) -> dict[str, Any]:
+    """Compile one variant; return what its code reads and writes in one go, its registers and its spills."""
+    signature = types | dict.fromkeys(constants, "constexpr")
+    ordered = {name: signature[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, ordered, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+    binary = triton.compile(source, target=TARGET, options={"num_warps": shape.num_warps})
+    ptx = binary.asm["ptx"]
+    accesses = Counter(re.findall(r"\b((?:ld|st|atom|red)\.global[.\w:]*)", ptx))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(binary.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [_cuobjdump(), "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {"accesses": dict(accesses), "usage": " ".join(re.findall(r"(?:REG|STACK|SHARED|LOCAL):\d+", usage))}
+
+
+def _cuobjdump() -> str:
+    return str(triton.knobs.nvidia.cuobjdump.path)
+
+
+def main() -> None:
+    for name, kernel, types, constants, shape in variants():
+        print(json.dumps({"kernel": name, **compiled(kernel, types, constants, shape)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
