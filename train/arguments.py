@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from conf.schema import Config, TrainerConfig
+from conf.schema.trainer import OWN_KEYS
 from train.plan import RunPlan
 
 SET_HERE = {
@@ -24,6 +25,8 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     """TrainingArguments for this run; a ValueError names a key that they do not have."""
     values = asdict(config.trainer)
     extra = values.pop("extra")
+    for name in OWN_KEYS:
+        del values[name]
     check_extra(extra)
     if "min_lr" not in values["lr_scheduler_type"]:
         # Only the schedules that end above 0 know the key, which is there for the default one.

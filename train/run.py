@@ -35,6 +35,7 @@ from train.faults.stop import RunStopped
 from train.initial import load_initial_weights, zero_share
 from train.model import build_model
 from train.plan import RunPlan
+from train.profiler import StepProfiler
 from train.pruning import sparsity_callback
 from train.records import ProgressBar, Recorder, keep_whole_records
 from train.report.card import write_card
@@ -44,6 +45,7 @@ from train.report.summary import summarize
 from train.report.text import closing_words, opening_words, write_sample
 from train.scoring import Score, score_stream
 from train.snapshot import write_snapshot
+from train.throughput import StepClock, speedometer
 from train.trainer import PretrainingTrainer, RunState
 from train.wandb_run import start_wandb
 
@@ -80,10 +82,14 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     world.on_main(write_snapshot, directory.environment, world)
 
     sparsity = sparsity_callback(config, plan)
-    recorder = None
+    clock = StepClock(world.device, is_read=world.is_main)
+    if sparsity is not None:
+        sparsity.clock = clock
+    recorder = profiler = None
     if world.is_main:
         initial_sparsity = 0.0 if config.init_from is None else zero_share(prunable)
-        recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity)
+        profiler = make_profiler(config, directory, clock)
+        recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity, clock, world.device)
     with user_errors(quiet=not world.is_main):
         trainer = PretrainingTrainer(
             world=world,
@@ -95,6 +101,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             ),
             guard=StepGuard(world, preemption, config.max_skipped),
             heartbeat=heartbeat,
+            clock=clock,
             batch_size=plan.batch_size,
             evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
             model=model,
@@ -102,7 +109,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             train_dataset=Blocks(TokenStream(data.folder, "train"), plan.sequence_length),
             eval_dataset=[],
             data_collator=default_data_collator,
-            callbacks=[callback for callback in (sparsity, recorder) if callback is not None],
+            callbacks=[callback for callback in (profiler, sparsity, recorder) if callback is not None],
         )
     show_progress(trainer, sparsity)
     fsdp_version = 2 if trainer.is_fsdp_enabled else 0
@@ -165,11 +172,18 @@ def make_recorder(
     directory: RunDirectory,
     sparsity: SparsityCallback | None,
     initial_sparsity: float,
+    clock: StepClock,
+    device: torch.device,
 ) -> Recorder:
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
     wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size}, initial_sparsity)
-    return Recorder(plan, sparsity, directory.metrics, wandb_run)
+    return Recorder(plan, sparsity, directory.metrics, wandb_run, clock, speedometer(plan, device, "bf16"))
+
+
+def make_profiler(config: Config, directory: RunDirectory, clock: StepClock) -> StepProfiler | None:
+    steps = config.trainer.profile_steps
+    return StepProfiler(steps[0], steps[1], directory.profile, clock) if steps else None
 
 
 def show_progress(trainer: PretrainingTrainer, sparsity: SparsityCallback | None) -> None:

@@ -27,6 +27,7 @@ from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import start_unheeding
 from train.faults.stop import RunStopped
 from train.losses import StepLosses
+from train.throughput import StepClock
 
 
 @dataclass
@@ -57,6 +58,7 @@ class PretrainingTrainer(Trainer):
         guard: StepGuard,
         heartbeat: Heartbeat,
         batch_size: int,
+        clock: StepClock | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -68,6 +70,7 @@ class PretrainingTrainer(Trainer):
         self.run_state = run_state
         self.guard = guard
         self.heartbeat = heartbeat
+        self.clock = clock or StepClock(world.device, is_read=False)
         self.add_callback(guard)
         self.batch_size = batch_size
         self.model_accepts_loss_kwargs = False
@@ -111,6 +114,10 @@ class PretrainingTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.add(self.state.global_step, loss)
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.wait_for_data():
+            return super().get_batch_samples(*args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The gradient norm; where it or the loss is not finite the gradients are dropped, so that no update is
@@ -162,7 +169,9 @@ class PretrainingTrainer(Trainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Held-out figures by the same function that `python -m eval` uses. Collective."""
-        figures = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(self.model_wrapped).items()}
+        with self.clock.pause():
+            found = self.evaluator(self.model_wrapped)
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(figures))
         return figures
 
@@ -178,6 +187,10 @@ class PretrainingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint of this step and remove those beyond `save_total_limit`. Collective."""
+        with self.clock.pause():
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         self.guard.read_late_flags()
         shards = self.sparsity.shards if self.sparsity else []
         tensors, pieces, scalars = rank_tensors(self._module, self.optimizer, shards, rng_state(), self.world.rank)

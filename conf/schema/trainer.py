@@ -7,6 +7,9 @@ from typing import Any
 
 from conf.schema.checks import check
 
+OWN_KEYS = ("profile_steps",)
+"""Keys of the group `trainer` that TrainingArguments do not have."""
+
 
 @dataclass
 class OptimConfig:
@@ -27,7 +30,7 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig(OptimConfig):
-    """`transformers.TrainingArguments` by its own names; the optimizer's come from the group `optim`."""
+    """`transformers.TrainingArguments` by its own names, and `OWN_KEYS`; the optimizer's come from the group `optim`."""
 
     max_steps: int | None = 1000
     """Null where sparsity.window.budget gives the length of the run."""
@@ -61,6 +64,9 @@ class TrainerConfig(OptimConfig):
     ddp_timeout: int = 600
     """Seconds that a rank waits for the others in a collective before the run ends with an error."""
     disable_tqdm: bool | None = None
+    profile_steps: list[int] | None = None
+    """[first, last]: rank 0 writes a torch profiler trace of these steps, both included and numbered as in metrics.jsonl,
+    to `profile/` in the run's folder, with a table of the costliest kernels and, on a GPU, a memory snapshot."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Any other TrainingArguments name: `+trainer.extra.neftune_noise_alpha=5`."""
 
@@ -74,4 +80,18 @@ class TrainerConfig(OptimConfig):
             self.save_total_limit >= 1,
             f"trainer.save_total_limit={self.save_total_limit} must be at least 1: the newest checkpoint is always kept.",
         )
+        self._check_profile_steps()
         check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
+
+    def _check_profile_steps(self) -> None:
+        if self.profile_steps is None:
+            return
+        steps = list(self.profile_steps)
+        check(
+            len(steps) == 2 and 1 <= steps[0] <= steps[1],
+            f"trainer.profile_steps={steps} is no range of steps: give the first and the last, such as [10,13].",
+        )
+        check(
+            self.max_steps is None or steps[1] <= self.max_steps,
+            f"trainer.profile_steps={steps} ends after trainer.max_steps={self.max_steps}: profile earlier steps.",
+        )
