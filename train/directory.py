@@ -26,7 +26,7 @@ NOT_PART_OF_A_RUN = (
     "data.cache_dir", "data.num_workers", "trainer.save_steps",
     "trainer.save_total_limit", "trainer.ddp_timeout", "trainer.disable_tqdm", "trainer.dataloader_num_workers",
     "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
-    "trainer.gradient_accumulation_steps", "trainer.profile_steps",
+    "trainer.gradient_accumulation_steps", "trainer.profile_steps", "trainer.async_save",
 )  # fmt: skip
 """Keys that may differ when a run is started again; what a step trains on is compared with the checkpoint's."""
 

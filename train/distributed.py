@@ -32,6 +32,8 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None
+    """Of every other collective; None is the default group."""
 
     @property
     def is_main(self) -> bool:
@@ -59,7 +61,7 @@ class World:
             return [value]
         values: list[Any] = [None] * self.size
         # Between the processes of one run, so unpickling is safe.
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def to_main(self, value: Result) -> list[Result]:
@@ -68,7 +70,7 @@ class World:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
         # Between the processes of one run, so unpickling is safe.
-        dist.gather_object(value, values)
+        dist.gather_object(value, values, group=self.group)
         return values or []
 
     def problems(self, problem: str | None) -> list[str]:
@@ -80,20 +82,20 @@ class World:
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `values` over the ranks. Collective."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
             values /= self.size
         return values
 
     def largest(self, values: torch.Tensor) -> torch.Tensor:
         """The largest of each value over the ranks. Collective."""
         if self.size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over the ranks. Collective."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def leave(self) -> None:

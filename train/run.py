@@ -32,6 +32,7 @@ from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
+from train.fp8 import check_fp8, convert_to_fp8
 from train.initial import load_initial_weights, zero_share
 from train.model import build_model
 from train.plan import RunPlan
@@ -61,6 +62,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     directory = RunDirectory(plan.run_dir)
     with user_errors(quiet=not world.is_main):
         arguments = training_arguments(config, plan, directory.checkpoints)
+        check_fp8(config, plan, world.device, world.is_main)
     finished = world.on_main(directory.claim, config, run_bytes(config, plan))
     if finished is not None:
         world.on_main(renew_card, config, plan, directory, finished)
@@ -73,6 +75,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     with user_errors(quiet=not world.is_main):
         if config.init_from is not None:
             load_initial_weights(model, config.init_from)
+        if config.trainer.fp8:
+            convert_to_fp8(model)
         compile_by_blocks(model, arguments)
         prunable = prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
     fingerprint = world.on_main(data_fingerprint, data.folder)
@@ -102,6 +106,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             guard=StepGuard(world, preemption, config.max_skipped),
             heartbeat=heartbeat,
             clock=clock,
+            async_save=config.trainer.async_save,
             batch_size=plan.batch_size,
             evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
             model=model,
@@ -178,7 +183,14 @@ def make_recorder(
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
     wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size}, initial_sparsity)
-    return Recorder(plan, sparsity, directory.metrics, wandb_run, clock, speedometer(plan, device, "bf16"))
+    return Recorder(
+        plan,
+        sparsity,
+        directory.metrics,
+        wandb_run,
+        clock,
+        speedometer(plan, device, "fp8" if config.trainer.fp8 else "bf16"),
+    )
 
 
 def make_profiler(config: Config, directory: RunDirectory, clock: StepClock) -> StepProfiler | None:

@@ -17,6 +17,7 @@ from transformers import Trainer
 from sparsity import SparsityCallback
 from sparsity.mask import state_holder
 from train.checkpoints import layout
+from train.checkpoints.background import BackgroundWriter
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
 from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
@@ -59,6 +60,7 @@ class PretrainingTrainer(Trainer):
         heartbeat: Heartbeat,
         batch_size: int,
         clock: StepClock | None = None,
+        async_save: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -72,6 +74,9 @@ class PretrainingTrainer(Trainer):
         self.heartbeat = heartbeat
         self.clock = clock or StepClock(world.device, is_read=False)
         self.add_callback(guard)
+        self._background = BackgroundWriter(world, self.args.ddp_timeout) if async_save else None
+        if self._background is not None:
+            guard.has_save_failed = self._background.has_failed
         self.batch_size = batch_size
         self.model_accepts_loss_kwargs = False
         self.train_seconds = 0.0
@@ -89,14 +94,21 @@ class PretrainingTrainer(Trainer):
         self.guard.preemption.at_step_ends = True
         result = super().train(*args, **kwargs)
         self._count_time()
+        self._finish_saving()
         if self.guard.stop is None:
             self.guard.preemption.at_step_ends = False
             if self.guard.is_asked_to_stop():
                 # The signal came behind the last step's agreement.
                 self._save_checkpoint(self._module)
+                self._finish_saving()
         if self.guard.stop is not None:
             raise self.guard.stop
         return result
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written in the background, if there is one; raise what went wrong."""
+        if self._background is not None:
+            self._background.wait()
 
     def _count_time(self) -> None:
         now = time.monotonic()
@@ -215,11 +227,18 @@ class PretrainingTrainer(Trainer):
             "last_logged_step": self._last_logged_step,
             "train_seconds": self.train_seconds,
         }
-        write_checkpoint(
-            root, step, self.world, tensors, pieces, state, self.state.save_to_json, self.run_state.before_save
+        write = write_checkpoint if self._background is None else self._background.write_checkpoint
+        write(
+            root,
+            step,
+            self.world,
+            tensors,
+            pieces,
+            state,
+            self.state.save_to_json,
+            before=self.run_state.before_save,
+            after=lambda: layout.prune(root, self.args.save_total_limit or 1, step),
         )
-        if self.world.is_main:
-            layout.prune(root, self.args.save_total_limit or 1, step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: weights and moments are loaded together, into the shards that `prepare` makes."""

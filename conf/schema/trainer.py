@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.schema.checks import check
 
-OWN_KEYS = ("profile_steps",)
+OWN_KEYS = ("fp8", "profile_steps", "async_save")
 """Keys of the group `trainer` that TrainingArguments do not have."""
 
 
@@ -43,6 +43,10 @@ class TrainerConfig(OptimConfig):
     """Compute in bfloat16; where it is null, on GPUs only."""
     fp16: bool = False
     tf32: bool | None = None
+    fp8: bool = False
+    """Compute the matrix products of the decoder's linear layers in float8, with torchao's tensorwise scaling; lm_head and
+    all else stay in bfloat16, weights and masks in float32. Needs torchao (the extra `fp8`), a GPU of compute capability 8.9
+    or higher, and to pay `torch_compile`."""
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     torch_compile_backend: str | None = None
@@ -55,6 +59,9 @@ class TrainerConfig(OptimConfig):
     save_strategy: str = "steps"
     save_steps: float = 500
     save_total_limit: int = 2
+    async_save: bool = False
+    """Write checkpoints in a thread while training runs on: a save then lasts as long as the copy to host memory, which
+    takes as much memory as the rank's part of the checkpoint. It becomes visible when it is whole; the next save waits."""
     seed: int = 0
     data_seed: int | None = None
     full_determinism: bool = False
@@ -79,6 +86,11 @@ class TrainerConfig(OptimConfig):
         check(
             self.save_total_limit >= 1,
             f"trainer.save_total_limit={self.save_total_limit} must be at least 1: the newest checkpoint is always kept.",
+        )
+        check(
+            not self.fp8 or (self.bf16 is not False and not self.fp16),
+            f"trainer.fp8=true with bf16={self.bf16} and fp16={self.fp16}: all that is not float8 is bfloat16, leave "
+            "trainer.bf16 null or true and trainer.fp16 false.",
         )
         self._check_profile_steps()
         check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
