@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from sparsity import SparsityCallback
 from sparsity.mask import state_holder
+from train.attention import attend_over_whole_blocks
 from train.checkpoints import layout
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
@@ -61,6 +62,7 @@ class PretrainingTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        attend_over_whole_blocks(self.model)
         check_fsdp2(self.accelerator)
         reduce_in_float32(self.accelerator)
         set_group_timeouts(world, self.args.ddp_timeout)
