@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator, set_seed
 
 from sparsity import SparsityCallback
+from train.compiled import compile_by_blocks
 from train.distributed import World
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
@@ -56,6 +57,8 @@ def small_trainer(
         },
     }  # fmt: skip
     arguments = TrainingArguments(str(folder), **(options | changes))
+    model = model or small_llama()
+    compile_by_blocks(model, arguments)
     return kind(
         world=world,
         evaluator=lambda module: {},
@@ -64,7 +67,7 @@ def small_trainer(
         guard=StepGuard(world, Preemption(), max_skipped=10),
         heartbeat=Heartbeat(world.rank, world.size),
         batch_size=world.size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
-        model=model or small_llama(),
+        model=model,
         args=arguments,
         train_dataset=rows or random_rows(64),
         data_collator=default_data_collator,

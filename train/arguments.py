@@ -37,6 +37,8 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     if not values["gradient_checkpointing"]:
         # Newer transformers have another name for it and warn at the mere mention.
         del values["gradient_checkpointing"]
+    # transformers' own mode makes the host wait for each kernel; `train.determinism` has set ours.
+    values["full_determinism"] = False
     values["dataloader_pin_memory"] &= torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(output_dir),
