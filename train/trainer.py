@@ -16,13 +16,15 @@ from transformers import Trainer
 
 from sparsity import SparsityCallback
 from sparsity.mask import state_holder
+from train.attention import attend_over_whole_blocks
 from train.checkpoints import layout
 from train.checkpoints.background import BackgroundWriter
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
 from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.clipping import clip_replicas_alike_, has_replicas
 from train.data.sampler import PermutationSampler
-from train.distributed import World, check_fsdp2, reduce_in_float32
+from train.distributed import World, check_fsdp2, reduce_in_float32, set_group_timeouts
 from train.faults.guard import StepGuard, skips_on_device
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import start_unheeding
@@ -64,8 +66,10 @@ class PretrainingTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        attend_over_whole_blocks(self.model)
         check_fsdp2(self.accelerator)
         reduce_in_float32(self.accelerator)
+        set_group_timeouts(world, self.args.ddp_timeout)
         self.world = world
         self.evaluator = evaluator
         self.sparsity = sparsity
@@ -130,6 +134,13 @@ class PretrainingTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with self.clock.wait_for_data():
             return super().get_batch_samples(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradients and return their norm; replicas clip by the same number. Collective."""
+        if not has_replicas(model.parameters()):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_replicas_alike_(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The gradient norm; where it or the loss is not finite the gradients are dropped, so that no update is

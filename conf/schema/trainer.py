@@ -65,6 +65,7 @@ class TrainerConfig(OptimConfig):
     seed: int = 0
     data_seed: int | None = None
     full_determinism: bool = False
+    """Compute the same bits in every run on the same GPUs; a CPU does so anyway."""
     dataloader_num_workers: int = 0
     dataloader_pin_memory: bool = True
     dataloader_prefetch_factor: int | None = None
