@@ -44,6 +44,7 @@ def small_trainer(
     rows: list[dict[str, torch.Tensor]] | None = None,
     sparsity: SparsityCallback | None = None,
     kind: type[PretrainingTrainer] = PretrainingTrainer,
+    async_save: bool = False,
     **changes: Any,
 ) -> PretrainingTrainer:
     """Four steps of two micro-batches of two rows, nothing saved, every step logged; `changes` are TrainingArguments."""
@@ -72,4 +73,5 @@ def small_trainer(
         train_dataset=rows or random_rows(64),
         data_collator=default_data_collator,
         callbacks=[sparsity] if sparsity else [],
+        async_save=async_save,
     )

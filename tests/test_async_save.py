@@ -21,6 +21,7 @@ from launch.command import accelerate_command
 from tests.distributed import run_ranks
 from tests.interrupted import STEPS, interrupted, records_of, tensors_of
 from tests.processes import launched
+from tests.small_trainer import small_trainer
 from tests.test_checkpoint import ALONE, world_here, write_trainer_state
 from train.checkpoints import layout, write
 from train.checkpoints.background import BackgroundWriter
@@ -171,6 +172,8 @@ def test_a_disk_that_is_full_ends_the_run_within_steps_and_not_at_the_next_save(
 
 
 def train_on_a_full_disk(folder: Path) -> tuple[str, int, list[str]]:
+    from train.distributed import join_world
+
     world = world_here()
     inner, calls = write.write_tensors, [0]
 
@@ -181,53 +184,15 @@ def train_on_a_full_disk(folder: Path) -> tuple[str, int, list[str]]:
         return inner(*args)
 
     write.write_tensors = full_later
-    trainer = small_trainer(folder, save_steps={10: True, 20: True, 1000: True})
+    trainer = small_trainer(
+        folder, world=join_world(60), max_steps=1000, save_steps=10, save_strategy="steps", save_total_limit=5,
+        logging_steps=1000, async_save=True,
+    )  # fmt: skip
     try:
         trainer.train()
     except RunStopped as stopped:
         return str(stopped), trainer.state.global_step, sorted(path.name for path in folder.iterdir())
     raise AssertionError("the run did not stop")
-
-
-def small_trainer(folder: Path, save_steps: dict[int, bool]) -> Any:
-    """A run of 1,000 steps on this world that saves after the steps named, in the background."""
-    from torch.utils.data import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
-
-    from train.distributed import join_world
-    from train.faults.guard import StepGuard
-    from train.faults.heartbeat import Heartbeat
-    from train.faults.preempt import Preemption
-    from train.trainer import PretrainingTrainer, RunState
-
-    class Numbers(Dataset[Any]):
-        def __len__(self) -> int:
-            return 8000
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            ids = (torch.arange(8) * (index + 1)) % 32
-            return {"input_ids": ids, "labels": ids}
-
-    class SaveAt(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_save |= save_steps.get(state.global_step, False)
-
-    world = join_world(60)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=1000, per_device_train_batch_size=2, use_cpu=True, ddp_timeout=60,
-        accelerator_config={"use_configured_state": True}, report_to="none", save_strategy="no", disable_tqdm=True,
-        logging_nan_inf_filter=False, average_tokens_across_devices=False, dataloader_pin_memory=False,
-        logging_steps=1000,
-    )  # fmt: skip
-    return PretrainingTrainer(
-        world=world, evaluator=lambda module: {}, sparsity=None, run_state=RunState({}),
-        guard=StepGuard(world, Preemption(), max_skipped=10), heartbeat=Heartbeat(world.rank, world.size), batch_size=4,
-        model=LlamaForCausalLM(config), args=arguments, train_dataset=Numbers(), callbacks=[SaveAt()], async_save=True,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
