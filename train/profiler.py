@@ -74,7 +74,7 @@ def start_profile() -> profile:
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize()
-        torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=MAX_MEMORY_EVENTS)
     found = profile(activities=activities, record_shapes=True)
     found.start()
     return found
