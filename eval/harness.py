@@ -28,7 +28,13 @@ def run_tasks(config: EvalConfig, model: Any, tokenizer: Any, context: int, batc
     try:
         # Its cache of logits confuses windows of a batch that read the same tokens (lm-eval 0.4.13).
         harness = HFLM(
-            pretrained=model, tokenizer=tokenizer, max_length=context, batch_size=batch_size, logits_cache=False
+            pretrained=model,
+            tokenizer=tokenizer,
+            max_length=context,
+            batch_size=batch_size,
+            logits_cache=False,
+            # In bfloat16 a log-probability near 8 would come in steps of 0.03.
+            softmax_dtype="float32",
         )
         found = simple_evaluate(
             harness, tasks=list(config.tasks), task_manager=manager, log_samples=False, bootstrap_iters=0

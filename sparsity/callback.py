@@ -61,11 +61,11 @@ class SparsityCallback(Pruner, TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        assert model is not None
+        check_weights_are_in_reach(model, args)
         if self._is_loaded:
             self._is_loaded = False
             return
-        assert model is not None
-        check_weights_are_in_reach(model, args)
         if self._events and max(self._events) > state.max_steps - 1:
             raise ValueError(
                 f"The prune window ends at step {max(self._events)}, outside a run of {state.max_steps} steps: end the "

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel
 from transformers import TrainingArguments
+
+OFFLOADS_BEFORE_HOOKS = (2, 13)
+"""The first torch that has an offloaded gradient on the CPU before it calls the parameter's hooks (2.12.1 does not)."""
 
 
 def check_weights_are_in_reach(model: nn.Module, args: TrainingArguments | None = None) -> None:
-    """A ValueError under FSDP1, which flattens parameters, and under DeepSpeed, which trains copies of its own."""
+    """Refuse a model whose pruned weights would come back.
+
+    Args:
+        model: The prepared model.
+        args: The Trainer's arguments, which know of DeepSpeed.
+
+    Raises:
+        ValueError: under FSDP1, which flattens parameters; under DeepSpeed, which trains copies of its own; and when FSDP2
+            offloads to the CPU with a torch that copies gradients there while they are masked.
+    """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             "The model is wrapped in FSDP1, which flattens its parameters, so that linear weights cannot be told apart: "
@@ -20,3 +35,23 @@ def check_weights_are_in_reach(model: nn.Module, args: TrainingArguments | None 
             "The model is trained by DeepSpeed, which updates partitioned copies of the weights, so that pruned ones would "
             "come back: train with FSDP2, DDP or one process."
         )
+    if offloads_through_pinned_memory(model) and torch.__version__ < OFFLOADS_BEFORE_HOOKS:
+        raise ValueError(
+            f"FSDP2 offloads parameters to the CPU, and torch {torch.__version__} still copies a gradient there while it is "
+            "masked, so that pruned weights would come back: install torch 2.13, or set fsdp_offload_params: false."
+        )
+
+
+def offloads_through_pinned_memory(model: nn.Module) -> bool:
+    """Return whether FSDP2 keeps parameters in pinned CPU memory, to which it copies gradients without waiting."""
+    policies = [group.offload_policy for module in model.modules() for group in _fsdp2_groups(module)]
+    return any(isinstance(policy, CPUOffloadPolicy) and policy.pin_memory for policy in policies)
+
+
+def _fsdp2_groups(module: nn.Module) -> list[Any]:
+    """FSDP2's groups of parameters of this module: one or none in torch 2.11, a list from 2.13 on."""
+    if not isinstance(module, FSDPModule):
+        return []
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [group for group in [state._fsdp_param_group] if group is not None]

@@ -25,9 +25,16 @@ def interrupted(folder: Path, name: str, *overrides: str) -> list[str]:
 
 
 def records_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's records, without the one figure that is a matter of time."""
+    """The run's records, without the figures that are a matter of time."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "train/tokens_per_second"} for record in records]
+    return [
+        {
+            key: value
+            for key, value in record.items()
+            if key != "train/tokens_per_second" and not key.startswith("perf/")
+        }
+        for record in records
+    ]
 
 
 def tensors_of(run_dir: Path, pattern: str) -> dict[str, bytes]:

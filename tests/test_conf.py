@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from conf.compose import composed, quoted_path
 from conf.schema import OptimConfig, TrainerConfig
 from conf.schema.checks import names_of
+from conf.schema.trainer import OWN_KEYS
 from tests.commands import ROOT
 from train.plan import plan_run
 
@@ -81,7 +82,7 @@ def test_every_yaml_opens_with_a_comment():
 def test_trainer_keys_are_names_of_training_arguments():
     known = {field.name for field in fields(TrainingArguments)}
     for config in (TrainerConfig, OptimConfig):
-        assert {field.name for field in fields(config)} - {"extra"} <= known
+        assert {field.name for field in fields(config)} - {"extra", *OWN_KEYS} <= known
 
 
 def test_the_optimizer_can_be_set_in_its_group_or_in_the_trainer():

@@ -7,6 +7,7 @@ import math
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,23 @@ def test_without_the_harness_the_remedy_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ValueError, match=r"not installed: pip install '\.\[eval\]'"):
         check_tasks(composed("eval", ["folder=x", "tasks=[without_the_harness]"]))
+
+
+def test_the_harness_takes_logarithms_in_float32(monkeypatch):
+    """Its own default takes them in the logits' type: in bfloat16 log-probabilities near 8 come in steps of 0.03."""
+    from eval import harness
+
+    asked: dict[str, Any] = {}
+    fakes = {
+        "lm_eval": SimpleNamespace(simple_evaluate=lambda *args, **options: {"results": {"task": {"acc,none": 0.5}}}),
+        "lm_eval.models.huggingface": SimpleNamespace(HFLM=lambda **options: asked.update(options)),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.setattr(harness, "_manager", lambda *args: None)
+    found = harness.run_tasks(composed("eval", ["folder=x", "tasks=[task]"]), None, None, 32, 1)
+    assert asked["softmax_dtype"] == "float32"
+    assert found["tasks"] == {"task": {"acc": 0.5}}
 
 
 def test_word_perplexity_is_what_the_harness_measured(tmp_path):

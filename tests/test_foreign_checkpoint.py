@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, OffloadPolicy, fully_shard
+from torch.torch_version import TorchVersion
 from transformers import TrainerControl, TrainerState
 
 from sparsity import Geometric, SparsityCallback
@@ -152,3 +153,31 @@ def test_deepspeed_is_refused_by_the_callback():
     with pytest.raises(ValueError, match="trained by DeepSpeed"):
         check_weights_are_in_reach(partitioned)
     check_weights_are_in_reach(nn.Linear(4, 4), SimpleNamespace(deepspeed_plugin=None))
+
+
+def refusals_of_offloading() -> dict[str, str]:
+    """What is said of CPU offload: by torch 2.12.1 and 2.13.0, with and without pinned memory, and of no offload."""
+    cases = {
+        "2.12.1": CPUOffloadPolicy(), "2.13.0": CPUOffloadPolicy(),
+        "2.12.1, pageable": CPUOffloadPolicy(pin_memory=False), "2.12.1, none": OffloadPolicy(),
+    }  # fmt: skip
+    said = {}
+    for case, policy in cases.items():
+        torch.__version__ = TorchVersion(case.partition(",")[0])
+        # Without a GPU there is no pinned memory; on the meta device FSDP2 takes none yet.
+        model = nn.Sequential(nn.Linear(4, 4, device="meta"))
+        fully_shard(model[0], offload_policy=policy)
+        fully_shard(model, offload_policy=policy)
+        try:
+            check_weights_are_in_reach(model)
+            said[case] = ""
+        except ValueError as error:
+            said[case] = str(error)
+    return said
+
+
+def test_cpu_offload_is_refused_by_torch_that_masks_gradients_on_their_way():
+    for said in run_ranks(refusals_of_offloading, 2):
+        assert "torch 2.12.1 still copies a gradient there while it is masked" in said["2.12.1"]
+        assert said["2.12.1"].endswith("install torch 2.13, or set fsdp_offload_params: false.")
+        assert said["2.13.0"] == said["2.12.1, pageable"] == said["2.12.1, none"] == ""

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from conf import cli, schema
 from conf.compose import check_arguments
 from conf.schema.checks import check
+from train.determinism import compute_deterministically
 from train.faults.error import FAILED_CODE, hand_over
 from train.faults.process import die_with_parent, end_process, end_process_after
 from train.faults.stop import RunStopped
@@ -35,6 +36,9 @@ def train(cfg: DictConfig) -> None:
         config = cli.typed(cfg)
         check(not config.dry_run, "dry_run=true is for `python -m launch`, which prints the command: remove it.")
         plan = plan_run(config, world_size_asked(config, os.environ))
+
+    if config.trainer.full_determinism:
+        compute_deterministically()
 
     from train.distributed import join_world
     from train.faults.heartbeat import Heartbeat, is_lost_peer

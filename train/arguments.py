@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from conf.schema import Config, TrainerConfig
+from conf.schema.trainer import OWN_KEYS
 from train.plan import RunPlan
 
 SET_HERE = {
@@ -24,6 +25,8 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     """TrainingArguments for this run; a ValueError names a key that they do not have."""
     values = asdict(config.trainer)
     extra = values.pop("extra")
+    for name in OWN_KEYS:
+        del values[name]
     check_extra(extra)
     if "min_lr" not in values["lr_scheduler_type"]:
         # Only the schedules that end above 0 know the key, which is there for the default one.
@@ -37,11 +40,18 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     if not values["gradient_checkpointing"]:
         # Newer transformers have another name for it and warn at the mere mention.
         del values["gradient_checkpointing"]
+    # transformers' own mode makes the host wait for each kernel; `train.determinism` has set ours.
+    values["full_determinism"] = False
     values["dataloader_pin_memory"] &= torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         use_cpu=not torch.cuda.is_available(),
-        accelerator_config={"use_configured_state": True, "use_seedable_sampler": False},
+        accelerator_config={
+            "use_configured_state": True,
+            "use_seedable_sampler": False,
+            # From pinned memory a copy to the GPU does not make the host wait.
+            "non_blocking": values["dataloader_pin_memory"],
+        },
         report_to="none",
         remove_unused_columns=False,
         dataloader_drop_last=True,
@@ -50,6 +60,18 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
         logging_nan_inf_filter=False,
         **{**values, **extra},
     )
+    name_matmul_precision()
+    return arguments
+
+
+def name_matmul_precision() -> None:
+    """Name the precision that transformers set by torch's newer option by the older one too.
+
+    transformers asks for TF32 by `torch.backends.fp32_precision` alone. `torch.get_float32_matmul_precision()`, which
+    inductor calls when it tunes a matrix product, then raises because the two names disagree.
+    """
+    if torch.backends.fp32_precision == "tf32":
+        torch.set_float32_matmul_precision("high")
 
 
 def check_extra(extra: dict[str, object]) -> None:

@@ -26,3 +26,13 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
     linear = model.num_hidden_layers * per_layer + (0 if model.tie_word_embeddings else embedding)
     return ParameterCounts(total=linear + embedding + norms, linear=linear, linear_per_layer=per_layer)
+
+
+def flops_per_token(model: ModelConfig, linear_params: float, sequence_length: int) -> float:
+    """Return the FLOPs of forward and backward: 2 and 4 a weight, and the two products of attention.
+
+    That is 6 x linear weights + 12 x layers x hidden size x sequence length (arXiv 2204.02311, appendix B). Nothing is
+    taken off for the causal mask, and recomputed activations do not count, as is usual for MFU.
+    """
+    logits = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
+    return 6 * (linear_params + logits) + 12 * model.num_hidden_layers * model.hidden_size * sequence_length

@@ -1,6 +1,7 @@
 """A run's folder: claimed by one process at a time, and by one configuration.
 
 runs/NAME/  config.yaml  environment.json  metrics.jsonl  summary.json  report.png  model/  checkpoints/  wandb/
+           profile/
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ NOT_PART_OF_A_RUN = (
     "data.cache_dir", "data.num_workers", "trainer.save_steps",
     "trainer.save_total_limit", "trainer.ddp_timeout", "trainer.disable_tqdm", "trainer.dataloader_num_workers",
     "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
-    "trainer.gradient_accumulation_steps",
+    "trainer.gradient_accumulation_steps", "trainer.profile_steps", "trainer.async_save",
 )  # fmt: skip
 """Keys that may differ when a run is started again; what a step trains on is compared with the checkpoint's."""
 
@@ -44,6 +45,7 @@ class RunDirectory:
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
         self.wandb = path / "wandb"
+        self.profile = path / "profile"
         self._lock = FileLock(path / ".lock")
 
     def claim(self, config: Config, needed_bytes: int) -> dict[str, Any] | None:
@@ -97,7 +99,7 @@ class RunDirectory:
         """Remove what a run writes; a file with another name stays."""
         for file in (self.config, self.environment, self.metrics, self.summary, self.report, self.sample):
             file.unlink(missing_ok=True)
-        for folder in (self.model, self.model.with_name("model.tmp"), self.checkpoints, self.wandb):
+        for folder in (self.model, self.model.with_name("model.tmp"), self.checkpoints, self.wandb, self.profile):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _read_summary(self) -> dict[str, Any]:

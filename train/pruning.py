@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from conf.schema import Config
 from sparsity import SparsityCallback
 from sparsity.schedule import Fixed
 from train.faults.stop import RunStopped
 from train.names import pruned_groups
 from train.plan import RunPlan
+from train.throughput import StepClock
 
 
 class RunSparsity(SparsityCallback):
-    """What does not fit, in a model or a checkpoint, ends the run in a sentence: all ranks find it alike."""
+    """What does not fit, in a model or a checkpoint, ends the run in a sentence: all ranks find it alike.
+
+    Prune events pause `clock`.
+    """
+
+    clock = StepClock(torch.device("cpu"), is_read=False)
+
+    def prune_at(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.pause():
+            return super().prune_at(*args, **kwargs)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         try:

@@ -15,17 +15,30 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from sparsity import SparsityCallback
 from train.plan import RunPlan
+from train.throughput import Speedometer, StepClock
 
 
 class Recorder(TrainerCallback):
     """Writes each log of the Trainer, with tokens, speed and the sparsity's figures, to metrics.jsonl and wandb.
 
     Only the main process is given one that writes. Keys have the form group/name, by which wandb makes its panels.
+    train/tokens_per_second counts all time between two logged steps, perf/tokens_per_second that of training steps alone:
+    `clock` leaves out prune events, evaluation and saving.
     """
 
-    def __init__(self, plan: RunPlan, sparsity: SparsityCallback | None, metrics: Path, wandb_run: Any | None) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        sparsity: SparsityCallback | None,
+        metrics: Path,
+        wandb_run: Any | None,
+        clock: StepClock,
+        speedometer: Speedometer,
+    ) -> None:
         self.plan = plan
         self.sparsity = sparsity
+        self.clock = clock
+        self.speedometer = speedometer
         self.wandb_run = wandb_run
         self._earlier = keep_whole_records(metrics)
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run
@@ -38,6 +51,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._last = (state.global_step, time.monotonic())
+        self.clock.start()
         for record in self._earlier:
             if record["train/global_step"] <= state.global_step:
                 layers = {name: value for name, value in record.items() if name.startswith("layer_density/")}
@@ -74,7 +88,9 @@ class Recorder(TrainerCallback):
             before, since = self._last
             self._last = (step, time.monotonic())
             seconds = max(self._last[1] - since, 1e-9)
-            record["train/tokens_per_second"] = (step - before) * self.plan.batch_tokens / seconds
+            num_tokens = (step - before) * self.plan.batch_tokens
+            record["train/tokens_per_second"] = num_tokens / seconds
+            record |= self.speedometer.figures(num_tokens, self.clock.lap())
         if self.sparsity is not None:
             record |= self.sparsity.metrics(step - 1)
             layers = self.sparsity.layer_densities()

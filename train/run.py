@@ -32,9 +32,11 @@ from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
+from train.fp8 import check_fp8, convert_to_fp8
 from train.initial import load_initial_weights, zero_share
 from train.model import build_model
 from train.plan import RunPlan
+from train.profiler import StepProfiler
 from train.pruning import sparsity_callback
 from train.records import ProgressBar, Recorder, keep_whole_records
 from train.report.card import write_card
@@ -44,6 +46,7 @@ from train.report.summary import summarize
 from train.report.text import closing_words, opening_words, write_sample
 from train.scoring import Score, score_stream
 from train.snapshot import write_snapshot
+from train.throughput import StepClock, speedometer
 from train.trainer import PretrainingTrainer, RunState
 from train.wandb_run import start_wandb
 
@@ -59,6 +62,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     directory = RunDirectory(plan.run_dir)
     with user_errors(quiet=not world.is_main):
         arguments = training_arguments(config, plan, directory.checkpoints)
+        check_fp8(config, plan, world.device, world.is_main)
     finished = world.on_main(directory.claim, config, run_bytes(config, plan))
     if finished is not None:
         world.on_main(renew_card, config, plan, directory, finished)
@@ -71,6 +75,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     with user_errors(quiet=not world.is_main):
         if config.init_from is not None:
             load_initial_weights(model, config.init_from)
+        if config.trainer.fp8:
+            convert_to_fp8(model)
         compile_by_blocks(model, arguments)
         prunable = prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
     fingerprint = world.on_main(data_fingerprint, data.folder)
@@ -80,10 +86,14 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     world.on_main(write_snapshot, directory.environment, world)
 
     sparsity = sparsity_callback(config, plan)
-    recorder = None
+    clock = StepClock(world.device, is_read=world.is_main)
+    if sparsity is not None:
+        sparsity.clock = clock
+    recorder = profiler = None
     if world.is_main:
         initial_sparsity = 0.0 if config.init_from is None else zero_share(prunable)
-        recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity)
+        profiler = make_profiler(config, directory, clock)
+        recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity, clock, world.device)
     with user_errors(quiet=not world.is_main):
         trainer = PretrainingTrainer(
             world=world,
@@ -95,6 +105,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             ),
             guard=StepGuard(world, preemption, config.max_skipped),
             heartbeat=heartbeat,
+            clock=clock,
+            async_save=config.trainer.async_save,
             batch_size=plan.batch_size,
             evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
             model=model,
@@ -102,7 +114,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             train_dataset=Blocks(TokenStream(data.folder, "train"), plan.sequence_length),
             eval_dataset=[],
             data_collator=default_data_collator,
-            callbacks=[callback for callback in (sparsity, recorder) if callback is not None],
+            callbacks=[callback for callback in (profiler, sparsity, recorder) if callback is not None],
         )
     show_progress(trainer, sparsity)
     fsdp_version = 2 if trainer.is_fsdp_enabled else 0
@@ -165,11 +177,25 @@ def make_recorder(
     directory: RunDirectory,
     sparsity: SparsityCallback | None,
     initial_sparsity: float,
+    clock: StepClock,
+    device: torch.device,
 ) -> Recorder:
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
     wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size}, initial_sparsity)
-    return Recorder(plan, sparsity, directory.metrics, wandb_run)
+    return Recorder(
+        plan,
+        sparsity,
+        directory.metrics,
+        wandb_run,
+        clock,
+        speedometer(plan, device, "fp8" if config.trainer.fp8 else "bf16"),
+    )
+
+
+def make_profiler(config: Config, directory: RunDirectory, clock: StepClock) -> StepProfiler | None:
+    steps = config.trainer.profile_steps
+    return StepProfiler(steps[0], steps[1], directory.profile, clock) if steps else None
 
 
 def show_progress(trainer: PretrainingTrainer, sparsity: SparsityCallback | None) -> None:

@@ -16,17 +16,21 @@ from transformers import Trainer
 
 from sparsity import SparsityCallback
 from sparsity.mask import state_holder
+from train.attention import attend_over_whole_blocks
 from train.checkpoints import layout
+from train.checkpoints.background import BackgroundWriter
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
 from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.clipping import clip_replicas_alike_, has_replicas
 from train.data.sampler import PermutationSampler
-from train.distributed import World, check_fsdp2, reduce_in_float32
+from train.distributed import World, check_fsdp2, reduce_in_float32, set_group_timeouts
 from train.faults.guard import StepGuard, skips_on_device
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import start_unheeding
 from train.faults.stop import RunStopped
 from train.losses import StepLosses
+from train.throughput import StepClock
 
 
 @dataclass
@@ -57,18 +61,26 @@ class PretrainingTrainer(Trainer):
         guard: StepGuard,
         heartbeat: Heartbeat,
         batch_size: int,
+        clock: StepClock | None = None,
+        async_save: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        attend_over_whole_blocks(self.model)
         check_fsdp2(self.accelerator)
         reduce_in_float32(self.accelerator)
+        set_group_timeouts(world, self.args.ddp_timeout)
         self.world = world
         self.evaluator = evaluator
         self.sparsity = sparsity
         self.run_state = run_state
         self.guard = guard
         self.heartbeat = heartbeat
+        self.clock = clock or StepClock(world.device, is_read=False)
         self.add_callback(guard)
+        self._background = BackgroundWriter(world, self.args.ddp_timeout) if async_save else None
+        if self._background is not None:
+            guard.has_save_failed = self._background.has_failed
         self.batch_size = batch_size
         self.model_accepts_loss_kwargs = False
         self.train_seconds = 0.0
@@ -86,14 +98,21 @@ class PretrainingTrainer(Trainer):
         self.guard.preemption.at_step_ends = True
         result = super().train(*args, **kwargs)
         self._count_time()
+        self._finish_saving()
         if self.guard.stop is None:
             self.guard.preemption.at_step_ends = False
             if self.guard.is_asked_to_stop():
                 # The signal came behind the last step's agreement.
                 self._save_checkpoint(self._module)
+                self._finish_saving()
         if self.guard.stop is not None:
             raise self.guard.stop
         return result
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written in the background, if there is one; raise what went wrong."""
+        if self._background is not None:
+            self._background.wait()
 
     def _count_time(self) -> None:
         now = time.monotonic()
@@ -111,6 +130,17 @@ class PretrainingTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.add(self.state.global_step, loss)
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.wait_for_data():
+            return super().get_batch_samples(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradients and return their norm; replicas clip by the same number. Collective."""
+        if not has_replicas(model.parameters()):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_replicas_alike_(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The gradient norm; where it or the loss is not finite the gradients are dropped, so that no update is
@@ -162,7 +192,9 @@ class PretrainingTrainer(Trainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Held-out figures by the same function that `python -m eval` uses. Collective."""
-        figures = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator(self.model_wrapped).items()}
+        with self.clock.pause():
+            found = self.evaluator(self.model_wrapped)
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(figures))
         return figures
 
@@ -178,6 +210,10 @@ class PretrainingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint of this step and remove those beyond `save_total_limit`. Collective."""
+        with self.clock.pause():
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         self.guard.read_late_flags()
         shards = self.sparsity.shards if self.sparsity else []
         tensors, pieces, scalars = rank_tensors(self._module, self.optimizer, shards, rng_state(), self.world.rank)
@@ -202,11 +238,18 @@ class PretrainingTrainer(Trainer):
             "last_logged_step": self._last_logged_step,
             "train_seconds": self.train_seconds,
         }
-        write_checkpoint(
-            root, step, self.world, tensors, pieces, state, self.state.save_to_json, self.run_state.before_save
+        write = write_checkpoint if self._background is None else self._background.write_checkpoint
+        write(
+            root,
+            step,
+            self.world,
+            tensors,
+            pieces,
+            state,
+            self.state.save_to_json,
+            before=self.run_state.before_save,
+            after=lambda: layout.prune(root, self.args.save_total_limit or 1, step),
         )
-        if self.world.is_main:
-            layout.prune(root, self.args.save_total_limit or 1, step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: weights and moments are loaded together, into the shards that `prepare` makes."""

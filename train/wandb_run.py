@@ -48,7 +48,7 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
         settings=wandb.Settings(silent=True),
     )
     run.define_metric("train/tokens")
-    for group in ("train/*", "eval/*", "sparsity/*", "layer_density/*"):
+    for group in ("train/*", "perf/*", "eval/*", "sparsity/*", "layer_density/*"):
         run.define_metric(group, step_metric="train/tokens")
     return run
 

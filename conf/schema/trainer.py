@@ -7,6 +7,9 @@ from typing import Any
 
 from conf.schema.checks import check
 
+OWN_KEYS = ("fp8", "profile_steps", "async_save")
+"""Keys of the group `trainer` that TrainingArguments do not have."""
+
 
 @dataclass
 class OptimConfig:
@@ -27,7 +30,7 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig(OptimConfig):
-    """`transformers.TrainingArguments` by its own names; the optimizer's come from the group `optim`."""
+    """`transformers.TrainingArguments` by its own names, and `OWN_KEYS`; the optimizer's come from the group `optim`."""
 
     max_steps: int | None = 1000
     """Null where sparsity.window.budget gives the length of the run."""
@@ -40,6 +43,10 @@ class TrainerConfig(OptimConfig):
     """Compute in bfloat16; where it is null, on GPUs only."""
     fp16: bool = False
     tf32: bool | None = None
+    fp8: bool = False
+    """Compute the matrix products of the decoder's linear layers in float8, with torchao's tensorwise scaling; lm_head and
+    all else stay in bfloat16, weights and masks in float32. Needs torchao (the extra `fp8`), a GPU of compute capability 8.9
+    or higher, and to pay `torch_compile`."""
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     torch_compile_backend: str | None = None
@@ -52,15 +59,22 @@ class TrainerConfig(OptimConfig):
     save_strategy: str = "steps"
     save_steps: float = 500
     save_total_limit: int = 2
+    async_save: bool = False
+    """Write checkpoints in a thread while training runs on: a save then lasts as long as the copy to host memory, which
+    takes as much memory as the rank's part of the checkpoint. It becomes visible when it is whole; the next save waits."""
     seed: int = 0
     data_seed: int | None = None
     full_determinism: bool = False
+    """Compute the same bits in every run on the same GPUs; a CPU does so anyway."""
     dataloader_num_workers: int = 0
     dataloader_pin_memory: bool = True
     dataloader_prefetch_factor: int | None = None
     ddp_timeout: int = 600
     """Seconds that a rank waits for the others in a collective before the run ends with an error."""
     disable_tqdm: bool | None = None
+    profile_steps: list[int] | None = None
+    """[first, last]: rank 0 writes a torch profiler trace of these steps, both included and numbered as in metrics.jsonl,
+    to `profile/` in the run's folder, with a table of the costliest kernels and, on a GPU, a memory snapshot."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Any other TrainingArguments name: `+trainer.extra.neftune_noise_alpha=5`."""
 
@@ -74,4 +88,23 @@ class TrainerConfig(OptimConfig):
             self.save_total_limit >= 1,
             f"trainer.save_total_limit={self.save_total_limit} must be at least 1: the newest checkpoint is always kept.",
         )
+        check(
+            not self.fp8 or (self.bf16 is not False and not self.fp16),
+            f"trainer.fp8=true with bf16={self.bf16} and fp16={self.fp16}: all that is not float8 is bfloat16, leave "
+            "trainer.bf16 null or true and trainer.fp16 false.",
+        )
+        self._check_profile_steps()
         check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
+
+    def _check_profile_steps(self) -> None:
+        if self.profile_steps is None:
+            return
+        steps = list(self.profile_steps)
+        check(
+            len(steps) == 2 and 1 <= steps[0] <= steps[1],
+            f"trainer.profile_steps={steps} is no range of steps: give the first and the last, such as [10,13].",
+        )
+        check(
+            self.max_steps is None or steps[1] <= self.max_steps,
+            f"trainer.profile_steps={steps} ends after trainer.max_steps={self.max_steps}: profile earlier steps.",
+        )

@@ -78,6 +78,11 @@ PANELS = (
         y="train/tokens_per_second", y_label="tokens per second",
     ),
     Panel(
+        "mfu", "Training", "Share of the GPUs' peak FLOP/s", "lines",
+        y="perf/mfu", y_label="MFU",
+        note="Of training steps: without prune events, evaluation and saving. Recorded on GPUs whose peak is known.",
+    ),
+    Panel(
         "learning_rate", "Training", "Learning rate", "lines",
         y="train/learning_rate", y_label="learning rate",
     ),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from conf.schema import ModelConfig
 from train.counts import count_parameters
+from train.counts import flops_per_token as flops_per_token
 
 SECONDS_PER_DAY = 86_400
 FORMULA = "tokens x (6 x linear parameters + 12 x layers x width x sequence length)"
@@ -23,15 +24,6 @@ class Flops:
 
     dense: float
     average: float
-
-
-def flops_per_token(model: ModelConfig, linear_params: float, sequence_length: int) -> float:
-    """Forward and backward: 2 and 4 FLOPs a weight, and the two products of attention (arXiv 2204.02311, appendix B).
-
-    Nothing is taken off for the causal mask, and recomputed activations do not count, as is usual for MFU.
-    """
-    logits = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
-    return 6 * (linear_params + logits) + 12 * model.num_hidden_layers * model.hidden_size * sequence_length
 
 
 def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length: int, total_tokens: int) -> Flops:

@@ -129,34 +129,74 @@ def write_checkpoint(
     state: dict[str, Any],
     save_trainer_state: Callable[[str], None],
     before: Callable[[], None] = lambda: None,
+    after: Callable[[], object] = lambda: None,
 ) -> Path:
-    """Write the checkpoint of `step`, after rank 0 did what comes `before`; it appears whole or not at all. Collective.
+    """Write the checkpoint of `step`; it appears whole or not at all. Collective.
 
-    RunStopped on every rank where one of them could not write: what was written is removed, older checkpoints stay.
     What the ranks tell each other does not grow with their number, but for the checksum and size that each tells rank 0.
-    """
-    aside, folder = layout.aside_of(root, step), layout.folder_of(root, step)
-    needed = int(world.sum(torch.tensor(file_bytes(tensors), device=world.device)))
 
-    def together(action: Callable[[], Any] | None) -> Any:
-        """This rank's result of its `action`; none goes on where one failed."""
-        result, problem = attempt(action) if action else (None, None)
-        if problems := world.problems(problem):
-            if world.is_main:
-                remove_folder(aside)
-            raise RunStopped(_failure(folder, problems[0], needed))
-        return result
+    Args:
+        root: The folder of the run's checkpoints.
+        step: The number of steps that were run.
+        world: This process among its peers.
+        tensors: What this rank's file holds.
+        pieces: Which rank's file has which rows.
+        state: What state.json holds beside what is known here.
+        save_trainer_state: Writes transformers' own state to a path; called by rank 0.
+        before: Called by rank 0 before anything is written.
+        after: Called by rank 0 when the checkpoint has appeared.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        RunStopped: On every rank if one of them could not write; what was written is removed, older checkpoints stay.
+    """
+    needed = begin_checkpoint(root, step, world, tensors, save_trainer_state, before)
+    return finish_checkpoint(root, step, world, tensors, pieces, state, needed, after)
+
+
+def begin_checkpoint(
+    root: Path,
+    step: int,
+    world: World,
+    tensors: Mapping[str, Tensor],
+    save_trainer_state: Callable[[str], None],
+    before: Callable[[], None],
+) -> int:
+    """Make the folder beside the checkpoint's and save the Trainer's state in it; return the bytes of all ranks.
+    Collective."""
+    needed = int(world.sum(torch.tensor(file_bytes(tensors), device=world.device)))
+    aside = layout.aside_of(root, step)
 
     def begin() -> None:
         before()
         remove_folder(aside)
         aside.mkdir(parents=True)
+        save_trainer_state(str(aside / layout.TRAINER_STATE))
+        sync_file(aside / layout.TRAINER_STATE)
+
+    _together(world, begin if world.is_main else None, root, step, needed)
+    return needed
+
+
+def finish_checkpoint(
+    root: Path,
+    step: int,
+    world: World,
+    tensors: Mapping[str, Tensor],
+    pieces: Pieces,
+    state: dict[str, Any],
+    needed: int,
+    after: Callable[[], object],
+) -> Path:
+    """Write every rank's file and the rest, and give the folder its name. Collective."""
+    aside, folder = layout.aside_of(root, step), layout.folder_of(root, step)
 
     def write() -> tuple[str, int]:
         return write_tensors(aside / layout.rank_file(world.rank), tensors), file_bytes(tensors)
 
-    together(begin if world.is_main else None)
-    written = world.to_main(together(write))
+    written = world.to_main(_together(world, write, root, step, needed))
 
     def finish() -> None:
         files = {layout.rank_file(rank): report for rank, report in enumerate(written)}
@@ -170,8 +210,6 @@ def write_checkpoint(
             "bytes": {name: report[1] for name, report in files.items()},
         }
         write_synced(aside / layout.STATE, json.dumps(whole) + "\n")
-        save_trainer_state(str(aside / layout.TRAINER_STATE))
-        sync_file(aside / layout.TRAINER_STATE)
         sums = {name: report[0] for name, report in files.items()}
         sums |= {name: layout.sha256_of(aside / name) for name in (layout.STATE, layout.TRAINER_STATE)}
         write_synced(aside / layout.SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
@@ -180,8 +218,20 @@ def write_checkpoint(
         aside.rename(folder)
         sync_folder(root)
 
-    together(finish if world.is_main else None)
+    _together(world, finish if world.is_main else None, root, step, needed)
+    if world.is_main:
+        after()
     return folder
+
+
+def _together(world: World, action: Callable[[], Any] | None, root: Path, step: int, needed: int) -> Any:
+    """Return this rank's result of its `action`; RunStopped on all ranks if one failed. Collective."""
+    result, problem = attempt(action) if action else (None, None)
+    if problems := world.problems(problem):
+        if world.is_main:
+            remove_folder(layout.aside_of(root, step))
+        raise RunStopped(_failure(layout.folder_of(root, step), problems[0], needed))
+    return result
 
 
 def attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:

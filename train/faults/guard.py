@@ -6,6 +6,7 @@ On a GPU with a fused optimizer the answer never leaves the device in the step i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ class StepGuard(TrainerCallback):
         self.world = world
         self.preemption = preemption
         self.max_skipped = max_skipped
+        self.has_save_failed: Callable[[], bool] = lambda: False
+        """Whether a checkpoint that is written in the background has failed here: all ranks then stop to save, and the next
+        save raises the error."""
         self.num_skipped = 0
         """Skipped updates since the run began."""
         self.num_in_row = 0
@@ -94,7 +98,8 @@ class StepGuard(TrainerCallback):
             grad_norm = grad_norm.full_tensor()
         values = [loss] if grad_norm is None else [loss, torch.as_tensor(grad_norm)]
         is_bad = torch.stack([~torch.isfinite(value.detach().to(device)).all() for value in values]).any()
-        is_stopped = torch.full((), float(self.preemption.is_requested), device=device)
+        is_asked = self.preemption.is_requested or self.has_save_failed()
+        is_stopped = torch.full((), float(is_asked), device=device)
         return self.world.largest(torch.stack([is_bad.float(), is_stopped]))
 
     def _read(self, flags: _Flags) -> bool:

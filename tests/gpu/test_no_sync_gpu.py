@@ -1,0 +1,50 @@
+"""Between two logged steps the host waits for nothing: torch raises at whatever would make it wait."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu.process import in_own_process
+
+STEPS, QUIET_FROM, QUIET_TO = 10, 3, 9
+"""The run's steps, and between which step ends torch raises; the last one logs."""
+
+
+def train_in_silence(folder: Path, compiled: bool) -> dict[str, Any]:
+    """How many steps ran while torch raised at host syncs, and the loss."""
+    import torch
+    from transformers import TrainerCallback
+
+    from sparsity import Geometric, SparsityCallback
+    from tests.small_trainer import small_trainer
+    from train.distributed import join_world
+
+    quiet: list[int] = []
+
+    class Silence(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available() and state.global_step in (QUIET_FROM, QUIET_TO):
+                torch.cuda.set_sync_debug_mode("error" if state.global_step == QUIET_FROM else "default")
+            if QUIET_FROM < state.global_step <= QUIET_TO:
+                quiet.append(state.global_step)
+
+    trainer = small_trainer(
+        folder, world=join_world(60), bf16=True, max_steps=STEPS, logging_steps=STEPS, torch_compile=compiled,
+        sparsity=SparsityCallback(Geometric(0.5, 0, 0, 1)),
+    )  # fmt: skip
+    trainer.add_callback(Silence())
+    trainer.train()
+    return {"quiet": quiet, "losses": trainer.step_losses().tolist()}
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_steps_between_logs_make_the_host_wait_for_nothing(tmp_path, compiled):
+    found = in_own_process(train_in_silence, tmp_path, compiled)
+    assert found["quiet"] == list(range(QUIET_FROM + 1, QUIET_TO + 1))
+    # The logarithm of the vocabulary: nothing is learnt from random rows.
+    assert found["losses"][0] == pytest.approx(4.85, abs=0.1)

@@ -1,0 +1,105 @@
+"""Checkpoints written by a thread while training runs on: copied to the host first, visible only when they are whole."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.checkpoints.write import Pieces, begin_checkpoint, finish_checkpoint
+from train.distributed import World
+
+
+class BackgroundWriter:
+    """Writes one checkpoint at a time in a thread; the next one waits for it.
+
+    The training thread copies this rank's tensors to host memory, pinned for those of a GPU, and makes the folder. The
+    thread writes, and the ranks' threads talk over a gloo group of their own: NCCL's collectives, and those of the training
+    thread's groups, must not be called from two threads. The host memory, as much as this rank's file, is kept for the next
+    checkpoint. Collective: every rank makes one.
+
+    Args:
+        world: This process among its peers.
+        timeout_s: Seconds that a rank's thread waits for the others'.
+    """
+
+    def __init__(self, world: World, timeout_s: int) -> None:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world.size > 1 else None
+        self._world = replace(world, device=torch.device("cpu"), group=group)
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def has_failed(self) -> bool:
+        """Return whether the last checkpoint has failed on this rank and `wait` has not raised its error yet."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is whole.
+
+        Raises:
+            RunStopped: On every rank if one of them could not write.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def write_checkpoint(
+        self,
+        root: Path,
+        step: int,
+        world: World,
+        tensors: Mapping[str, Tensor],
+        pieces: Pieces,
+        state: dict[str, Any],
+        save_trainer_state: Callable[[str], None],
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Do what `train.checkpoints.write.write_checkpoint` does, but return when everything is copied. Collective.
+
+        Raises:
+            RunStopped: On every rank if one of them could not write the checkpoint before, or not begin this one.
+        """
+        self.wait()
+        self._buffers = host_copies(tensors, self._buffers)
+        frozen = json.loads(json.dumps(state))
+        needed = begin_checkpoint(root, step, world, self._buffers, save_trainer_state, before)
+
+        def finish() -> None:
+            try:
+                finish_checkpoint(root, step, self._world, self._buffers, pieces, frozen, needed, after)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=finish, daemon=True, name=f"checkpoint-{step}")
+        self._thread.start()
+
+
+def host_copies(tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy `tensors` to the host, those of a GPU to pinned memory; they may change as soon as this returns.
+
+    Args:
+        tensors: On any device.
+        buffers: Copies of an earlier call, which are written over if shape and dtype are the same.
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        old = buffers.get(name)
+        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+            old = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = old.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.current_stream().synchronize()
+    return copies
