@@ -6,7 +6,6 @@ import json
 import math
 import shlex
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import pytest

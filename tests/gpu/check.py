@@ -29,10 +29,10 @@ def gpu_test_files(root: Path = ROOT) -> list[str]:
 
 def pytest_step(file: str, rehearse: bool) -> Step:
     command = (
-        PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rsxfE", "--durations=3", "--timeout=110",
-        file,
+        PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rsxfE", "--durations=3",
+        f"--timeout={TEST_LIMIT_S - 10 if not rehearse else 400:.0f}", file,
     )  # fmt: skip
-    return Step(Path(file).stem, command, expected_s=EXPECTED_TEST_S, timeout_s=TEST_LIMIT_S * (1 + rehearse))
+    return Step(Path(file).stem, command, expected_s=EXPECTED_TEST_S, timeout_s=TEST_LIMIT_S)
 
 
 def demo(work: Path, rehearse: bool) -> Step:

@@ -8,6 +8,7 @@ Sparse by default: three prune events, and an export of the result. Further argu
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from conf.schema.trainer import TrainerConfig
 from tests.gpu.runner import FIGURES, ROOT
 
 SKIPPED_STEPS = 5
@@ -89,6 +91,29 @@ def figures(run_dir: Path, planned: dict[str, Any] | None, seconds: float) -> di
     }
 
 
+def top_kernels(trace: dict[str, Any], rows: int = 25) -> list[dict[str, Any]]:
+    """The kernels that take most of a profiler's trace, in microseconds."""
+    found: dict[str, list[float]] = {}
+    for event in trace["traceEvents"]:
+        if event.get("cat") == "kernel":
+            found.setdefault(event["name"], []).append(event["dur"])
+    total = sum(map(sum, found.values())) or 1.0
+    ordered = sorted(found.items(), key=lambda pair: -sum(pair[1]))
+    return [
+        {"name": name[:160], "microseconds": sum(taken), "calls": len(taken), "share": sum(taken) / total}
+        for name, taken in ordered[:rows]
+    ]
+
+
+def read_trace(run_dir: Path) -> dict[str, Any] | None:
+    """The trace that `trainer.profile_steps` left in the run's folder, None if there is none."""
+    for path in sorted(run_dir.rglob("*trace*.json*")):
+        opened = gzip.open(path, "rt") if path.suffix == ".gz" else open(path)
+        with opened as file:
+            return json.load(file)
+    return None
+
+
 def plan(arguments: list[str], environment: dict[str, str]) -> dict[str, Any] | None:
     command = [sys.executable, "-m", "launch.plan", *arguments, "devices=1", "format=json", "figure=''"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -120,12 +145,16 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--profile", action="store_true", help="profile steps 20 and 21, where the trainer can")
     parser.add_argument("--rehearse", action="store_true")
     options, more = parser.parse_known_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     write_text(work / "text.jsonl", 300_000 if options.rehearse else 8_000_000)
     arguments = [*overrides(work, options.steps, options.batch, options.dense, options.rehearse), *more]
+    if options.profile and "profile_steps" in TrainerConfig.__dataclass_fields__:
+        first = min(20, options.steps - 2)
+        arguments += [f"trainer.profile_steps=[{first},{first + 1}]"]
     environment = dict(os.environ)
     planned = plan([word for word in arguments if not word.startswith("overwrite")], environment)
     started = time.monotonic()
@@ -134,6 +163,8 @@ def main() -> None:
         sys.exit(f"the run ended with {done.returncode}")
     run_dir = work / "runs" / run_name(options.dense)
     found = figures(run_dir, planned, time.monotonic() - started)
+    if options.profile and (trace := read_trace(run_dir)) is not None:
+        found["profile"] = top_kernels(trace)
     if FIGURES in os.environ:
         Path(os.environ[FIGURES]).write_text(json.dumps(found))
     wrong = problems(found, options.steps, options.dense)
