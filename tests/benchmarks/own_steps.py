@@ -44,7 +44,9 @@ class Training:
             )
         self.masters = [param.detach().clone() for param in self.model.parameters()] if self.has_copies else []
         if self.has_copies:
-            self.model.to(torch.bfloat16)
+            # The parameters alone: the rotary table stays in float32.
+            for param in self.model.parameters():
+                param.data = param.data.to(torch.bfloat16)
         if variant.fp8:
             use_float8(self.model)
         if variant.compiled is True:

@@ -38,6 +38,7 @@ OUTPUT = Path("runs/bench/throughput.json")
 PEAK_TFLOPS = 989.5
 """Dense bf16 of an H100 SXM and an H200."""
 WARM_UP = 3
+MOST_TRACE_BYTES = 15 << 20
 BEST = "best"
 """As an attention: that of the fastest variant before."""
 
@@ -276,6 +277,8 @@ def profiled(
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(trace))
+        if trace.stat().st_size > MOST_TRACE_BYTES:
+            trace.unlink()
     return top_operations(found.key_averages(), device, rows)
 
 
@@ -327,7 +330,8 @@ def measure_together(
 ) -> Iterator[Result]:  # fmt: skip
     """The variants one after the other in this process, as long as there is time; then the fastest one's profile.
 
-    Where the attention is `best` it is that of the fastest bf16 variant so far.
+    An attention `best` is that of the fastest bf16 variant so far. After a variant for which memory was not enough no later
+    one has as large a batch.
     """
     import torch._functorch.config as functorch
 
@@ -335,6 +339,7 @@ def measure_together(
     functorch.enable_autograd_cache = False
     deadline, found = time.monotonic() + seconds, dict[str, tuple[float, Variant]]()
     reserve = 25.0 if trace is not None else 0.0
+    largest = max((variant.batch_factor for variant in variants), default=1)
     for variant in variants:
         left = deadline - time.monotonic() - reserve
         if left < 5:
@@ -342,13 +347,15 @@ def measure_together(
             continue
         fastest = max(found.values(), key=lambda pair: pair[0], default=(0.0, AS_RUNS))[1]
         chosen = replace(variant, attention=fastest.attention) if variant.attention == BEST else variant
-        with contextlib.ExitStack() as limits:
-            try:
-                limits.enter_context(at_most(min(most_seconds, left)))
+        chosen = replace(chosen, batch_factor=min(chosen.batch_factor, largest))
+        try:
+            with at_most(min(most_seconds, left)):
                 result = measure(work, chosen, device, peak_tflops)
-            except TimeIsUp as error:
-                result = Result(variant.name, skipped=str(error))
+        except TimeIsUp as error:
+            result = Result(variant.name, skipped=str(error))
         free_memory(device)
+        if (result.skipped or "").startswith("OutOfMemoryError"):
+            largest = max(1, chosen.batch_factor // 2)
         if result.skipped is None and chosen.trained_by == "loop" and not (chosen.fp8 or chosen.sparse):
             found[variant.name] = (result.tokens_per_second, chosen)
         yield result

@@ -108,9 +108,8 @@ def top_kernels(trace: dict[str, Any], rows: int = 25) -> list[dict[str, Any]]:
 def read_trace(run_dir: Path) -> dict[str, Any] | None:
     """The trace that `trainer.profile_steps` left in the run's folder, None if there is none."""
     for path in sorted(run_dir.rglob("*trace*.json*")):
-        opened = gzip.open(path, "rt") if path.suffix == ".gz" else open(path)
-        with opened as file:
-            return json.load(file)
+        content = path.read_bytes()
+        return json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
     return None
 
 

@@ -51,6 +51,8 @@ class Step:
     alone: bool = False
     needs: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    says: str = ""
+    """Words of the line of its output that is shown; without them the last line is."""
 
 
 @dataclass
@@ -105,7 +107,7 @@ class Running:
         seconds = self.seconds
         self.end()
         outcome: Outcome = "timed out" if is_late else "passed" if code == 0 else "failed"
-        words = last_line(self.output)
+        words = last_line(self.output, "" if code else self.step.says)
         if is_late:
             words = f"longer than {self.limit_s:.0f} s; its last line: {words}"
         elif code:
@@ -126,8 +128,10 @@ def processes_with(mark: str) -> list[int]:
     return [pid for pid in pids if environment_of(pid).get(MARK) == mark and is_alive(pid)]
 
 
-def last_line(output: Path, width: int = 240) -> str:
+def last_line(output: Path, words: str = "", width: int = 240) -> str:
+    """The last line that holds `words`, else the last one that is more than a rule."""
     lines = [line for line in tail(output, 4_000).splitlines() if line.strip(" -=\t")]
+    lines = [line for line in lines if words in line] or lines
     return lines[-1].strip()[:width] if lines else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ IDS = torch.arange(24).view(2, 12) % 61
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Iterator[dict[str, Any]]:
+def exported(tmp_path_factory) -> dict[str, Any]:
     """A folder that was written from FSDP2 shards on the device, and the float32 weights that the shards held."""
     from transformers import LlamaForCausalLM
 
@@ -62,7 +61,7 @@ def exported(tmp_path_factory) -> Iterator[dict[str, Any]]:
     weights = {name: param.detach().full_tensor().cpu() for name, param in model.named_parameters()}
     dist.destroy_process_group()
     compact_folder(folder / "plain", folder / "compact")
-    yield {"folder": folder, "weights": weights, "num_kept": sum(callback.kept.values())}
+    return {"folder": folder, "weights": weights, "num_kept": sum(callback.kept.values())}
 
 
 def load(folder: Path, device: torch.device) -> Any:
