@@ -191,7 +191,7 @@ def measure(
         train(result, work, variant, device, profile, trace)
     except Exception as error:
         # One variant's missing library or kernel must not cost the figures of the others.
-        words = str(error).strip().partition(chr(10))[0][:300]
+        words = " ".join(str(error).split())[:400]
         result.skipped = f"{type(error).__name__}: {words}"
     else:
         tokens = work.batch * work.length * variant.accumulation
@@ -392,7 +392,7 @@ def measure_apart(
 def line(result: Result) -> str:
     """A result for people."""
     if result.skipped:
-        return f"{result.name:<48} skipped: {result.skipped}"
+        return f"{result.name:<48} skipped: {result.skipped[:160]}"
     words = f"{result.name:<48} {result.tokens_per_second:10,.0f} tokens/s"
     if result.mfu is not None:
         words += f"  MFU {result.mfu:.1%}"

@@ -75,13 +75,19 @@ def figures(run_dir: Path, planned: dict[str, Any] | None, seconds: float) -> di
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "train/loss" in record]
     summary = json.loads((run_dir / "summary.json").read_text())
-    rates = [record["train/tokens_per_second"] for record in steps if "train/tokens_per_second" in record]
+    # Of training steps alone where the log has it, else of all time between two records.
+    rate = "perf/tokens_per_second" if "perf/tokens_per_second" in steps[-1] else "train/tokens_per_second"
+    rates = values_of(steps, rate)
     settled = rates[SKIPPED_STEPS:] or rates
+    peak, memory = steps[-1].get("perf/peak_memory_gib"), (planned or {}).get("memory", {})
     return {
         "seconds": seconds,
         "tokens_per_second_median": statistics.median(settled) if settled else None,
         "step_seconds_median": summary["batch_tokens"] / statistics.median(settled) if settled else None,
         "tokens_per_second": rates,
+        "mfu_median": statistics.median(values_of(steps, "perf/mfu")[SKIPPED_STEPS:] or [float("nan")]),
+        "peak_bytes": None if peak is None else peak * 2**30,
+        "planned_peak_bytes": memory.get("peak_bytes"),
         "losses": [record["train/loss"] for record in steps],
         "densities": [record.get("sparsity/density") for record in steps],
         "last_record": steps[-1],
@@ -89,6 +95,10 @@ def figures(run_dir: Path, planned: dict[str, Any] | None, seconds: float) -> di
         "plan": planned,
         "model_bytes": sum(file.stat().st_size for file in (run_dir / "model").glob("*.safetensors")),
     }
+
+
+def values_of(records: list[dict[str, Any]], key: str) -> list[float]:
+    return [record[key] for record in records if key in record]
 
 
 def top_kernels(trace: dict[str, Any], rows: int = 25) -> list[dict[str, Any]]:
@@ -170,10 +180,14 @@ def main() -> None:
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     if wrong:
         sys.exit("the run has " + "; ".join(wrong))
-    print(
+    words = (
         f"{found['tokens_per_second_median']:,.0f} tokens/s, {found['step_seconds_median']:.3f} s a step, loss "
         f"{found['losses'][0]:.3f} to {found['losses'][-1]:.3f}, {found['summary']['sparsity']:.0%} sparse"
     )
+    if found["peak_bytes"] and found["planned_peak_bytes"]:
+        words += f", MFU {found['mfu_median']:.1%}, peak {found['peak_bytes'] / 2**30:.1f} GiB"
+        words += f" (plan {found['planned_peak_bytes'] / 2**30:.1f})"
+    print(words)
 
 
 if __name__ == "__main__":
