@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-cluster check format bench bench-all torture clean
+.PHONY: demo test test-cluster check format bench bench-all gpu-check gpu-bench gpu-claim torture clean
 .DEFAULT_GOAL := demo
 
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -45,6 +45,16 @@ bench: $(READY)
 # The sizes of the real models, many ranks, the memory model.
 bench-all: $(READY)
 	$(BIN)/python -m tests.benchmarks --all
+
+# On a machine with one GPU, 5 minutes each at most; make gpu-check ARGS=--rehearse on any machine.
+gpu-check: $(READY)
+	$(BIN)/python -m tests.gpu check $(ARGS)
+
+gpu-bench: $(READY)
+	$(BIN)/python -m tests.gpu bench $(ARGS)
+
+gpu-claim: $(READY)
+	$(BIN)/python -m tests.gpu claim $(ARGS)
 
 torture: $(READY)
 	$(BIN)/python -m tests.torture

@@ -30,7 +30,8 @@ def run_command(
 def quiet_environment(changes: Mapping[str, str]) -> dict[str, str]:
     return {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        # First this checkout; behind it what else was carried to this machine.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "WANDB_MODE": "offline",

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from tests.commands import run_command
 from tests.interrupted import interrupted
-from tests.test_run import write_text
+from tests.tiny_run import write_text
 
 SLOWEST = (
     "test_failures", "test_resume", "test_run", "test_callback", "test_initial", "test_methods", "test_bad_input",

@@ -18,11 +18,17 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(
-    body: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, joined: bool = True
+    body: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120,
+    joined: bool = True,
+    on_gpu: bool = False,
 ) -> list[Any]:
     """`body(*args)` on `world_size` ranks of one thread each; the results in rank order. `body` must be importable.
 
-    With `joined=False` it finds what torchrun leaves to a script: the environment, and no process group yet.
+    With `joined=False` it finds what torchrun leaves to a script: the environment, and no process group yet. With
+    `on_gpu=True` all ranks see the GPUs there are, and gloo serves tensors of both kinds.
     """
     # Ranks are forked from a server that has imported torch: importing it takes longer than most bodies.
     context = mp.get_context("forkserver")
@@ -32,7 +38,7 @@ def run_ranks(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
         context.Process(
-            target=_rank_main, args=(body, rank, world_size, store.port, args, results, joined), daemon=True
+            target=_rank_main, args=(body, rank, world_size, store.port, args, results, joined, on_gpu), daemon=True
         )
         for rank in range(world_size)
     ]
@@ -64,9 +70,17 @@ def free_port() -> int:
 
 
 def _rank_main(
-    body: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any, joined: bool
+    body: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    args: tuple[Any, ...],
+    results: Any,
+    joined: bool,
+    on_gpu: bool,
 ) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not on_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if joined or world_size > 1:
         os.environ.update(
             RANK=str(rank),
@@ -80,7 +94,8 @@ def _rank_main(
     torch.set_num_threads(1)
     try:
         if joined:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+            backend = "cpu:gloo,cuda:gloo" if on_gpu and torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=60))
         value = body(*args)
         if dist.is_initialized():
             dist.barrier()

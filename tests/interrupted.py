@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from tests.commands import run_command
-from tests.test_run import tiny
+from tests.tiny_run import tiny
 
 STEPS = 60
 

@@ -6,7 +6,6 @@ import json
 import math
 import shlex
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +17,9 @@ from eval.report.panels import PANELS, TABLE
 from sparsity.prunable import linear_weights
 from sparsity.schedule import Geometric
 from tests.commands import run_command
+from tests.tiny_run import STEPS, tiny, write_text
 from tests.wandb_file import read_config, read_history, read_labels, read_summary, step_metrics
 
-STEPS = 24
 EVALUATED = ("trainer.eval_strategy=steps", "trainer.eval_steps=12")
 SUMMARY_KEYS = {
     "run_name", "world_size", "fsdp_version", "total_params", "linear_params", "nonzero_linear_params", "sparsity",
@@ -28,29 +27,6 @@ SUMMARY_KEYS = {
     "final_train_loss", "final_train_loss_std", "perplexity", "bits_per_byte", "unigram_bits_per_byte",
     "prune_start_step", "prune_end_step", "seconds",
 }  # fmt: skip
-
-
-def write_text(path: Path) -> Path:
-    """A little language whose next word follows from the last two: quickly learnt, hard for a unigram model."""
-    words = ["red", "green", "blue", "black", "white", "grey", "pink"]
-    with open(path, "w") as file:
-        for number in range(600):
-            a, b, line = number % 7, number % 5, []
-            for _ in range(60):
-                a, b = b, (2 * a + b + 1) % 7
-                line.append(words[b])
-            file.write(json.dumps({"text": f"Story {number}: " + " ".join(line)}) + "\n")
-    return path
-
-
-def tiny(folder: Path, *overrides: str) -> list[str]:
-    return [
-        "data=text", f"data.path={folder}/text.jsonl", "data.heldout_share=0.1", f"data.cache_dir={folder}/cache",
-        "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2",
-        "model.num_attention_heads=2", "model.num_key_value_heads=2", "model.max_position_embeddings=32",
-        f"runs_dir={folder}/runs", "run_name=tiny", "batch_size=8", f"trainer.max_steps={STEPS}",
-        "trainer.per_device_train_batch_size=2", "trainer.logging_steps=1", "optim.learning_rate=0.01", *overrides,
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

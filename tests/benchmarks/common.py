@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,25 @@ def synchronize(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def mark(device: str) -> Any:
+    """A point in time of the device; on a GPU the host does not wait for it."""
+    if device != "cuda":
+        return time.perf_counter()
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def laps_between(marks: Sequence[Any], device: str) -> list[float]:
+    """Seconds from each mark to the next."""
+    synchronize(device)
+    if device == "cuda":
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
+    return [after - before for before, after in pairwise(marks)]
 
 
 # --- memory of this process ---

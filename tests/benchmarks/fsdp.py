@@ -13,10 +13,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 
 def shard(
-    model: Any, device: torch.device, compute_dtype: torch.dtype | None = None, root: nn.Module | None = None
+    model: Any,
+    device: torch.device,
+    compute_dtype: torch.dtype | None = None,
+    root: nn.Module | None = None,
+    reshard: bool = True,
+    tail: bool = True,
 ) -> None:
-    """FSDP2 over all ranks, or this process alone, in the units that accelerate makes: each block, the embedding, and the
-    final norm with lm_head; `root` is the module that is called, if not the model. Gradients are summed in float32."""
+    """Put a model under FSDP2 over all ranks, or this process alone, in the units that accelerate makes.
+
+    These are each block, the embedding, and with `tail` the final norm with lm_head, which otherwise belong to the root.
+    `root` is the module that is called, if it is not the model; `reshard` frees a unit's weights after its forward.
+    Gradients are summed in float32.
+    """
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -25,7 +34,8 @@ def shard(
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
     for block in model.model.layers:
-        fully_shard(block, reshard_after_forward=True, **options)
-    fully_shard(model.model.embed_tokens, reshard_after_forward=True, **options)
-    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
+        fully_shard(block, reshard_after_forward=reshard, **options)
+    fully_shard(model.model.embed_tokens, reshard_after_forward=reshard, **options)
+    if tail:
+        fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
     fully_shard(root or model, **options)

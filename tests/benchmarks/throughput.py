@@ -1,52 +1,46 @@
-"""Tokens a second and MFU of training one model on one device, setting by setting: attention, loss, compilation.
+"""Tokens a second and MFU of training one model on one device, setting by setting: attention, loss, precision, batch.
 
-    python -m tests.benchmarks.throughput [--profile]     -> runs/bench/throughput.json
+    python -m tests.benchmarks.throughput [--profile]                   -> runs/bench/throughput.json
+    python -m tests.benchmarks.throughput --together --seconds 200      most telling variants first, in one process
     python -m tests.benchmarks.throughput --hidden 128 --layers 2 --heads 4 --vocabulary 512 --length 64 --batch 2 --steps 3
 
-By default the 1B model of the series on a GPU; on a CPU give a small one, as in the second line. Random tokens, no
-network, and nothing but torch and transformers. Every variant trains in a process of its own from the same seed, one after
-the other, with a loss that stays on the device until its last step; a variant that this machine cannot run is written
-down with the reason. MFU counts 6 FLOPs a linear weight and 12 x layers x hidden x length a token, against --peak TFLOP/s.
+By default the 1B model of the series on a GPU; on a CPU give a small one, as in the last line. Random tokens, no
+network, and nothing but torch and transformers. Every variant trains from the same seed, in a process of its own or, with
+`--together`, one after the other in this one, where memory is freed in between. The host waits for the device only after
+the last step. A variant that this machine cannot run is recorded with the reason. MFU counts 6 FLOPs a linear weight and
+12 x layers x hidden x length a token, against --peak TFLOP/s.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import LlamaConfig
 
-from tests.benchmarks import titan
-from tests.benchmarks.common import in_process, write_rows
-from tests.benchmarks.fsdp import shard
+from tests.benchmarks import foreign_steps, own_steps, titan
+from tests.benchmarks.common import in_process, laps_between, mark, write_rows
 
 MODULE = "tests.benchmarks.throughput"
 OUTPUT = Path("runs/bench/throughput.json")
 PEAK_TFLOPS = 989.5
 """Dense bf16 of an H100 SXM and an H200."""
 WARM_UP = 3
-CHUNK_TOKENS = 2048
-BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+MOST_TRACE_BYTES = 15 << 20
+BEST = "best"
+"""As an attention: that of the fastest variant before."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +62,11 @@ class Workload:
             max_position_embeddings=self.length, tie_word_embeddings=False, use_cache=False,
         )  # fmt: skip
 
+    def num_linear(self) -> int:
+        return 16 * self.hidden**2 * self.layers + self.vocabulary * self.hidden
+
     def flops_per_token(self) -> int:
-        linear = 16 * self.hidden**2 * self.layers + self.vocabulary * self.hidden
-        return 6 * linear + 12 * self.layers * self.hidden * self.length
+        return 6 * self.num_linear() + 12 * self.layers * self.hidden * self.length
 
     def batches(self, device: str) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -80,40 +76,76 @@ class Workload:
 
 @dataclass(frozen=True)
 class Variant:
-    """`attention`: eager, sdpa (torch chooses), one of BACKENDS, flash_attention_2 or _3; `loss`: plain, chunked, liger;
-    `precision`: autocast, or fsdp2, which casts each unit's weights as runs do; `trained_by`: the loop of this file, or the
-    code of somebody else, for which the other settings say nothing."""
+    """One way to train.
+
+    `attention`: eager, sdpa (torch chooses), a backend of `own_steps.BACKENDS`, flash_attention_2 or _3, flex_attention,
+    or `best`; `loss`: a name in `own_steps.LOSSES`; `precision`: autocast, fsdp2 (casts each unit's weights, as runs do),
+    or copies (a bf16 model beside float32 weights); `compiled`: nothing, each block, or the model as a whole;
+    `batch_factor`: sequences in a micro-batch over those of the workload; `accumulation`: micro-batches of an update;
+    `trained_by`: the loop of this benchmark, or the code of somebody else, for which most other settings say nothing.
+    """
 
     name: str
     attention: str = "sdpa"
     loss: str = "plain"
     precision: str = "autocast"
-    compiled: bool = True
+    compiled: bool | Literal["model"] = True
+    backend: str = "inductor"
     fused_adamw: bool = True
     sparse: bool = False
+    reshard: bool = True
+    fp8: bool = False
+    batch_factor: int = 1
+    accumulation: int = 1
+    inductor: tuple[tuple[str, Any], ...] = ()
+    """Settings of torch._inductor.config."""
     trained_by: Literal["loop", "Trainer", "torchtitan"] = "loop"
 
 
 BASE = Variant("compiled blocks, sdpa")
-VARIANTS = (
-    Variant("plain Trainer, bf16", compiled=False, trained_by="Trainer"),
+AS_RUNS = Variant("as runs: FSDP2, compiled blocks and loss, sdpa", precision="fsdp2", loss="compiled")
+LARGE = replace(AS_RUNS, reshard=False, batch_factor=2)
+TUNED = replace(LARGE, attention=BEST)
+PLAIN_TRAINER = Variant("plain Trainer, bf16", compiled=False, trained_by="Trainer")
+TORCHTITAN = Variant("torchtitan", trained_by="torchtitan")
+TELLING = (
+    replace(LARGE, name="FSDP2, batch x2, sdpa"),
+    replace(LARGE, name="FSDP2, batch x2, cudnn", attention="cudnn"),
+    replace(LARGE, name="FSDP2, batch x2, flash", attention="flash"),
+    replace(TUNED, name="FSDP2, batch x2, best, 80 % sparse", sparse=True),
+    replace(TUNED, name="FSDP2, batch x2, best, fp8", fp8=True),
+    replace(TUNED, name="FSDP2, batch x1, best", batch_factor=1),
+    AS_RUNS,
+    replace(TUNED, name="bf16 copies, batch x2, best", precision="copies"),
+    replace(TUNED, name="FSDP2, batch x1, best, 4 micro-batches", batch_factor=1, accumulation=4),
+    replace(TUNED, name="FSDP2, batch x2, best, resharded", reshard=True),
+    replace(TUNED, name="FSDP2, batch x2, best, chunked loss", loss="chunked"),
+    replace(TUNED, name="FSDP2, batch x2, best, plain loss", loss="plain"),
+    PLAIN_TRAINER,
+    TORCHTITAN,
     Variant("Trainer, bf16, compiled by blocks", trained_by="Trainer"),
+    replace(TUNED, name="FSDP2, batch x4, best, chunked loss", loss="chunked", batch_factor=4),
+    replace(
+        TUNED, name="FSDP2, batch x2, best, coordinate descent", inductor=(("coordinate_descent_tuning", True),)
+    ),
+    replace(LARGE, name="FSDP2, batch x2, efficient", attention="efficient"),
+    replace(LARGE, name="FSDP2, batch x2, flex", attention="flex_attention"),
+    replace(TUNED, name="bf16 copies, batch x2, best, one graph", precision="copies", compiled="model"),
+)  # fmt: skip
+"""What a device that is lent for minutes is asked, the most telling first."""
+VARIANTS = (
+    *TELLING,
+    replace(TUNED, name="FSDP2, batch x2, best, 80 % sparse, fp8", fp8=True, sparse=True),
     Variant("eager blocks, sdpa", compiled=False),
     BASE,
     *(
-        replace(BASE, name=f"compiled blocks, {backend}", attention=backend)
-        for backend in BACKENDS
-        if backend != "math"
+        replace(BASE, name=f"compiled blocks, {name}", attention=name)
+        for name in ("cudnn", "flash", "efficient", "flash_attention_2", "flash_attention_3")
     ),
-    replace(BASE, name="compiled blocks, flash_attention_2", attention="flash_attention_2"),
-    replace(BASE, name="compiled blocks, flash_attention_3", attention="flash_attention_3"),
     replace(BASE, name="compiled blocks, chunked loss", loss="chunked"),
     replace(BASE, name="compiled blocks, liger loss", loss="liger"),
-    replace(BASE, name="compiled blocks, cudnn, chunked loss", attention="cudnn", loss="chunked"),
     replace(BASE, name="compiled blocks, AdamW not fused", fused_adamw=False),
-    replace(BASE, name="compiled blocks, sdpa, FSDP2", precision="fsdp2"),
     replace(BASE, name="compiled blocks, sdpa, 80 % sparse", sparse=True),
-    Variant("torchtitan", trained_by="torchtitan"),
 )
 
 
@@ -121,226 +153,256 @@ VARIANTS = (
 class Result:
     name: str
     seconds: float = 0.0
-    """Median of a step."""
+    """Median of an update."""
     tokens_per_second: float = 0.0
     mfu: float | None = None
     peak_bytes: int | None = None
+    predicted_bytes: int | None = None
+    """The peak that `launch.plan` states for such a run; under FSDP2 alone."""
     last_loss: float | None = None
     skipped: str | None = None
     """Why the variant did not run."""
     settings: dict[str, Any] = field(default_factory=dict)
     profile: list[dict[str, Any]] = field(default_factory=list)
+    dense_seconds: float | None = None
+    """Of a sparse variant: an update with the masks taken off, measured before and after."""
+    after_update_seconds: float | None = None
+    """Of a sparse variant: what follows each update, by itself."""
+    wall_seconds: float = 0.0
+    """With building and compiling."""
 
 
 def measured(work: dict[str, int], name: str, device: str, peak_tflops: float, profile: bool) -> dict[str, Any]:
     """The body of a process: one variant alone on the device, as plain data."""
-    torch.set_float32_matmul_precision("high")
     (variant,) = (variant for variant in VARIANTS if variant.name == name)
+    variant = replace(variant, attention="sdpa") if variant.attention == BEST else variant
     return asdict(measure(Workload(**work), variant, device, peak_tflops, profile))
 
 
-def measure(work: Workload, variant: Variant, device: str, peak_tflops: float, profile: bool = False) -> Result:
-    """Train one variant; what fails is a result with the reason."""
+def measure(
+    work: Workload, variant: Variant, device: str, peak_tflops: float, profile: bool = False, trace: Path | None = None
+) -> Result:
+    """Train one variant; a failure is a result with the reason."""
+    torch.set_float32_matmul_precision("high")
     settings = asdict(variant) if variant.trained_by == "loop" else {"trained_by": variant.trained_by}
-    result = Result(variant.name, settings=settings)
+    result, work = Result(variant.name, settings=settings), replace(work, batch=work.batch * variant.batch_factor)
+    started = time.monotonic()
     try:
-        if variant.trained_by == "Trainer":
-            seconds, loss = run_trainer(work, device, variant.compiled)
-        else:
-            own = variant.trained_by == "loop"
-            step = make_step(work, variant, device) if own else titan.make_step(work, device)
-            seconds, loss = run_steps(step, work, device)
-            result.profile = profiled(step, work, device) if profile else []
+        train(result, work, variant, device, profile, trace)
     except Exception as error:
         # One variant's missing library or kernel must not cost the figures of the others.
-        result.skipped = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        return result
-    return with_figures(result, seconds, loss, work, device, peak_tflops)
-
-
-def with_figures(
-    result: Result, seconds: list[float], loss: float, work: Workload, device: str, peak_tflops: float
-) -> Result:
-    result.seconds = statistics.median(seconds)
-    result.tokens_per_second = work.batch * work.length / result.seconds
-    result.last_loss = loss
-    if device == "cuda":
-        result.mfu = result.tokens_per_second * work.flops_per_token() / (peak_tflops * 1e12)
-        result.peak_bytes = torch.cuda.max_memory_allocated()
+        words = " ".join(str(error).split())[:400]
+        result.skipped = f"{type(error).__name__}: {words}"
+    else:
+        tokens = work.batch * work.length * variant.accumulation
+        result.tokens_per_second = tokens / result.seconds
+        if device == "cuda":
+            result.mfu = result.tokens_per_second * work.flops_per_token() / (peak_tflops * 1e12)
+    result.wall_seconds = time.monotonic() - started
     return result
+
+
+def train(result: Result, work: Workload, variant: Variant, device: str, profile: bool, trace: Path | None) -> None:
+    if variant.trained_by == "Trainer":
+        seconds, result.last_loss = foreign_steps.run_trainer(work, device, variant, WARM_UP)
+        result.seconds = statistics.median(seconds)
+        result.peak_bytes = torch.cuda.max_memory_allocated() if device == "cuda" else None
+        return
+    with contextlib.ExitStack() as settings:
+        if variant.inductor:
+            import torch._inductor.config as inductor
+
+            settings.enter_context(inductor.patch(dict(variant.inductor)))
+        if variant.trained_by == "torchtitan":
+            step = titan.make_step(work, device)
+        else:
+            # Masks go on after the steps without them.
+            training = own_steps.Training(work, replace(variant, sparse=False), device)
+            step = training.step
+        seconds, result.last_loss = run_steps(step, work, device)
+        if variant.sparse:
+            measure_sparse(result, training, seconds, work, device)
+        else:
+            result.seconds = statistics.median(seconds)
+        result.peak_bytes = torch.cuda.max_memory_allocated() if device == "cuda" else None
+        if variant.trained_by == "loop" and variant.precision == "fsdp2":
+            result.predicted_bytes = own_steps.predicted_bytes(work, variant, device)
+        if profile or trace is not None:
+            result.profile = profiled(step, work, device, trace)
+
+
+def measure_sparse(result: Result, training: Any, dense: list[float], work: Workload, device: str) -> None:
+    """Prune, train with masks, train without them again: dense steps lie on both sides of the sparse ones."""
+    training.prune()
+    sparse, result.last_loss = run_steps(training.step, work, device)
+    result.after_update_seconds = statistics.median(run_steps(lambda _: training.after_update(), work, device)[0])
+    training.unmask()
+    again, _ = run_steps(training.step, work, device)
+    result.seconds = statistics.median(sparse)
+    result.dense_seconds = (statistics.median(dense) + statistics.median(again)) / 2
 
 
 def make_step(work: Workload, variant: Variant, device: str) -> Callable[[Tensor], Tensor]:
     """A function from tokens [batch, length] to the loss on the device, with the update made."""
-    torch.manual_seed(0)
-    attention = variant.attention if variant.attention.startswith(("eager", "flash_attention")) else "sdpa"
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(work.config(), dtype=torch.float32, attn_implementation=attention)
-    if variant.compiled:
-        for block in model.model.layers:
-            block.compile()
-    objective = Objective(model, LOSSES[variant.loss](model))
-    by_autocast = variant.precision == "autocast"
-    if not by_autocast:
-        shard(model, torch.device(device), torch.bfloat16, root=objective)
-    # FSDP2 makes parameters of its own, which are the ones to update.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=variant.fused_adamw
-    )
-    after_step = make_sparse(model, optimizer) if variant.sparse else lambda: None
-    backend = BACKENDS.get(variant.attention)
-
-    def step(tokens: Tensor) -> Tensor:
-        kernel = sdpa_kernel(backend) if backend is not None else contextlib.nullcontext()
-        with kernel:
-            with torch.autocast(device, torch.bfloat16, enabled=by_autocast):
-                loss = objective(tokens)
-            loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        after_step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+    training = own_steps.Training(work, variant, device)
+    return training.step
 
 
-class Objective(nn.Module):
-    """From tokens [batch, length] to the loss: one module, which FSDP2 can have as its root."""
-
-    def __init__(self, model: LlamaForCausalLM, loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.loss_of = model, loss_of
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.loss_of(hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def make_sparse(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Prune to 80 %; what the callback does after each update."""
-    from sparsity import Geometric, SparsityCallback
-
-    callback = SparsityCallback(Geometric(0.8, 0, 0, 1), report=False)
-    callback.bind(model)
-    callback.prune(0.2, optimizer)
-    return lambda: callback.on_optimizer_step(None, None, None, optimizer=optimizer)  # type: ignore[arg-type]
-
-
-def plain_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda hidden, targets: F.cross_entropy(model.lm_head(hidden).float(), targets)
-
-
-def chunked_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """Logits of a few tokens at a time, computed again on the way back: they are never there as a whole."""
-
-    def part(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
-
-    compiled = torch.compile(part) if model.device.type == "cuda" else part
-
-    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        parts = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-        sums = [checkpoint(compiled, some, wanted, use_reentrant=False) for some, wanted in parts]
-        return torch.stack(sums).sum() / len(targets)  # type: ignore[arg-type]
-
-    return loss
-
-
-def liger_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    fused = LigerFusedLinearCrossEntropyLoss()
-    return lambda hidden, targets: fused(model.lm_head.weight.to(hidden.dtype), hidden, targets)
-
-
-LOSSES = {"plain": plain_loss, "chunked": chunked_loss, "liger": liger_loss}
-
-
-def run_steps(step: Callable[[Tensor], Tensor], work: Workload, device: str) -> tuple[list[float], float]:
-    """Seconds of each step after the warm-up and the last loss; the host waits for the device once a step, behind it."""
-    batches, seconds = work.batches(device), []
-    loss = torch.zeros(())
+def run_steps(step: Callable[[Tensor], Any], work: Workload, device: str) -> tuple[list[float], float]:
+    """Seconds of each step after the warm-up, and the last loss; the host waits for the device once, after the last."""
+    batches, marks = work.batches(device), []
+    loss: Any = None
     for index in range(WARM_UP + work.steps):
-        if index == WARM_UP and device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
+        if index == WARM_UP:
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            marks.append(mark(device))
         loss = step(batches[index % len(batches)])
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return seconds[WARM_UP:], float(loss)
+        if index >= WARM_UP:
+            marks.append(mark(device))
+    return laps_between(marks, device), float("nan") if loss is None else float(loss)
 
 
-def profiled(step: Callable[[Tensor], Tensor], work: Workload, device: str, rows: int = 25) -> list[dict[str, Any]]:
-    """Where the time of three steps goes: the operations that take most of it, in microseconds of the device."""
+def profiled(
+    step: Callable[[Tensor], Tensor], work: Workload, device: str, trace: Path | None = None, rows: int = 25
+) -> list[dict[str, Any]]:
+    """The operations that take most of three steps, in microseconds of the device; `trace` gets the whole as .json.gz."""
     batches = work.batches(device)
     with torch.profiler.profile() as found:
         for index in range(3):
             step(batches[index])
         if device == "cuda":
             torch.cuda.synchronize()
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        found.export_chrome_trace(str(trace))
+        if trace.stat().st_size > MOST_TRACE_BYTES:
+            trace.unlink()
+    return top_operations(found.key_averages(), device, rows)
+
+
+def top_operations(events: Any, device: str, rows: int) -> list[dict[str, Any]]:
+    """Kernels alone on a GPU: there an operation's row repeats the time of the kernels that it launched."""
+    if device == "cuda":
+        events = [event for event in events if "CUDA" in str(event.device_type)]
 
     def own_time(event: Any) -> float:
         return float(event.self_device_time_total if device == "cuda" else event.self_cpu_time_total)
 
-    events = sorted(found.key_averages(), key=own_time, reverse=True)
+    events = sorted(events, key=own_time, reverse=True)
     total = sum(own_time(event) for event in events) or 1.0
     return [
-        {"name": event.key, "microseconds": own_time(event), "share": own_time(event) / total, "calls": event.count}
+        {
+            "name": event.key[:160],
+            "microseconds": own_time(event),
+            "share": own_time(event) / total,
+            "calls": event.count,
+        }
         for event in events[:rows]
     ]
 
 
-def run_trainer(work: Workload, device: str, compiled: bool) -> tuple[list[float], float]:
-    """Seconds of each step after the warm-up and the last loss of `transformers.Trainer` as it comes, with bf16 alone: what
-    a user would write first; or compiled as runs are."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from train.compiled import compile_by_blocks
-
-    laps: list[float] = []
-
-    class Lap(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            if device == "cuda":
-                torch.cuda.synchronize()
-                if len(laps) == WARM_UP:
-                    torch.cuda.reset_peak_memory_stats()
-            laps.append(time.perf_counter())
-
-    class KeepsLoss(Trainer):
-        last = torch.zeros(())
-
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            found = super().compute_loss(*args, **kwargs)
-            self.last = found.detach()
-            return found
-
-    tokens = torch.cat(work.batches("cpu"))
-    blocks = [{"input_ids": row, "labels": row} for row in tokens] * (-(-(WARM_UP + work.steps + 1) // 4))
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=WARM_UP + work.steps + 1, per_device_train_batch_size=work.batch, bf16=True,
-            use_cpu=device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True, torch_compile=compiled,
-        )  # fmt: skip
-        with torch.device(device):
-            model = LlamaForCausalLM(work.config())
-        compile_by_blocks(model, arguments)
-        trainer = KeepsLoss(model, arguments, train_dataset=blocks, callbacks=[Lap()])  # type: ignore[arg-type]
-        trainer.train()
-    return [after - before for before, after in pairwise(laps)][WARM_UP:], float(trainer.last)
+class TimeIsUp(BaseException):
+    """No Exception, so that nothing on the way takes it for a failure of its own."""
 
 
-def measure_all(work: Workload, device: str, peak_tflops: float, names: str, profile: bool) -> Iterator[dict[str, Any]]:
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeIsUp in this thread after so many seconds."""
+
+    def raise_it(*_: Any) -> None:
+        raise TimeIsUp(f"took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, raise_it)
+    # Again and again: it is lost if it comes while the interpreter cleans up.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure_together(
+    work: Workload, variants: list[Variant], device: str, peak_tflops: float, seconds: float, trace: Path | None,
+    most_seconds: float = 60.0,
+) -> Iterator[Result]:  # fmt: skip
+    """The variants one after the other in this process, as long as there is time; then the fastest one's profile.
+
+    An attention `best` is that of the fastest bf16 variant so far. After a variant for which memory was not enough no later
+    one has as large a batch.
+    """
+    import torch._functorch.config as functorch
+
+    # Its key does not hold which attention kernels are allowed: the second variant would get the first one's graph.
+    functorch.enable_autograd_cache = False
+    deadline, found = time.monotonic() + seconds, dict[str, tuple[float, Variant]]()
+    reserve = 25.0 if trace is not None else 0.0
+    largest = max((variant.batch_factor for variant in variants), default=1)
+    for variant in variants:
+        left = deadline - time.monotonic() - reserve
+        if left < 5:
+            yield Result(variant.name, skipped="out of time")
+            continue
+        fastest = max(found.values(), key=lambda pair: pair[0], default=(0.0, AS_RUNS))[1]
+        chosen = replace(variant, attention=fastest.attention) if variant.attention == BEST else variant
+        chosen = replace(chosen, batch_factor=min(chosen.batch_factor, largest))
+        try:
+            with at_most(min(most_seconds, left)):
+                result = measure(work, chosen, device, peak_tflops)
+        except TimeIsUp as error:
+            result = Result(variant.name, skipped=str(error))
+        free_memory(device)
+        if (result.skipped or "").startswith("OutOfMemoryError"):
+            largest = max(1, chosen.batch_factor // 2)
+        if result.skipped is None and chosen.trained_by == "loop" and not (chosen.fp8 or chosen.sparse):
+            found[variant.name] = (result.tokens_per_second, chosen)
+        yield result
+    if trace is not None and found:
+        fastest = max(found.values(), key=lambda pair: pair[0])[1]
+        again = replace(fastest, name=f"profile of: {fastest.name}")
+        try:
+            with at_most(max(1.0, deadline - time.monotonic())):
+                result = measure(replace(work, steps=3), again, device, peak_tflops, trace=trace)
+        except TimeIsUp as error:
+            result = Result(again.name, skipped=str(error))
+        yield result
+
+
+def free_memory(device: str) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure_apart(
+    work: Workload, variants: list[Variant], device: str, peak_tflops: float, profile: bool
+) -> Iterator[Result]:
     """Each variant in a process of its own, so that none finds the memory of another."""
-    for variant in VARIANTS:
-        if names in variant.name:
-            try:
-                yield in_process(MODULE, "measured", asdict(work), variant.name, device, peak_tflops, profile)
-            except subprocess.CalledProcessError as error:
-                yield asdict(Result(variant.name, skipped=f"its process ended with {error.returncode}"))
+    for variant in variants:
+        try:
+            yield Result(**in_process(MODULE, "measured", asdict(work), variant.name, device, peak_tflops, profile))
+        except subprocess.CalledProcessError as error:
+            yield Result(variant.name, skipped=f"its process ended with {error.returncode}")
+
+
+def line(result: Result) -> str:
+    """A result for people."""
+    if result.skipped:
+        return f"{result.name:<48} skipped: {result.skipped[:160]}"
+    words = f"{result.name:<48} {result.tokens_per_second:10,.0f} tokens/s"
+    if result.mfu is not None:
+        words += f"  MFU {result.mfu:.1%}"
+    if result.peak_bytes is not None:
+        words += f"  {result.peak_bytes / 2**30:.1f} GiB"
+    if result.predicted_bytes is not None:
+        words += f" (plan {result.predicted_bytes / 2**30:.1f})"
+    if result.dense_seconds:
+        words += f"  {result.seconds / result.dense_seconds:.4f} of dense"
+    return words + f"  loss {result.last_loss:.4f}  in {result.wall_seconds:.0f} s"
 
 
 def main() -> None:
@@ -350,19 +412,28 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=PEAK_TFLOPS, help="TFLOP/s of the device, for MFU")
     parser.add_argument("--profile", action="store_true", help="write where each variant's time goes")
     parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument(
+        "--together", action="store_true", help="the telling variants in one process, as --seconds allow"
+    )
+    parser.add_argument("--seconds", type=float, default=200.0, help="for all variants of --together")
+    parser.add_argument("--trace", type=Path, help="with --together: file.json.gz for a trace of the fastest variant")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     work = Workload(**{name: getattr(options, name) for name in asdict(Workload())})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and work == Workload():
         sys.exit("error: the 1B model needs a GPU: on a CPU give a small one, see --help.")
+    offered = TELLING if options.together else VARIANTS
+    chosen = [replace(variant, backend=options.backend) for variant in offered if options.only in variant.name]
+    if options.together:
+        results = measure_together(work, chosen, device, options.peak, options.seconds, options.trace)
+    else:
+        results = measure_apart(work, chosen, device, options.peak, options.profile)
     rows = []
-    for row in measure_all(work, device, options.peak, options.only, options.profile):
-        rows.append({**row, **asdict(work)})
-        mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
-        memory = "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 2**30:.1f} GiB"
-        figures = f"{row['tokens_per_second']:12,.0f} tokens/s{mfu}{memory}  loss {row['last_loss']}"
-        print(f"{row['name']:<40} {'skipped: ' + row['skipped'] if row['skipped'] else figures}", flush=True)
+    for result in results:
+        rows.append({**asdict(work), **asdict(result)})
+        print(line(result), flush=True)
         write_rows(rows, options.output)
     print(options.output)
 

@@ -1,0 +1,58 @@
+"""The steps of `python -m tests.gpu bench`: how fast is it on this device, and where does the time go?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.gpu.check import MORE_CORES
+from tests.gpu.runner import Step
+
+PYTHON = sys.executable
+TINY = (
+    "--hidden", "32", "--layers", "1", "--heads", "2", "--vocabulary", "64", "--length", "16", "--batch", "2", "--steps", "1",
+    "--backend", "eager",
+)  # fmt: skip
+FREE_MEMORY = {**MORE_CORES, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""What one variant leaves in pieces serves the next."""
+VARIANT_SECONDS = 140
+"""Of the budget for the variants of the 1B; starting the process comes on top."""
+
+
+def benchmark(name: str, output: Path, *arguments: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", f"tests.benchmarks.{name}", *arguments, "--output", str(output / f"{name}.json"))
+
+
+def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
+    """All alone on the device: the event, the variants with the profile of the best, the run as users start it, masking."""
+    tiny = ("--rehearse",) if rehearse else ()
+    seconds = 30 if rehearse else VARIANT_SECONDS
+    throughput = (
+        "--together", "--seconds", str(seconds), "--trace", str(output / "trace.json.gz"),
+        *(TINY if rehearse else ("--steps", "8")),
+    )  # fmt: skip
+    masking = ("--numel", "20003" if rehearse else "200000000", "--rounds", "1" if rehearse else "5")
+    found = [
+        Step("device", (PYTHON, "-m", "tests.gpu.device", *tiny), expected_s=12, timeout_s=60, alone=True),
+        Step(
+            "1B: tokens a second by variant", benchmark("throughput", output, *throughput), expected_s=seconds + 15,
+            timeout_s=seconds + 40, alone=True, environment=FREE_MEMORY, says="profile of",
+        ),
+    ]  # fmt: skip
+    if has_event_benchmark():
+        event = benchmark("event", output, *tiny)
+        found.append(Step("1B: event and selection", event, expected_s=45, timeout_s=80, alone=True))
+    dense = (
+        PYTHON, "-m", "tests.gpu.large_run", "--work", str(work / "large"), "--dense", "--steps", "12" if rehearse else "40",
+        "--batch", "8", "--profile", *tiny,
+    )  # fmt: skip
+    found += [
+        Step("1B: the run path, dense", dense, expected_s=55, timeout_s=110, alone=True, environment=MORE_CORES),
+        Step("masking", benchmark("masking", output, *masking, "--device", "cpu" if rehearse else "cuda"), expected_s=25,
+             timeout_s=60, alone=True),
+    ]  # fmt: skip
+    return found
+
+
+def has_event_benchmark() -> bool:
+    return (Path(__file__).resolve().parents[1] / "benchmarks" / "event.py").exists()

@@ -1,0 +1,76 @@
+"""The steps of `python -m tests.gpu check`: is everything right on this device?"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from tests.gpu.runner import ROOT, Step
+
+PYTHON = sys.executable
+GPU_MARK = re.compile(r"^\s*(@|pytestmark\s*=.*)pytest\.mark\.gpu\b", re.MULTILINE)
+MORE_CORES = {"OMP_NUM_THREADS": "8", "TORCHINDUCTOR_COMPILE_THREADS": "16"}
+"""For what runs alone: the 1B's first weights and its sample are made on the CPU."""
+EXPECTED_TEST_S = 25.0
+TEST_LIMIT_S = 120.0
+SLOWEST_FIRST = ("test_interruption_gpu", "test_async_save_gpu", "test_determinism_gpu", "test_fp8_gpu")
+"""Test modules that launch runs or compile: they begin, so that the parallel steps end together."""
+
+
+def gpu_test_files(root: Path = ROOT) -> list[str]:
+    """Test modules that hold a test with the mark `gpu`, relative to the root, the slowest first."""
+    files = [
+        path
+        for path in sorted((root / "tests").rglob("test_*.py"))
+        if GPU_MARK.search(path.read_text(encoding="utf-8"))
+    ]
+    ranks = {name: rank for rank, name in enumerate(SLOWEST_FIRST)}
+    files.sort(key=lambda path: ranks.get(path.stem, len(ranks)))
+    return [str(path.relative_to(root)) for path in files]
+
+
+def pytest_step(file: str, rehearse: bool) -> Step:
+    command = (
+        PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rsxfE", "--durations=3",
+        f"--timeout={TEST_LIMIT_S - 10 if not rehearse else 400:.0f}", file,
+    )  # fmt: skip
+    return Step(Path(file).stem, command, expected_s=EXPECTED_TEST_S, timeout_s=TEST_LIMIT_S)
+
+
+def demo(work: Path, rehearse: bool) -> Step:
+    """The main job as `make demo` runs it; a rehearsal trains the smallest model on the text of this repository's docs."""
+    command = [
+        PYTHON, "-m", "launch", "experiment=demo", "overwrite=true", "logger=none", f"runs_dir={work}/demo",
+        f"data.cache_dir={work}/cache-demo", "trainer.disable_tqdm=true",
+    ]  # fmt: skip
+    if rehearse:
+        command += [
+            "data=text", f"data.path={work}/text", "model=llama_micro", "model.max_position_embeddings=64",
+            "model.vocab_size=300", "data.heldout_share=0.1", "trainer.max_steps=12",
+        ]  # fmt: skip
+    return Step("demo", tuple(command), expected_s=60, timeout_s=180, says="tokens a second")
+
+
+def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
+    """Cheap and telling steps first: the device, then all tests beside the demo, then the 1B alone."""
+    tiny = ("--rehearse",) if rehearse else ()
+    if rehearse:
+        write_rehearsal_text(work / "text")
+    return [
+        Step("device", (PYTHON, "-m", "tests.gpu.device", *tiny), expected_s=15, timeout_s=60, alone=True),
+        demo(work, rehearse),
+        *(pytest_step(file, rehearse) for file in gpu_test_files()),
+        Step(
+            "1B: 30 compiled steps, 3 events, export",
+            (PYTHON, "-m", "tests.gpu.large_run", "--work", str(work / "large"), *tiny),
+            expected_s=70, timeout_s=150, alone=True, environment=MORE_CORES,
+        ),
+    ]  # fmt: skip
+
+
+def write_rehearsal_text(folder: Path) -> None:
+    from tests.tiny_run import write_text
+
+    folder.mkdir(parents=True)
+    write_text(folder / "text.jsonl")
