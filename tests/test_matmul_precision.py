@@ -21,7 +21,9 @@ def precision_after_arguments(folder: Path, tf32: str) -> tuple[str, str]:
 
     join_world(60)
     training_args.is_torch_tf32_available = lambda: True
-    config = composed("train", ["experiment=demo", "trainer.torch_compile=true", "trainer.bf16=true", f"trainer.tf32={tf32}"])
+    config = composed(
+        "train", ["experiment=demo", "trainer.torch_compile=true", "trainer.bf16=true", f"trainer.tf32={tf32}"]
+    )
     training_arguments(config, plan_run(config, 1), folder)
     return torch.backends.fp32_precision, torch.get_float32_matmul_precision()
 
