@@ -65,7 +65,9 @@ def test_replicas_are_hsdp_over_all_processes():
     [
         (1, 80 << 30, [], "false"),
         (8, 80 << 30, [], "false"),
-        (8, 16 << 30, [], "true"),
+        (8, 12 << 30, [], "true"),
+        (8, 16 << 30, [], "false"),
+        # A replica's four GPUs hold more of the state each.
         (8, 16 << 30, ["launch.num_replicas=2"], "true"),
         (8, None, [], None),
         (8, 80 << 30, ["launch.config_file=setup.cfg"], None),
