@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from conf.schema import Config
 from launch.machines import Machines
+from launch.plan.gathering import run_setting
+from train.plan import plan_run
 
 CONFIGS = Path(__file__).parent / "accelerate"
 ALONE = Machines()
@@ -33,6 +36,16 @@ def num_gpus(environment: Mapping[str, str]) -> int:
     return len(gpu_names(environment))
 
 
+def gpu_bytes(environment: Mapping[str, str]) -> int | None:
+    """Return the memory of this machine's smallest GPU in bytes, None if nvidia-smi does not tell; torch is not imported."""
+    if not gpu_names(environment) or shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    mebibytes = [int(line) for line in said.stdout.split() if line.isdecimal()] if said.returncode == 0 else []
+    return min(mebibytes) << 20 if mebibytes else None
+
+
 def num_processes(config: Config, gpus: int) -> int:
     """The processes a run gets on this machine; a ValueError where more are asked for than there are GPUs."""
     asked = config.launch.num_processes
@@ -44,8 +57,25 @@ def num_processes(config: Config, gpus: int) -> int:
     return asked or gpus or DEFAULT_CPU_PROCESSES
 
 
-def accelerate_command(config: Config, overrides: Sequence[str], gpus: int, machines: Machines = ALONE) -> list[str]:
-    """`accelerate launch ... -m train OVERRIDES`, run by this Python through `launch.agent`."""
+def accelerate_command(
+    config: Config,
+    overrides: Sequence[str],
+    gpus: int,
+    machines: Machines = ALONE,
+    device_bytes: int | None = None,
+) -> list[str]:
+    """Return `accelerate launch ... -m train OVERRIDES`, run by this Python through `launch.agent`.
+
+    Args:
+        config: The run.
+        overrides: What makes it, for `python -m train` to compose again.
+        gpus: GPUs of this machine.
+        machines: This machine among the run's.
+        device_bytes: Memory of a GPU, which decides whether gathered weights are kept (`launch.plan.gathering`).
+
+    Raises:
+        ValueError: if processes, replicas or the accelerate config cannot be as asked.
+    """
     total = num_processes(config, gpus) * machines.num
     replicas = config.launch.num_replicas
     if total % replicas or total // replicas < min(2, replicas):
@@ -68,8 +98,22 @@ def accelerate_command(config: Config, overrides: Sequence[str], gpus: int, mach
     if replicas > 1:
         options["parallelism_config_dp_replicate_size"] = replicas
         options["parallelism_config_dp_shard_size"] = total // replicas
+    if (reshards := resharding(config, total, device_bytes)) is not None:
+        options["fsdp_reshard_after_forward"] = reshards
     flags = [item for key, value in options.items() for item in (f"--{key}", str(value))]
     return [sys.executable, "-m", "launch.agent", *flags, "-m", "train", *overrides]
+
+
+def resharding(config: Config, world_size: int, device_bytes: int | None) -> str | None:
+    """Return what to tell accelerate of gathered weights, `true` or `false`; None leaves it to accelerate's config."""
+    launch = config.launch
+    if launch.reshard_after_forward != "auto":
+        return launch.reshard_after_forward
+    if device_bytes is None or launch.config_file is not None:
+        return None
+    # In HSDP a model is sharded over the ranks of one replica.
+    plan = replace(plan_run(config, world_size), world_size=world_size // launch.num_replicas)
+    return str(run_setting(config, plan, device_bytes).reshard_after_forward).lower()
 
 
 def fitting_config(gpus: int, total: int, machines: Machines, replicas: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.command import accelerate_command, child_environment, gpu_names, num_processes, printable
+from launch.command import accelerate_command, child_environment, gpu_bytes, gpu_names, num_processes, printable
 from launch.machines import Machines, find_machines
 from launch.outcome import close_sweep
 from launch.process import Task, run_children
@@ -49,7 +49,8 @@ def sweep_here(sweep: Sweep) -> int:
         for job in sweep.jobs
     }
     planned = plan_jobs(sweep, sizes)
-    commands = {job.name: command_of(job, len(gpus)) for job in sweep.jobs}
+    memory = gpu_bytes(os.environ)
+    commands = {job.name: command_of(job, len(gpus), device_bytes=memory) for job in sweep.jobs}
     slots = places(launch, gpus)
     if sweep.jobs[0].config.dry_run:
         print("\n".join(printable(commands[job.name]) for job in sweep.jobs))
@@ -77,9 +78,9 @@ def sweep_here(sweep: Sweep) -> int:
     return PREEMPTED_CODE if is_stopped and failed else int(bool(failed))
 
 
-def command_of(job: Job, gpus: int, machines: Machines | None = None) -> list[str]:
+def command_of(job: Job, gpus: int, machines: Machines | None = None, device_bytes: int | None = None) -> list[str]:
     machines = machines or find_machines(job.config.launch, os.environ)
-    return accelerate_command(job.config, job.overrides, gpus, machines)
+    return accelerate_command(job.config, job.overrides, gpus, machines, device_bytes)
 
 
 def tell_plan(sweep: Sweep, planned: Sequence[PlannedJob], at_a_time: int) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from conf.schema import Config
-from launch.command import accelerate_command, child_environment, num_gpus, num_processes, printable
+from launch.command import accelerate_command, child_environment, gpu_bytes, num_gpus, num_processes, printable
 from launch.machines import find_machines
 from launch.process import run_child
 from train.directory import RunDirectory
@@ -19,7 +19,7 @@ def start_run(config: Config, overrides: Sequence[str]) -> int:
     gpus = num_gpus(os.environ)
     machines = find_machines(config.launch, os.environ)
     plan = plan_run(config, num_processes(config, gpus) * machines.num)
-    command = accelerate_command(config, overrides, gpus, machines)
+    command = accelerate_command(config, overrides, gpus, machines, gpu_bytes(os.environ))
     if config.dry_run:
         print(printable(command))
         return 0

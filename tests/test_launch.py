@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from conf.compose import composed
 from conf.schema import LaunchConfig
-from launch.command import accelerate_command, child_environment, num_gpus, num_processes
+from launch.command import CONFIGS, accelerate_command, child_environment, gpu_bytes, num_gpus, num_processes
 from launch.local import plan_jobs
 from launch.machines import Machines, find_machines
 from launch.sweep import job_name, places, read_sweep
@@ -57,6 +58,63 @@ def test_replicas_are_hsdp_over_all_processes():
     assert flags(accelerate_command(config, [], gpus=8))["num_machines"] == "1"
     with pytest.raises(ValueError, match=r"launch.num_replicas=4 cannot share 4 processes"):
         accelerate_command(config, [], gpus=4)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "overrides", "expected"),
+    [
+        (1, 80 << 30, [], "false"),
+        (8, 80 << 30, [], "false"),
+        (8, 12 << 30, [], "true"),
+        (8, 16 << 30, [], "false"),
+        # A replica's four GPUs hold more of the state each.
+        (8, 16 << 30, ["launch.num_replicas=2"], "true"),
+        (8, None, [], None),
+        (8, 80 << 30, ["launch.config_file=setup.cfg"], None),
+        (8, 80 << 30, ["launch.reshard_after_forward=true"], "true"),
+        (0, None, ["launch.reshard_after_forward=false"], "false"),
+    ],
+)
+def test_gathered_weights_are_kept_where_a_gpus_memory_has_room(gpus, memory, overrides, expected):
+    overrides = ["experiment=sparsellm-1b-80p", "trainer.per_device_train_batch_size=1", *overrides]
+    command = accelerate_command(composed("train", overrides), [], gpus=gpus, device_bytes=memory)
+    assert flags(command).get("fsdp_reshard_after_forward") == expected
+
+
+def test_the_choice_reaches_fsdp2_past_the_config_file(monkeypatch):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    config = composed("train", ["experiment=demo", "launch.reshard_after_forward=false"])
+    command = accelerate_command(config, [], gpus=0)
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
+    assert prepare_multi_gpu_env(arguments)["FSDP_RESHARD_AFTER_FORWARD"] == "false"
+
+
+def test_reshard_after_forward_is_a_choice_of_three():
+    assert LaunchConfig(reshard_after_forward=True).reshard_after_forward == "true"  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"launch.reshard_after_forward=often is not known: choose one of auto, true"):
+        LaunchConfig(reshard_after_forward="often")
+
+
+def test_one_gpus_own_config_keeps_gathered_weights():
+    kept = {file.name for file in CONFIGS.glob("*.yaml") if "fsdp_reshard_after_forward: false" in file.read_text()}
+    assert kept == {"gpu.yaml"}
+
+
+NVIDIA_SMI = """#!/bin/sh
+if [ "$1" = --query-gpu=memory.total ]; then echo 81559; echo 143771; else echo "GPU 0: one"; echo "GPU 1: two"; fi
+"""
+
+
+def test_the_smallest_gpus_memory_is_asked_of_nvidia_smi(monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert gpu_bytes({}) == 81559 << 20
+    assert gpu_bytes({"CUDA_VISIBLE_DEVICES": ""}) is None
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert gpu_bytes({"CUDA_VISIBLE_DEVICES": "0"}) is None
 
 
 STEP = {

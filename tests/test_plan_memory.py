@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,10 @@ from conf.schema import ModelConfig
 from launch.plan.compute import event_network_bytes, flops_per_token, step_network_bytes, training_days
 from launch.plan.figure import density_curve, draw_density
 from launch.plan.forecast import forecast
+from launch.plan.gathering import must_reshard
 from launch.plan.memory import Setting, gpu_memory, largest_micro_batch, parse_bytes
 from launch.plan.request import read_request
+from launch.plan.text import run_text
 from tests.benchmarks.memory import Case, measure
 from train.counts import count_parameters
 from train.plan import plan_run
@@ -68,6 +71,62 @@ def test_accumulation_holds_whole_gradients_between_micro_batches():
     assert waiting.peak - gpu_memory(ONE_B, LINEAR, setting).peak == 4 * 1_204_881_408
 
 
+SEVEN_B = ModelConfig(
+    name="7b", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=32,
+)  # fmt: skip
+
+
+def test_kept_weights_are_the_whole_model_in_the_compute_type_until_the_backward_begins():
+    freed = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048))
+    kept = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048, reshard_after_forward=False))
+    tail_and_two_blocks = 32001 * 2048 + 2 * (4 * 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048)
+    more = {phase: kept.transients[phase] - freed.transients[phase] for phase in kept.transients}
+    assert more == {
+        "the loss": 2 * (1_204_881_408 - tail_and_two_blocks),
+        "the last block's backward": 2 * (1_204_881_408 - tail_and_two_blocks),
+        "the first block's backward": 0,
+        "a prune event": 0,
+    }
+    # One process without FSDP2 gathers nothing.
+    alone = [Setting(1, 1, 2048, fsdp=False, reshard_after_forward=choice) for choice in (True, False)]
+    assert len({gpu_memory(ONE_B, LINEAR, setting).peak for setting in alone}) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "micro_batch_size", "memory", "expected"),
+    [
+        (ONE_B, 1, 4, 80e9, False),
+        (ONE_B, 64, 4, 80e9, False),
+        # It fits freed, by less than the 2 GB that keeping takes.
+        (ONE_B, 1, 4, 35e9, True),
+        (SEVEN_B, 64, 1, 141e9, False),
+        (SEVEN_B, 64, 1, 24e9, True),
+    ],
+)
+def test_gathered_weights_are_freed_only_where_the_step_would_not_fit(
+    model, world_size, micro_batch_size, memory, expected
+):
+    linear = count_parameters(model).linear
+    setting = Setting(world_size, micro_batch_size, 2048)
+    assert must_reshard(model, linear, setting, memory) is expected
+    assert gpu_memory(model, linear, setting).peak <= memory
+
+
+def planned(*overrides: str) -> dict[str, Any]:
+    request = read_request(["experiment=sparsellm-1b-80p", "devices=64", "runs_dir=none", *overrides])
+    return forecast(request.runs[0], plan_run(request.runs[0], 64), request.plan)
+
+
+def test_a_plan_states_the_choice_and_counts_what_it_costs():
+    kept, freed = planned("launch.reshard_after_forward=false"), planned("launch.reshard_after_forward=true")
+    assert planned("device_memory=141GB")["memory"] == kept["memory"]
+    assert planned("device_memory=30GB")["memory"] == freed["memory"]
+    assert (kept["memory"]["reshard_after_forward"], freed["memory"]["reshard_after_forward"]) == (False, True)
+    assert freed["network"]["bytes_per_step"] > 1.4 * kept["network"]["bytes_per_step"]
+    assert "gathered weights" in run_text(kept)
+
+
 def test_the_largest_micro_batch_divides_the_share_and_fits():
     setting = Setting(64, 1, 2048)
     size, memory = largest_micro_batch(ONE_B, LINEAR, setting, share=64, budget_bytes=100e9)
@@ -103,6 +162,7 @@ def test_network_traffic():
     assert step_network_bytes(ONE_B, 1, 2, 4) == event_network_bytes(113, 1) == 0
     total, tail = count_parameters(ONE_B).total, 32001 * 2048
     assert step_network_bytes(ONE_B, 2, 2, 1) == 4 * total - tail
+    assert step_network_bytes(ONE_B, 2, 2, 1, reshard_after_forward=False) == 3 * total
     assert 2 * 8 * 6 * 2**12 < event_network_bytes(113, 1024) < 2 * 8 * (6 * 2**12 + 2 + 2 * 113 + 1024)
 
 

@@ -167,6 +167,21 @@ def reduce_in_float32(accelerator: Accelerator) -> None:
         )
 
 
+def check_ranks_gather_alike(world: World, accelerator: Accelerator) -> None:
+    """Refuse ranks that disagree on freeing gathered weights: some would wait for ever for the others to gather again.
+
+    Collective.
+
+    Raises:
+        ValueError: on every rank, if machines with different GPUs made different choices.
+    """
+    if accelerator.is_fsdp2 and len(set(world.gather(bool(accelerator.state.fsdp_plugin.reshard_after_forward)))) > 1:
+        raise ValueError(
+            "launch.reshard_after_forward=auto came out as true on one machine and as false on another, whose GPUs have more "
+            "memory: set it to true or to false."
+        )
+
+
 def set_group_timeouts(world: World, timeout_s: int) -> None:
     """Give every process group the run's timeout: a device mesh, as HSDP has, makes its groups with the backend's default.
 

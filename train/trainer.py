@@ -24,7 +24,7 @@ from train.checkpoints.rng import rng_state, set_rng_state
 from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.clipping import clip_replicas_alike_, has_replicas
 from train.data.sampler import PermutationSampler
-from train.distributed import World, check_fsdp2, reduce_in_float32, set_group_timeouts
+from train.distributed import World, check_fsdp2, check_ranks_gather_alike, reduce_in_float32, set_group_timeouts
 from train.faults.guard import StepGuard, skips_on_device
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import start_unheeding
@@ -70,6 +70,7 @@ class PretrainingTrainer(Trainer):
         check_fsdp2(self.accelerator)
         reduce_in_float32(self.accelerator)
         set_group_timeouts(world, self.args.ddp_timeout)
+        check_ranks_gather_alike(world, self.accelerator)
         self.world = world
         self.evaluator = evaluator
         self.sparsity = sparsity

@@ -34,10 +34,16 @@ class LaunchConfig:
     """A free port of machine 0, the same on all; where it is null one is derived from SLURM's job."""
     num_replicas: int = 1
     """Above 1 it is HSDP: so many copies of the model, each sharded over its share of all processes."""
+    reshard_after_forward: str = "auto"
+    """Whether FSDP2 frees gathered weights between a forward and its backward pass and gathers them twice: `true`, `false`,
+    or `auto`, if the step would not fit into the GPU's memory otherwise."""
     parallel_jobs: int | None = None
     """Jobs of a sweep at a time; where it is null as many as the GPUs hold, and one on a machine without."""
 
     def __post_init__(self) -> None:
+        # A plain true or false of yaml arrives as True or False.
+        self.reshard_after_forward = str(self.reshard_after_forward).lower()
+        check_choice("launch.reshard_after_forward", self.reshard_after_forward, ("auto", "true", "false"))
         for key in ("num_processes", "num_machines", "parallel_jobs", "num_replicas"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"launch.{key}={value} must be at least 1.")

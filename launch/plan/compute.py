@@ -38,15 +38,18 @@ def training_days(flops: float, num_devices: int, peak_tflops: float, mfu: float
     return flops / (num_devices * peak_tflops * 1e12 * mfu) / SECONDS_PER_DAY
 
 
-def step_network_bytes(model: ModelConfig, world_size: int, compute_bytes: int, num_micro_batches: int) -> int:
+def step_network_bytes(
+    model: ModelConfig, world_size: int, compute_bytes: int, num_micro_batches: int, reshard_after_forward: bool = True
+) -> int:
     """Bytes that one GPU receives in an optimizer step under FSDP2, with rings.
 
-    Each micro-batch gathers the weights for its forward and again for its backward, only the final norm and lm_head
-    stay in between; the last one reduces and scatters the gradients, in float32 (train.distributed.reduce_in_float32).
+    Each micro-batch gathers the weights for its forward and, with `reshard_after_forward`, again for its backward; only the
+    final norm and lm_head then stay in between. The last one reduces and scatters the gradients, in float32
+    (train.distributed.reduce_in_float32).
     """
     counts = count_parameters(model)
     tail = (model.vocab_size + 1) * model.hidden_size
-    gathered = num_micro_batches * (2 * counts.total - tail)
+    gathered = num_micro_batches * (2 * counts.total - tail if reshard_after_forward else counts.total)
     return round((compute_bytes * gathered + REDUCED_BYTES * counts.total) * (world_size - 1) / world_size)
 
 

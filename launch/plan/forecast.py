@@ -13,6 +13,7 @@ from launch.plan.compute import (
     training_days,
     training_flops,
 )
+from launch.plan.gathering import run_setting
 from launch.plan.memory import GpuMemory, Setting, gpu_memory, largest_micro_batch, parse_bytes
 from launch.plan.series import table_row
 from train.disk import checkpoint_bytes, export_bytes
@@ -23,7 +24,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
     """The run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name."""
     row = table_row(config, plan)
     num_prunable = plan.num_prunable
-    setting = run_setting(config, plan)
+    setting = run_setting(config, plan, parse_bytes(request.device_memory), request.memory_headroom)
     flops = training_flops(plan.model, row["avg_linear_params"], plan.sequence_length, plan.total_tokens)
     days = training_days(flops.dense, plan.world_size, request.peak_tflops, request.mfu)
     twin = plan.twin
@@ -57,11 +58,18 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "seconds_per_step": days * 86_400 / plan.num_steps,
             "days": days,
         },
-        "memory": _memory(gpu_memory(plan.model, num_prunable, setting)),
-        "fits": _largest_fit(plan, num_prunable, setting, request),
+        "memory": {
+            **_memory(gpu_memory(plan.model, num_prunable, setting)),
+            "reshard_after_forward": setting.reshard_after_forward,
+        },
+        "fits": _largest_fit(plan, num_prunable, _leanest(config, setting), request),
         "network": {
             "bytes_per_step": step_network_bytes(
-                plan.model, plan.world_size, setting.compute_bytes, plan.gradient_accumulation_steps
+                plan.model,
+                plan.world_size,
+                setting.compute_bytes,
+                plan.gradient_accumulation_steps,
+                setting.reshard_after_forward,
             ),
             "bytes_per_prune_event": sum(event_network_bytes(len(pool.names), plan.world_size) for pool in plan.pools),
         },
@@ -71,21 +79,6 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "export_dtype": config.export.dtype,
         },
     }
-
-
-def run_setting(config: Config, plan: RunPlan) -> Setting:
-    """How the run computes on GPUs: there the compute type is bfloat16 unless the config says otherwise."""
-    trainer = config.trainer
-    half = trainer.fp16 or trainer.bf16 is not False
-    return Setting(
-        world_size=plan.world_size,
-        micro_batch_size=plan.micro_batch_size,
-        sequence_length=plan.sequence_length,
-        compute_bytes=2 if half else 4,
-        accumulates=plan.gradient_accumulation_steps > 1,
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        fused_loss=trainer.use_liger_kernel,
-    )
 
 
 def _schedule(config: Config, plan: RunPlan) -> dict[str, Any]:
@@ -122,6 +115,11 @@ def _memory(memory: GpuMemory) -> dict[str, Any]:
         "peak_bytes": memory.peak,
         "peak_phase": memory.peak_phase,
     }
+
+
+def _leanest(config: Config, setting: Setting) -> Setting:
+    """The setting by which the most sequences fit: what `auto` chooses for them frees gathered weights where it must."""
+    return replace(setting, reshard_after_forward=config.launch.reshard_after_forward != "false")
 
 
 def _largest_fit(plan: RunPlan, num_prunable: int, setting: Setting, request: PlanConfig) -> dict[str, Any]:

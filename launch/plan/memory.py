@@ -16,7 +16,7 @@ checkpointing, sparse and dense) the peak is off by less than 5 %.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conf.schema import ModelConfig
 from train.counts import count_parameters
@@ -46,6 +46,8 @@ class Setting:
     fused_loss: bool = False
     """Liger's cross-entropy, which never holds all logits."""
     fsdp: bool = True
+    reshard_after_forward: bool = True
+    """Whether FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
     selection_chunk: int = SELECTION_CHUNK
 
     @property
@@ -101,15 +103,18 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     tail = embedding + model.hidden_size
     block = counts.linear_per_layer + 2 * model.hidden_size
     # Blocks in flight: the one computed and the next one prefetched, plus the buffer that the gather arrives in; going
-    # back also the block's gradients and the copy of them that is being reduced.
+    # back also the block's gradients and the copy of them that is being reduced. Weights that are kept for the backward
+    # are all there at the loss and at its beginning; the embedding's are not needed and are counted all the same.
     gathered_loss = c * (tail + 2 * block) if setting.fsdp else 0
     gathered_backward = c * (tail + 4 * block) + FLOAT32_BYTES * block if setting.fsdp else 0
+    kept = c * counts.total - c * (tail + 2 * block) if setting.fsdp and not setting.reshard_after_forward else 0
+    kept = max(0, kept)
     selection = SELECTION_BYTES * min(prunable, setting.selection_chunk) + int(
         CANDIDATE_BYTES * CANDIDATE_SHARE * prunable
     )
     transients = {
-        "the loss": tokens * loss_bytes_per_token(model, setting) + gathered_loss,
-        "the last block's backward": workspace + gathered_backward,
+        "the loss": tokens * loss_bytes_per_token(model, setting) + gathered_loss + kept,
+        "the last block's backward": workspace + gathered_backward + kept,
         "the first block's backward": workspace + (0 if recomputed else one_block) + gathered_backward,
         "a prune event": selection,
     }
@@ -171,7 +176,7 @@ def largest_micro_batch(
     for size in range(share, 0, -1):
         if share % size:
             continue
-        fitted = Setting(**{**vars(setting), "micro_batch_size": size, "accumulates": size < share})
+        fitted = replace(setting, micro_batch_size=size, accumulates=size < share)
         memory = gpu_memory(model, num_prunable, fitted)
         if memory.peak <= budget_bytes:
             return size, memory

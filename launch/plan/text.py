@@ -176,7 +176,8 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
         "largest_transient_bytes": f"largest transient: {memory['peak_phase']}",
         "peak_bytes": "peak",
     }
-    return [(label, bytes_text(memory[key])) for key, label in labels.items()]
+    gathered = "freed after the forward" if memory["reshard_after_forward"] else "kept for the backward"
+    return [(label, bytes_text(memory[key])) for key, label in labels.items()] + [("gathered weights", gathered)]
 
 
 def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:

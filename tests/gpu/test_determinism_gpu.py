@@ -18,7 +18,7 @@ SHAPE = {
 """Rows long enough for many thread blocks of an attention kernel to add to one gradient."""
 
 
-def six_steps(folder: Path, resume_from: Path | None) -> dict[str, Any]:
+def six_steps(folder: Path, resume_from: Path | None, shape: dict[str, int] = SHAPE) -> dict[str, Any]:
     """Six bf16 steps in deterministic mode, pruned before steps 1 and 4, saved after step 3."""
     from train.determinism import compute_deterministically
 
@@ -40,10 +40,10 @@ def six_steps(folder: Path, resume_from: Path | None) -> dict[str, Any]:
             dtypes.append(str(loss.dtype))
             return loss
 
-    rows = random_rows(64, SHAPE["max_position_embeddings"], SHAPE["vocab_size"])
+    rows = random_rows(64, shape["max_position_embeddings"], shape["vocab_size"])
     trainer = small_trainer(
-        folder, world=join_world(60), model=small_llama(**SHAPE), rows=rows, bf16=True, max_steps=6, save_strategy="steps",
-        save_steps=3, sparsity=SparsityCallback(Geometric(0.5, 1, 4, 3)), per_device_train_batch_size=4, kind=Watched,
+        folder, world=join_world(60), model=small_llama(**shape), rows=rows, bf16=True, max_steps=6, save_strategy="steps",
+        save_steps=3, save_total_limit=2, sparsity=SparsityCallback(Geometric(0.5, 1, 4, 3)), per_device_train_batch_size=4, kind=Watched,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     digest = hashlib.sha256()
@@ -56,7 +56,7 @@ def six_steps(folder: Path, resume_from: Path | None) -> dict[str, Any]:
         "digest": digest.hexdigest(),
         "dtypes": set(dtypes),
         # The loss of random rows hardly depends on which of them a step takes.
-        "cpu_loss": float(small_llama(**SHAPE)(input_ids=first[:2], labels=first[:2]).loss.detach()),
+        "cpu_loss": float(small_llama(**shape)(input_ids=first[:2], labels=first[:2]).loss.detach()),
         "is_blocking": os.environ.get("CUDA_LAUNCH_BLOCKING", "0"),
     }
 
