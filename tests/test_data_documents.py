@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from train.data.corpus import content_key, left_out
 from train.data.documents import DOCUMENT_BYTES, limit_parts, read_documents
 from train.data.parts import cut_file, cut_files, find_files, text_cuts
 from train.data.split import is_heldout
@@ -171,3 +172,97 @@ def test_the_split_follows_from_the_text_alone_and_grows_with_the_share() -> Non
     assert 1800 < len(large) < 2200
     assert small < large
     assert small == {text for text in reversed(texts) if is_heldout(text, 0.01)}
+
+
+def names_below(folder: Path) -> list[str]:
+    return [str(file.relative_to(folder)) for file in find_files(folder)]
+
+
+def test_linked_folders_and_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    for name in ("far/deep/b.txt", "far/a.jsonl", "alone.parquet"):
+        (tmp_path / name).touch()
+    root = tmp_path / "corpus"
+    root.mkdir()
+    (root / "z.txt").touch()
+    (root / "linked").symlink_to("../far")
+    (root / "c.parquet").symlink_to(tmp_path / "alone.parquet")
+    assert names_below(root) == ["c.parquet", "linked/a.jsonl", "linked/deep/b.txt", "z.txt"]
+
+
+def test_links_in_a_loop_end_and_a_file_of_several_names_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "text.txt").touch()
+    (tmp_path / "a" / "up").symlink_to("..")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "c.txt").symlink_to("a/text.txt")
+    (tmp_path / "again").symlink_to(tmp_path)
+    (tmp_path / "a" / "0.md").symlink_to("text.txt")
+    assert names_below(tmp_path) == ["a/text.txt"]
+
+
+def test_a_link_out_and_back_does_not_read_the_folder_twice(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").touch()
+    (tmp_path / "beside.txt").touch()
+    (tmp_path / "corpus" / "up").symlink_to(tmp_path)
+    assert names_below(tmp_path / "corpus") == ["a.txt", "up/beside.txt"]
+
+
+def test_hidden_files_and_folders_are_not_text(tmp_path: Path) -> None:
+    root = tmp_path / ".cache" / "corpus"
+    for name in (".git/a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "b/.cache/c.jsonl", "b/.a.txt.swp", "b/._a.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "b" / "a.txt").touch()
+    (root / ".#lock.txt").symlink_to("nowhere")
+    assert names_below(root) == ["b/a.txt"]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "gone"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, target: str) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "gone").symlink_to(target)
+    with pytest.raises(ValueError, match=rf"gone is a link to {target}, which cannot be reached: mend or remove it"):
+        find_files(tmp_path)
+    with pytest.raises(ValueError, match=rf"data.path=\S*gone is a link to {target}, which does not exist: give"):
+        find_files(tmp_path / "gone")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    for path in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(ValueError, match=r"a\.jsonl is neither a file nor a folder"):
+            find_files(path)
+
+
+def test_a_suffix_in_capitals_is_the_same_kind(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_bytes(b"words")
+    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(jsonl(["more"])))
+    assert [text for file in find_files(tmp_path) for text in read(file)] == ["words", "more"]
+
+
+def test_files_of_other_kinds_are_said_to_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    assert left_out(str(tmp_path)) is None
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.csv").touch()
+    assert str(left_out(str(tmp_path))).endswith(
+        ": left out 1 file that is not of .txt, .jsonl, .jsonl.gz, .parquet, such as b/c.csv."
+    )
+    (tmp_path / "z.zst").touch()
+    assert "left out 2 files that are not of" in str(left_out(str(tmp_path)))
+    assert left_out(str(tmp_path / "a.txt")) is None
+
+
+def test_the_key_of_a_corpus_sees_what_its_links_lead_to(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "a.txt").write_text("one")
+    root = tmp_path / "corpus"
+    root.mkdir()
+    (root / "linked").symlink_to("../far")
+    before = content_key(find_files(root), tmp_path / "cache")
+    (tmp_path / "far" / "a.txt").write_text("two")
+    changed = content_key(find_files(root), tmp_path / "cache")
+    (tmp_path / "far" / "b.txt").write_text("three")
+    assert len({before, changed, content_key(find_files(root), tmp_path / "cache")}) == 3
