@@ -114,7 +114,7 @@ def read_text(config: EvalConfig, request: Request) -> WikiTokens | PreparedData
         return None
     if config.data.source == "wikitext":
         return wiki_tokens(config, request)
-    return prepare(config.data, request.tokenizer, request.vocab_size, request.window)
+    return prepare(config.data, request.tokenizer, request.vocab_size, request.window, length_key="window")
 
 
 def wiki_tokens(config: EvalConfig, request: Request) -> WikiTokens:

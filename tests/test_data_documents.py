@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,6 +92,44 @@ def test_empty_documents_and_blank_lines_are_passed_over(tmp_path: Path) -> None
     assert read(tmp_path / "a.jsonl") == ["x"]
 
 
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    marked = "\ufeff".encode()
+    long = ("word " * 1000 + "\n\n") * 20
+    (tmp_path / "a.txt").write_bytes(marked + long.encode())
+    documents = read(tmp_path / "a.txt")
+    assert len(documents) > 1
+    assert "".join(documents) == long
+    # Files that were put one after the other bring their marks along.
+    (tmp_path / "a.jsonl").write_bytes(2 * (marked + jsonl(["x"])))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(marked + jsonl(["x"])))
+    (tmp_path / "b.txt").write_bytes(marked)
+    assert read(tmp_path / "a.jsonl") == ["x", "x"]
+    assert read(tmp_path / "a.jsonl.gz") == ["x"]
+    assert read(tmp_path / "b.txt") == []
+
+
+@pytest.mark.parametrize("digits", [5_000, 500_000])
+def test_a_number_of_any_length_is_passed_over(tmp_path: Path, digits: int) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"n": -' + b"9" * digits + b', "text": "x"}\n')
+    assert read(tmp_path / "a.jsonl") == ["x"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["one", "größe"], pa.large_string()),
+        pa.array(["one", "größe"], pa.string_view()),
+        pa.array(["one", "größe"]).dictionary_encode(),
+        pa.array([b"one", "größe".encode()]),
+        pa.array([b"one", "größe".encode()], pa.large_binary()),
+    ],
+    ids=lambda column: str(column.type).split("<")[0],
+)
+def test_text_in_every_type_of_column_is_read(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["one", "größe"]
+
+
 GOOD = b'{"text": "good"}\n'
 
 
@@ -104,7 +143,22 @@ GOOD = b'{"text": "good"}\n'
         ("a.jsonl", GOOD + b'{"text": null}\n', r"line 2 has null as text"),
         ("a.jsonl", GOOD + b'{"text": "\xff"}\n', r"line 2 is not UTF-8: convert"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', r"line 2 has half a surrogate pair"),
+        (
+            "a.jsonl",
+            GOOD + b'{"text": "a\0b"}\n',
+            r"line 2 is not JSON \(Invalid control character, character 12 of it\)",
+        ),
+        ("a.jsonl", GOOD + b'{"text": "x"},\n', r"line 2 is not JSON \(Extra data, character 14 of it\): give one"),
+        ("a.jsonl", GOOD + b'{"text": ' + b"9" * 5000 + b"}\n", r"line 2 has a number as text: give"),
+        ("a.jsonl", GOOD + b"[" * 200_000, r"line 2 is nested too deeply to be read: give one JSON object a line"),
+        ("a.jsonl", GOOD + b"{}\n", r"line 2 has no field text but an empty object: give"),
+        ("a.jsonl", GOOD + b'{"a\\nb": 1, "\\ud83d": 2}\n', r"line 2 has no field text but the fields a\?b, \?: give"),
+        ("a.jsonl", json.dumps({f"k{n}": n for n in range(99)}).encode(), r"fields k0, .*, k7 and 91 more: give"),
+        ("a.jsonl", "\ufeff{}".encode("utf-16-le"), r"line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
+        ("a.jsonl", gzip.compress(GOOD), r"line 1 is not UTF-8, and by its first bytes the file is gzip: give"),
         ("a.txt", b"one\ntwo\n\xff\n", r"a\.txt, line 3 is not UTF-8: convert"),
+        ("a.txt", "words".encode("utf-16"), r"a\.txt, line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
+        ("a.txt", "words".encode("utf-16-le"), r"a\.txt, line 1 begins a stretch with many NUL bytes, as UTF-16 and"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz is not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], r"a\.jsonl\.gz is not a whole gzip file"),
         ("a.parquet", b"PAR1 but not really", r"a\.parquet is not a readable parquet file"),
@@ -129,12 +183,25 @@ def test_a_line_number_counts_from_the_front_of_the_file_not_of_the_part(tmp_pat
         ({"body": ["x"]}, r"has no column text but body: name its text in data\.text_field"),
         ({"text": ["x", None]}, r"a\.parquet, row 1 has null as text"),
         ({"text": [1, 2]}, r"a\.parquet, row 0 has a number as text"),
+        ({"text": [b"x", b"\xff"]}, r"a\.parquet, row 1 is not UTF-8: write it anew"),
+        ({"text": [["x"]]}, r"a\.parquet, row 0 has a list as text"),
+        ({"text": [{"a": "x"}]}, r"a\.parquet, row 0 has an object as text"),
+        ({"text": [datetime(2020, 1, 1)]}, r"a\.parquet, row 0 has a time as text"),
+        ({f"c{n}": ["x"] for n in range(99)}, r"has no column text but c0, .*, c7 and 91 more: name"),
     ],
 )
 def test_bad_parquet_is_named_by_column_or_row(tmp_path: Path, table: dict[str, list], sentence: str) -> None:
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=sentence):
         read(tmp_path / "a.parquet")
+
+
+def test_a_damaged_page_of_parquet_is_named(tmp_path: Path, parquet: Path) -> None:
+    content = bytearray(parquet.read_bytes())
+    content[4:40] = b"\xff" * 36
+    parquet.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet is (damaged|not a readable parquet file) \(.*\): write it anew"):
+        read(parquet)
 
 
 def test_a_path_that_is_missing_empty_or_of_no_known_kind_is_refused(tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ class EvalConfig:
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         check(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
         check(self.window is None or self.window >= 2, f"window={self.window} must be at least 2 tokens.")
+        check(
+            self.data.sequence_length is None,
+            f"data.sequence_length={self.data.sequence_length} is for training: give window={self.data.sequence_length}.",
+        )
         check(self.stride is None or self.stride >= 1, f"stride={self.stride} must be at least 1 token.")
         check(
             self.stride is None or self.window is None or self.stride < self.window,

@@ -165,6 +165,9 @@ def explained(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            # Arrow's word for a damaged file.
+            raise ValueError(f"{path} is damaged ({_one_line(error)}): write it anew.") from None
         reason, place = error.strerror or _one_line(error), error.filename or path
         raise ValueError(f"{place} cannot be read ({reason}): give a data.path that this user can read.") from None
 
