@@ -20,7 +20,8 @@ class EvalConfig:
     tokenizer: str | None = None
     """A folder, a SentencePiece .model file or a hub name; the model's own where it is null."""
     window: int | None = None
-    """Tokens scored at a time. Where it is null the model's context, for `data=wikitext` at most 2048 of it."""
+    """Tokens scored at a time. Where it is null the model's context, for `data=wikitext` at most 2048 of it; a model that
+    names no context, as Mamba, needs it."""
     stride: int | None = None
     """Tokens by which `data=wikitext`'s overlapping windows move on; a quarter of the window where it is null."""
     batch_size: int | None = None
