@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import sparsity.compact  # noqa: F401 - transformers then loads compact folders
+from eval.causal import check_architecture
 from eval.shards import load_sharded
 from train.data import hub
 from train.distributed import World, wants_fsdp
 
-DEFAULT_CONTEXT = 2048
-"""For models that set themselves no limit."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -53,16 +51,8 @@ def model_config(folder: str) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise _refusal(folder, error) from None
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
-        raise ValueError(
-            f"model={folder} is a {config.model_type}, no causal language model: give one that continues text."
-        )
+    check_architecture(folder, config)
     return config
-
-
-def context_of(config: Any) -> int:
-    """The most tokens that the model can read at a time."""
-    return int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
 
 
 def pick_device(device: str, world: World) -> torch.device:

@@ -13,8 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from conf.cli import user_errors
 from conf.schema import EvalConfig
+from eval.causal import PROBE, PROBE_TOKENS, check_reads_no_ahead
+from eval.context import context_of
 from eval.harness import check_tasks, run_tasks
-from eval.load import context_of, load_model, model_config, model_folder, vocabulary_size
+from eval.load import load_model, model_config, model_folder, vocabulary_size
 from eval.wikitext import WikiText, as_prose, read_wikitext
 from eval.windows import rolling_windows, strided_windows
 from eval.zeros import count_zeros
@@ -38,6 +40,8 @@ class Request:
     vocab_size: int
     window: int
     batch_size: int
+    probe: list[int]
+    """Ids of a sentence, to see that the model does not read ahead."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def evaluate(config: EvalConfig, world: World) -> dict[str, Any]:
     text = world.on_main(read_text, config, request)
     with user_errors(quiet=not world.is_main):
         model = load_model(request.folder, model_config(request.folder), config.dtype, world)
+        check_reads_no_ahead(model, config.folder, request.probe, world)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if text is None:
         with user_errors(quiet=not world.is_main):
@@ -89,14 +94,21 @@ def checked(config: EvalConfig) -> Request:
     folder = model_folder(config.folder)
     loaded = model_config(folder)
     context, vocab_size = context_of(loaded), vocabulary_size(loaded)
-    usual = min(context, USUAL_WINDOW) if config.data.source == "wikitext" and not config.tasks else context
-    window = config.window or usual
-    if window > context:
+    window = config.window or context
+    if window is None:
+        raise ValueError(
+            f"model={config.folder}, a {loaded.model_type}, names no longest input in its config.json: give the length of "
+            "the texts that it was trained on, such as window=2048."
+        )
+    if config.window is None and config.data.source == "wikitext" and not config.tasks:
+        window = min(window, USUAL_WINDOW)
+    if context is not None and window > context:
         raise ValueError(f"window={window} is longer than the model's context of {context} tokens: give at most that.")
     if config.stride is not None and config.stride >= window:
         raise ValueError(f"stride={config.stride} must be below the window of {window} tokens.")
     spec = config.tokenizer or folder
-    size = vocabulary_of(load_tokenizer(spec))
+    tokenizer = load_tokenizer(spec)
+    size = vocabulary_of(tokenizer)
     if size > vocab_size:
         raise ValueError(
             f"tokenizer={spec} has {size} tokens, more than the {vocab_size} of model={config.folder}: give the tokenizer "
@@ -105,7 +117,8 @@ def checked(config: EvalConfig) -> Request:
     if config.tasks:
         check_tasks(config)
     batch_size = config.batch_size or max(1, min(MOST_WINDOWS, LOGITS_AT_A_TIME // (window * vocab_size)))
-    return Request(folder, spec, vocab_size, window, batch_size)
+    probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"][: min(PROBE_TOKENS, window)]
+    return Request(folder, spec, vocab_size, window, batch_size, probe)
 
 
 def read_text(config: EvalConfig, request: Request) -> WikiTokens | PreparedData | None:
@@ -114,7 +127,7 @@ def read_text(config: EvalConfig, request: Request) -> WikiTokens | PreparedData
         return None
     if config.data.source == "wikitext":
         return wiki_tokens(config, request)
-    return prepare(config.data, request.tokenizer, request.vocab_size, request.window)
+    return prepare(config.data, request.tokenizer, request.vocab_size, request.window, length_key="window")
 
 
 def wiki_tokens(config: EvalConfig, request: Request) -> WikiTokens:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from conf.schema import DataConfig
 from train.data import hub
+from train.data.documents import BYTE_ORDER_MARK, MANY_NULS, checked_text, field_names, has_many_nuls, not_utf8
+from train.data.parts import explained
 
 REPOSITORY = "Salesforce/wikitext"
 SUBSET = "wikitext-2-raw-v1"
@@ -109,7 +111,8 @@ def read_wikitext(config: DataConfig) -> WikiText:
             raise ValueError(
                 f"data.path={config.path} is no file: give a text file such as wiki.test.raw, or a .parquet."
             )
-        text = WikiText(_from_parquet(path) if path.suffix == ".parquet" else _from_text(path))
+        is_parquet = path.suffix.lower() == ".parquet"
+        text = WikiText(_from_parquet(path, config.text_field) if is_parquet else _from_text(path))
     if config.max_documents is not None:
         text = text.first_pages(config.max_documents)
     if not text.source.strip():
@@ -118,26 +121,43 @@ def read_wikitext(config: DataConfig) -> WikiText:
 
 
 def _from_text(path: Path) -> str:
+    with explained(f"data.path={path}"):
+        data = path.read_bytes()
     try:
-        return path.read_bytes().decode()
+        text = data.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
-        line = path.read_bytes().count(b"\n", 0, error.start) + 1
-        raise ValueError(f"data.path={path}, line {line} is not UTF-8: convert the file to UTF-8.") from None
-    except OSError as error:
-        raise ValueError(
-            f"data.path={path} cannot be read ({error.strerror}): give a file that you may read."
-        ) from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"data.path={path}, line {line} {not_utf8(path)}") from None
+    if has_many_nuls(data):
+        raise ValueError(f"data.path={path}, line 1 {MANY_NULS}")
+    return text
 
 
-def _from_parquet(path: Path) -> str:
+def _from_parquet(path: Path, text_field: str) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return _as_file(pq.read_table(path, columns=["text"]).column(0).to_pylist())
-    except (pa.ArrowException, OSError, TypeError) as error:
+        with explained(f"data.path={path}"):
+            names = pq.read_schema(path).names
+            if text_field not in names:
+                raise ValueError(
+                    f"data.path={path} has no column {text_field} but {field_names(names)}: name its text in "
+                    "data.text_field."
+                )
+            rows = pq.read_table(path, columns=[text_field]).column(0).to_pylist()
+    except pa.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"data.path={path} is no parquet file of rows of text ({reason}): fetch it anew.") from None
+        raise ValueError(f"data.path={path} is not a readable parquet file ({reason}): fetch it anew.") from None
+    texts = []
+    for index, row in enumerate(rows):
+        try:
+            texts.append("" if row is None else checked_text(row, text_field))
+        except UnicodeDecodeError:
+            raise ValueError(f"data.path={path}, row {index} is not UTF-8: write it anew as UTF-8.") from None
+        except ValueError as error:
+            raise ValueError(f"data.path={path}, row {index} {error}") from None
+    return _as_file(texts)
 
 
 def _from_hub(subset: str) -> str:

@@ -98,6 +98,8 @@ BAD_FILES = {
     "empty": (b"", "holds no text"),
     "blank": (b" \n \n", "holds no text"),
     "latin-1": (b"a\nb\ncaf\xe9\n", "line 3 is not UTF-8"),
+    "utf-16": ("words".encode("utf-16"), "line 1 is not UTF-8 but UTF-16 by its byte order mark"),
+    "utf-16 without a mark": ("words".encode("utf-16-le"), "line 1 begins a stretch with many NUL bytes"),
 }
 
 
@@ -110,10 +112,44 @@ def test_an_unusable_file_is_named(kind, tmp_path):
         read_wikitext(data(tmp_path / "a.raw"))
 
 
-def test_a_parquet_of_something_else_is_named(tmp_path):
-    pq.write_table(pa.table({"page": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="no parquet file of rows of text"):
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"page": ["a"]}, r"has no column text but page: name its text in data\.text_field"),
+        ({"text": [1.5]}, r"row 0 has a number as text: give a string"),
+        ({"text": [b"a", b"\xff"]}, r"row 1 is not UTF-8: write it anew"),
+    ],
+)
+def test_a_parquet_of_something_else_is_named(table, message, tmp_path):
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
         read_wikitext(data(tmp_path / "a.parquet"))
+
+
+def test_a_parquet_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"words")
+    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file \(.*\): fetch it anew"):
+        read_wikitext(data(tmp_path / "a.parquet"))
+
+
+def test_rows_of_bytes_and_of_another_column_are_read(tmp_path):
+    pq.write_table(pa.table({"page": [b" = A = \n", None, "é\n".encode()]}), tmp_path / "a.parquet")
+    assert read_wikitext(data(tmp_path / "a.parquet", text_field="page")).source == " = A = \n \né\n"
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.raw").write_bytes(("\ufeff" + SOURCE).encode())
+    assert read_wikitext(data(tmp_path / "a.raw")).source == SOURCE
+    (tmp_path / "b.raw").write_bytes("\ufeff".encode())
+    with pytest.raises(ValueError, match="holds no text"):
+        read_wikitext(data(tmp_path / "b.raw"))
+
+
+def test_one_page_alone_can_be_asked_for_and_none_cannot(tmp_path):
+    (tmp_path / "a.raw").write_text(SOURCE)
+    assert len(read_wikitext(data(tmp_path / "a.raw", max_documents=1)).pages) == 1
+    with pytest.raises(ValueError, match="max_documents=0 must be at least 1: it is the number of pages to score"):
+        data(tmp_path / "a.raw", max_documents=0)
 
 
 def test_without_a_path_and_a_network_the_remedy_is_said(monkeypatch):

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparsity.prunable import plain_name
 from train.checkpoints.durable import publish_folder, write_atomically
+from train.checkpoints.tensorfile import write_tensors
 from train.distributed import World
+from train.portable import make_portable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,7 +45,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
                 held[name] = full.to("cpu", DTYPES[dtype]).contiguous()
             del full
         if world.is_main:
-            save_file(held, aside / filename, metadata={"format": "pt"})
+            write_tensors(aside / filename, held, {"format": "pt"})
     if not world.is_main:
         return
     if split.is_sharded:
@@ -57,6 +58,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
     config.save_pretrained(aside)
     model.generation_config.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    make_portable(aside)
     publish_folder(aside, folder)
 
 

@@ -16,7 +16,8 @@ class DataConfig:
     source: str = MISSING
     path: str | None = None
     """A file or folder of .txt, .jsonl, .jsonl.gz or .parquet; for `fineweb_edu` a local copy of its parquet files, for
-    `wikitext` its test file or any other text file."""
+    `wikitext` its test file or any other text file. Links in a folder are followed, each file is read once, and names that
+    begin with a dot are left out."""
     subset: str | None = None
     text_field: str = "text"
     heldout_share: float = 0.01
@@ -42,10 +43,16 @@ class DataConfig:
             self.num_workers is None or self.num_workers >= 1,
             f"data.num_workers={self.num_workers} must be at least 1: leave it null for all cores.",
         )
-        check(
-            self.max_documents is None or self.max_documents >= 2,
-            f"data.max_documents={self.max_documents} must be at least 2: one to train on, one to hold out.",
-        )
+        if self.source == "wikitext":
+            check(
+                self.max_documents is None or self.max_documents >= 1,
+                f"data.max_documents={self.max_documents} must be at least 1: it is the number of pages to score.",
+            )
+        else:
+            check(
+                self.max_documents is None or self.max_documents >= 2,
+                f"data.max_documents={self.max_documents} must be at least 2: one to train on, one to hold out.",
+            )
         check(
             self.source != "pydocs" or (self.path is None and self.subset is None),
             f"data=pydocs reads the docstrings of this Python, not data.path={self.path}: give data=text with it.",

@@ -20,7 +20,8 @@ class EvalConfig:
     tokenizer: str | None = None
     """A folder, a SentencePiece .model file or a hub name; the model's own where it is null."""
     window: int | None = None
-    """Tokens scored at a time. Where it is null the model's context, for `data=wikitext` at most 2048 of it."""
+    """Tokens scored at a time. Where it is null the model's context, for `data=wikitext` at most 2048 of it; a model that
+    names no context, as Mamba, needs it."""
     stride: int | None = None
     """Tokens by which `data=wikitext`'s overlapping windows move on; a quarter of the window where it is null."""
     batch_size: int | None = None
@@ -39,6 +40,10 @@ class EvalConfig:
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         check(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
         check(self.window is None or self.window >= 2, f"window={self.window} must be at least 2 tokens.")
+        check(
+            self.data.sequence_length is None,
+            f"data.sequence_length={self.data.sequence_length} is for training: give window={self.data.sequence_length}.",
+        )
         check(self.stride is None or self.stride >= 1, f"stride={self.stride} must be at least 1 token.")
         check(
             self.stride is None or self.window is None or self.stride < self.window,

@@ -28,11 +28,14 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     return len(_header(tensors)) + sum(_num_bytes(tensor) for tensor in tensors.values())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write and sync; the sha256 of the file's bytes. Tensors may lie on any device, one at a time is copied."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write and sync; the sha256 of the file's bytes. Tensors may lie on any device, one at a time is copied.
+
+    The umask decides on the file's mode; `safetensors.save_file` (0.8) makes it readable for its owner alone.
+    """
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        for data in chain([memoryview(_header(tensors))], map(_as_bytes, tensors.values())):
+        for data in chain([memoryview(_header(tensors, metadata))], map(_as_bytes, tensors.values())):
             for start in range(0, len(data), _CHUNK):
                 chunk = data[start : start + _CHUNK]
                 digest.update(chunk)
@@ -42,8 +45,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    offset, entries = 0, {}
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    offset = 0
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     for name, tensor in tensors.items():
         end = offset + _num_bytes(tensor)
         shape = list(tensor.shape)

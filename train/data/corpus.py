@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from conf.schema import DataConfig
 from train.data import fineweb, pydocs
 from train.data.documents import limit_parts
 from train.data.files import build_once, digest, sha256_of_all
-from train.data.parts import Part, cut_files, explained, find_files
+from train.data.parts import KINDS, Part, cut_files, explained, find_files, kind_of, walk
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def find_corpus(config: DataConfig, cache: Path) -> Corpus:
         files = fineweb.local_files(config.path, config.subset)
         return _corpus(content_key(files, cache), files, "text", config.max_documents)
     files = find_files(config.path)
+    if sentence := left_out(config.path):
+        print(sentence, file=sys.stderr, flush=True)
     return _corpus(content_key(files, cache), files, config.text_field, config.max_documents)
 
 
@@ -48,11 +51,21 @@ def _corpus(key: str, files: Sequence[Path], text_field: str, max_documents: int
     return Corpus(digest([key, text_field, max_documents]), tuple(files), text_field, max_documents)
 
 
+def left_out(path: str) -> str | None:
+    """Return a sentence on the files of a folder that are of no known kind; None if there are none."""
+    folder = Path(path).expanduser()
+    others = [file for file in walk(folder) if kind_of(file) is None] if folder.is_dir() else []
+    if not others:
+        return None
+    count = "1 file that is" if len(others) == 1 else f"{len(others)} files that are"
+    return f"data.path={path}: left out {count} not of {', '.join(KINDS)}, such as {others[0].relative_to(folder)}."
+
+
 def content_key(files: Sequence[Path], cache: Path) -> str:
     """A hash of the files' bytes in their order, and of their kinds."""
     with explained(os.path.commonpath(files)):
         hashes = sha256_of_all(files, memo=cache / "sha256.json")
-    return digest([[file.suffixes[-1], value] for file, value in zip(files, hashes, strict=True)])
+    return digest([[file.suffixes[-1].lower(), value] for file, value in zip(files, hashes, strict=True)])
 
 
 def pydocs_files(roots: Sequence[str | Path], cache: Path, num_workers: int | None) -> tuple[str, list[Path]]:

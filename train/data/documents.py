@@ -5,20 +5,41 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from datetime import date, datetime, time, timedelta
 from itertools import islice
+from numbers import Number
+from pathlib import Path
 from typing import Any
 
 from train.data.parts import Part, explained, text_cuts
 
 DOCUMENT_BYTES = 16 << 10
+BYTE_ORDER_MARK = "\ufeff"
+MOST_FIELDS_NAMED = 8
+FIRST_BYTES = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "gzip",
+    b"(\xb5/\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "parquet",
+    b"%PDF": "PDF",
+}
+"""What a file is that is not UTF-8 text, by how it begins."""
+MANY_NULS = "begins a stretch with many NUL bytes, as UTF-16 and binary files have: convert the file to UTF-8."
+# A number is never used, so one of any length may be read as a float: int() refuses more than 4,300 digits.
+_JSON = json.JSONDecoder(parse_int=float)
 
 
 def read_documents(part: Part, text_field: str) -> Iterator[str]:
     """The part's documents in order; empty ones are passed over.
 
-    A text file is cut at blank lines into documents of 16 to 32 KiB that together are the file.
+    A text file is cut at blank lines into documents of 16 to 32 KiB that together are the file. A byte order mark at the
+    start of a file is not text.
     """
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
     documents = (text for text in readers[part.kind](part, text_field) if text)
@@ -41,18 +62,43 @@ def text_of(line: bytes, text_field: str) -> str:
     """The text in a line of JSON, or a `ValueError` that says what the line is instead, to be put behind its place."""
     remedy = f"give one JSON object a line with a string in data.text_field={text_field}"
     try:
-        record = json.loads(line)
+        record = _JSON.decode(line.decode().removeprefix(BYTE_ORDER_MARK))
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8: convert the file to UTF-8.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"is not JSON ({error}): {remedy}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"is not JSON ({error.msg.removesuffix(' at')}, character {error.pos + 1} of it): {remedy}."
+        ) from None
+    except RecursionError:
+        raise ValueError(f"is nested too deeply to be read: {remedy}.") from None
     if not isinstance(record, dict) or text_field not in record:
-        fields = f"the fields {', '.join(record)}" if isinstance(record, dict) else _named(record)
-        raise ValueError(f"has no field {text_field} but {fields}: {remedy}.")
-    return _checked(record[text_field], text_field)
+        found = _named(record)
+        if isinstance(record, dict):
+            found = f"the fields {field_names(record)}" if record else "an empty object"
+        raise ValueError(f"has no field {text_field} but {found}: {remedy}.")
+    return checked_text(record[text_field], text_field)
 
 
-def _checked(value: Any, text_field: str) -> str:
+def field_names(names: Collection[str]) -> str:
+    """Return the first names of a record or table, fit for a sentence."""
+    shown = [_short(name) for name in islice(names, MOST_FIELDS_NAMED)]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"{', '.join(shown)}{more}" if names else "none"
+
+
+def _short(name: str) -> str:
+    """A name of someone else's, fit for a sentence."""
+    printable = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return printable if len(printable) <= 40 else f"{printable[:40]}..."
+
+
+def checked_text(value: Any, text_field: str) -> str:
+    """Return a value of the text field as text; a ValueError, to be put after its place, if it is none.
+
+    Some writers of parquet files store text as plain bytes: they are decoded.
+    """
+    if isinstance(value, bytes):
+        value = value.decode()
     if not isinstance(value, str):
         raise ValueError(f"has {_named(value)} as {text_field}: give a string in data.text_field={text_field}.")
     try:
@@ -63,10 +109,14 @@ def _checked(value: Any, text_field: str) -> str:
 
 
 def _named(value: Any) -> str:
+    """What a value of JSON or of a parquet file is, with its article."""
     if isinstance(value, bool):
         return "true or false"
-    names = {type(None): "null", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    kinds: dict[type, str] = {
+        type(None): "null", Number: "a number", str: "a string", list: "a list", dict: "an object", datetime: "a time",
+        date: "a date", time: "a time of day", timedelta: "a span of time", tuple: "a list",
+    }  # fmt: skip
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), f"{type(value).__name__} data")
 
 
 def _read_text(part: Part, _: str) -> Iterator[str]:
@@ -75,13 +125,37 @@ def _read_text(part: Part, _: str) -> Iterator[str]:
         data = file.read(part.stop - part.start)
     start = 0
     for stop in text_cuts(data, DOCUMENT_BYTES):
+        piece = data[start:stop]
         try:
-            text = data[start:stop].decode()
+            text = piece.decode()
         except UnicodeDecodeError as error:
             line = _lines_before(part) + data.count(b"\n", 0, start + error.start) + 1
-            raise ValueError(f"{part.path}, line {line} is not UTF-8: convert the file to UTF-8.") from None
-        yield text
+            raise ValueError(f"{part.path}, line {line} {not_utf8(part.path)}") from None
+        if has_many_nuls(piece):
+            line = _lines_before(part) + data.count(b"\n", 0, start) + 1
+            raise ValueError(f"{part.path}, line {line} {MANY_NULS}")
+        yield text.removeprefix(BYTE_ORDER_MARK) if part.start + start == 0 else text
         start = stop
+
+
+def has_many_nuls(text: bytes) -> bool:
+    """Return True if `text` decodes as UTF-8 but is most likely UTF-16 without a mark, or no text at all."""
+    return 4 * text.count(0) > len(text)
+
+
+def not_utf8(path: str | Path) -> str:
+    """Return the end of a sentence on a file that is not UTF-8: what its first bytes say it is, and the remedy."""
+    with open(path, "rb") as file:
+        begin = file.read(8)
+    kind = next((name for first, name in FIRST_BYTES.items() if begin.startswith(first)), None)
+    if kind is None:
+        return "is not UTF-8: convert the file to UTF-8."
+    if kind == "UTF-16":
+        return "is not UTF-8 but UTF-16 by its byte order mark: convert the file to UTF-8."
+    return (
+        f"is not UTF-8, and by its first bytes the file is {kind}: give it the suffix of its kind, or convert it to "
+        "UTF-8 text."
+    )
 
 
 def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
@@ -90,7 +164,10 @@ def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
             try:
                 text = text_of(line, text_field)
             except ValueError as error:
-                raise ValueError(f"{part.path}, line {_lines_before(part) + number} {error}") from None
+                place = f"{part.path}, line {_lines_before(part) + number}"
+                if str(error).startswith("is not UTF-8") and part.kind == ".jsonl":
+                    raise ValueError(f"{place} {not_utf8(part.path)}") from None
+                raise ValueError(f"{place} {error}") from None
             yield text
 
 
@@ -127,7 +204,7 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
             names = file.schema_arrow.names
             if text_field not in names:
                 raise ValueError(
-                    f"{part.path} has no column {text_field} but {', '.join(names)}: name its text in data.text_field."
+                    f"{part.path} has no column {text_field} but {field_names(names)}: name its text in data.text_field."
                 )
             row = -1 + sum(file.metadata.row_group(index).num_rows for index in range(part.start))
             groups = list(range(part.start, part.stop))
@@ -135,7 +212,7 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
                 for value in batch.column(0):
                     row += 1
                     try:
-                        text = _checked(value.as_py(), text_field)
+                        text = checked_text(value.as_py(), text_field)
                     except UnicodeDecodeError:
                         raise ValueError(f"{part.path}, row {row} is not UTF-8: write it anew as UTF-8.") from None
                     except ValueError as error:

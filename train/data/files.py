@@ -57,7 +57,15 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
 
 def publish(made: Path, folder: Path) -> Path:
     """`folder` with the files of `made`; the folder's name stands for its content, so one that exists is kept."""
-    return build_once(folder, lambda partial: shutil.copytree(made, partial, dirs_exist_ok=True))
+
+    def copy(partial: Path) -> None:
+        # shutil.copytree would copy modes as well, and a temporary folder is its owner's alone.
+        for file in (file for file in made.rglob("*") if file.is_file()):
+            target = partial / file.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+    return build_once(folder, copy)
 
 
 def digest(value: object) -> str:

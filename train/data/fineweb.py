@@ -26,7 +26,7 @@ def local_files(path: str, subset: str | None) -> list[Path]:
     """Parquet files of the subset below a copy of the repository; all of them where the folder has no such layout."""
     root = Path(path).expanduser()
     folder = root / subset_folder(subset)
-    files = [file for file in find_files(folder if folder.is_dir() else root) if file.suffix == ".parquet"]
+    files = [file for file in find_files(folder if folder.is_dir() else root) if file.suffix.lower() == ".parquet"]
     if not files:
         raise ValueError(f"data.path={path} holds no .parquet file: give a folder with FineWeb-Edu's parquet files.")
     return files

@@ -32,19 +32,63 @@ class Part:
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """The file itself, or the data files below a folder, sorted by relative name; files of other kinds are left out."""
+    """Return the file itself, or the data files below a folder, sorted by relative name.
+
+    Links are followed, and a file or folder that several names lead to is read once, under the first of them. Files and
+    folders whose name begins with a dot are not text, and neither are files of other kinds.
+
+    Args:
+        path: A file of a known kind, or a folder. A folder's own name may begin with a dot.
+
+    Raises:
+        ValueError: There is nothing to read, or a name below the folder leads nowhere.
+    """
     path = Path(path).expanduser()
     if not path.exists():
-        raise ValueError(f"data.path={path} does not exist: give a file or folder of {', '.join(KINDS)}.")
-    if path.is_file():
+        state = f"is a link to {os.readlink(path)}, which" if path.is_symlink() else ""
+        raise ValueError(
+            " ".join(f"data.path={path} {state} does not exist: give a file or folder of {', '.join(KINDS)}.".split())
+        )
+    if not path.is_dir():
         _kind_of(path)
+        _check_regular(path)
         return [path]
     with explained(path):
-        found = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise) for name in names]
-    files = sorted((file for file in found if file.name.endswith(KINDS)), key=lambda file: file.relative_to(path).parts)
+        files = [file for file in walk(path) if kind_of(file) is not None]
+    for file in files:
+        _check_regular(file)
     if not files:
         raise ValueError(f"data.path={path} holds no data: give a folder with {', '.join(KINDS)} files in it.")
     return files
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below `folder` in the order of their relative names, through links, each real data file once.
+
+    Names that begin with a dot are left out; files of other kinds are not.
+
+    Raises:
+        ValueError: A link leads nowhere.
+    """
+    return _walk(folder, os.path.realpath(folder), seen={os.path.realpath(folder)})
+
+
+def _walk(folder: Path, real_folder: str, seen: set[str]) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in visible:
+        path = folder / entry.name
+        is_link = entry.is_symlink()
+        if is_link and not os.path.exists(path):
+            raise ValueError(f"{path} is a link to {os.readlink(path)}, which cannot be reached: mend or remove it.")
+        # A folder above may be a link too, so the place of a plain name is the real folder's.
+        real = os.path.realpath(path) if is_link else os.path.join(real_folder, entry.name)
+        is_folder = entry.is_dir()
+        if not is_folder and kind_of(path) is None:
+            yield path
+        elif real not in seen:
+            seen.add(real)
+            yield from _walk(path, real, seen) if is_folder else [path]
 
 
 def cut_files(files: Sequence[Path]) -> list[Part]:
@@ -121,19 +165,27 @@ def explained(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or _one_line(error)
-        raise ValueError(f"{path} cannot be read ({reason}): give a data.path that this user can read.") from None
+        if error.errno is None:
+            # Arrow's word for a damaged file.
+            raise ValueError(f"{path} is damaged ({_one_line(error)}): write it anew.") from None
+        reason, place = error.strerror or _one_line(error), error.filename or path
+        raise ValueError(f"{place} cannot be read ({reason}): give a data.path that this user can read.") from None
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Return the kind that the file's suffix names, in capitals too; None for another suffix."""
+    return next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
 
 
 def _kind_of(path: Path) -> Kind:
-    for kind in KINDS:
-        if path.name.endswith(kind):
-            return kind
-    raise ValueError(f"data.path={path} has a suffix that is not known: give {', '.join(KINDS)}.")
+    if (kind := kind_of(path)) is None:
+        raise ValueError(f"data.path={path} has a suffix that is not known: give {', '.join(KINDS)}.")
+    return kind
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _check_regular(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a file nor a folder, so it cannot be read twice: put a file in its place.")
 
 
 def _one_line(error: Exception) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from conf.schema import DataConfig
 
-FORMAT = 1
+FORMAT = 2
 """Goes into every key; raise it when the same input should give other bytes."""
 BPE_BYTES = 50_000_000
 BPE_PARTS = 256
@@ -68,10 +68,13 @@ class PreparedData:
         return self.train.num_tokens // self.sequence_length
 
 
-def prepare(config: DataConfig, tokenizer: str, vocab_size: int, sequence_length: int) -> PreparedData:
+def prepare(
+    config: DataConfig, tokenizer: str, vocab_size: int, sequence_length: int, length_key: str = "data.sequence_length"
+) -> PreparedData:
     """Token streams of the configured text, from the cache where they are there; one process calls it.
 
     `tokenizer` is a hub name, a folder, a SentencePiece .model file, or `train`: a byte-level BPE of `vocab_size`.
+    `length_key` is the user's name for `sequence_length` in errors.
     What was interrupted goes on where it stopped; a second caller waits for the first. Input that cannot be used is
     a `ValueError` of one sentence.
     """
@@ -111,7 +114,7 @@ def prepare(config: DataConfig, tokenizer: str, vocab_size: int, sequence_length
         train=SplitCounts(**splits["train"]),
         heldout=SplitCounts(**splits["heldout"]),
     )
-    _check_enough(prepared, config)
+    _check_enough(prepared, config, length_key)
     return prepared
 
 
@@ -165,16 +168,16 @@ def _pack_all(folder: Path, jobs: Sequence[Job], num_workers: int | None) -> Non
     parallel(pack, waiting, label="tokenize", num_workers=num_workers, sizes=[job.part.num_bytes for job in waiting])
 
 
-def _check_enough(prepared: PreparedData, config: DataConfig) -> None:
+def _check_enough(prepared: PreparedData, config: DataConfig, length_key: str) -> None:
     length, train, heldout = prepared.sequence_length, prepared.train, prepared.heldout
     if train.num_tokens < length:
         raise ValueError(
             f"data.source={config.source} gives {train.num_tokens} training tokens ({train.num_documents} documents), "
-            f"less than one block of {length}: give more text or a shorter data.sequence_length."
+            f"less than one block of {length}: give more text or a shorter {length_key}."
         )
     if heldout.num_tokens < length:
         raise ValueError(
             f"data.heldout_share={config.heldout_share} holds out {heldout.num_tokens} tokens "
             f"({heldout.num_documents} of {train.num_documents + heldout.num_documents} documents), less than one "
-            f"window of {length}: raise data.heldout_share, give more text or a shorter data.sequence_length."
+            f"window of {length}: raise data.heldout_share, give more text or a shorter {length_key}."
         )
