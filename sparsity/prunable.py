@@ -48,11 +48,13 @@ def prunable_parameters(
         _leave_tied_dense(model, chosen)
     else:
         chosen = {name: p for name, p in (parameters | computed).items() if matches(name, include)}
-        if frozen := [name for name, param in chosen.items() if not param.requires_grad]:
+        if frozen := [name for name, param in chosen.items() if not param.requires_grad and name not in computed]:
             raise ValueError(f"{frozen[0]} is named in include but is frozen: train it, or name others.")
     unique: dict[int, str] = {}
     for name, param in chosen.items():
-        if not matches(name, requires_dense) and param.requires_grad:
+        # Old spectral_norm's weight is no function of weight_orig before the first forward.
+        is_trained = param.requires_grad or (name in computed and parameters.get(f"{name}_orig", param).requires_grad)
+        if not matches(name, requires_dense) and is_trained:
             unique.setdefault(id(param), name)
     for name in unique.values():
         if name in computed:

@@ -265,8 +265,9 @@ class Pruner:
             found, saved = self.kept.get(name), kept.get(name)
             if found != saved:
                 raise ValueError(
-                    f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks "
-                    "or is of another model; resume from another checkpoint."
+                    f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks, "
+                    "is of another model, or the Trainer could not load it (its log then names missing keys); resume from "
+                    "another checkpoint."
                 )
         alive = count_nonzero_pruned(self._shards, self._layout)
         if alive:
