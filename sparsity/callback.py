@@ -65,13 +65,13 @@ class SparsityCallback(Pruner, TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        if getattr(state, "_sparsity_callback", None) is not None:
+        if getattr(state, "_has_sparsity_callback", False):
             raise ValueError(
                 "This Trainer has two SparsityCallbacks, which would share one state and one density: give one of them all "
                 "that is to be pruned, with groups=[...] for targets of their own."
             )
-        # TrainerState is new in each train() and writes its fields alone.
-        state._sparsity_callback = self  # type: ignore[attr-defined]
+        # Each train() makes a new TrainerState, and only its fields are saved.
+        state._has_sparsity_callback = True  # type: ignore[attr-defined]
         move_to_the_end(self)
         if self._is_loaded:
             self._is_loaded = False
