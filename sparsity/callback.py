@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsity.order import move_to_the_end
 from sparsity.pruner import Pruner
 from sparsity.resume import STATE_KEY, masks_from_weights, surviving_zeros
 from sparsity.schedule import Schedule
@@ -22,6 +23,9 @@ class SparsityCallback(Pruner, TrainerCallback):
     is all. Figures go into the Trainer's log history and, with `report` and a running wandb run, to wandb. Draws from no
     global random generator and leaves survivors untouched: with a sparsity of 0 a run equals one without the callback to
     the last bit.
+
+    It makes itself the last of the Trainer's callbacks, so that what another one writes into pruned weights is 0 again
+    before it is evaluated, saved or left at the end. A Trainer takes one of them.
 
     Every rank runs it alike; an event's collectives sum counts over the shard group and compare a hash over replicas.
     """
@@ -61,6 +65,14 @@ class SparsityCallback(Pruner, TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        if getattr(state, "_has_sparsity_callback", False):
+            raise ValueError(
+                "This Trainer has two SparsityCallbacks, which would share one state and one density: give one of them all "
+                "that is to be pruned, with groups=[...] for targets of their own."
+            )
+        # Each train() makes a new TrainerState, and only its fields are saved.
+        state._has_sparsity_callback = True  # type: ignore[attr-defined]
+        move_to_the_end(self)
         assert model is not None
         check_weights_are_in_reach(model, args)
         if self._is_loaded:
@@ -79,7 +91,9 @@ class SparsityCallback(Pruner, TrainerCallback):
         self.bind(model)
         if state.global_step > 0:
             self._restore(state.global_step, state.stateful_callbacks.get(STATE_KEY))  # type: ignore[union-attr]
-        elif self.keep_zeros:
+            return
+        self.check_adapters()
+        if self.keep_zeros:
             self.inherit()
 
     def on_step_begin(
@@ -105,13 +119,25 @@ class SparsityCallback(Pruner, TrainerCallback):
     ) -> None:
         self.after_update(optimizer)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._before_others_look(state, control)
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._before_others_look(state, control, model)
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._before_others_look(state, control)
+        self._before_others_look(state, control, model)
 
     def on_log(
         self,
@@ -131,8 +157,14 @@ class SparsityCallback(Pruner, TrainerCallback):
             wandb.log({**figures, "train/global_step": state.global_step})
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
+        self._zero_again(model)
         self.unbind()
 
     # --- checkpoints that carry masks ---
@@ -158,11 +190,16 @@ class SparsityCallback(Pruner, TrainerCallback):
         self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
         self._is_loaded = True
 
-    def _before_others_look(self, state: TrainerState, control: TrainerControl) -> None:
-        """Have what is evaluated, saved or left at the end as sparse as it says, whoever wrote to the weights."""
+    def _before_others_look(self, state: TrainerState, control: TrainerControl, model: nn.Module | None) -> None:
+        """Re-zero pruned weights before evaluating, saving or stopping, whoever wrote to them."""
         if control.should_evaluate or control.should_save or control.should_training_stop:
-            self.zero_pruned()
+            self._zero_again(model)
         self._leave_state(state, control)
+
+    def _zero_again(self, model: nn.Module | None) -> None:
+        if model is not None:
+            self.follow(model)
+        self.zero_pruned()
 
     def _leave_state(self, state: TrainerState, control: TrainerControl) -> None:
         """Put what tells masks from zeros into the state that the Trainer saves with its checkpoint. Collective."""

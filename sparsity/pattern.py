@@ -33,8 +33,8 @@ class NofM:
         return numel // self.block * (self.block - self.kept)
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
-        """A ValueError where the input dimension, the last of a weight [out, in], has no whole number of blocks."""
-        if len(shape) != 2 or shape[1] % self.block:
+        """Raise a ValueError if the input dimension has no whole number of blocks: the last of [out, in], [expert, out, in]."""
+        if len(shape) not in (2, 3) or shape[-1] % self.block:
             raise ValueError(
                 f"pattern={self} needs weights [out, in] with a multiple of {self.block} inputs, and {name} has the shape "
                 f"{list(shape)}: name it in requires_dense, or take another pattern."

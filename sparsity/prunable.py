@@ -1,79 +1,151 @@
-"""Which parameters are pruned: the weight of every linear layer, lm_head included; never embeddings or norms."""
+"""Which parameters are pruned: the weights that linear layers and experts multiply by; never embeddings or norms."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from sparsity.notices import warn_on_rank_0
 from sparsity.pattern import NofM
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+_EXPERT_PATH, _EXPERT_CLASS = re.compile(r"expert|(?<![a-z])moe(?![a-z])"), re.compile("Expert|MoE|Moe")
+_NO_MATRIX = re.compile("bias|embed|norm|scale")
+_OWN_RULES = re.compile("embed|norm|conv", re.IGNORECASE)
 
 
 def prunable_parameters(
     model: nn.Module, include: Sequence[str] | None = None, requires_dense: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """The prunable parameters by name, in the model's order.
+    """Return the prunable parameters by name, in the model's order.
 
-    `include` and `requires_dense` are patterns over parameter names (`*` matches anything): the first names what is
-    pruned instead of the weights of all linear layers, the second what stays dense. A weight that an embedding shares
-    stays dense, with a warning, unless `include` names it. A pattern that matches no parameter is a ValueError.
+    A weight that an embedding shares stays dense, with a warning, unless `include` names it.
+
+    Args:
+        model: Any module.
+        include: Patterns over parameter names (`*` matches anything): prune these instead of all `linear_weights`.
+        requires_dense: Patterns of what stays dense.
+
+    Raises:
+        ValueError: A pattern matches no parameter, `include` names a frozen one, a chosen weight is computed from other
+            parameters (weight_norm, torch.nn.utils.prune), or nothing is left to prune.
     """
     parameters = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+    linear = linear_weights(model)
+    computed = {name: weight for name, weight in linear.items() if name not in parameters}
     for option, patterns in (("include", include or ()), ("requires_dense", requires_dense)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in parameters):
+            if not any(fnmatchcase(name, pattern) for name in (*parameters, *computed)):
                 raise ValueError(
                     f"The pattern {pattern!r} in {option} matches no parameter: patterns are compared with names like "
                     f"{_an_example(parameters)!r}, * matches anything."
                 )
     if include is None:
-        chosen = linear_weights(model)
+        chosen = dict(linear)
         _leave_tied_dense(model, chosen)
     else:
-        chosen = {name: p for name, p in parameters.items() if any(fnmatchcase(name, pattern) for pattern in include)}
-        if frozen := [name for name, param in chosen.items() if not param.requires_grad]:
+        chosen = {name: p for name, p in (parameters | computed).items() if matches(name, include)}
+        if frozen := [name for name, param in chosen.items() if not param.requires_grad and name not in computed]:
             raise ValueError(f"{frozen[0]} is named in include but is frozen: train it, or name others.")
     unique: dict[int, str] = {}
     for name, param in chosen.items():
-        if not any(fnmatchcase(name, pattern) for pattern in requires_dense) and param.requires_grad:
+        # Old spectral_norm's weight is no function of weight_orig before the first forward.
+        is_trained = param.requires_grad or (name in computed and parameters.get(f"{name}_orig", param).requires_grad)
+        if not matches(name, requires_dense) and is_trained:
             unique.setdefault(id(param), name)
+    for name in unique.values():
+        if name in computed:
+            raise ValueError(
+                f"{name} is computed from other parameters (weight_norm, torch.nn.utils.prune or another parametrization), "
+                "so its zeros would not stay: make it a plain weight with "
+                "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove or "
+                "torch.nn.utils.remove_weight_norm, or name it in requires_dense."
+            )
     if not unique:
         raise ValueError("No parameter of the model is prunable: it has no trainable linear layer that may be pruned.")
     return {name: chosen[name] for name in unique.values()}
 
 
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def check_pattern(model: nn.Module, parameters: Mapping[str, Tensor], pattern: NofM) -> None:
     """A ValueError names a parameter whose input dimension the pattern cannot run along."""
-    transposed = {f"{plain_name(name)}.weight" for name, module in model.named_modules() if _is_conv1d(module)}
+    for path, module in model.named_modules():
+        for own in module._parameters:
+            name = _joined(path, own)
+            if name not in parameters:
+                continue
+            if _is_conv1d(module):
+                raise ValueError(
+                    f"pattern={pattern} runs along the inputs of a weight [out, in], and {name} is a Conv1D's, [in, out], "
+                    "whose inputs FSDP2 shares out: name it in requires_dense, or take pattern=unstructured."
+                )
+            if parameters[name].dim() == 3 and getattr(module, "is_transposed", None) is not False:
+                raise ValueError(
+                    f"pattern={pattern} runs along the inputs of experts [expert, out, in], and nothing says that {name} is "
+                    "stored so (is_transposed=False): name it in requires_dense, or take pattern=unstructured."
+                )
     for name, param in parameters.items():
-        if name in transposed:
-            raise ValueError(
-                f"pattern={pattern} runs along the inputs of a weight [out, in], and {name} is a Conv1D's, [in, out], whose "
-                "inputs FSDP2 shares out: name it in requires_dense, or take pattern=unstructured."
-            )
         pattern.check_shape(name, param.shape)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weight of every linear layer by name; transformers' Conv1D is one."""
+    """Return every weight of a linear layer or of experts by name.
+
+    These are the `weight` of each nn.Linear and of each transformers' Conv1D. Of modules that are neither torch's own
+    layers nor embeddings, norms or convolutions, they are the parameters of 2 or 3 dimensions that are called a weight
+    or a projection (routers, other libraries' linear layers, stacked linear layers), and all of 2 or 3 dimensions that
+    experts hold, biases and scales aside.
+    """
     return {
-        f"{plain_name(name)}.weight".removeprefix("."): module.weight
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) or _is_conv1d(module)
+        _joined(path, own): weight
+        for path, module in model.named_modules(remove_duplicate=False)
+        for own, weight in _own_matrices(path, module)
     }
 
 
+def _own_matrices(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, nn.Linear) or _is_conv1d(module):
+        yield "weight", module.weight
+    elif not _has_own_rules(module):
+        is_expert = _EXPERT_PATH.search(path.lower()) or _EXPERT_CLASS.search(type(module).__name__)
+        for own in (*module._parameters, *_computed_names(module)):
+            tensor = getattr(module, own)
+            is_weight = own.endswith(("weight", "proj")) or (is_expert and not _NO_MATRIX.search(own.lower()))
+            if is_weight and is_matrix(tensor) and tensor.dim() <= 3:
+                yield own, tensor
+
+
+def _has_own_rules(module: nn.Module) -> bool:
+    """Whether it is a layer of torch.nn that is not linear, or an embedding, norm or convolution of somebody else's."""
+    of_torch = (cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules."))
+    containers = ("torch.nn.modules.module", "torch.nn.modules.container")
+    return any(home not in containers for home in of_torch) or bool(_OWN_RULES.search(type(module).__name__))
+
+
+def _computed_names(module: nn.Module) -> list[str]:
+    """Tensors of a module that parametrizations or torch.nn.utils.prune make out of its parameters."""
+    old_style = [own.removesuffix("_orig") for own in module._parameters if own.endswith("_orig")]
+    return [*getattr(module, "parametrizations", ()), *(own for own in old_style if hasattr(module, own))]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__.removeprefix("FSDP") == "Conv1D"
+
+
+def is_matrix(tensor: Tensor | None) -> bool:
+    """Whether at least two dimensions are larger than 1, in a floating-point type."""
+    return tensor is not None and tensor.is_floating_point() and sum(size > 1 for size in tensor.shape) > 1
+
+
 def own_linear_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of linear layers that are no embedding's, each once: what a model's linear parameters count."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    """The `linear_weights` that are no embedding's, each once: what a model's linear parameters count."""
+    embeddings = _embedding_ids(model)
     found: dict[int, tuple[str, Tensor]] = {}
     for name, weight in linear_weights(model).items():
         if id(weight) not in embeddings:
@@ -86,12 +158,37 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def left_out(model: nn.Module, chosen: Mapping[str, Tensor], requires_dense: Sequence[str]) -> list[str]:
+    """Names of trained matrices that no rule prunes: attention's in_proj_weight, kernels, parameters not known here.
+
+    Embeddings and what shares their weight, norms, and what `requires_dense` names are not among them.
+    """
+    known = {id(param) for param in chosen.values()} | _embedding_ids(model)
+    names = []
+    for path, module in model.named_modules():
+        is_table = re.search("embed|norm", type(module).__name__, re.IGNORECASE)
+        for own, param in () if is_table else module._parameters.items():
+            name = _joined(path, own)
+            if param is None or id(param) in known or not param.requires_grad or not is_matrix(param):
+                continue
+            if not re.search("bias|embed|norm", own.lower()) and not matches(name, requires_dense):
+                names.append(name)
+    return names
+
+
 def _leave_tied_dense(model: nn.Module, chosen: dict[str, Tensor]) -> None:
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = _embedding_ids(model)
     for name in [name for name, param in chosen.items() if id(param) in embeddings]:
         del chosen[name]
-        message = f"{name} shares its weight with an embedding and stays dense; name it in include to prune it."
-        warnings.warn(message, stacklevel=2)
+        warn_on_rank_0(f"{name} shares its weight with an embedding and stays dense; name it in include to prune it.")
+
+
+def _embedding_ids(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
+def _joined(path: str, own: str) -> str:
+    return f"{plain_name(path)}.{own}".removeprefix(".")
 
 
 def _an_example(parameters: Mapping[str, Tensor]) -> str:

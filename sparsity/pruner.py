@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from sparsity.collapse import all_zero_names, refuse_all_zero
 from sparsity.mask import (
     check_replicas_agree,
     count_kept,
@@ -21,8 +22,9 @@ from sparsity.mask import (
     states_of,
     zero_all_pruned_,
 )
+from sparsity.notices import frozen_notice, left_out_notice, warn_on_rank_0
 from sparsity.pattern import UNSTRUCTURED, parse_pattern
-from sparsity.prunable import check_pattern, prunable_parameters
+from sparsity.prunable import check_pattern, left_out, own_linear_weights, plain_name, prunable_parameters
 from sparsity.prune import count_overfull_blocks, prune_pool_
 from sparsity.schedule import Ramp, Schedule
 from sparsity.scope import Group, Pool, ScopeName, make_pools, num_pruned, seen_together
@@ -72,6 +74,7 @@ class Pruner:
         self._shards: list[ParameterShard] = []
         self._pools: list[Pool] = []
         self._layout = RankLayout()
+        self._has_frozen = False
         self._hooks: list[RemovableHandle] = []
         self._updates_leave_zeros = False
         """Known of the optimizer, and of its states under these masks."""
@@ -128,6 +131,7 @@ class Pruner:
         self._parameters = prunable_parameters(model, self.include, self.requires_dense)
         if self.pattern is not None:
             check_pattern(model, self._parameters, self.pattern)
+        self._say_what_is_pruned(model)
         self.kept = {name: param.numel() for name, param in self._parameters.items()}
         self.num_prunable = sum(self.kept.values())
         self._pools = make_pools(self.kept, self.scope, self.groups)
@@ -137,6 +141,14 @@ class Pruner:
         self._shards = make_shards(self._parameters)
         self._updates_leave_zeros = False
         self._hooks = mask_gradients(zip(self._parameters.values(), self._shards, strict=True))
+
+    def _say_what_is_pruned(self, model: nn.Module) -> None:
+        linear = own_linear_weights(model)
+        self._has_frozen = any(not weight.requires_grad for weight in linear.values())
+        rest = [] if self.include is not None else left_out(model, self._parameters, self.requires_dense)
+        for notice in (frozen_notice(self._parameters, linear), left_out_notice(rest)):
+            if notice is not None:
+                warn_on_rank_0(notice)
 
     def unbind(self) -> None:
         """Gradients are masked no more."""
@@ -149,10 +161,19 @@ class Pruner:
         self.take_masks_from_zeros()
         self.note_inherited()
         for name in (name for name, kept in self.kept.items() if not kept):
-            warnings.warn(
-                f"{name} is all zeros and stays so; name it in requires_dense if it is new and to be trained.",
-                stacklevel=2,
+            warn_on_rank_0(
+                f"{name} is all zeros and stays so; name it in requires_dense if it is new and to be trained."
             )
+
+    def check_adapters(self) -> None:
+        """Raise a ValueError if a model with frozen weights, as LoRA's, trains a parameter that is all zeros so far.
+
+        An adapter's second matrix begins at 0 and stays far smaller than the first, so magnitude prunes it first even
+        after some steps. Collective: over the shard group.
+        """
+        removes = not self._events or any(pool.num_pruned(self.schedule, max(self._events)) for pool in self._pools)
+        if self._has_frozen and self._has_magnitudes and removes:
+            refuse_all_zero(all_zero_names(self._shards, self._layout), "when training begins beside frozen weights")
 
     def note_inherited(self) -> None:
         """What is pruned now is kept so, whatever the schedule says."""
@@ -175,11 +196,15 @@ class Pruner:
     def _prune(self, counts: Sequence[int], optimizer: Any) -> None:
         """Prune the pools to as many weights as `counts` says; one that has already lost as many stays as it is."""
         self._refresh()
+        before = dict(self.kept)
         keys = []
         for pool, count in zip(self._pools, counts, strict=True):
             if count > self._num_pruned(pool):
                 members = set(pool.names)
                 shards = [shard for shard in self._shards if shard.name in members]
+                if self._has_magnitudes:
+                    whole = [shard for shard in shards if before[shard.name] == shard.full_numel]
+                    refuse_all_zero(all_zero_names(whole, self._layout), "at its first prune event")
                 threshold = prune_pool_(shards, count, pattern=self.pattern, score=self.score, layout=self._layout)
                 assert threshold is not None
                 keys.append(threshold.key)
@@ -187,6 +212,8 @@ class Pruner:
             return
         check_replicas_agree(self._shards, self._layout)
         self._count()
+        for name in (name for name, kept in self.kept.items() if before[name] and not kept):
+            warn_on_rank_0(f"{name} has lost its last weight; name it in requires_dense, or take scope=uniform.")
         self.zero_pruned(optimizer)
         if self._has_magnitudes:
             self.threshold = magnitude_of_key(max(keys))
@@ -200,6 +227,24 @@ class Pruner:
         )
         if holder is not None:
             self._updates_leave_zeros = leaves_zeros(holder)
+
+    def follow(self, model: nn.Module) -> None:
+        """Take the parameters that `model` holds now, if others were put in their place under the same names.
+
+        Raises:
+            ValueError: A pruned parameter is gone or has another shape.
+        """
+        if any(isinstance(param, DTensor) for param in self._parameters.values()):
+            return  # FSDP2 itself shows other tensors between a forward and the next resharding.
+        now = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+        for name, param in self._parameters.items():
+            found = now.get(name)
+            if found is None or found.shape != param.shape:
+                raise ValueError(
+                    f"{name} is not in the model any more with the shape {list(param.shape)}: it was replaced during training, "
+                    "so it cannot be kept sparse; replace it after training, or name it in requires_dense."
+                )
+            self._parameters[name] = found
 
     def after_update(self, optimizer: Any = None) -> None:
         """Have every pruned weight at 0 after an update of `optimizer`.
@@ -221,8 +266,9 @@ class Pruner:
             found, saved = self.kept.get(name), kept.get(name)
             if found != saved:
                 raise ValueError(
-                    f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks "
-                    "or is of another model; resume from another checkpoint."
+                    f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks, "
+                    "is of another model, or the Trainer could not load it (its log then names missing keys); resume from "
+                    "another checkpoint."
                 )
         alive = count_nonzero_pruned(self._shards, self._layout)
         if alive:

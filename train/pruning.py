@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +30,20 @@ class RunSparsity(SparsityCallback):
             return super().prune_at(*args, **kwargs)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        try:
+        with _stopping():
             super().on_train_begin(*args, **kwargs)
-        except ValueError as error:
-            raise RunStopped(str(error)) from error
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        with _stopping():
+            super().on_step_begin(*args, **kwargs)
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RunStopped(str(error)) from error
 
 
 def sparsity_callback(config: Config, plan: RunPlan) -> RunSparsity | None:

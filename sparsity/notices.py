@@ -1,0 +1,43 @@
+"""What is said once when training begins: which weights stay dense, which are frozen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def warn_on_rank_0(message: str) -> None:
+    """Warn on the first process alone: all of them would say the same."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(message, stacklevel=3)
+
+
+def left_out_notice(names: Sequence[str]) -> str | None:
+    """Name the matrices that stay dense because no rule prunes them."""
+    if not names:
+        return None
+    verb = "stays" if len(names) == 1 else "stay"
+    return (
+        f"{_listed(names)} {verb} dense: only weights of linear layers and experts are pruned; to prune more, name all "
+        "that is to be pruned in include, or name these in requires_dense to say that they stay dense."
+    )
+
+
+def frozen_notice(chosen: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> str | None:
+    """Say what is pruned and what is not in a model whose linear weights are not all trained."""
+    frozen = [name for name, weight in linear.items() if not weight.requires_grad]
+    if not frozen:
+        return None
+    return (
+        f"{sum(p.numel() for p in chosen.values()):,} weights are trained and pruned ({_listed(list(chosen))}); "
+        f"{sum(linear[name].numel() for name in frozen):,} linear weights are frozen and stay as they are "
+        f"({_listed(frozen)}), and no density counts them."
+    )
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
