@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from conf.keys import checked
 
 USER_ERRORS = (ValueError, OSError)
 USER_ERROR_CODE = 2
@@ -16,7 +18,7 @@ USER_ERROR_CODE = 2
 
 def typed(cfg: DictConfig) -> Any:
     """The dataclass behind a composed config, checked; a ValueError says what is wrong."""
-    return OmegaConf.to_object(cfg)
+    return checked(cfg)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from conf import cli
 from conf.compose import composition_sentence
 from conf.schema import Config
+from conf.values import override_of
 from launch.command import num_gpus, num_processes, printable
 from launch.local import command_of, plan_jobs, say
 from launch.machines import Machines
@@ -102,7 +103,7 @@ def search(sweep: Sweep, arguments: Sequence[str]) -> int:
     try:
         fixed = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sweep.fixed_keys)}]"
         own = [item for item in arguments if not is_key(item, "sweep_name")]
-        with hydra_context([*own, f"sweep_name={sweep.name}", fixed]) as (config, context):
+        with hydra_context([*own, override_of("sweep_name", str(sweep.name)), fixed]) as (config, context):
             sweeper = Plugins.instance().instantiate_sweeper(
                 config=config, hydra_context=context, task_function=run_trial
             )
@@ -154,7 +155,7 @@ def run_trial(cfg: DictConfig) -> float | None:
     overrides = list(settings.overrides.task)
     swept = {key_of(item) for item in overrides} - set(settings.job.config.override_dirname.exclude_keys)
     cfg.run_name = f"{cfg.sweep_name}/{job_name(overrides, swept)}"
-    code = run_here(cfg, [*overrides, f"run_name={cfg.run_name}"])
+    code = run_here(cfg, [*overrides, override_of("run_name", cfg.run_name)])
     if code in (PREEMPTED_CODE, *(-number for number in SIGNALS)) and "SUBMITIT_EXECUTOR" not in os.environ:
         # Hydra keeps an Exception to itself and would start the next trial.
         sys.exit(PREEMPTED_CODE)

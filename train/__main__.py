@@ -8,7 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import cli, schema
-from conf.compose import check_arguments
+from conf.compose import check_arguments, prepared
 from conf.schema.checks import check
 from train.faults.error import FAILED_CODE, hand_over
 from train.faults.process import die_with_parent, end_process, end_process_after
@@ -67,6 +67,7 @@ def run_process() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     cli.hush_other_ranks()
     with cli.user_errors():
+        sys.argv[1:] = prepared("train", sys.argv[1:])
         check_arguments("train", sys.argv[1:])
     main()
 
