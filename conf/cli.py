@@ -11,9 +11,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from conf.keys import checked
+from conf.streams import write_any_character
 
 USER_ERRORS = (ValueError, OSError)
 USER_ERROR_CODE = 2
+CLOSED_OUTPUT_CODE = 141
+"""As a shell has it for a program that SIGPIPE ended."""
 
 
 def typed(cfg: DictConfig) -> Any:
@@ -24,8 +27,12 @@ def typed(cfg: DictConfig) -> Any:
 @contextmanager
 def user_errors(quiet: bool = False) -> Iterator[None]:
     """Turn what a user did wrong into one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows where it was."""
+    write_any_character()
     try:
         yield
+    except BrokenPipeError:
+        # The reader of our output, head for one, has what it wanted.
+        os._exit(CLOSED_OUTPUT_CODE)
     except USER_ERRORS as error:
         fail(error, quiet)
 
@@ -62,7 +69,7 @@ def sentence(error: Exception) -> str:
 def hush_other_ranks() -> None:
     """Silence the standard error of every rank but 0, while all ranks find the same errors; `speak` ends it."""
     if os.environ.get("RANK", "0") != "0":
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until `speak`
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until `speak`
 
 
 def speak() -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from conf import cli, schema
 from conf.compose import check_arguments, prepared
+from conf.streams import keep_writing
 from launch.help import help_text
 from launch.local import sweep_here
 from launch.remote import check_plugins, run_job, run_trial, sweep_elsewhere
@@ -65,4 +66,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    keep_writing()
     main(sys.argv[1:])

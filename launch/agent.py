@@ -27,6 +27,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from conf.cli import USER_ERROR_CODE
+from conf.streams import keep_writing
 from train.faults.preempt import SIGNALS as PASSED_ON
 from train.faults.stop import PREEMPTED_CODE
 
@@ -58,6 +59,7 @@ class PassingAgent(LocalElasticAgent):
 
 
 def main() -> None:
+    keep_writing()
     arguments = launch_command_parser().parse_args()
     # torch's elastic agent reports each failed rank at length; here it is one line.
     logging.disable(logging.ERROR)

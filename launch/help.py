@@ -67,7 +67,7 @@ def choice_lines(folder: Path) -> list[str]:
 def opening(file: Path) -> str:
     """The comment that a yaml opens with, up to its first command."""
     words: list[str] = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package"):
             continue
         if not line.startswith("#") or line.startswith("#  "):

@@ -25,7 +25,7 @@ from conf import cli
 from conf.compose import composition_sentence
 from conf.schema import Config
 from conf.values import override_of
-from launch.command import num_gpus, num_processes, printable
+from launch.command import import_environment, num_gpus, num_processes, printable
 from launch.local import command_of, plan_jobs, say
 from launch.machines import Machines
 from launch.outcome import close_search, close_sweep
@@ -60,6 +60,8 @@ def _is_there(module: str) -> bool:
 def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
     """Plan all jobs, hand those not finished to Hydra's launcher, wait, and close the sweep; its exit code."""
     launcher = sweep.launcher
+    # Inherited by the jobs: submitit starts them in this folder, with `python -m`.
+    os.environ.update(import_environment(os.environ))
     if sweep.trial is not None:
         if sweep.trial.config.dry_run:
             print(printable(dry_command(sweep.trial, launcher)))
@@ -160,7 +162,11 @@ def run_trial(cfg: DictConfig) -> float | None:
         # Hydra keeps an Exception to itself and would start the next trial.
         sys.exit(PREEMPTED_CODE)
     summary = RunDirectory(run_directory(cli.typed(cfg))).summary
-    return float(json.loads(summary.read_text())["heldout_loss"]) if code == 0 and summary.exists() else None
+    return (
+        float(json.loads(summary.read_text(encoding="utf-8"))["heldout_loss"])
+        if code == 0 and summary.exists()
+        else None
+    )
 
 
 def requeue() -> None:

@@ -10,10 +10,12 @@ from omegaconf import DictConfig
 from conf import cli, schema
 from conf.compose import check_arguments, prepared
 from conf.schema.checks import check
+from conf.streams import keep_writing
 from train.faults.error import FAILED_CODE, hand_over
 from train.faults.process import die_with_parent, end_process, end_process_after
 from train.faults.stop import RunStopped
 from train.plan import plan_run, world_size_asked
+from train.wandb_key import check_wandb
 
 schema.register()
 
@@ -35,6 +37,7 @@ def train(cfg: DictConfig) -> None:
         config = cli.typed(cfg)
         check(not config.dry_run, "dry_run=true is for `python -m launch`, which prints the command: remove it.")
         plan = plan_run(config, world_size_asked(config, os.environ))
+        check_wandb(config.logger, os.environ)
 
     from train.distributed import join_world
     from train.faults.heartbeat import Heartbeat, is_lost_peer
@@ -61,6 +64,7 @@ def train(cfg: DictConfig) -> None:
 
 
 def run_process() -> None:
+    keep_writing()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
         # Ctrl-C before there is anything to save ends a rank without a traceback.

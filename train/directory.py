@@ -102,7 +102,7 @@ class RunDirectory:
 
     def _read_summary(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.summary.read_text()))
+            return dict(json.loads(self.summary.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             raise ValueError(
                 f"{self.summary} is garbled: remove it, and the same command writes it again, or set overwrite=true."

@@ -34,7 +34,7 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
         id_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(id_file, uuid.uuid4().hex[:8] + "\n")
     run = wandb.init(
-        id=id_file.read_text().strip(),
+        id=id_file.read_text(encoding="utf-8").strip(),
         resume="allow",
         dir=str(run_dir),
         project=logger.project,
