@@ -25,15 +25,20 @@ def typed(cfg: DictConfig) -> Any:
 
 
 @contextmanager
-def user_errors(quiet: bool = False) -> Iterator[None]:
-    """Turn what a user did wrong into one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows where it was."""
+def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what a user did wrong into one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows where it was.
+
+    Args:
+        quiet: Say nothing: another rank says it.
+        also: Exceptions that are a user's here and a mistake of the program elsewhere.
+    """
     write_any_character()
     try:
         yield
     except BrokenPipeError:
         # The reader of our output, head for one, has what it wanted.
         os._exit(CLOSED_OUTPUT_CODE)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, *also) as error:
         fail(error, quiet)
 
 

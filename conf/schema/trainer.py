@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.schema.checks import check
+from conf.schema.choices import check_trainer
 
 
 @dataclass
@@ -75,3 +76,4 @@ class TrainerConfig(OptimConfig):
             f"trainer.save_total_limit={self.save_total_limit} must be at least 1: the newest checkpoint is always kept.",
         )
         check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
+        check_trainer(self)
