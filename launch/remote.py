@@ -25,6 +25,7 @@ from conf import cli
 from conf.compose import composition_sentence
 from conf.schema import Config
 from conf.values import override_of
+from launch.alive import wait_for_live_jobs
 from launch.command import import_environment, num_gpus, num_processes, printable
 from launch.local import command_of, plan_jobs, say
 from launch.machines import Machines
@@ -67,11 +68,14 @@ def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
             print(printable(dry_command(sweep.trial, launcher)))
             return 0
         return search(sweep, arguments)
-    planned = plan_jobs(sweep, {job.name: world_size(job.config, launcher) for job in sweep.jobs})
+    sizes = {job.name: world_size(job.config, launcher) for job in sweep.jobs}
+    planned = plan_jobs(sweep, sizes)
     if sweep.jobs[0].config.dry_run:
         for job in sweep.jobs:
             print(printable(dry_command(job, launcher)))
         return 0
+    if wait_for_live_jobs(sweep, planned, say):
+        planned = plan_jobs(sweep, sizes)
     waiting = [item.job for item in planned if item.finished is None]
     if not waiting:
         say("all jobs were finished before: nothing is submitted")
