@@ -141,7 +141,7 @@ def test_the_wait_ends_with_the_last_job_and_overwrite_does_not_wait(tmp_path, m
 
 
 def test_a_folder_is_in_use_while_a_process_holds_it(tmp_path):
-    holding = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    holding = "import sys, filelock as f; l = f.FileLock(sys.argv[1]); l.acquire(); print('held', flush=True); input()"
     directory = RunDirectory(tmp_path)
     assert not directory.is_in_use()
     process = subprocess.Popen(
