@@ -8,23 +8,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from conf.keys import checked
+from conf.streams import write_any_character
 
 USER_ERRORS = (ValueError, OSError)
 USER_ERROR_CODE = 2
+CLOSED_OUTPUT_CODE = 141
+"""As a shell has it for a program that SIGPIPE ended."""
 
 
 def typed(cfg: DictConfig) -> Any:
     """The dataclass behind a composed config, checked; a ValueError says what is wrong."""
-    return OmegaConf.to_object(cfg)
+    return checked(cfg)
 
 
 @contextmanager
-def user_errors(quiet: bool = False) -> Iterator[None]:
-    """Turn what a user did wrong into one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows where it was."""
+def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what a user did wrong into one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows where it was.
+
+    Args:
+        quiet: Say nothing: another rank says it.
+        also: Exceptions that are a user's here and a mistake of the program elsewhere.
+    """
+    write_any_character()
     try:
         yield
-    except USER_ERRORS as error:
+    except BrokenPipeError:
+        # The reader of our output, head for one, has what it wanted.
+        os._exit(CLOSED_OUTPUT_CODE)
+    except (*USER_ERRORS, *also) as error:
         fail(error, quiet)
 
 
@@ -60,7 +74,7 @@ def sentence(error: Exception) -> str:
 def hush_other_ranks() -> None:
     """Silence the standard error of every rank but 0, while all ranks find the same errors; `speak` ends it."""
     if os.environ.get("RANK", "0") != "0":
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until `speak`
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until `speak`
 
 
 def speak() -> None:

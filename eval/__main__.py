@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import cli, schema
-from conf.compose import check_arguments, quoted_path
+from conf.compose import check_arguments, prepared
 from train.faults.process import die_with_parent, end_process_after
 
 COLLECTIVES_TIMEOUT_S = 1800
@@ -52,8 +52,8 @@ def run_process() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     cli.hush_other_ranks()
-    sys.argv[1:] = map(quoted_path, sys.argv[1:])
     with cli.user_errors():
+        sys.argv[1:] = prepared("eval", sys.argv[1:])
         check_arguments("eval", sys.argv[1:])
     main()
 

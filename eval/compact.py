@@ -7,10 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MissingMandatoryValue
-
 from conf.cli import user_errors
-from conf.compose import composed, quoted_path
+from conf.compose import composed
 from conf.schema import CompactConfig
 
 if TYPE_CHECKING:
@@ -93,10 +91,7 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     with user_errors():
-        try:
-            config: CompactConfig = composed("compact", [quoted_path(argument) for argument in arguments])
-        except MissingMandatoryValue as error:
-            raise ValueError("give both folders: python -m eval.compact model=DIR out=DIR2.") from error
+        config: CompactConfig = composed("compact", arguments)
         found = figures(convert(config), not config.expand)
     print(json.dumps(found, indent=2) if config.format == "json" else figures_text(found))
 

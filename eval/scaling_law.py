@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.cli import user_errors
-from conf.compose import composed, quoted_list
+from conf.compose import composed
 from conf.schema import ScalingLawConfig
 
 USAGE = """python -m eval.scaling_law runs=runs/SWEEP                     fit L = E + A / N^alpha + B / D^beta
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     with user_errors():
-        config: ScalingLawConfig = composed("scaling_law", [quoted_list(argument) for argument in arguments])
+        config: ScalingLawConfig = composed("scaling_law", arguments)
         from eval.law.figure import draw_laws
         from eval.law.points import read_points
         from eval.law.report import report

@@ -58,7 +58,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """The safetensors file of each stored tensor; empty where there is none."""
     if (folder / INDEX).is_file():
         # Only plain file names: an index must not lead out of its folder.
-        stored = json.loads((folder / INDEX).read_text())["weight_map"]
+        stored = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / Path(file).name for name, file in stored.items()}
     single = folder / "model.safetensors"
     if not single.is_file():

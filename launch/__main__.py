@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from conf import cli, schema
-from conf.compose import check_arguments
+from conf.compose import check_arguments, prepared
+from conf.streams import keep_writing
 from launch.help import help_text
 from launch.local import sweep_here
 from launch.remote import check_plugins, run_job, run_trial, sweep_elsewhere
@@ -46,6 +47,9 @@ def main(arguments: list[str]) -> None:
         return
     others = [item for item in arguments if item not in MULTIRUN]
     is_multirun = len(others) < len(arguments)
+    with cli.user_errors():
+        others = prepared("train", others, is_multirun)
+    sys.argv[1:] = [*(item for item in arguments if item in MULTIRUN), *others]
     if any(item.startswith("-") for item in others):
         # Hydra's own flags: --cfg, --info, --shell-completion and the like.
         is_named = any(is_key(item, "sweep_name") for item in others)
@@ -62,4 +66,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    keep_writing()
     main(sys.argv[1:])

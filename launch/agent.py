@@ -27,7 +27,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from conf.cli import USER_ERROR_CODE
+from conf.streams import keep_writing
 from train.faults.preempt import SIGNALS as PASSED_ON
+from train.faults.process import AGENT
 from train.faults.stop import PREEMPTED_CODE
 
 FINAL_CODES = (USER_ERROR_CODE, PREEMPTED_CODE)
@@ -58,9 +60,11 @@ class PassingAgent(LocalElasticAgent):
 
 
 def main() -> None:
+    keep_writing()
     arguments = launch_command_parser().parse_args()
     # torch's elastic agent reports each failed rank at length; here it is one line.
     logging.disable(logging.ERROR)
+    os.environ[AGENT] = str(os.getpid())
     # What torch's agent is to answer itself; the parser of its options reads this.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     launcher.LocalElasticAgent = PassingAgent  # type: ignore[misc]

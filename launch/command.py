@@ -27,7 +27,15 @@ def gpu_names(environment: Mapping[str, str]) -> list[str]:
         return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    listed = subprocess.run(
+        ["nvidia-smi", "--list-gpus"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=60,
+        check=False,
+    )
     lines = listed.stdout.splitlines() if listed.returncode == 0 else []
     return [str(number) for number in range(sum(line.startswith("GPU ") for line in lines))]
 
@@ -128,17 +136,23 @@ def fitting_config(gpus: int, total: int, machines: Machines, replicas: int) -> 
 
 
 def child_environment(environment: Mapping[str, str], gpus: int) -> dict[str, str]:
-    """What the processes inherit: one thread each unless told otherwise, and the package where it is not installed."""
-    root = str(Path(__file__).parent.parent)
-    python_path = [root, environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else [root]
+    """What the processes inherit: one thread each unless told otherwise, and this package, not one of the current folder."""
     return {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **environment,
-        "PYTHONPATH": os.pathsep.join(python_path),
+        **import_environment(environment),
         **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
     }
+
+
+def import_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables with which a child imports this package whatever the current folder holds, and reads UTF-8."""
+    root = str(Path(__file__).parent.parent)
+    python_path = [root, environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else [root]
+    # In an ASCII locale a prompt or a path would reach the ranks as characters that no file can be written with.
+    return {"PYTHONPATH": os.pathsep.join(python_path), "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
 
 
 def printable(command: Sequence[str]) -> str:

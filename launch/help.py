@@ -25,6 +25,9 @@ One run on this machine's devices, or with -m a sweep:
   --cfg job         print the whole configuration and stop
   --help GROUP      the choices and keys of one of the groups below
 
+Paths and text are taken as typed, with ~ at the start of a path. With -m a comma separates values: quote one that has a
+comma, "prompt='one, two'".
+
 python -m launch.plan experiment=NAME tells what a run will cost. docs/clusters.md: several machines, SLURM, Kubernetes.
 """
 
@@ -64,7 +67,7 @@ def choice_lines(folder: Path) -> list[str]:
 def opening(file: Path) -> str:
     """The comment that a yaml opens with, up to its first command."""
     words: list[str] = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package"):
             continue
         if not line.startswith("#") or line.startswith("#  "):

@@ -16,6 +16,7 @@ from launch.run import exit_code
 from launch.sweep import Job, Sweep, finished_job, places, refusal
 from train.faults.stop import PREEMPTED_CODE
 from train.plan import RunPlan, plan_run
+from train.wandb_key import check_wandb
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def plan_jobs(sweep: Sweep, world_size: Mapping[str, int]) -> list[PlannedJob]:
     for job in sweep.jobs:
         try:
             plan = plan_run(job.config, world_size[job.name])
+            check_wandb(job.config.logger, os.environ)
             planned.append(PlannedJob(job, plan, finished_job(job, plan)))
         except ValueError as error:
             mistakes.append(f"{job.name}: {error}")

@@ -68,6 +68,12 @@ def slurm_machines(environment: Mapping[str, str]) -> Machines | None:
 def host_names(node_list: str) -> list[str]:
     """SLURM's `node[1-3,7]` as names, by SLURM itself."""
     listed = subprocess.run(
-        ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, timeout=60, check=True
+        ["scontrol", "show", "hostnames", node_list],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=60,
+        check=True,
     )
     return listed.stdout.split()

@@ -45,7 +45,10 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
 
 def close_search(folder: Path) -> int:
     """Print a search's finished runs, the lowest held-out loss first, draw them, and tell the best; its exit code."""
-    found = [{**json.loads(path.read_text()), "run_name": path.parent.name} for path in folder.glob("*/summary.json")]
+    found = [
+        {**json.loads(path.read_text(encoding="utf-8")), "run_name": path.parent.name}
+        for path in folder.glob("*/summary.json")
+    ]
     if not found:
         print(f"error: no trial of {folder} finished; their words are above.", file=sys.stderr, flush=True)
         return 1
@@ -64,7 +67,7 @@ def summary_of(job: Job) -> dict[str, Any] | None:
     path = RunDirectory(run_directory(job.config)).summary
     if not path.exists():
         return None
-    return {**json.loads(path.read_text()), "run_name": path.parent.name}
+    return {**json.loads(path.read_text(encoding="utf-8")), "run_name": path.parent.name}
 
 
 def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | None]) -> str:

@@ -24,7 +24,9 @@ from omegaconf import DictConfig
 from conf import cli
 from conf.compose import composition_sentence
 from conf.schema import Config
-from launch.command import num_gpus, num_processes, printable
+from conf.values import override_of
+from launch.alive import wait_for_live_jobs
+from launch.command import import_environment, num_gpus, num_processes, printable
 from launch.local import command_of, plan_jobs, say
 from launch.machines import Machines
 from launch.outcome import close_search, close_sweep
@@ -59,16 +61,21 @@ def _is_there(module: str) -> bool:
 def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
     """Plan all jobs, hand those not finished to Hydra's launcher, wait, and close the sweep; its exit code."""
     launcher = sweep.launcher
+    # Inherited by the jobs: submitit starts them in this folder, with `python -m`.
+    os.environ.update(import_environment(os.environ))
     if sweep.trial is not None:
         if sweep.trial.config.dry_run:
             print(printable(dry_command(sweep.trial, launcher)))
             return 0
         return search(sweep, arguments)
-    planned = plan_jobs(sweep, {job.name: world_size(job.config, launcher) for job in sweep.jobs})
+    sizes = {job.name: world_size(job.config, launcher) for job in sweep.jobs}
+    planned = plan_jobs(sweep, sizes)
     if sweep.jobs[0].config.dry_run:
         for job in sweep.jobs:
             print(printable(dry_command(job, launcher)))
         return 0
+    if wait_for_live_jobs(sweep, planned, say):
+        planned = plan_jobs(sweep, sizes)
     waiting = [item.job for item in planned if item.finished is None]
     if not waiting:
         say("all jobs were finished before: nothing is submitted")
@@ -102,7 +109,7 @@ def search(sweep: Sweep, arguments: Sequence[str]) -> int:
     try:
         fixed = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sweep.fixed_keys)}]"
         own = [item for item in arguments if not is_key(item, "sweep_name")]
-        with hydra_context([*own, f"sweep_name={sweep.name}", fixed]) as (config, context):
+        with hydra_context([*own, override_of("sweep_name", str(sweep.name)), fixed]) as (config, context):
             sweeper = Plugins.instance().instantiate_sweeper(
                 config=config, hydra_context=context, task_function=run_trial
             )
@@ -154,12 +161,16 @@ def run_trial(cfg: DictConfig) -> float | None:
     overrides = list(settings.overrides.task)
     swept = {key_of(item) for item in overrides} - set(settings.job.config.override_dirname.exclude_keys)
     cfg.run_name = f"{cfg.sweep_name}/{job_name(overrides, swept)}"
-    code = run_here(cfg, [*overrides, f"run_name={cfg.run_name}"])
+    code = run_here(cfg, [*overrides, override_of("run_name", cfg.run_name)])
     if code in (PREEMPTED_CODE, *(-number for number in SIGNALS)) and "SUBMITIT_EXECUTOR" not in os.environ:
         # Hydra keeps an Exception to itself and would start the next trial.
         sys.exit(PREEMPTED_CODE)
     summary = RunDirectory(run_directory(cli.typed(cfg))).summary
-    return float(json.loads(summary.read_text())["heldout_loss"]) if code == 0 and summary.exists() else None
+    return (
+        float(json.loads(summary.read_text(encoding="utf-8"))["heldout_loss"])
+        if code == 0 and summary.exists()
+        else None
+    )
 
 
 def requeue() -> None:

@@ -12,6 +12,7 @@ from launch.machines import find_machines
 from launch.process import run_child
 from train.directory import RunDirectory
 from train.plan import plan_run
+from train.wandb_key import check_wandb
 
 
 def start_run(config: Config, overrides: Sequence[str]) -> int:
@@ -19,6 +20,7 @@ def start_run(config: Config, overrides: Sequence[str]) -> int:
     gpus = num_gpus(os.environ)
     machines = find_machines(config.launch, os.environ)
     plan = plan_run(config, num_processes(config, gpus) * machines.num)
+    check_wandb(config.logger, os.environ)
     command = accelerate_command(config, overrides, gpus, machines, gpu_bytes(os.environ))
     if config.dry_run:
         print(printable(command))

@@ -20,8 +20,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from conf import schema
-from conf.compose import composed, composition_sentence
+from conf.compose import composed, composition_sentence, prepared
 from conf.schema import Config, LaunchConfig
+from conf.values import override_of, text_of
 from train.directory import RunDirectory, is_restart
 from train.plan import RunPlan
 
@@ -69,6 +70,7 @@ class Sweep:
 
 def read_sweep(arguments: Sequence[str]) -> Sweep:
     """The sweep that a command line without its -m describes; a ValueError names every job that cannot be."""
+    arguments = prepared("train", arguments, is_sweep=True)
     own = [item for item in arguments if not is_hydras(item)]
     try:
         overrides = OverridesParser.create().parse_overrides(own)
@@ -85,7 +87,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     except HydraException as error:
         raise ValueError(composition_sentence(error, Config)) from error
     keys = {key_of(override.get_key_element()) for override in overrides} | {"sweep_name"}
-    name = next((item.split("=", 1)[1] for item in own if is_key(item, "sweep_name")), None)
+    name = next((text_of(item.split("=", 1)[1]) for item in own if is_key(item, "sweep_name")), None)
     has_own_name = name is None or any(is_key(item, "run_name") for item in own)
     is_one_run = not swept and not is_search and has_own_name
     # One run of a sweep is told from its others by what was asked for.
@@ -95,14 +97,17 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     else:
         check_names(own)
         name = name or DEFAULT_NAME
-    common = [] if name is None or any(is_key(item, "sweep_name") for item in own) else [f"sweep_name={name}"]
+    common = (
+        [] if name is None or any(is_key(item, "sweep_name") for item in own) else [override_of("sweep_name", name)]
+    )
     jobs, mistakes, taken = [], [], dict[str, str]()
     for values in combinations[:1] if is_search else combinations:
-        run_name = [] if name is None or is_search else [f"run_name={name}/{job_name(values, naming)}"]
+        run_name = [] if name is None or is_search else [override_of("run_name", f"{name}/{job_name(values, naming)}")]
         own_values = ", ".join(item for item in values if key_of(item) in swept) or "this run"
         try:
-            if run_name == [f"run_name={name}/"]:
-                run_name = [f"run_name={name}/{composed('train', [*values, *common]).run_name or 'job'}"]
+            if run_name and not job_name(values, naming):
+                own_name = composed("train", [*values, *common]).run_name or "job"
+                run_name = [override_of("run_name", f"{name}/{own_name}")]
             job = (*(item for item in values if not is_key(item, "dry_run")), *common, *run_name)
             jobs.append(Job(job, composed("train", [*values, *common, *run_name])))
         except ValueError as error:

@@ -55,6 +55,18 @@ CONFIG_MISTAKES = [
     ("launch.config_file=nowhere.yaml", "launch.config_file=nowhere.yaml does not exist"),
     ("run_name=../outside", "leaves the runs folder"),
     ("resume=maybe", "resume=maybe is not known"),
+    ("optim.optim=muon", "optim.optim=muon is not known: choose one of adamw_torch, adamw_torch_fused"),
+    ("trainer.optim=adamw_torch_fuse", "did you mean adamw_torch_fused?"),
+    ("optim.lr_scheduler_type=cosin", "optim.lr_scheduler_type=cosin is not known: did you mean cosine?"),
+    ("trainer.save_strategy=best", "trainer.save_strategy=best is not known: choose one of no, steps, epoch."),
+    ("trainer.eval_strategy=step", "did you mean steps?"),
+    ("trainer.torch_compile_mode=fast", "trainer.torch_compile_mode=fast is not known"),
+    ("trainer.logging_steps=0", "trainer.logging_steps=0.0 must be above 0"),
+    ("trainer.dataloader_num_workers=-1", "trainer.dataloader_num_workers=-1 must be from 0"),
+    ("trainer.seed=-1", "trainer.seed=-1 must be from 0"),
+    ("optim.adam_beta2=2", "optim.adam_beta2=2.0 is outside [0, 1)"),
+    ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must be at least 0"),
+    ("export.max_shard_size=big", "export.max_shard_size=big is no size of a file"),
 ]
 
 
@@ -97,6 +109,15 @@ def test_bad_data_is_named_by_one_rank_and_leaves_no_run(tmp_path):
 def test_what_only_the_ranks_can_find_is_said_once(tmp_path):
     done = run_command(["launch", *tiny(tmp_path, "+trainer.extra.neftune_noise_alph=1")])
     assert "did you mean neftune_noise_alpha?" in the_error(done)
+
+
+def test_a_batch_that_is_more_than_the_text_is_said_once_by_rank_0(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    done = run_command(["launch", *tiny(tmp_path, "batch_size=1000000", "logger=none")])
+    assert re.match(
+        r"error: batch_size=1000000 is more than the \d+ training blocks there are: give more text", the_error(done)
+    )
+    assert done.returncode == 2
 
 
 def refusal_of_data(folder: Path, *overrides: str) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from conf.schema import ModelConfig
+from conf.schema import ModelConfig, PlanConfig
 from launch.plan.compute import event_network_bytes, flops_per_token, step_network_bytes, training_days
+from launch.plan.device import memory_of, peak_of
 from launch.plan.figure import density_curve, draw_density
 from launch.plan.forecast import forecast
 from launch.plan.gathering import must_reshard
@@ -19,6 +20,7 @@ from launch.plan.request import read_request
 from launch.plan.text import run_text
 from tests.benchmarks.memory import Case, measure
 from train.counts import count_parameters
+from train.devices import PEAK_TFLOPS
 from train.plan import plan_run
 
 ONE_B = ModelConfig(
@@ -148,6 +150,34 @@ def test_device_memory_is_read_with_its_unit(text, size):
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(ValueError, match="device_memory="):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "peak", "memory"),
+    [
+        ({}, 989.5, "80GB"),
+        ({"device": "H200"}, 989.5, "141GB"),
+        ({"device": "a100"}, 312.0, "80GB"),
+        ({"device": "H100 NVL", "device_memory": "90GB"}, 835.5, "90GB"),
+        ({"device": "MI300X", "device_memory": "192GB", "peak_tflops": 1307.4}, 1307.4, "192GB"),
+    ],
+)
+def test_a_device_is_counted_with_its_own_peak_and_memory(asked, peak, memory):
+    request = PlanConfig(**asked)
+    assert (peak_of(request), memory_of(request)) == (peak, memory)
+
+
+def test_a_device_that_is_not_in_the_table_is_refused_with_those_that_are():
+    with pytest.raises(
+        ValueError, match=r"device=TPU is not in the table of GPUs: choose one of .*A100.* or give peak_tflops="
+    ):
+        peak_of(PlanConfig(device="TPU"))
+    with pytest.raises(ValueError, match="or give device_memory=SIZE"):
+        memory_of(PlanConfig(device="TPU", peak_tflops=100.0))
+
+
+def test_every_device_of_the_table_has_a_memory():
+    assert all(memory_of(PlanConfig(device=name)) for name in PEAK_TFLOPS)
 
 
 def test_the_1b_costs_7_64_gflop_a_token():

@@ -150,6 +150,7 @@ def test_text_fits_into_100_columns(tmp_path):
         ("devcies=3", "did you mean devices?"),
         ("devices=0", "devices=0"),
         ("device_memory=12parsecs", "12parsecs"),
+        ("device=MI300X", "device=MI300X is not in the table of GPUs: choose one of H100 PCIE, H100 NVL, H100, "),
         ("batch_size=25", "batch_size=25"),
         ("nonsense", "nonsense"),
     ],

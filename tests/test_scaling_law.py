@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from conf.compose import quoted_list
+from conf.schema import ScalingLawConfig
+from conf.values import as_typed
 from eval.law.claim import held_out_residuals, paired, verdict
 from eval.law.fit import Fit, Problem, _grid, _objective, bootstrap, check_exponents, check_hessian, fit_law
 from eval.law.identifiable import levels
@@ -470,16 +471,16 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
 @pytest.mark.parametrize(
     ("argument", "quoted"),
     [
-        ("runs=runs/a", "runs=['runs/a']"),
-        ("runs=a/target=0.8,b*", "runs=['a/target=0.8','b*']"),
-        ("runs=[a, b=1]", "runs=['a','b=1']"),
+        ("runs=runs/a", "runs=[runs/a]"),
+        ("runs=a/target=0.8,b*", "runs=['a/target=0.8',b*]"),
+        ("runs=[a, b=1]", "runs=[a,'b=1']"),
         ("runs=['a,b']", "runs=['a,b']"),
         ("predict.overrides=[sparsity.target=0.6]", "predict.overrides=['sparsity.target=0.6']"),
         ("form=n", "form=n"),
     ],
 )
 def test_paths_with_equals_signs_need_no_quotes(argument, quoted):
-    assert quoted_list(argument) == quoted
+    assert as_typed(argument, ScalingLawConfig) == quoted
 
 
 def test_the_command_writes_json_alone_and_a_figure(tmp_path):

@@ -63,6 +63,26 @@ def test_a_sweep_is_a_job_array_of_fsdp2_runs_with_a_table_and_a_figure(cluster,
     assert "nothing is submitted" in log.read_text()
 
 
+def test_jobs_outlive_a_killed_launcher_and_the_same_command_waits_for_them(cluster, folder):
+    arguments = [
+        *LAUNCHER, *(item for item in tiny(folder, "logger=none") if not item.startswith("run_name")),
+        "trainer.max_steps=200", "sweep_name=orphans", "sparsity.target=0,0.5", "launch.num_processes=1",
+    ]  # fmt: skip
+    sweep, log = folder / "runs" / "orphans", folder / "orphans.log"
+    run = start(cluster, arguments, log)
+    wait_for(lambda: last_step(sweep / "sparsity.target-0") >= 20 or run.poll() is not None, 200, "step 20")
+    assert run.poll() is None, log.read_text()[-3000:]
+    run.kill()
+    run.wait()
+    assert jobs(cluster), "the jobs ended with their launcher"
+    assert start(cluster, arguments, log).wait(400) == 0, log.read_text()[-3000:]
+    assert "of an earlier command still run: waiting for them" in log.read_text()
+    assert "nothing is submitted" in log.read_text()
+    assert len(list((sweep / ".submitit").rglob("*_submission.sh"))) == 1
+    for target in ("0", "0.5"):
+        assert (sweep / f"sparsity.target-{target}" / "summary.json").exists()
+
+
 def test_a_job_that_is_warned_and_then_preempted_ends_with_the_same_model(cluster, folder, whole):
     """USR2 as before the time limit, then a job of a higher partition: requeued both times, by submitit and as it can."""
     run_dir, log = folder / "runs" / "preempted-by-slurm", folder / "preempted.log"

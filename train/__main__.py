@@ -8,13 +8,15 @@ import hydra
 from omegaconf import DictConfig
 
 from conf import cli, schema
-from conf.compose import check_arguments
+from conf.compose import check_arguments, prepared
 from conf.schema.checks import check
+from conf.streams import keep_writing
 from train.determinism import compute_deterministically
 from train.faults.error import FAILED_CODE, hand_over
-from train.faults.process import die_with_parent, end_process, end_process_after
+from train.faults.process import AGENT, die_with_parent, end_process, end_process_after
 from train.faults.stop import RunStopped
 from train.plan import plan_run, world_size_asked
+from train.wandb_key import check_wandb
 
 schema.register()
 
@@ -36,6 +38,7 @@ def train(cfg: DictConfig) -> None:
         config = cli.typed(cfg)
         check(not config.dry_run, "dry_run=true is for `python -m launch`, which prints the command: remove it.")
         plan = plan_run(config, world_size_asked(config, os.environ))
+        check_wandb(config.logger, os.environ)
 
     if config.trainer.full_determinism:
         compute_deterministically()
@@ -65,12 +68,16 @@ def train(cfg: DictConfig) -> None:
 
 
 def run_process() -> None:
+    keep_writing()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
+        # Without the agent's number a rank that starts while the agent dies would not notice.
+        agent = os.environ.get(AGENT)
+        die_with_parent(int(agent) if agent else None)
         # Ctrl-C before there is anything to save ends a rank without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     cli.hush_other_ranks()
     with cli.user_errors():
+        sys.argv[1:] = prepared("train", sys.argv[1:])
         check_arguments("train", sys.argv[1:])
     main()
 

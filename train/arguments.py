@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+import torch._dynamo
+from torch import nn
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 
 from conf.schema import Config, TrainerConfig
 from conf.schema.trainer import OWN_KEYS
@@ -72,6 +76,43 @@ def name_matmul_precision() -> None:
     """
     if torch.backends.fp32_precision == "tf32":
         torch.set_float32_matmul_precision("high")
+
+
+def check_recipe(arguments: TrainingArguments, model: nn.Module) -> None:
+    """Raise a ValueError if optimizer, learning rate schedule or compiler cannot be made: found before the data is prepared.
+
+    Args:
+        arguments: Those of the run.
+        model: Of the run's parameters, on any device: some optimizers look at their names.
+    """
+    weight = nn.Parameter(torch.zeros(1))
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        if kind.__module__.startswith("torch."):
+            kind([weight], **options)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"optim.optim={OptimizerNames(arguments.optim).value} cannot be made: {_first_sentence(error)}"
+        ) from error
+    scheduler = SchedulerType(arguments.lr_scheduler_type).value
+    settings = dict(arguments.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(scheduler, torch.optim.SGD([weight], lr=1.0), 1, arguments.max_steps, settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"optim.lr_scheduler_kwargs={settings} does not fit optim.lr_scheduler_type={scheduler}: {_first_sentence(error)}"
+        ) from error
+    if arguments.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise ValueError("trainer.use_liger_kernel=true needs the library liger-kernel: pip install liger-kernel.")
+    backend = arguments.torch_compile_backend
+    if arguments.torch_compile and backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        raise ValueError(
+            f"trainer.torch_compile_backend={backend} is not known to torch: choose one of {', '.join(known)}."
+        )
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") + "."
 
 
 def check_extra(extra: dict[str, object]) -> None:

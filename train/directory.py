@@ -30,6 +30,8 @@ NOT_PART_OF_A_RUN = (
 )  # fmt: skip
 """Keys that may differ when a run is started again; what a step trains on is compared with the checkpoint's."""
 
+LOCK_PATIENCE_S = 3.0
+
 
 class RunDirectory:
     """Paths of a run, and the lock that one process holds on them while it lives."""
@@ -56,7 +58,8 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            # The ranks of a run that was killed a moment ago hold it a little longer.
+            self._lock.acquire(timeout=LOCK_PATIENCE_S)
         except Timeout:
             raise ValueError(
                 f"{self.path} is in use by a live process: wait for it or end it, or take another run_name."
@@ -82,6 +85,16 @@ class RunDirectory:
         check_room(self.path, needed_bytes - bytes_below(self.checkpoints))
         return None
 
+    def is_in_use(self) -> bool:
+        """Tell whether a live process has claimed the folder."""
+        if not Path(self._lock.lock_file).exists():
+            return False
+        try:
+            with self._lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
     def finished(self, config: Config) -> dict[str, Any] | None:
         """The summary where this configuration's run has ended here; a ValueError where the folder is of another one."""
         if not self.config.exists():
@@ -104,7 +117,7 @@ class RunDirectory:
 
     def _read_summary(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.summary.read_text()))
+            return dict(json.loads(self.summary.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             raise ValueError(
                 f"{self.summary} is garbled: remove it, and the same command writes it again, or set overwrite=true."

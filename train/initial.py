@@ -59,7 +59,8 @@ def _files(folder: Path, names: list[str]) -> dict[str, Path]:
     if (folder / INDEX).is_file():
         try:
             weight_map = {
-                str(name): str(file) for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()
+                str(name): str(file)
+                for name, file in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items()
             }
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ValueError(f"init_from={folder}: {INDEX} is garbled: copy it again.") from None

@@ -28,6 +28,23 @@ def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
     )
 
 
+def model_on_meta(model: ModelConfig) -> LlamaForCausalLM:
+    """Build the model without memory, to see in a moment that transformers takes its configuration.
+
+    Raises:
+        ValueError: The attention function is not known, or its library is not installed.
+    """
+    options = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
+    try:
+        with torch.device("meta"):
+            return LlamaForCausalLM._from_config(llama_config(model), dtype=torch.float32, **options)
+    except (ImportError, ValueError) as error:
+        if model.attn_implementation is None:
+            raise
+        words = " ".join(str(error).split())
+        raise ValueError(f"model.attn_implementation={model.attn_implementation} cannot be used: {words}") from error
+
+
 def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> LlamaForCausalLM:
     """A model in float32 whose weights follow from `seed` alone: the same on every rank and for any world size."""
     set_seed(seed)

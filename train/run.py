@@ -19,11 +19,13 @@ from sparsity import SparsityCallback, prunable_parameters
 from sparsity.prunable import own_linear_weights
 from sparsity.schedule import schedule_record
 from sparsity.shards import local_values, rank_layout
-from train.arguments import training_arguments
+from train.arguments import check_recipe, training_arguments
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
 from train.compiled import compile_by_blocks
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
+from train.data.sampler import PermutationSampler
+from train.data.stream import training_blocks
 from train.directory import RunDirectory
 from train.disk import run_bytes
 from train.distributed import World
@@ -34,7 +36,7 @@ from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
 from train.fp8 import check_fp8, convert_to_fp8
 from train.initial import load_initial_weights, zero_share
-from train.model import build_model
+from train.model import build_model, model_on_meta
 from train.plan import RunPlan
 from train.profiler import StepProfiler
 from train.pruning import sparsity_callback
@@ -50,6 +52,9 @@ from train.throughput import StepClock, speedometer
 from train.trainer import PretrainingTrainer, RunState
 from train.wandb_run import start_wandb
 
+SETUP_ERRORS = (ImportError,)
+"""Beside a user's errors: transformers raises it for a library that a setting needs."""
+
 
 def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
     """Train, evaluate and export one model. Collective: every rank of the world calls it.
@@ -60,9 +65,10 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     directory = RunDirectory(plan.run_dir)
-    with user_errors(quiet=not world.is_main):
+    with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         arguments = training_arguments(config, plan, directory.checkpoints)
         check_fp8(config, plan, world.device, world.is_main)
+        check_recipe(arguments, model_on_meta(plan.model))
     finished = world.on_main(directory.claim, config, run_bytes(config, plan))
     if finished is not None:
         world.on_main(renew_card, config, plan, directory, finished)
@@ -70,9 +76,11 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         world.on_main(push_to_hub, config.card, directory.model)
         return
     data = world.on_main(prepare, config.data, config.tokenizer, plan.model.vocab_size, plan.sequence_length)
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
-    model = build_model(plan.model, tokenizer, config.trainer.seed)
-    with user_errors(quiet=not world.is_main):
+    with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
+        # Refuses a batch that is more than the text.
+        PermutationSampler(len(training_blocks(data)), batch_size=plan.batch_size)
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
+        model = build_model(plan.model, tokenizer, config.trainer.seed)
         if config.init_from is not None:
             load_initial_weights(model, config.init_from)
         if config.trainer.fp8:
@@ -94,7 +102,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         initial_sparsity = 0.0 if config.init_from is None else zero_share(prunable)
         profiler = make_profiler(config, directory, clock)
         recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity, clock, world.device)
-    with user_errors(quiet=not world.is_main):
+    with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         trainer = PretrainingTrainer(
             world=world,
             sparsity=sparsity,
@@ -182,7 +190,8 @@ def make_recorder(
 ) -> Recorder:
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
-    wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size}, initial_sparsity)
+    with user_errors():
+        wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size}, initial_sparsity)
     return Recorder(
         plan,
         sparsity,

@@ -32,7 +32,7 @@ SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH", "JWT", "COOKIE
 def write_snapshot(path: Path, world: World) -> None:
     """Add this start to the run's environment.json. Called by rank 0 alone."""
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = []
     write_atomically(path, json.dumps([*before, snapshot(os.environ, sys.argv, world)], indent=2) + "\n")
@@ -85,7 +85,15 @@ def code_version(root: Path) -> dict[str, Any]:
 
 def git(root: Path, *words: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=30,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,9 +1,37 @@
-"""Whether there is an account of wandb here."""
+"""What a run finds of wandb here, told without importing it: the account, the mode, the library."""
 
 from __future__ import annotations
 
 import netrc
 import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from conf.schema import LoggerConfig
+from conf.schema.checks import check
+
+MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+"""What wandb takes for WANDB_MODE."""
+
+
+def check_wandb(logger: LoggerConfig, environment: Mapping[str, str]) -> None:
+    """Raise a ValueError if wandb is asked for and could not start, before the data is prepared."""
+    if not logger.wandb:
+        return
+    check(
+        find_spec("wandb") is not None, "logger=wandb needs the library wandb: pip install wandb, or take logger=none."
+    )
+    asked = environment.get("WANDB_MODE") if logger.mode == "auto" else logger.mode
+    mode = asked if logger.mode == "auto" else None
+    check(
+        asked != "online" or has_wandb_key() or "WANDB_IDENTITY_TOKEN_FILE" in environment,
+        f"{'WANDB_MODE' if mode else 'logger.mode'}=online needs an account: run `wandb login` or set WANDB_API_KEY, or take "
+        "logger.mode=offline.",
+    )
+    check(
+        not mode or mode in MODES,
+        f"WANDB_MODE={mode} is not known to wandb: set one of {', '.join(MODES)}, or take logger.mode=offline or logger=none.",
+    )
 
 
 def has_wandb_key() -> bool:

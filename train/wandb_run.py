@@ -33,20 +33,27 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
     if not id_file.exists():
         id_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(id_file, uuid.uuid4().hex[:8] + "\n")
-    run = wandb.init(
-        id=id_file.read_text().strip(),
-        resume="allow",
-        dir=str(run_dir),
-        project=logger.project,
-        entity=logger.entity,
-        group=logger.group or config.sweep_name,
-        job_type=logger.job_type or kind_of_run(plan, initial_sparsity),
-        tags=run_tags(config, plan, initial_sparsity),
-        name=config.run_name or run_dir.name,
-        config=values,
-        mode=mode or ("online" if has_wandb_key() else "offline"),  # type: ignore[arg-type]
-        settings=wandb.Settings(silent=True),
-    )
+    try:
+        run = wandb.init(
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(run_dir),
+            project=logger.project,
+            entity=logger.entity,
+            group=logger.group or config.sweep_name,
+            job_type=logger.job_type or kind_of_run(plan, initial_sparsity),
+            tags=run_tags(config, plan, initial_sparsity),
+            name=config.run_name or run_dir.name,
+            config=values,
+            mode=mode or ("online" if has_wandb_key() else "offline"),  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True),
+        )
+    except Exception as error:
+        # No connection, a wrong key, a WANDB_ variable that it does not take.
+        raise ValueError(
+            f"wandb did not start ({' '.join(str(error).split())}): check the WANDB_ variables and the account, or take "
+            "logger.mode=offline or logger=none."
+        ) from error
     run.define_metric("train/tokens")
     for group in ("train/*", "perf/*", "eval/*", "sparsity/*", "layer_density/*"):
         run.define_metric(group, step_metric="train/tokens")

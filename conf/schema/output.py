@@ -34,6 +34,10 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_choice("export.dtype", self.dtype, ("float32", "bfloat16"))
+        check(
+            re.fullmatch(r"[1-9]\d*(?:[KMGT]i?B)?", self.max_shard_size) is not None,
+            f"export.max_shard_size={self.max_shard_size} is no size of a file: give one like 5GB.",
+        )
 
 
 @dataclass

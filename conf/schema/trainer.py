@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.schema.checks import check
+from conf.schema.choices import check_trainer
 
 OWN_KEYS = ("fp8", "profile_steps", "async_save")
 """Keys of the group `trainer` that TrainingArguments do not have."""
@@ -95,6 +96,7 @@ class TrainerConfig(OptimConfig):
         )
         self._check_profile_steps()
         check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
+        check_trainer(self)
 
     def _check_profile_steps(self) -> None:
         if self.profile_steps is None:

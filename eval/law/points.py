@@ -110,7 +110,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _summary(file: Path) -> Mapping[str, Any]:
     try:
-        summary = json.loads(file.read_text())
+        summary = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no JSON ({error}): finish the run again, or leave it out.") from error
     if not isinstance(summary, dict):

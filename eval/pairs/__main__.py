@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.cli import user_errors
-from conf.compose import composed, quoted_list
+from conf.compose import composed
 from conf.schema import PairsConfig
 
 
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
         print(__doc__)
         return
     with user_errors():
-        config: PairsConfig = composed("pairs", [quoted_list(argument) for argument in arguments])
+        config: PairsConfig = composed("pairs", arguments)
         from eval.pairs.comparison import compare, read_runs
         from eval.pairs.figure import draw_pairs
         from eval.pairs.text import as_json, markdown

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.cli import user_errors
-from conf.compose import composed, quoted_list, quoted_text
+from conf.compose import composed
 from conf.schema import ReportConfig
 
 USAGE = """python -m eval.report runs=runs/SWEEP                           report.html, and its figures in report/
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     with user_errors():
-        config: ReportConfig = composed("report", [quoted_text(quoted_list(argument)) for argument in arguments])
+        config: ReportConfig = composed("report", arguments)
         from eval.report.page import write_page
         from eval.report.runs import read_runs
 

@@ -46,13 +46,13 @@ def write_page(config: ReportConfig, runs: Sequence[Run], page: Path) -> None:
         figures[panel.name] = [figure_of(panel, picture, described(panel, runs, drawn), note)]
         if picture.scale:
             data[panel.name] = readable(panel, picture, drawn)
-    template = Environment(autoescape=True).from_string((HERE / "page.html").read_text())
+    template = Environment(autoescape=True).from_string((HERE / "page.html").read_text(encoding="utf-8"))
     colors = [{"name": run.name, "color": run.pair % len(PAIR_COLORS)} for run in runs]
     html = template.render(
         title=config.title or common_folder(runs),
         subtitle=counted(runs),
-        css=Markup((HERE / "page.css").read_text()),
-        js=Markup((HERE / "page.js").read_text()),
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        js=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         data=Markup(script_json({"runs": colors, "panels": data})),
         runs=[row(number, run) for number, run in enumerate(runs)],
         columns=COLUMNS.values(),
@@ -60,7 +60,7 @@ def write_page(config: ReportConfig, runs: Sequence[Run], page: Path) -> None:
         command=shlex.join(["python", "-m", "eval.report", f"runs={','.join(config.runs)}"]),
         folder=f"{folder.name}/",
     )
-    page.write_text(html)
+    page.write_text(html, encoding="utf-8")
 
 
 def section(name: str, figures: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

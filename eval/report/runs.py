@@ -67,7 +67,7 @@ def read_run(folder: Path) -> Run:
         figures=figures,
         is_finished=is_finished,
         state="finished" if is_finished else state_words(records, figures, folder / METRICS),
-        sample=sample.read_text(errors="replace").rstrip() if sample.is_file() else "",
+        sample=sample.read_text(errors="replace", encoding="utf-8").rstrip() if sample.is_file() else "",
     )
 
 
@@ -175,7 +175,7 @@ def _share(record: Mapping[str, Any], key: str) -> float:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}): finish the run again, or leave it out.") from None
     if not isinstance(found, dict):

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from conf.cli import user_errors
-from conf.compose import composed, quoted_list, quoted_text
+from conf.compose import composed
 from conf.schema import DashboardConfig
 from launch.dashboard.selection import Selection, select
 from train.wandb_key import has_wandb_key
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     with user_errors():
-        config: DashboardConfig = composed("dashboard", [quoted_text(quoted_list(argument)) for argument in arguments])
+        config: DashboardConfig = composed("dashboard", arguments)
         check_possible(config)
         selection = select(config)
         from launch.dashboard.views import build_view, view_spec

@@ -59,7 +59,7 @@ def select(config: DashboardConfig) -> Selection:
 
 def wandb_id(folder: Path) -> str:
     try:
-        return (folder / "wandb" / "id.txt").read_text().strip()
+        return (folder / "wandb" / "id.txt").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         raise ValueError(
             f"{folder} has no wandb run, it was logged to metrics.jsonl alone: leave it out, or look at it with "

@@ -16,7 +16,7 @@ from launch.plan.text import run_text, series_text
 from train.plan import plan_run
 
 USAGE = """python -m launch.plan [series=[NAME,...]] [format=json]          the table of the series
-python -m launch.plan experiment=NAME [devices=64] [device_memory=141GB] [mfu=0.4] [key=value ...]
+python -m launch.plan experiment=NAME [devices=64] [device=H100] [mfu=0.4] [key=value ...]
 Keys of the plan itself are in conf/plan.yaml; all others are the run's, as for python -m launch."""
 
 

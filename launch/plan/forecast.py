@@ -13,6 +13,7 @@ from launch.plan.compute import (
     training_days,
     training_flops,
 )
+from launch.plan.device import memory_of, peak_of
 from launch.plan.gathering import run_setting
 from launch.plan.memory import GpuMemory, Setting, gpu_memory, largest_micro_batch, parse_bytes
 from launch.plan.series import table_row
@@ -26,7 +27,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
     num_prunable = plan.num_prunable
     setting = run_setting(config, plan, parse_bytes(request.device_memory), request.memory_headroom)
     flops = training_flops(plan.model, row["avg_linear_params"], plan.sequence_length, plan.total_tokens)
-    days = training_days(flops.dense, plan.world_size, request.peak_tflops, request.mfu)
+    days = training_days(flops.dense, plan.world_size, peak_of(request), request.mfu)
     twin = plan.twin
     return {
         **row,
@@ -54,7 +55,8 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "training_flops_dense": flops.dense,
             "training_flops_average": flops.average,
             "mfu": request.mfu,
-            "peak_tflops": request.peak_tflops,
+            "device": None if request.peak_tflops else request.device,
+            "peak_tflops": peak_of(request),
             "seconds_per_step": days * 86_400 / plan.num_steps,
             "days": days,
         },
@@ -124,7 +126,7 @@ def _leanest(config: Config, setting: Setting) -> Setting:
 
 def _largest_fit(plan: RunPlan, num_prunable: int, setting: Setting, request: PlanConfig) -> dict[str, Any]:
     """The largest micro-batch that fits into the device's memory less its headroom; sizes are None where none does."""
-    device = parse_bytes(request.device_memory)
+    device = parse_bytes(memory_of(request))
     share = plan.batch_size // plan.world_size
     budget = device * (1 - request.memory_headroom)
     fit = largest_micro_batch(plan.model, num_prunable, setting, share=share, budget_bytes=budget)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from conf.compose import composed, composition_sentence
+from conf.compose import composed, composition_sentence, prepared
 from conf.schema import Config, PlanConfig
 
 
@@ -23,6 +23,7 @@ class Request:
 
 def read_request(arguments: Sequence[str]) -> Request:
     """Compose a plan's arguments: the runs of the series, or with experiment= (or model=) that one run."""
+    arguments = prepared("plan", arguments)
     own_keys = {field.name for field in fields(PlanConfig)}
     own: list[str] = []
     run: list[str] = []

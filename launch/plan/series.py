@@ -78,7 +78,7 @@ def card_average_density(schedule: Staircase, num_steps: int) -> float:
 def measured_loss(plan: RunPlan) -> tuple[float | None, float | None]:
     """Final training loss and its standard deviation, once the very run that is planned is finished here."""
     try:
-        summary = json.loads((plan.run_dir / "summary.json").read_text())
+        summary = json.loads((plan.run_dir / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None, None
     same = {"steps": plan.num_steps, "total_tokens": plan.total_tokens, "linear_params": plan.counts.linear}

@@ -159,9 +159,14 @@ def _compute(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("", f"= {compute['formula']}"),
         ("", f"{short_float(_round(compute['training_flops_average']))} by average density"),
         ("time", f"{compute['days']:.3g} days, {compute['seconds_per_step']:.3g} s a step"),
-        ("", f"at {100 * compute['mfu']:g} % of {compute['peak_tflops']:g} TFLOP/s"),
+        ("", f"at mfu={compute['mfu']:g}, assumed, of {_peak(compute)}"),
         ("", "GPUs compute masked weights too, so the time follows the dense FLOPs"),
     ]  # fmt: skip
+
+
+def _peak(compute: dict[str, Any]) -> str:
+    of_device = f"the bf16 peak of device={compute['device']}, " if compute["device"] else ""
+    return f"{of_device}{compute['peak_tflops']:g} TFLOP/s"
 
 
 def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:

@@ -292,7 +292,7 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 
 def _write_table(path: Path, table: dict[str, Any]) -> None:
-    path.write_text(json.dumps(table, indent=2) + "\n")
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

@@ -16,7 +16,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -56,7 +56,7 @@ def checkpoints(root: Path) -> list[Path]:
 def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a checkpoint, None if nothing; `share` (i, n) looks at every n-th file, from the i-th."""
     try:
-        sums = read_sums((folder / SUMS).read_text())
+        sums = read_sums((folder / SUMS).read_text(encoding="utf-8"))
         for name, expected in sorted(sums.items())[share[0] :: share[1]]:
             if sha256_of(folder / name) != expected:
                 return f"{name} does not have the checksum it was written with"

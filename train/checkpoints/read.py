@@ -22,7 +22,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state: dict[str, Any] = json.loads((folder / layout.STATE).read_text())
+        self.state: dict[str, Any] = json.loads((folder / layout.STATE).read_text(encoding="utf-8"))
         if self.state.get("format") != layout.FORMAT:
             raise ValueError(
                 f"{folder} has format {self.state.get('format')} where this version reads {layout.FORMAT}: resume with "

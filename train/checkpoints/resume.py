@@ -33,7 +33,7 @@ def checkpoint_to_resume(
 
 def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: str) -> None:
     """A ValueError where the checkpoint's steps or data are not those of this run."""
-    state = json.loads((folder / STATE).read_text())
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     for key, now in identity.items():
         before = state["identity"].get(key)
         if before != json.loads(json.dumps(now)):

@@ -101,14 +101,14 @@ def sha256_of_all(
         with contextlib.suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)
             with aside(memo) as partial:
-                partial.write_text(json.dumps(elsewhere | remembered))
+                partial.write_text(json.dumps(elsewhere | remembered), encoding="utf-8")
     return hashes
 
 
 def _read_memo(memo: Path) -> dict[str, str]:
     """What a memo holds; nothing where it is not there, cannot be read or was cut short: it can be made anew."""
     try:
-        found = json.loads(memo.read_text())
+        found = json.loads(memo.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

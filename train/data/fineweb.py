@@ -74,7 +74,7 @@ def _stream(subset: str | None, max_documents: int, cache: Path) -> tuple[str, l
         texts = (row["text"] for row in islice(rows, max_documents))
         for index, lines in enumerate(_groups(texts, LINES_PER_FILE)):
             file = folder / f"part-{index:05}.jsonl"
-            file.write_text("".join(f"{json.dumps({'text': text})}\n" for text in lines))
+            file.write_text("".join(f"{json.dumps({'text': text})}\n" for text in lines), encoding="utf-8")
 
     return key, find_files(build_once(cache / "documents" / key, build))
 

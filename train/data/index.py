@@ -22,7 +22,7 @@ def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
     Keys: dtype, vocab_size, separator, tokenizer (hash of its files); splits: num_documents, num_tokens and num_bytes
     (UTF-8) of `train` and `heldout`; parts: for each split the file's name, its counts and its sha256.
     """
-    records = [json.loads(job.sidecar.read_text()) for job in jobs]
+    records = [json.loads(job.sidecar.read_text(encoding="utf-8")) for job in jobs]
     vocab_size = jobs[0].vocab_size
     counts = np.zeros(vocab_size, np.int64)
     for job in jobs:
@@ -48,13 +48,13 @@ def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
         ],
     }
     with aside(folder / INDEX) as partial:
-        partial.write_text(json.dumps(index, indent=1))
+        partial.write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
     """The index of a prepared folder, or a `ValueError` where this machine has none."""
     try:
-        return json.loads(Path(folder, INDEX).read_text())
+        return json.loads(Path(folder, INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
             f"{folder} holds no prepared tokens on this machine: "

@@ -61,7 +61,7 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
 def is_done(job: Job) -> bool:
     """True if the part's files are there with the sizes that its sidecar, which is written last, tells."""
     try:
-        record = json.loads(job.sidecar.read_text())
+        record = json.loads(job.sidecar.read_text(encoding="utf-8"))
         width = id_dtype(job.vocab_size).itemsize
         sizes = {split: record[split]["num_tokens"] * width for split in SPLITS}
         return job.counts.exists() and all(job.tokens(split).stat().st_size == sizes[split] for split in SPLITS)
@@ -99,7 +99,7 @@ def pack(job: Job) -> None:
     with aside(job.counts) as partial, open(partial, "wb") as file:
         np.save(file, counts)
     with aside(job.sidecar) as partial:
-        partial.write_text(json.dumps(record))
+        partial.write_text(json.dumps(record), encoding="utf-8")
 
 
 def _batches(texts: Iterable[str], heldout_share: float) -> Iterator[tuple[Split, list[str], int]]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
+AGENT = "SPARSELLM_AGENT"
+"""The variable in which ranks find the process id of the agent that starts them."""
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -11,7 +11,7 @@ from train.report.table import count_text, half_up
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
-    with open(metrics) as lines:
+    with open(metrics, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 

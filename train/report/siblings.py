@@ -39,7 +39,7 @@ def find_siblings(run_dir: Path, runs_dir: Path) -> list[dict[str, Any]]:
 def _read_summary(path: Path) -> dict[str, Any] | None:
     """None where another version of the project wrote something that has no line in the table."""
     try:
-        summary = {**json.loads(path.read_text()), "run_name": path.parent.name}
+        summary = {**json.loads(path.read_text(encoding="utf-8")), "run_name": path.parent.name}
         cells(finite(summary))
     except (ValueError, TypeError, KeyError, OSError):
         return None

@@ -66,7 +66,7 @@ def closing_words(summary: dict[str, Any], directory: RunDirectory, commands: Se
     if wandb_runs:
         lines.append(f"wandb    {wandb_runs[-1]}")
     if directory.sample.exists():
-        lines += ["", "a sample:", *(f"  {line}" for line in directory.sample.read_text().splitlines())]
+        lines += ["", "a sample:", *(f"  {line}" for line in directory.sample.read_text(encoding="utf-8").splitlines())]
     return "\n".join(
         [*lines, "", "next:", *(f"  {as_typed(command)}" for command in [*own_commands(summary, directory), *commands])]
     )
@@ -109,4 +109,4 @@ def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: in
             top_p=0.9,
         )
     text = str(tokenizer.decode(generated[0], skip_special_tokens=True))
-    path.write_text(text.strip() + "\n")
+    path.write_text(text.strip() + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""Keys of a command line and of a composed config: each is in the schema, none is removed, none is empty."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from conf.schema.checks import check
+from conf.values import NAME_LISTS, TEXT_LISTS, kind_of, split_at_commas
+
+CONF = Path(__file__).parent
+CHOOSERS = ("experiment", "sweep")
+"""Groups that are no keys of the config themselves."""
+
+MAX_CHOICES = 12
+"""More choices than a sentence should list."""
+
+
+def check_argument(argument: str, *schemas: Any) -> None:
+    """Raise a ValueError if one word of the command line names no key, removes a key, or gives an empty value."""
+    key, equals, value = argument.partition("=")
+    name = key.lstrip("+~")
+    if name.replace("/", ".").split(".")[0] == "hydra" or "@" in name:
+        return
+    kind = next((found for schema in schemas if (found := kind_of(name, schema)) is not None), None)
+    if kind is None and name not in CHOOSERS:
+        check(
+            bool(equals) or key.startswith("~"),
+            f"{argument} sets nothing: write key=value{_example(name)}.",
+        )
+        raise ValueError(unknown_key(argument, name, *schemas))
+    check(
+        not key.startswith("~") or kind is Any,
+        f"{argument} would remove {name}, which cannot be left out: give another value, {name}={_choices(name) or 'VALUE'}.",
+    )
+    check(bool(equals) or kind is Any, f"{argument} sets nothing: write {name}=VALUE.")
+    is_empty = equals and not value.strip()
+    if equals and not is_empty and (kind in TEXT_LISTS or name in NAME_LISTS):
+        inner = value.strip().removeprefix("[").removesuffix("]")
+        is_empty = bool(inner.strip()) and not all(piece.strip() for piece in split_at_commas(inner))
+    check(value.strip() != "null" or not is_dataclass(kind), missing_value(name))
+    check(not is_empty or key.startswith("~"), empty_value(name, value))
+
+
+def unknown_key(argument: str, name: str, *schemas: Any) -> str:
+    """Say that a key does not exist, with the nearest one that does."""
+    paths = [path for schema in schemas for path in key_paths(schema)]
+    last = {path.split(".")[-1]: path for path in paths}
+    near = difflib.get_close_matches(name, [*paths, *CHOOSERS], n=1, cutoff=0.75)
+    near = near or [last[word] for word in difflib.get_close_matches(name.split(".")[-1], last, n=1)]
+    remedy = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(_top_keys(*schemas))}."
+    return f"{argument}: there is no key {name}; {remedy}"
+
+
+def empty_value(name: str, value: str = "") -> str:
+    return (
+        f"{shown(name)}={value or chr(39) * 2} is empty: give a value, or leave the key out; a shell variable that is not "
+        "set gives none."
+    )
+
+
+def missing_value(name: str) -> str:
+    """Say that a key has no value and what it takes."""
+    value = "DIR" if name in ("folder", "out") else _choices(name) or "VALUE"
+    return f"{shown(name)} has no value: give {shown(name)}={value}."
+
+
+def shown(name: str) -> str:
+    """Return a key as the user writes it: `folder` is typed as model=DIR."""
+    return "model" if name == "folder" else name
+
+
+def key_paths(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of a config class's keys, at any depth, the outer ones last."""
+    for key, kind in get_type_hints(schema).items():
+        if is_dataclass(kind):
+            yield from key_paths(kind, f"{prefix}{key}.")
+        yield f"{prefix}{key}"
+
+
+def checked(config: DictConfig) -> Any:
+    """Return the dataclass of a composed config.
+
+    Raises:
+        ValueError: A key is not in the schema, or it has no value or an empty one.
+    """
+    try:
+        for path, name, schema in unknown_keys(config):
+            raise ValueError(unknown_key("the configuration", f"{path}{name}", schema))
+        built = OmegaConf.to_object(config)
+        for path in empty_texts(config):
+            raise ValueError(empty_value(path))
+    except MissingMandatoryValue as error:
+        raise ValueError(missing_value(error.full_key or str(error).rsplit(" ", 1)[-1])) from error
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    return built
+
+
+def unknown_keys(config: DictConfig) -> Iterator[tuple[str, str, Any]]:
+    """Yield (prefix, key, the root's class) of each key that the class of its node does not have."""
+    root = OmegaConf.get_type(config)
+    for path, node in _nodes(config):
+        schema = OmegaConf.get_type(node)
+        if isinstance(node, DictConfig) and is_dataclass(schema):
+            yield from ((path, str(key), root) for key in node if str(key) not in schema.__dataclass_fields__)
+
+
+def empty_texts(config: DictConfig) -> Iterator[str]:
+    """Yield the dotted name of each text of the schema, and of each item of a list, that is empty."""
+    for path, node in _nodes(config):
+        if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)):
+            yield from (f"{path}{key}" for key in node if _is_empty(node, key))
+        elif isinstance(node, ListConfig):
+            yield from (path.rstrip(".") for index in range(len(node)) if _is_empty(node, index))
+
+
+def _nodes(config: DictConfig | ListConfig, path: str = "") -> Iterator[tuple[str, DictConfig | ListConfig]]:
+    yield path, config
+    for key in list(config) if isinstance(config, DictConfig) else range(len(config)):
+        if not OmegaConf.is_missing(config, key) and OmegaConf.is_config(child := config[key]):
+            yield from _nodes(child, f"{path}{key}.")
+
+
+def _is_empty(node: Any, key: Any) -> bool:
+    value = None if OmegaConf.is_missing(node, key) else node[key]
+    return isinstance(value, str) and not value.strip()
+
+
+def _choices(name: str) -> str:
+    """Return the choices of a group, as `a or b`."""
+    names = sorted(path.stem for path in (CONF / name.replace(".", "/")).glob("*.yaml"))
+    if len(names) > MAX_CHOICES:
+        return "NAME"
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _example(name: str) -> str:
+    """Return `, like group=name`, if `name` is a choice of a group."""
+    groups = sorted(path.parent.name for path in CONF.glob(f"*/{name}.yaml")) if name.replace("-", "").isalnum() else []
+    return f", like {groups[0]}={name}" if groups else ", like experiment=demo"
+
+
+def _top_keys(*schemas: Any) -> Sequence[str]:
+    return [*dict.fromkeys(key for schema in schemas for key in get_type_hints(schema)), *CHOOSERS]

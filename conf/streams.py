@@ -1,0 +1,53 @@
+"""Standard output and standard error that never end a command: any character, a closed pipe, a full disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any
+
+
+class SteadyFile(io.FileIO):
+    """A file that drops what cannot be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def write_any_character() -> None:
+    """Write characters that the terminal's encoding lacks as escapes; without this, `print` would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def keep_writing() -> None:
+    """Let a run outlive its output: drop words after the reader of a pipe is gone or the disk is full.
+
+    For commands whose product is a file. If the product is what they print, a failed write has to be an error.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            steady: Any = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            steady = _steady(stream)
+        else:
+            continue
+        setattr(sys, name, steady)
+        setattr(sys, f"__{name}__", steady)
+
+
+def _steady(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    raw = SteadyFile(stream.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

@@ -1,0 +1,81 @@
+"""Jobs of an earlier command that outlive it: a launcher that was killed leaves what submitit started.
+
+The jobs of a sweep on this machine alone end with their launcher (launch.process). Submitit's go on, by design: the same
+command waits for them and then runs what is not finished, so that no job runs twice.
+"""
+
+from __future__ import annotations
+
+import getpass
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launch.local import PlannedJob
+from launch.sweep import Sweep
+from train.directory import RunDirectory
+
+POLL_S = 5.0
+
+
+def live_jobs(sweep: Sweep, planned: Sequence[PlannedJob]) -> list[str]:
+    """Return what still runs or waits in the queue of a sweep: submitit's job numbers, else the runs in use."""
+    numbers = job_numbers(sweep.folder) if sweep.name is not None else []
+    is_slurm = sweep.launcher["name"] == "submitit_slurm"
+    alive = queued(numbers) if is_slurm else [number for number in numbers if is_controller(number)]
+    if alive:
+        return [f"job {number}" for number in alive]
+    return [item.job.name for item in planned if RunDirectory(item.plan.run_dir).is_in_use()]
+
+
+def job_numbers(folder: Path) -> list[str]:
+    """Return the numbers of the jobs that submitit has started for a sweep, an array's once: its folders are named so."""
+    names = {path.name.partition("_")[0] for path in (folder / ".submitit").glob("*") if path.is_dir()}
+    return sorted(name for name in names if name.isdigit())
+
+
+def queued(numbers: Sequence[str]) -> list[str]:
+    """Return those of SLURM's jobs that wait or run."""
+    if not numbers:
+        return []
+    command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=60, check=False
+        )
+    except OSError:
+        # No SLURM here: submitit says so.
+        return []
+    return sorted(set(done.stdout.split()) & set(numbers))
+
+
+def is_controller(number: str) -> bool:
+    """Tell whether a process of this machine is submitit's for the local job of that number."""
+    try:
+        return b"submitit" in Path(f"/proc/{number}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def wait_for_live_jobs(
+    sweep: Sweep, planned: Sequence[PlannedJob], say: Callable[[str], None], poll_s: float = POLL_S
+) -> bool:
+    """Wait until no job of an earlier command is left; False if there was none.
+
+    Raises:
+        ValueError: The sweep has overwrite=true, which would remove what those jobs write.
+    """
+    alive = live_jobs(sweep, planned)
+    if not alive:
+        return False
+    if sweep.jobs[0].config.overwrite:
+        raise ValueError(
+            f"{', '.join(alive)} of an earlier command still run, and overwrite=true would start them anew: end them, or "
+            "leave overwrite out."
+        )
+    say(f"{', '.join(alive)} of an earlier command still run: waiting for them; Ctrl-C ends the waiting, not the jobs")
+    while alive:
+        time.sleep(poll_s)
+        alive = live_jobs(sweep, planned)
+    return True
