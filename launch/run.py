@@ -11,6 +11,7 @@ from launch.command import accelerate_command, child_environment, num_gpus, num_
 from launch.machines import find_machines
 from launch.process import run_child
 from train.directory import RunDirectory
+from train.initial_check import check_start
 from train.plan import plan_run
 
 
@@ -20,6 +21,7 @@ def start_run(config: Config, overrides: Sequence[str]) -> int:
     machines = find_machines(config.launch, os.environ)
     plan = plan_run(config, num_processes(config, gpus) * machines.num)
     command = accelerate_command(config, overrides, gpus, machines)
+    check_start(config, plan, overrides)
     if config.dry_run:
         print(printable(command))
         return 0

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, Train
 from transformers.utils import logging as transformers_logging
 
 from conf.cli import user_errors
-from conf.schema import Config
+from conf.schema import Config, tokenizer_of
 from sparsity import SparsityCallback, prunable_parameters
 from sparsity.prunable import own_linear_weights
 from sparsity.schedule import schedule_record
@@ -32,7 +32,8 @@ from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
-from train.initial import load_initial_weights, zero_share
+from train.initial import load_initial_weights
+from train.initial_check import check_start, check_tokenizer, command_line
 from train.model import build_model
 from train.plan import RunPlan
 from train.pruning import sparsity_callback
@@ -65,12 +66,13 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         say(world, closing_words(finished, directory, config.next_commands))
         world.on_main(push_to_hub, config.card, directory.model)
         return
-    data = world.on_main(prepare, config.data, config.tokenizer, plan.model.vocab_size, plan.sequence_length)
+    world.on_main(check_beginning, config, plan, directory)
+    data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
     model = build_model(plan.model, tokenizer, config.trainer.seed)
     with user_errors(quiet=not world.is_main):
         if config.init_from is not None:
-            load_initial_weights(model, config.init_from)
+            initial = load_initial_weights(model, config.init_from)
         compile_by_blocks(model, arguments)
         prunable = prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
     fingerprint = world.on_main(data_fingerprint, data.folder)
@@ -82,7 +84,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     sparsity = sparsity_callback(config, plan)
     recorder = None
     if world.is_main:
-        initial_sparsity = 0.0 if config.init_from is None else zero_share(prunable)
+        initial_sparsity = 0.0 if config.init_from is None else initial.zero_share(prunable)
         recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity)
     with user_errors(quiet=not world.is_main):
         trainer = PretrainingTrainer(
@@ -142,6 +144,13 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     if recorder is not None:
         finish(config, plan, directory, recorder, summary)
     world.on_main(push_to_hub, config.card, directory.model)
+
+
+def check_beginning(config: Config, plan: RunPlan, directory: RunDirectory) -> None:
+    """Refuse an `init_from` that does not fit a run that begins; a ValueError says why."""
+    if not directory.config.exists():
+        check_start(config, plan, command_line())
+        check_tokenizer(config, command_line())
 
 
 def identity(plan: RunPlan) -> dict[str, Any]:
