@@ -75,6 +75,12 @@ class InitialWeights:
         except SafetensorError as error:
             raise self._unreadable(self._files[name], error) from error
 
+    @torch.no_grad()
+    def fill(self, model: Any) -> None:
+        """Copy the weights into `model`, in its dtype; of a sharded parameter this rank's rows alone."""
+        for name, tensor in full_names(model).items():
+            local_tensor(tensor).copy_(self.rows(name, *local_rows(tensor)))
+
     def zero_share(self, names: Iterable[str], rows_at_once: int = 1024) -> float:
         """Return the share of exact zeros in whole weights, read piece by piece."""
         zeros = total = 0
@@ -155,20 +161,13 @@ def check_initial_model(folder: str, model: ModelConfig) -> None:
     weights.check(shapes, aliases)
 
 
-@torch.no_grad()
-def load_initial_weights(model: Any, folder: str) -> InitialWeights:
+def load_initial_weights(model: Any, folder: str) -> None:
     """Copy a transformers folder's weights into `model`, in its dtype; of a sharded parameter this rank's rows alone.
-
-    Returns:
-        The opened folder.
 
     Raises:
         ValueError: the folder is not of such a model.
     """
-    weights = initial_weights(model, folder)
-    for name, tensor in full_names(model).items():
-        local_tensor(tensor).copy_(weights.rows(name, *local_rows(tensor)))
-    return weights
+    initial_weights(model, folder).fill(model)
 
 
 def _files(folder: Path) -> dict[str, Path]:

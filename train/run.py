@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,15 +28,15 @@ from train.compiled import compile_by_blocks
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
 from train.directory import RunDirectory
 from train.disk import run_bytes
-from train.distributed import World
+from train.distributed import World, wants_fsdp
 from train.export import export_model
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
-from train.initial import load_initial_weights
+from train.initial import initial_weights
 from train.initial_check import check_start, check_tokenizer, command_line
-from train.model import build_model
+from train.model import build_skeleton
 from train.plan import RunPlan
 from train.pruning import sparsity_callback
 from train.records import ProgressBar, Recorder, keep_whole_records
@@ -47,6 +49,7 @@ from train.scoring import Score, score_stream
 from train.snapshot import write_snapshot
 from train.trainer import PretrainingTrainer, RunState
 from train.wandb_run import start_wandb
+from train.weights import allocate, draw_weights
 
 
 def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
@@ -69,14 +72,18 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     world.on_main(check_beginning, config, plan, directory)
     data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
-    model = build_model(plan.model, tokenizer, config.trainer.seed)
+    model = build_skeleton(plan.model, tokenizer)
     with user_errors(quiet=not world.is_main):
-        if config.init_from is not None:
-            initial = load_initial_weights(model, config.init_from)
         compile_by_blocks(model, arguments)
         prunable = prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
     fingerprint = world.on_main(data_fingerprint, data.folder)
     resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
+    with user_errors(quiet=not world.is_main):
+        fill = filling(config, plan, model, tokenizer, resume_from)
+        initial_sparsity = world.on_main(inherited_sparsity, config, model, list(prunable))
+        if not wants_fsdp():
+            allocate(model, world.device)
+            fill(model)
     world.on_main(directory.begin, config)
     world.on_main(lambda: len(keep_whole_records(directory.metrics)))
     world.on_main(write_snapshot, directory.environment, world)
@@ -84,7 +91,6 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     sparsity = sparsity_callback(config, plan)
     recorder = None
     if world.is_main:
-        initial_sparsity = 0.0 if config.init_from is None else initial.zero_share(prunable)
         recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity)
     with user_errors(quiet=not world.is_main):
         trainer = PretrainingTrainer(
@@ -98,6 +104,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             guard=StepGuard(world, preemption, config.max_skipped),
             heartbeat=heartbeat,
             batch_size=plan.batch_size,
+            fill=fill if wants_fsdp() else None,
             evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
             model=model,
             args=arguments,
@@ -151,6 +158,28 @@ def check_beginning(config: Config, plan: RunPlan, directory: RunDirectory) -> N
     if not directory.config.exists():
         check_start(config, plan, command_line())
         check_tokenizer(config, command_line())
+
+
+def filling(
+    config: Config, plan: RunPlan, model: Any, tokenizer: Any, resume_from: Path | None
+) -> Callable[[nn.Module], Any]:
+    """Return what gives the model its first weights, a ValueError if `init_from` is not of the model.
+
+    A resumed run gets none: its checkpoint has them all.
+    """
+    if resume_from is not None:
+        return lambda module: None
+    if config.init_from is not None:
+        weights = initial_weights(model, config.init_from)
+        return weights.fill
+    return lambda module: draw_weights(module, build_skeleton(plan.model, tokenizer), config.trainer.seed)
+
+
+def inherited_sparsity(config: Config, model: Any, prunable: list[str]) -> float:
+    """Return the share of zeros in the prunable weights of `init_from`; 0 if a resumed run's folder is gone."""
+    if config.init_from is None or not Path(config.init_from).expanduser().is_dir():
+        return 0.0
+    return initial_weights(model, config.init_from).zero_share(prunable)
 
 
 def identity(plan: RunPlan) -> dict[str, Any]:
