@@ -15,6 +15,7 @@ from launch.process import Task, run_children
 from launch.run import exit_code
 from launch.sweep import Job, Sweep, finished_job, places, refusal
 from train.faults.stop import PREEMPTED_CODE
+from train.initial_check import check_start
 from train.plan import RunPlan, plan_run
 from train.wandb_key import check_wandb
 
@@ -34,6 +35,7 @@ def plan_jobs(sweep: Sweep, world_size: Mapping[str, int]) -> list[PlannedJob]:
         try:
             plan = plan_run(job.config, world_size[job.name])
             check_wandb(job.config.logger, os.environ)
+            check_start(job.config, plan, job.overrides)
             planned.append(PlannedJob(job, plan, finished_job(job, plan)))
         except ValueError as error:
             mistakes.append(f"{job.name}: {error}")

@@ -11,6 +11,7 @@ from launch.command import accelerate_command, child_environment, gpu_bytes, num
 from launch.machines import find_machines
 from launch.process import run_child
 from train.directory import RunDirectory
+from train.initial_check import check_start
 from train.plan import plan_run
 from train.wandb_key import check_wandb
 
@@ -22,6 +23,7 @@ def start_run(config: Config, overrides: Sequence[str]) -> int:
     plan = plan_run(config, num_processes(config, gpus) * machines.num)
     check_wandb(config.logger, os.environ)
     command = accelerate_command(config, overrides, gpus, machines, gpu_bytes(os.environ))
+    check_start(config, plan, overrides)
     if config.dry_run:
         print(printable(command))
         return 0

@@ -13,6 +13,7 @@ import pytest
 
 from conf.cli import sentence
 from conf.compose import composed
+from conf.schema import tokenizer_of
 from launch.command import accelerate_command, num_processes
 from tests.commands import run_command
 from tests.test_run import tiny, write_text
@@ -123,7 +124,7 @@ def test_a_batch_that_is_more_than_the_text_is_said_once_by_rank_0(tmp_path):
 def refusal_of_data(folder: Path, *overrides: str) -> str:
     config = composed("train", tiny(folder, *overrides))
     with pytest.raises(ValueError) as refusal:  # noqa: PT011 - the callers look at the words
-        prepare(config.data, config.tokenizer, config.model.vocab_size, config.model.max_position_embeddings)
+        prepare(config.data, tokenizer_of(config), config.model.vocab_size, config.model.max_position_embeddings)
     return sentence(refusal.value)
 
 

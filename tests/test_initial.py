@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sparsity.compact import compact_folder
 from sparsity.schedule import Fixed, Geometric
 from tests.commands import run_command
 from tests.interrupted import interrupted
+from tests.test_run import tiny
 from tests.wandb_file import read_records
 from train.initial import load_initial_weights
 
@@ -93,3 +95,13 @@ def test_a_run_keeps_the_masks_of_the_model_it_starts_from(folder, whole):
         if "proj" in name or name == "lm_head.weight":
             assert torch.equal(after[name] == 0, tensor == 0), name
     assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_run_on_other_text_reads_it_with_the_tokenizer_of_the_model_it_starts_from(tmp_path, whole):
+    lines = [json.dumps({"text": f"Tale {number}: " + "orange violet umber " * 40}) for number in range(300)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    command = tiny(tmp_path, f"init_from={whole}/model", "sparsity=dense", "trainer.max_steps=2", "logger=none")
+    done = run_command(["launch", *command])
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs, ours = (Path(run) / "model" / "tokenizer.json" for run in (whole, tmp_path / "runs" / "tiny"))
+    assert json.loads(ours.read_text())["model"]["vocab"] == json.loads(theirs.read_text())["model"]["vocab"]

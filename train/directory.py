@@ -154,6 +154,8 @@ def run_identity(config: Any) -> dict[str, Any]:
     for path in NOT_PART_OF_A_RUN:
         group, _, key = path.rpartition(".")
         (plain[group] if group else plain).pop(key, None)
+    # Null means one of these, and a run that wrote it out is the same run.
+    plain["tokenizer"] = plain.get("tokenizer") or plain.get("init_from") or "train"
     return {str(key): value for key, value in plain.items()}
 
 

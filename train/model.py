@@ -1,13 +1,14 @@
-"""A LLaMA from the configuration, with random weights."""
+"""A LLaMA from the configuration, without weights or with random ones."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from conf.schema import ModelConfig
+from train.weights import allocate, draw_weights, skeleton
 
 
 def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
@@ -45,16 +46,23 @@ def model_on_meta(model: ModelConfig) -> LlamaForCausalLM:
         raise ValueError(f"model.attn_implementation={model.attn_implementation} cannot be used: {words}") from error
 
 
-def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> LlamaForCausalLM:
-    """A model in float32 whose weights follow from `seed` alone: the same on every rank and for any world size."""
-    set_seed(seed)
+def build_skeleton(model: ModelConfig, tokenizer: Any) -> LlamaForCausalLM:
+    """Return the model in float32 with its parameters on the meta device: `train.weights` gives them memory and values."""
     config = llama_config(model, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     options = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
-    llama = LlamaForCausalLM._from_config(config, dtype=torch.float32, **options)
+    llama = skeleton(lambda: LlamaForCausalLM._from_config(config, dtype=torch.float32, **options))
     llama.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         max_length=model.max_position_embeddings,
     )
+    return llama
+
+
+def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> LlamaForCausalLM:
+    """Return the whole model on the CPU, with the weights that a run of any world size draws for `seed`."""
+    llama = build_skeleton(model, tokenizer)
+    allocate(llama, torch.device("cpu"))
+    draw_weights(llama, build_skeleton(model, tokenizer), seed)
     return llama

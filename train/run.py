@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, Train
 from transformers.utils import logging as transformers_logging
 
 from conf.cli import user_errors
-from conf.schema import Config
+from conf.schema import Config, tokenizer_of
 from sparsity import SparsityCallback, prunable_parameters
 from sparsity.prunable import own_linear_weights
 from sparsity.schedule import schedule_record
@@ -28,15 +30,16 @@ from train.data.sampler import PermutationSampler
 from train.data.stream import training_blocks
 from train.directory import RunDirectory
 from train.disk import run_bytes
-from train.distributed import World
+from train.distributed import World, wants_fsdp
 from train.export import export_model
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
 from train.fp8 import check_fp8, convert_to_fp8
-from train.initial import load_initial_weights, zero_share
-from train.model import build_model, model_on_meta
+from train.initial import initial_weights
+from train.initial_check import check_start, check_tokenizer, command_line
+from train.model import build_skeleton, model_on_meta
 from train.plan import RunPlan
 from train.profiler import StepProfiler
 from train.pruning import sparsity_callback
@@ -51,6 +54,7 @@ from train.snapshot import write_snapshot
 from train.throughput import StepClock, speedometer
 from train.trainer import PretrainingTrainer, RunState
 from train.wandb_run import start_wandb
+from train.weights import allocate, draw_weights
 
 SETUP_ERRORS = (ImportError,)
 """Beside a user's errors: transformers raises it for a library that a setting needs."""
@@ -75,20 +79,25 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         say(world, closing_words(finished, directory, config.next_commands))
         world.on_main(push_to_hub, config.card, directory.model)
         return
-    data = world.on_main(prepare, config.data, config.tokenizer, plan.model.vocab_size, plan.sequence_length)
+    world.on_main(check_beginning, config, plan, directory)
+    data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         # Refuses a batch that is more than the text.
         PermutationSampler(len(training_blocks(data)), batch_size=plan.batch_size)
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
-        model = build_model(plan.model, tokenizer, config.trainer.seed)
-        if config.init_from is not None:
-            load_initial_weights(model, config.init_from)
+        model = build_skeleton(plan.model, tokenizer)
         if config.trainer.fp8:
             convert_to_fp8(model)
         compile_by_blocks(model, arguments)
         prunable = prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
     fingerprint = world.on_main(data_fingerprint, data.folder)
     resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
+    with user_errors(quiet=not world.is_main):
+        fill = filling(config, plan, model, tokenizer, resume_from)
+        initial_sparsity = world.on_main(inherited_sparsity, config, model, list(prunable))
+        if not wants_fsdp():
+            allocate(model, world.device)
+            fill(model)
     world.on_main(directory.begin, config)
     world.on_main(lambda: len(keep_whole_records(directory.metrics)))
     world.on_main(write_snapshot, directory.environment, world)
@@ -99,7 +108,6 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         sparsity.clock = clock
     recorder = profiler = None
     if world.is_main:
-        initial_sparsity = 0.0 if config.init_from is None else zero_share(prunable)
         profiler = make_profiler(config, directory, clock)
         recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity, clock, world.device)
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
@@ -116,6 +124,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             clock=clock,
             async_save=config.trainer.async_save,
             batch_size=plan.batch_size,
+            fill=fill if wants_fsdp() else None,
             evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
             model=model,
             args=arguments,
@@ -162,6 +171,35 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     if recorder is not None:
         finish(config, plan, directory, recorder, summary)
     world.on_main(push_to_hub, config.card, directory.model)
+
+
+def check_beginning(config: Config, plan: RunPlan, directory: RunDirectory) -> None:
+    """Refuse an `init_from` that does not fit a run that begins; a ValueError says why."""
+    if not directory.config.exists():
+        check_start(config, plan, command_line())
+        check_tokenizer(config, command_line())
+
+
+def filling(
+    config: Config, plan: RunPlan, model: Any, tokenizer: Any, resume_from: Path | None
+) -> Callable[[nn.Module], Any]:
+    """Return what gives the model its first weights, a ValueError if `init_from` is not of the model.
+
+    A resumed run gets none: its checkpoint has them all.
+    """
+    if resume_from is not None:
+        return lambda module: None
+    if config.init_from is not None:
+        weights = initial_weights(model, config.init_from)
+        return weights.fill
+    return lambda module: draw_weights(module, build_skeleton(plan.model, tokenizer), config.trainer.seed)
+
+
+def inherited_sparsity(config: Config, model: Any, prunable: list[str]) -> float:
+    """Return the share of zeros in the prunable weights of `init_from`; 0 if a resumed run's folder is gone."""
+    if config.init_from is None or not Path(config.init_from).expanduser().is_dir():
+        return 0.0
+    return initial_weights(model, config.init_from).zero_share(prunable)
 
 
 def identity(plan: RunPlan) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from train.faults.preempt import start_unheeding
 from train.faults.stop import RunStopped
 from train.losses import StepLosses
 from train.throughput import StepClock
+from train.weights import shard_and_allocate
 
 
 @dataclass
@@ -61,6 +62,7 @@ class PretrainingTrainer(Trainer):
         guard: StepGuard,
         heartbeat: Heartbeat,
         batch_size: int,
+        fill: Callable[[nn.Module], Any] | None = None,
         clock: StepClock | None = None,
         async_save: bool = False,
         **kwargs: Any,
@@ -83,6 +85,8 @@ class PretrainingTrainer(Trainer):
         if self._background is not None:
             guard.has_save_failed = self._background.has_failed
         self.batch_size = batch_size
+        self.fill = fill
+        """Gives a sharded skeleton its weights; None for a model that has them."""
         self.model_accepts_loss_kwargs = False
         self.train_seconds = 0.0
         """Spent in training, those before a resume included."""
@@ -122,6 +126,14 @@ class PretrainingTrainer(Trainer):
     def step_losses(self) -> Tensor:
         """The training loss of each step run so far, over all ranks [num_steps]. Collective."""
         return self._losses.averaged(self.state.global_step)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Shard a model without weights and fill its shards, then make the optimizer of them. Collective."""
+        if self.fill is not None:
+            shard_and_allocate(self.accelerator, self._module)
+            self.fill(self._module)
+            self.fill = None
+        return super().create_optimizer(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]

@@ -17,7 +17,7 @@ from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
 from conf.schema.pairs import PairsConfig
 from conf.schema.plan import PlanConfig
 from conf.schema.report import DashboardConfig, ReportConfig
-from conf.schema.run import Config, LaunchConfig
+from conf.schema.run import Config, LaunchConfig, tokenizer_of
 from conf.schema.sparsity import SparsityConfig, WindowConfig
 from conf.schema.trainer import OptimConfig, TrainerConfig
 
@@ -25,6 +25,7 @@ __all__ = [
     "SCHEMAS", "CardConfig", "CompactConfig", "Config", "DashboardConfig", "DataConfig", "EvalConfig", "ExportConfig",
     "LaunchConfig", "LoggerConfig", "ModelConfig", "OptimConfig", "PairsConfig", "PlanConfig", "PredictConfig",
     "ReportConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig", "register",
+    "tokenizer_of",
 ]  # fmt: skip
 
 SCHEMAS: dict[str, type] = {

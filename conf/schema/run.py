@@ -73,8 +73,9 @@ class Config:
     """A transformers folder to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient norm are not finite, before the run stops."""
-    tokenizer: str = "train"
-    """A hub name, a local folder, a SentencePiece .model file, or `train`: a BPE of the model's vocabulary size."""
+    tokenizer: str | None = None
+    """A hub name, a local folder, a SentencePiece .model file, or `train`: a BPE of the model's vocabulary size. Null is
+    the tokenizer of `init_from`, and `train` without it."""
     prompt: str = "The "
     """Start of the sample that the finished model writes."""
     next_commands: list[str] = field(default_factory=list)
@@ -104,3 +105,8 @@ class Config:
                 name is None or not {"", ".", ".."} & set(name.split("/")),
                 f"{key}={name} leaves the runs folder: give a plain name, or a path below {self.runs_dir}.",
             )
+
+
+def tokenizer_of(config: Config) -> str:
+    """Return the tokenizer that a run uses: the configured one, else that of `init_from`, else `train`."""
+    return config.tokenizer or config.init_from or "train"

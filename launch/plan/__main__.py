@@ -13,6 +13,7 @@ from launch.plan.forecast import forecast
 from launch.plan.request import read_request
 from launch.plan.series import table_row
 from launch.plan.text import run_text, series_text
+from train.initial_check import check_start
 from train.plan import plan_run
 
 USAGE = """python -m launch.plan [series=[NAME,...]] [format=json]          the table of the series
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str]) -> None:
         request = read_request(arguments)
         plan = request.plan
         planned = [(config, plan_run(config, plan.devices)) for config in request.runs]
+        for config, run_plan in planned:
+            check_start(config, run_plan, arguments)
         if request.is_series:
             answer = [table_row(*run) for run in planned]
             text = "" if plan.format == "json" else series_text(answer)

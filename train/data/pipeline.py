@@ -69,16 +69,18 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig, tokenizer: str, vocab_size: int, sequence_length: int, length_key: str = "data.sequence_length"
+    config: DataConfig, tokenizer: str | None, vocab_size: int, sequence_length: int, length_key: str = "data.sequence_length"
 ) -> PreparedData:
     """Token streams of the configured text, from the cache where they are there; one process calls it.
 
-    `tokenizer` is a hub name, a folder, a SentencePiece .model file, or `train`: a byte-level BPE of `vocab_size`.
+    `tokenizer` is a hub name, a folder, a SentencePiece .model file, or `train`: a byte-level BPE of
+    `vocab_size`; None is `train`.
     `length_key` is the user's name for `sequence_length` in errors.
     What was interrupted goes on where it stopped; a second caller waits for the first. Input that cannot be used is
     a `ValueError` of one sentence.
     """
     root = Path(config.cache_dir).expanduser().resolve()
+    tokenizer = tokenizer or "train"
     corpus = find_corpus(config, root)
     parts = cache(corpus.parts)
     if tokenizer == "train":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from conf.schema import Config
+from conf.schema import Config, tokenizer_of
 from train.checkpoints.durable import write_atomically
 from train.directory import RunDirectory
 from train.plan import RunPlan
@@ -120,7 +120,7 @@ def _model(config: Config, plan: RunPlan, own: Figures) -> str:
         "Shape": ", ".join(shape),
         "Sparsity configuration": _sparsity(config, own),
         "Training data": _data(config),
-        "Tokenizer": tokenizer_words(config.tokenizer),
+        "Tokenizer": tokenizer_words(tokenizer_of(config)),
         "Weights": f"safetensors, {config.export.dtype}"
         + ("; pruned weights are stored as zeros" * has_sparse_weights(own)),
         "Total parameters": _count(own["total_params"]),
@@ -299,7 +299,7 @@ def _terms(config: Config) -> str:
         {
             "Licence of this model": licence_words(config.card),
             "Training data": SOURCES[config.data.source].terms,
-            "Tokenizer": tokenizer_terms(config.tokenizer),
+            "Tokenizer": tokenizer_terms(tokenizer_of(config)),
         }
     )
 
