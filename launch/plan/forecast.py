@@ -13,7 +13,7 @@ from launch.plan.compute import (
     training_days,
     training_flops,
 )
-from launch.plan.memory import GpuMemory, Setting, gpu_memory, largest_micro_batch, parse_bytes
+from launch.plan.memory import GpuMemory, HostMemory, Setting, gpu_memory, host_memory, largest_micro_batch, parse_bytes
 from launch.plan.series import table_row
 from train.disk import checkpoint_bytes, export_bytes
 from train.plan import RunPlan
@@ -58,6 +58,9 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "days": days,
         },
         "memory": _memory(gpu_memory(plan.model, num_prunable, setting)),
+        "host_memory": _host(
+            host_memory(plan.model, plan.world_size, config.export.dtype, config.export.max_shard_size)
+        ),
         "fits": _largest_fit(plan, num_prunable, setting, request),
         "network": {
             "bytes_per_step": step_network_bytes(
@@ -121,6 +124,15 @@ def _memory(memory: GpuMemory) -> dict[str, Any]:
         "largest_transient_bytes": memory.transient,
         "peak_bytes": memory.peak,
         "peak_phase": memory.peak_phase,
+    }
+
+
+def _host(memory: HostMemory) -> dict[str, Any]:
+    return {
+        "layer_bytes": memory.layer,
+        "shard_bytes": memory.shard,
+        "start_bytes_on_cpus": memory.shard + memory.layer,
+        "export_bytes_of_rank_0": memory.export,
     }
 
 
