@@ -44,11 +44,11 @@ def check_weights_are_in_reach(model: nn.Module, args: TrainingArguments | None 
 
 def offloads_through_pinned_memory(model: nn.Module) -> bool:
     """Return whether FSDP2 keeps parameters in pinned CPU memory, to which it copies gradients without waiting."""
-    policies = [group.offload_policy for module in model.modules() for group in _fsdp2_groups(module)]
+    policies = [group.offload_policy for module in model.modules() for group in fsdp2_groups(module)]
     return any(isinstance(policy, CPUOffloadPolicy) and policy.pin_memory for policy in policies)
 
 
-def _fsdp2_groups(module: nn.Module) -> list[Any]:
+def fsdp2_groups(module: nn.Module) -> list[Any]:
     """FSDP2's groups of parameters of this module: one or none in torch 2.11, a list from 2.13 on."""
     if not isinstance(module, FSDPModule):
         return []

@@ -15,7 +15,7 @@ from launch.plan.device import memory_of, peak_of
 from launch.plan.figure import density_curve, draw_density
 from launch.plan.forecast import forecast
 from launch.plan.gathering import must_reshard
-from launch.plan.memory import Setting, gpu_memory, largest_micro_batch, parse_bytes
+from launch.plan.memory import Setting, gpu_memory, host_memory, largest_micro_batch, parse_bytes
 from launch.plan.request import read_request
 from launch.plan.text import run_text
 from tests.benchmarks.memory import Case, measure
@@ -240,3 +240,24 @@ def test_the_memory_model_is_within_a_quarter_of_a_measured_step():
     )  # fmt: skip
     found = measure(case)
     assert abs(found["relative_error"]) < 0.25, found
+
+
+def test_a_rank_of_the_70b_holds_a_layer_in_host_memory_not_the_model():
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    model = ModelConfig(name="70b", num_hidden_layers=80, **shape)
+    found = host_memory(model, 64, "bfloat16", "5GB")
+    # Attention with eight key-value heads, an MLP of three matrices, two norms.
+    assert found.layer == 4 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672 + 2 * 8192)
+    assert found.shard == 4 * -(-count_parameters(model).total // 64)
+    assert found.export == 5 * 10**9
+    assert host_memory(ONE_B, 1, "float32", "5GB").export == 4 * 1_204_881_408
+
+
+def test_the_plan_states_the_host_memory_of_a_rank():
+    request = read_request(["experiment=sparsellm-1b-80p"])
+    plan = forecast(request.runs[0], plan_run(request.runs[0], 8), request.plan)
+    text = run_text(plan)
+    assert "Host memory of a rank" in text
+    assert plan["host_memory"]["start_bytes_on_cpus"] == sum(
+        plan["host_memory"][key] for key in ("layer_bytes", "shard_bytes")
+    )

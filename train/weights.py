@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sparsity.shards import local_tensor
+from sparsity.wrappers import fsdp2_groups
 from train.checkpoints.write import local_rows
 from train.export import full_names
 
@@ -50,11 +50,10 @@ def allocate(model: nn.Module, device: torch.device) -> None:
                 new[id(param)] = nn.Parameter(torch.empty_like(param, device=device), param.requires_grad)
             module._parameters[name] = new[id(param)]
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # FSDP2 takes note of its new parameters, and pads them, whenever `_apply` is called.
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for param in group.fsdp_params:
-                    param.reset_sharded_param()
+        # FSDP2 takes note of its new parameters, and pads them, whenever `_apply` is called.
+        for group in fsdp2_groups(module):
+            for param in group.fsdp_params:
+                param.reset_sharded_param()
     _tell_empty_shards_apart(model)
 
 
@@ -71,12 +70,15 @@ def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int) -> None
         ValueError: the model's `_init_weights` leaves a parameter without values.
     """
     wanted = full_names(model)
-    for name, unit, owner, recurse in _units(template):
+    units = list(_units(template))
+    # One piece of memory for all units: many that come and go would leave holes as large as the model.
+    scratch = torch.empty(max(_unit_bytes(unit, recurse) for _, unit, _, recurse in units), dtype=torch.uint8)
+    for name, unit, owner, recurse in units:
         prefix = f"{name}." if name else ""
         owned = {f"{prefix}{inner}" for inner, _ in unit.named_parameters(recurse=recurse)}
         if not owned & set(wanted):
             continue
-        _materialise(unit, recurse)
+        _materialise(unit, recurse, scratch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed_of(seed, name))
             _initialise(unit, owner, recurse)
@@ -147,15 +149,31 @@ def _initialise(module: nn.Module, owner: PreTrainedModel, recurse: bool) -> Non
     owner._init_weights(module)
 
 
-def _materialise(unit: nn.Module, recurse: bool) -> None:
-    """Put a unit's parameters on the CPU, as NaN until they are drawn."""
+def _materialise(unit: nn.Module, recurse: bool, scratch: Tensor) -> None:
+    """Put a unit's parameters into `scratch` [bytes], as NaN until they are drawn."""
+    start = 0
     for module in unit.modules() if recurse else [unit]:
         for name, param in module._parameters.items():
             if param is not None:
-                module._parameters[name] = nn.Parameter(torch.full_like(param, float("nan"), device="cpu"))
+                values = scratch[start : start + param.numel() * param.element_size()].view(param.dtype)
+                module._parameters[name] = nn.Parameter(values.view(param.shape).fill_(float("nan")))
+                start += _aligned_bytes(param)
+
+
+def _unit_bytes(unit: nn.Module, recurse: bool) -> int:
+    modules = unit.modules() if recurse else [unit]
+    return sum(
+        _aligned_bytes(param) for module in modules for param in module._parameters.values() if param is not None
+    )
+
+
+def _aligned_bytes(param: Tensor) -> int:
+    """The bytes of a parameter, up to the next line of the CPU's cache."""
+    return -(-param.numel() * param.element_size() // 64) * 64
 
 
 def _discard(unit: nn.Module, recurse: bool) -> None:
+    """Put a unit's parameters back on the meta device."""
     for module in unit.modules() if recurse else [unit]:
         for name, param in module._parameters.items():
             if param is not None:

@@ -15,7 +15,7 @@ from launch.plan.compute import (
 )
 from launch.plan.device import memory_of, peak_of
 from launch.plan.gathering import run_setting
-from launch.plan.memory import GpuMemory, Setting, gpu_memory, largest_micro_batch, parse_bytes
+from launch.plan.memory import GpuMemory, HostMemory, Setting, gpu_memory, host_memory, largest_micro_batch, parse_bytes
 from launch.plan.series import table_row
 from train.disk import checkpoint_bytes, export_bytes
 from train.plan import RunPlan
@@ -25,7 +25,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
     """The run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name."""
     row = table_row(config, plan)
     num_prunable = plan.num_prunable
-    setting = run_setting(config, plan, parse_bytes(request.device_memory), request.memory_headroom)
+    setting = run_setting(config, plan, parse_bytes(memory_of(request)), request.memory_headroom)
     flops = training_flops(plan.model, row["avg_linear_params"], plan.sequence_length, plan.total_tokens)
     days = training_days(flops.dense, plan.world_size, peak_of(request), request.mfu)
     twin = plan.twin
@@ -64,6 +64,9 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             **_memory(gpu_memory(plan.model, num_prunable, setting)),
             "reshard_after_forward": setting.reshard_after_forward,
         },
+        "host_memory": _host(
+            host_memory(plan.model, plan.world_size, config.export.dtype, config.export.max_shard_size)
+        ),
         "fits": _largest_fit(plan, num_prunable, _leanest(config, setting), request),
         "network": {
             "bytes_per_step": step_network_bytes(
@@ -122,6 +125,15 @@ def _memory(memory: GpuMemory) -> dict[str, Any]:
 def _leanest(config: Config, setting: Setting) -> Setting:
     """The setting by which the most sequences fit: what `auto` chooses for them frees gathered weights where it must."""
     return replace(setting, reshard_after_forward=config.launch.reshard_after_forward != "false")
+
+
+def _host(memory: HostMemory) -> dict[str, Any]:
+    return {
+        "layer_bytes": memory.layer,
+        "shard_bytes": memory.shard,
+        "start_bytes_on_cpus": memory.shard + memory.layer,
+        "export_bytes_of_rank_0": memory.export,
+    }
 
 
 def _largest_fit(plan: RunPlan, num_prunable: int, setting: Setting, request: PlanConfig) -> dict[str, Any]:

@@ -85,6 +85,34 @@ class GpuMemory:
         return state + self.held[self.peak_phase] + self.transients[self.peak_phase]
 
 
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of host memory that one rank holds at a time, beside what Python and its libraries take.
+
+    Weights are drawn, or read, a layer at a time (`train.weights`); the model is exported a file at a time
+    (`train.export`).
+    """
+
+    layer: int
+    """The largest of a block, the embedding and the head, whole and in float32."""
+    shard: int
+    """The rank's part of the weights: on a machine without GPUs it is in host memory too."""
+    export: int
+    """One file of the exported model, on rank 0 alone."""
+
+
+def host_memory(model: ModelConfig, world_size: int, export_dtype: str, max_shard_size: str) -> HostMemory:
+    """Return the host memory of one of `world_size` ranks."""
+    counts = count_parameters(model)
+    block = counts.linear_per_layer + 2 * model.hidden_size
+    exported = counts.total * (2 if export_dtype == "bfloat16" else FLOAT32_BYTES)
+    return HostMemory(
+        layer=FLOAT32_BYTES * max(block, model.vocab_size * model.hidden_size),
+        shard=FLOAT32_BYTES * -(-counts.total // world_size),
+        export=min(exported, parse_bytes(max_shard_size)),
+    )
+
+
 def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMemory:
     """The memory of one of `setting.world_size` GPUs; a world of one holds everything."""
     counts = count_parameters(model)

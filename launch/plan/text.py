@@ -61,6 +61,7 @@ def run_text(plan: dict[str, Any]) -> str:
         _section(f"Batch on {plan['batch']['devices']} devices", _batch(plan)),
         _section("Compute", _compute(plan)),
         _section("Memory per GPU", _memory(plan)),
+        _section("Host memory of a rank", _host_memory(plan)),
         _section("Network, received by each GPU", _network(plan)),
         _section("Disk", _disk(plan)),
     ]
@@ -183,6 +184,15 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
     }
     gathered = "freed after the forward" if memory["reshard_after_forward"] else "kept for the backward"
     return [(label, bytes_text(memory[key])) for key, label in labels.items()] + [("gathered weights", gathered)]
+
+
+def _host_memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    memory = plan["host_memory"]
+    on_cpus = f"{bytes_text(memory['start_bytes_on_cpus'])} without GPUs, its shard and a layer"
+    return [
+        ("weights drawn or read", f"{bytes_text(memory['layer_bytes'])}, one layer\n{on_cpus}"),
+        ("export, rank 0 alone", f"{bytes_text(memory['export_bytes_of_rank_0'])}, one file"),
+    ]
 
 
 def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:

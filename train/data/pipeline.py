@@ -69,7 +69,11 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig, tokenizer: str | None, vocab_size: int, sequence_length: int, length_key: str = "data.sequence_length"
+    config: DataConfig,
+    tokenizer: str | None,
+    vocab_size: int,
+    sequence_length: int,
+    length_key: str = "data.sequence_length",
 ) -> PreparedData:
     """Token streams of the configured text, from the cache where they are there; one process calls it.
 
