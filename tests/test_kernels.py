@@ -15,7 +15,7 @@ import torch
 
 import sparsity
 from sparsity import Geometric, SparsityCallback, scan, select, shards
-from sparsity.mask import zero_all_pruned_, zero_pruned_
+from sparsity.mask import mask_hash, zero_all_pruned_, zero_pruned_
 from sparsity.score import magnitude
 from tests.kernel_oracles import (
     DTYPES,
@@ -222,6 +222,17 @@ def test_an_event_on_kernels_is_the_cpus_to_the_last_bit(launches, monkeypatch, 
             assert same_bits(a, b)
             for moment in ("exp_avg", "exp_avg_sq"):
                 assert same_bits(of_mine.state[a][moment], of_theirs.state[b][moment])
+
+
+def test_masks_of_replicas_that_differ_in_one_weight_have_other_hashes(launches):
+    mine = shards_on(DEVICE, tensors_of("normal", "float32", (5_000, 3, 0, 4_096)), offset=1)
+    hashes = [mask_hash(mine)]
+    for number, index in ((0, 0), (0, 4_999), (1, 2), (3, 0), (3, 4_095)):
+        mine[number].mask[index] ^= True
+        hashes.append(mask_hash(mine))
+        mine[number].mask[index] ^= True
+    assert mask_hash(mine) == hashes[0]
+    assert len(set(hashes)) == 6
 
 
 def test_a_gradients_pruned_nan_vanishes_and_kept_values_stay(launches):
