@@ -81,7 +81,7 @@ class Table:
             )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def make_tables(rows: tuple[Row, ...], block: int, device: torch.device, may_align: bool = True) -> list[Table]:
     """The tables of these rows, in blocks of `block` elements; aligned rows apart from others if they may be."""
     groups: dict[tuple[torch.dtype, int, bool], list[Row]] = {}

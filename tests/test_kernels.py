@@ -38,7 +38,7 @@ def launches(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
     if DEVICE == "cpu":
         monkeypatch.setattr(shards, "_is_gpu", lambda device: True)
-        monkeypatch.setattr(shards, "_launches", interpreted_launches)
+        monkeypatch.setattr(shards, "_launches", lambda device: interpreted_launches())
     return shards.kernels_for(torch.device(DEVICE))
 
 
@@ -240,6 +240,20 @@ def test_a_gradients_pruned_nan_vanishes_and_kept_values_stay(launches):
     mask = torch.tensor([True, False, False, False, True, True], device=DEVICE)
     zero_pruned_(gradient, mask)
     assert same_bits(gradient, torch.tensor([[-1.0, 0.0, 0.0], [0.0, -0.0, float("nan")]]))
+
+
+def test_where_triton_cannot_run_masks_take_torchs_operations_with_a_warning(monkeypatch):
+    broken = ModuleType("sparsity.launches")
+    broken.zero_ = mock.Mock(side_effect=RuntimeError("Failed to find C compiler"))
+    monkeypatch.setitem(sys.modules, "sparsity.launches", broken)
+    monkeypatch.setattr(sparsity, "launches", broken, raising=False)
+    monkeypatch.setattr(shards, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(shards, "_launches", cache(shards._launches.__wrapped__))
+    with pytest.warns(UserWarning, match="Triton cannot run here.*: Failed to find C compiler"):
+        assert shards.kernels_for(torch.device("cpu")) is None
+    gradient = torch.tensor([1.0, float("nan")])
+    zero_pruned_(gradient, torch.tensor([True, False]))
+    assert gradient.tolist() == [1.0, 0.0]
 
 
 def test_what_kernels_do_not_take_is_zeroed_all_the_same(launches):
