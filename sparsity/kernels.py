@@ -187,6 +187,17 @@ def count_kept(rows, owners, counts, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
 
 
 @triton.jit
+def hash_masks(  # type: ignore[no-untyped-def]
+    rows, owners, factors, digests, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sum of a block's `factors` int64 [BLOCK] where weights are kept."""
+    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    kept = _load(_pointer(row, MASK, start, tl.int8, ALIGNED), left, BLOCK, False)
+    factor = tl.load(factors + tl.arange(0, BLOCK))
+    tl.store(digests + tl.program_id(0), tl.sum(tl.where(kept != 0, factor, 0), 0))
+
+
+@triton.jit
 def _zero_block(pointer, kept, left, MODE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write 0 where `kept` is 0, in one of three ways, see `zero`."""
     index = tl.arange(0, BLOCK)

@@ -41,6 +41,7 @@ COUNT_BINS = Shape(1 << 12, 8)
 SAMPLE = Shape(1 << 10, 4)
 KEEP = Shape(1 << 12, 8)
 COUNT_KEPT = Shape(1 << 14, 8)
+HASH = Shape(1 << 12, 8)
 ZERO, ZERO_MODE = Shape(1 << 12, 8), "change"
 """Most pruned weights of an event are 0 already."""
 ZERO_GRADIENT, ZERO_GRADIENT_MODE = Shape(1 << 12, 8), "store"
@@ -80,12 +81,12 @@ class Table:
             )
 
 
-@lru_cache(maxsize=8)
-def make_tables(rows: tuple[Row, ...], block: int, device: torch.device) -> list[Table]:
-    """The tables of these rows, in blocks of `block` elements."""
+@lru_cache(maxsize=16)
+def make_tables(rows: tuple[Row, ...], block: int, device: torch.device, may_align: bool = True) -> list[Table]:
+    """The tables of these rows, in blocks of `block` elements; aligned rows apart from others if they may be."""
     groups: dict[tuple[torch.dtype, int, bool], list[Row]] = {}
     for row in rows:
-        is_aligned = all(pointer % 16 == 0 for pointer in (row.mask, *row.pointers))
+        is_aligned = may_align and all(pointer % 16 == 0 for pointer in (row.mask, *row.pointers))
         if row.numel:
             groups.setdefault((row.dtype, len(row.pointers), is_aligned), []).append(row)
     found = []
@@ -220,13 +221,27 @@ def keep_after_ties_(shard: ParameterShard, key: int, num_dropped: int, shape: S
         table.launch(kernels.keep_after_ties, key, before, num_dropped, DTYPE=_READ_AS[table.dtype], shape=shape)
 
 
+def _mask_tables(shards: Sequence[ParameterShard], block: int, may_align: bool = True) -> list[Table]:
+    rows = tuple(Row(s.mask.dtype, s.mask.numel(), number, s.mask.data_ptr(), ()) for number, s in enumerate(shards))
+    return make_tables(rows, block, shards[0].mask.device, may_align)
+
+
 def count_kept(shards: Sequence[ParameterShard], shape: Shape = COUNT_KEPT) -> Tensor:
     """Kept weights of each local shard, int64 [shards]."""
     counts = torch.zeros(len(shards), dtype=torch.int32, device=shards[0].mask.device)
-    rows = tuple(Row(s.mask.dtype, s.mask.numel(), number, s.mask.data_ptr(), ()) for number, s in enumerate(shards))
-    for table in make_tables(rows, shape.block, counts.device):
+    for table in _mask_tables(shards, shape.block):
         table.launch(kernels.count_kept, counts, shape=shape)
     return counts.long()
+
+
+def digests(shards: Sequence[ParameterShard], factors: Tensor, shape: Shape = HASH) -> Tensor:
+    """The digests int64 [blocks] of the masks, block after block: sums of `factors` int64 [block] where weights are kept."""
+    found = [torch.empty(0, dtype=torch.int64, device=factors.device)]
+    # One table: replicas whose memory is aligned in different ways must see blocks in the same order.
+    for table in _mask_tables(shards, shape.block, may_align=False):
+        found.append(torch.empty(len(table.owners), dtype=torch.int64, device=factors.device))
+        table.launch(kernels.hash_masks, factors, found[-1], shape=shape)
+    return torch.cat(found)
 
 
 def can_zero(tensor: Tensor) -> bool:

@@ -152,13 +152,15 @@ def unpack_mask(bits: Tensor, start: int, stop: int) -> Tensor:
 
 
 def mask_hash(shards: Sequence[ParameterShard]) -> int:
-    """A 64-bit hash of the local masks; equal masks have equal hashes, on any device."""
+    """A 64-bit hash of the local masks; equal masks have equal hashes on devices of one kind."""
     device = shards[0].mask.device
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(1 << 62), 1 << 62, (4096,), generator=generator).to(device)
+    factors = torch.randint(-(1 << 62), 1 << 62, (4096,), generator=generator).to(device, non_blocking=True)
     digest = torch.zeros((), dtype=torch.int64, device=device)
-    for shard in shards:
-        words = _as_words(shard.mask)
+    launches = kernels_for(device)
+    # A kernel sums up blocks of all shards at once; these sums are words that are hashed like a mask's.
+    masks = [_as_words(shard.mask) for shard in shards] if launches is None else [launches.digests(shards, factors)]
+    for words in masks:
         while words.numel() > 1:
             rows = -(-words.numel() // factors.numel())
             padded = torch.zeros(rows * factors.numel(), dtype=torch.int64, device=device)

@@ -38,8 +38,8 @@ def prune_pool_(
     compact = [
         ParameterShard(
             shard.name,
-            shard.values[chosen],
-            shard.mask[chosen],
+            take_candidates(shard.values, chosen, pattern),
+            take_candidates(shard.mask, chosen, pattern),
             # Every block has as many candidates: where a shard begins among them is the same for any world size.
             pattern.num_candidates(shard.offset),
             pattern.num_candidates(shard.full_numel),
@@ -48,7 +48,7 @@ def prune_pool_(
     ]
     threshold = prune_smallest_(compact, num_pruned, score=score, layout=layout)
     for shard, chosen, few in zip(shards, allowed, compact, strict=True):
-        shard.mask[chosen] = few.mask
+        shard.mask.masked_scatter_(chosen, few.mask)
     return threshold
 
 
@@ -64,6 +64,21 @@ def candidates(shard: ParameterShard, pattern: NofM, score: Score) -> Tensor:
         smallest = torch.argsort(keys, dim=1, stable=True)[:, : pattern.block - pattern.kept]
         chosen[weights].view(keys.shape).scatter_(1, smallest, True)
     return chosen
+
+
+def take_candidates(values: Tensor, chosen: Tensor, pattern: NofM) -> Tensor:
+    """The chosen elements in their order, as `values[chosen]`, which on a GPU would wait for the device."""
+    return values[chosen] if values.device.type == "cpu" else _take_by_block(values, chosen, pattern)
+
+
+def _take_by_block(values: Tensor, chosen: Tensor, pattern: NofM) -> Tensor:
+    num_blocks, num_taken = values.numel() // pattern.block, pattern.block - pattern.kept
+    taken = values.new_empty((num_blocks, num_taken))
+    for part in chunks(num_blocks, values.device):
+        rows = chosen.view(-1, pattern.block)[part]
+        places = torch.argsort((~rows).byte(), dim=1, stable=True)[:, :num_taken]
+        taken[part] = values.view(-1, pattern.block)[part].gather(1, places)
+    return taken.view(-1)
 
 
 def count_overfull_blocks(shards: Sequence[ParameterShard], pattern: NofM, layout: RankLayout) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -69,8 +70,8 @@ def to_device(counts: Sequence[int], device: torch.device) -> Tensor:
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """`sparsity.launches` for a GPU, or None on other devices and where Triton is not installed."""
-    return _launches() if _is_gpu(device) else None
+    """`sparsity.launches` for a GPU; None on other devices and where Triton is not installed or cannot run."""
+    return _launches(device) if _is_gpu(device) else None
 
 
 def _is_gpu(device: torch.device) -> bool:
@@ -78,10 +79,16 @@ def _is_gpu(device: torch.device) -> bool:
 
 
 @cache
-def _launches() -> ModuleType | None:
+def _launches(device: torch.device) -> ModuleType | None:
+    """The module, after a kernel has run: Triton needs a C compiler and Python's headers only then."""
     try:
         from sparsity import launches
+
+        launches.zero_(torch.zeros(1, device=device), torch.zeros(1, dtype=torch.bool, device=device))
     except ImportError:
+        return None
+    except Exception as error:
+        warnings.warn(f"Triton cannot run here, so masks take torch's slower operations: {error}", stacklevel=3)
         return None
     return launches
 

@@ -59,6 +59,9 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launc
             constants,
             shape,
         )
+        constants = constants | {"BLOCK": launches.HASH.block}
+        types = TABLE | {"factors": "*i64", "digests": "*i64"}
+        yield _name(kernels.hash_masks, "masks", aligned), kernels.hash_masks, types, constants, launches.HASH
     for mode, aligned, name in (
         (launches.ZERO_MODE, False, "32 bits"), (launches.ZERO_MODE, False, "16 bits"),
         ("rewrite", True, "32 bits"), ("rewrite", False, "16 bits"), ("store", False, "32 bits"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,7 +15,19 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import __main__ as everything
-from tests.benchmarks import around, compact, demo, masking, overhead, peers, scale, selection, startup, throughput
+from tests.benchmarks import (
+    around,
+    compact,
+    demo,
+    event,
+    masking,
+    overhead,
+    peers,
+    scale,
+    selection,
+    startup,
+    throughput,
+)
 from tests.benchmarks.common import EXACT_MEMORY, Comparison, can_compile, in_process, peak_beyond, publish
 from tests.distributed import run_ranks
 
@@ -55,6 +68,31 @@ def test_the_masking_benchmark_compares_bytes_with_bits_and_torchs_ways(tmp_path
     assert [row["baseline"] for row in rows] == ["bits", "where", "masked_fill", "multiply", "one read pass"]
     assert [row["peer_bytes_per_weight"] for row in rows] == [0.125, 1, 2, 1, None]
     assert all(row.keys() >= CONTRACT and row["mask_bytes_per_weight"] == 1 for row in rows)
+
+
+@pytest.mark.timeout(900)
+def test_the_event_benchmark_rehearses_on_a_cpu(tmp_path):
+    command = [sys.executable, "-m", "tests.benchmarks.event", "--rehearse", "--output", str(tmp_path / "event.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "event.json").read_text())
+    names = {row["name"] for row in rows}
+    assert {"event to a density of 0.20", "selection at 0.20", "event", "selection"} <= names
+    assert {"name", "seconds", "baseline", "baseline_seconds", "ratio"} <= rows[0].keys()
+    assert ("collect at 0.20" in names) == ("masking gradients of a step (ours)" in names) == bool(find_spec("triton"))
+
+
+def test_the_event_benchmark_misses_its_goals_past_their_limits():
+    rows = [
+        Comparison("an event", 1.0, "ideal", 1.0, {"of_ideal": 1.31, "extra_share": 0.009}),
+        Comparison("selection", 1.0, "one read pass", 1.0, {"read_passes": 2.9}),
+        Comparison("masking gradients of a step (ours)", 0.0024, "a copy", 1.0),
+        Comparison("masking gradients of a step", 1.0, "a copy", 1.0),
+    ]
+    assert event.missed_goals(rows) == [
+        "an event: of_ideal is 1.31, the goal is 1.3.",
+        "masking gradients of a step (ours): 2.40 ms, the goal is 2.30 ms.",
+    ]
 
 
 def test_a_way_of_masking_that_leaves_other_gradients_is_found_out(monkeypatch):

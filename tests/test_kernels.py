@@ -15,7 +15,7 @@ import torch
 
 import sparsity
 from sparsity import Geometric, SparsityCallback, scan, select, shards
-from sparsity.mask import zero_all_pruned_, zero_pruned_
+from sparsity.mask import mask_hash, zero_all_pruned_, zero_pruned_
 from sparsity.score import magnitude
 from tests.kernel_oracles import (
     DTYPES,
@@ -38,7 +38,7 @@ def launches(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
     if DEVICE == "cpu":
         monkeypatch.setattr(shards, "_is_gpu", lambda device: True)
-        monkeypatch.setattr(shards, "_launches", interpreted_launches)
+        monkeypatch.setattr(shards, "_launches", lambda device: interpreted_launches())
     return shards.kernels_for(torch.device(DEVICE))
 
 
@@ -224,11 +224,36 @@ def test_an_event_on_kernels_is_the_cpus_to_the_last_bit(launches, monkeypatch, 
                 assert same_bits(of_mine.state[a][moment], of_theirs.state[b][moment])
 
 
+def test_masks_of_replicas_that_differ_in_one_weight_have_other_hashes(launches):
+    mine = shards_on(DEVICE, tensors_of("normal", "float32", (5_000, 3, 0, 4_096)), offset=1)
+    hashes = [mask_hash(mine)]
+    for number, index in ((0, 0), (0, 4_999), (1, 2), (3, 0), (3, 4_095)):
+        mine[number].mask[index] ^= True
+        hashes.append(mask_hash(mine))
+        mine[number].mask[index] ^= True
+    assert mask_hash(mine) == hashes[0]
+    assert len(set(hashes)) == 6
+
+
 def test_a_gradients_pruned_nan_vanishes_and_kept_values_stay(launches):
     gradient = torch.tensor([[-1.0, float("nan"), 2.0], [float("inf"), -0.0, float("nan")]], device=DEVICE)
     mask = torch.tensor([True, False, False, False, True, True], device=DEVICE)
     zero_pruned_(gradient, mask)
     assert same_bits(gradient, torch.tensor([[-1.0, 0.0, 0.0], [0.0, -0.0, float("nan")]]))
+
+
+def test_where_triton_cannot_run_masks_take_torchs_operations_with_a_warning(monkeypatch):
+    broken = ModuleType("sparsity.launches")
+    broken.zero_ = mock.Mock(side_effect=RuntimeError("Failed to find C compiler"))
+    monkeypatch.setitem(sys.modules, "sparsity.launches", broken)
+    monkeypatch.setattr(sparsity, "launches", broken, raising=False)
+    monkeypatch.setattr(shards, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(shards, "_launches", cache(shards._launches.__wrapped__))
+    with pytest.warns(UserWarning, match="Triton cannot run here.*: Failed to find C compiler"):
+        assert shards.kernels_for(torch.device("cpu")) is None
+    gradient = torch.tensor([1.0, float("nan")])
+    zero_pruned_(gradient, torch.tensor([True, False]))
+    assert gradient.tolist() == [1.0, 0.0]
 
 
 def test_what_kernels_do_not_take_is_zeroed_all_the_same(launches):

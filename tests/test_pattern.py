@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsity import Constant, Geometric, OneShot, SparsityCallback
 from sparsity.pattern import NofM, parse_pattern
-from sparsity.prune import candidates, prune_pool_
+from sparsity.prune import _take_by_block, candidates, prune_pool_
 from sparsity.score import magnitude, random
 from sparsity.shards import ParameterShard
+from tests.kernel_oracles import HostReads
 
 
 def shard_of(rows: list[list[float]]) -> ParameterShard:
@@ -98,6 +99,16 @@ def test_a_2_of_4_layer_multiplies_on_sparse_tensor_cores_as_it_does_densely(dty
         layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight))
         assert torch.equal(layer.weight.to_dense(), pruned_layer(dtype, "cuda", (256, 512)).weight)
         torch.testing.assert_close(layer(inputs), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_candidates_taken_by_blocks_are_those_of_a_boolean_index():
+    values = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    for pattern in (NofM(2, 4), NofM(1, 4), NofM(4, 5)):
+        chosen = candidates(shard_of(values.tolist()), pattern, magnitude)
+        with HostReads() as reads:
+            taken = _take_by_block(values, chosen, pattern)
+        assert reads.found == []
+        assert torch.equal(taken, values[chosen])
 
 
 BAD_PATTERNS = [
