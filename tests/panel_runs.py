@@ -30,7 +30,7 @@ def write_run(
         loss = 2.0 + 40 / math.sqrt(linear * kept / step) + 1 / step
         record = {
             "train/global_step": step, "train/tokens": step * BATCH_TOKENS, "train/loss": loss, "train/grad_norm": 1 / step,
-            "train/learning_rate": 0.01, "train/tokens_per_second": 1000.0 + step,
+            "train/learning_rate": 0.01, "train/tokens_per_second": 1000.0 + step, "perf/mfu": 0.4,
         }  # fmt: skip
         if sparsity:
             record |= {"sparsity/density": density, "sparsity/average_density": kept / step}

@@ -81,7 +81,7 @@ def convert_to_fp8(model: nn.Module, emulate: bool = False) -> list[str]:
         ValueError: No layer can be replaced.
     """
     float8 = float8_module()
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     chosen = [
         name
         for name, module in model.named_modules()
