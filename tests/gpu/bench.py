@@ -48,7 +48,7 @@ def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
     )  # fmt: skip
     found += [
         Step("1B: the run path, dense", dense, expected_s=55, timeout_s=110, alone=True, environment=MORE_CORES),
-        Step("masking", benchmark("masking", output, *masking, "--device", "cpu" if rehearse else "cuda"), expected_s=25,
+        Step("masking", benchmark("masking", output, *masking, "--device", "cpu" if rehearse else "cuda"), expected_s=25, says="masking gradients",
              timeout_s=60, alone=True),
     ]  # fmt: skip
     return found
