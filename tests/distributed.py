@@ -31,8 +31,10 @@ def run_ranks(
     `on_gpu=True` all ranks see the GPUs there are, and gloo serves tensors of both kinds.
     """
     # Ranks are forked from a server that has imported torch: importing it takes longer than most bodies.
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["train.trainer", "train.export"])
+    # On a GPU they are started afresh: what a forked process inherits of the driver is of no use to it.
+    context = mp.get_context("spawn" if on_gpu else "forkserver")
+    if not on_gpu:
+        context.set_forkserver_preload(["train.trainer", "train.export"])
     results: Any = context.Queue()
     # The store lives here, as in torchrun's agent: its port is taken from the start, and no rank ends before it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -92,6 +94,10 @@ def _rank_main(
             TORCHELASTIC_USE_AGENT_STORE="True",
         )
     torch.set_num_threads(1)
+    if on_gpu and torch.cuda.is_available():
+        # Before a device mesh would take the device of the rank's number.
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.cuda.init()
     try:
         if joined:
             backend = "cpu:gloo,cuda:gloo" if on_gpu and torch.cuda.is_available() else "gloo"

@@ -326,7 +326,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 def measure_together(
     work: Workload, variants: list[Variant], device: str, peak_tflops: float, seconds: float, trace: Path | None,
-    most_seconds: float = 60.0,
+    most_seconds: float = 90.0,
 ) -> Iterator[Result]:  # fmt: skip
     """The variants one after the other in this process, as long as there is time; then the fastest one's profile.
 

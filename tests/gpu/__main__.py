@@ -24,7 +24,7 @@ from tests.gpu.runner import ROOT, Step, run_steps
 
 COMMANDS: dict[str, Callable[[Path, Path, bool], list[Step]]] = {"check": check.steps, "bench": bench.steps}
 BUDGET_S = 300.0
-PARALLEL = 8
+PARALLEL = 10
 REHEARSAL_BUDGET_S = 1800.0
 """A rehearsal takes minutes on an idle machine; on a busy one it is not to be cut short."""
 REHEARSAL_PARALLEL = 2

@@ -31,7 +31,7 @@ def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
         "--together", "--seconds", str(seconds), "--trace", str(output / "trace.json.gz"),
         *(TINY if rehearse else ("--steps", "8")),
     )  # fmt: skip
-    masking = ("--numel", "20003" if rehearse else "200000000", "--rounds", "1" if rehearse else "5")
+    masked = ("--numel", "20003" if rehearse else "200000000", "--rounds", "1" if rehearse else "5")
     found = [
         Step("device", (PYTHON, "-m", "tests.gpu.device", *tiny), expected_s=12, timeout_s=60, alone=True),
         Step(
@@ -46,11 +46,11 @@ def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
         PYTHON, "-m", "tests.gpu.large_run", "--work", str(work / "large"), "--dense", "--steps", "12" if rehearse else "40",
         "--batch", "8", "--profile", *tiny,
     )  # fmt: skip
+    masking = benchmark("masking", output, *masked, "--device", "cpu" if rehearse else "cuda")
     found += [
         Step("1B: the run path, dense", dense, expected_s=55, timeout_s=110, alone=True, environment=MORE_CORES),
-        Step("masking", benchmark("masking", output, *masking, "--device", "cpu" if rehearse else "cuda"), expected_s=25,
-             timeout_s=60, alone=True),
-    ]  # fmt: skip
+        Step("masking", masking, expected_s=25, timeout_s=60, alone=True, says="masking gradients"),
+    ]
     return found
 
 

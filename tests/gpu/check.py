@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.gpu.runner import ROOT, Step
 
 PYTHON = sys.executable
-GPU_MARK = re.compile(r"^\s*(@|pytestmark\s*=.*)pytest\.mark\.gpu\b", re.MULTILINE)
+GPU_MARK = re.compile(r"^\s*(@|pytestmark\s*=.*|)pytest\.mark\.gpu\b", re.MULTILINE)
 MORE_CORES = {"OMP_NUM_THREADS": "8", "TORCHINDUCTOR_COMPILE_THREADS": "16"}
 """For what runs alone: the 1B's first weights and its sample are made on the CPU."""
 EXPECTED_TEST_S = 25.0

@@ -79,13 +79,14 @@ def figures(run_dir: Path, planned: dict[str, Any] | None, seconds: float) -> di
     rate = "perf/tokens_per_second" if "perf/tokens_per_second" in steps[-1] else "train/tokens_per_second"
     rates = values_of(steps, rate)
     settled = rates[SKIPPED_STEPS:] or rates
+    mfu = values_of(steps, "perf/mfu")
     peak, memory = steps[-1].get("perf/peak_memory_gib"), (planned or {}).get("memory", {})
     return {
         "seconds": seconds,
         "tokens_per_second_median": statistics.median(settled) if settled else None,
         "step_seconds_median": summary["batch_tokens"] / statistics.median(settled) if settled else None,
         "tokens_per_second": rates,
-        "mfu_median": statistics.median(values_of(steps, "perf/mfu")[SKIPPED_STEPS:] or [float("nan")]),
+        "mfu_median": statistics.median(mfu[SKIPPED_STEPS:] or mfu) if mfu else None,
         "peak_bytes": None if peak is None else peak * 2**30,
         "planned_peak_bytes": memory.get("peak_bytes"),
         "losses": [record["train/loss"] for record in steps],
@@ -184,8 +185,10 @@ def main() -> None:
         f"{found['tokens_per_second_median']:,.0f} tokens/s, {found['step_seconds_median']:.3f} s a step, loss "
         f"{found['losses'][0]:.3f} to {found['losses'][-1]:.3f}, {found['summary']['sparsity']:.0%} sparse"
     )
+    if found["mfu_median"]:
+        words += f", MFU {found['mfu_median']:.1%}"
     if found["peak_bytes"] and found["planned_peak_bytes"]:
-        words += f", MFU {found['mfu_median']:.1%}, peak {found['peak_bytes'] / 2**30:.1f} GiB"
+        words += f", peak {found['peak_bytes'] / 2**30:.1f} GiB"
         words += f" (plan {found['planned_peak_bytes'] / 2**30:.1f})"
     print(words)
 

@@ -13,7 +13,7 @@ from sparsity import Geometric, SparsityCallback
 from sparsity.shards import local_tensor
 from tests.distributed import run_ranks
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 NUM_STEPS = 3
 DENSITY = 0.2
 
@@ -88,7 +88,7 @@ def train_shards() -> tuple[list[float], list[torch.Tensor]]:
 def test_two_ranks_on_one_device_prune_what_one_process_on_the_cpu_does():
     expected = network()
     bound(expected).prune(DENSITY)
-    first, second = run_ranks(prune_shards, 2, on_gpu=True)
+    first, second = run_ranks(prune_shards, 2, on_gpu=True, timeout_s=300)
     assert first[2] == second[2] == device().type
     assert first[1] == second[1] == round(DENSITY * (32 * 64 + 64 * 7))
     for mine, other, whole in zip(first[0], second[0], expected.parameters(), strict=True):
@@ -100,7 +100,7 @@ def test_two_ranks_on_one_device_train_as_one_process_on_the_cpu_does():
     alone = network()
     # The process that starts the ranks stays off the device: it is the oracle.
     expected = run_ranks(train_alone, 1)[0]
-    (first, rows), (second, more) = run_ranks(train_shards, 2, on_gpu=True)
+    (first, rows), (second, more) = run_ranks(train_shards, 2, on_gpu=True, timeout_s=300)
     assert first == second == pytest.approx(expected, rel=1e-4)
     assert sum(int(torch.cat(pair).count_nonzero()) for pair in zip(rows, more, strict=True)) == round(
         DENSITY * sum(param.numel() for param in alone.parameters())
