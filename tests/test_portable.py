@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 from conf.schema import ModelConfig
@@ -92,6 +93,12 @@ def test_the_files_hold_the_names_of_both_versions(exported, name):
     tokenizer = table(exported / name / "tokenizer_config.json")
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(tokenizer.get("extra_special_tokens"), list)
+
+
+def test_the_weights_say_that_they_are_pytorchs(exported):
+    """transformers 4 refuses a file that does not."""
+    with safe_open(exported / "model" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_this_version_reads_the_same_from_both_names(exported):
