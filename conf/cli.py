@@ -35,6 +35,8 @@ def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> 
     write_any_character()
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output, head for one, has what it wanted.
         os._exit(CLOSED_OUTPUT_CODE)

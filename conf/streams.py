@@ -45,7 +45,7 @@ def keep_writing() -> None:
 def _steady(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     raw = SteadyFile(stream.fileno(), "wb", closefd=False)
     return io.TextIOWrapper(
-        raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        raw if stream.write_through else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,

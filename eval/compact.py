@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
     with user_errors():
         config: CompactConfig = composed("compact", arguments)
         found = figures(convert(config), not config.expand)
-    print(json.dumps(found, indent=2) if config.format == "json" else figures_text(found))
+        print(json.dumps(found, indent=2) if config.format == "json" else figures_text(found))
 
 
 if __name__ == "__main__":

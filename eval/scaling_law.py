@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
             Path(config.figure).parent.mkdir(parents=True, exist_ok=True)
             draw_laws(points, figures, fits, Path(config.figure))
             print(f"wrote {config.figure}", file=sys.stderr)
-    print(json.dumps(figures, indent=2) if config.format == "json" else report_text(figures))
+        print(json.dumps(figures, indent=2) if config.format == "json" else report_text(figures))
 
 
 if __name__ == "__main__":

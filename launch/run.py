@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from conf.schema import Config
 from launch.command import accelerate_command, child_environment, gpu_bytes, num_gpus, num_processes, printable
@@ -26,12 +27,28 @@ def start_run(config: Config, overrides: Sequence[str]) -> int:
     check_start(config, plan, overrides)
     if config.dry_run:
         print(printable(command))
+        if file := file_in_the_way(Path.cwd()):
+            print(
+                f"note: typed in this folder, the command would run {file} in the place of sparsellm's.",
+                file=sys.stderr,
+            )
         return 0
     if not config.overwrite:
         # A folder of another config is refused by the ranks too, but only seconds later.
         RunDirectory(plan.run_dir).finished(config)
     print(f"$ {printable(command)}", file=sys.stderr, flush=True)
     return run_child(command, child_environment(os.environ, gpus))
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """Return what `python -m train` would take for ours in a folder: a module of the user's with a name of our packages.
+
+    `python -m launch` keeps its own processes from it; a command that a person types starts from the current folder.
+    """
+    own = Path(__file__).resolve().parents[1]
+    names = ("train", "conf", "sparsity", "eval", "launch")
+    files = [folder / f"{name}{ending}" for name in names for ending in (".py", "/__init__.py")]
+    return next((file for file in files if file.exists() and folder.resolve() != own), None)
 
 
 def exit_code(code: int) -> int:

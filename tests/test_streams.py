@@ -163,6 +163,8 @@ def test_files_of_the_current_folder_are_not_taken_for_ours(command, tmp_path):
     done = run_command(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "of the user" not in done.stdout + done.stderr
+    if "dry_run=true" in command:
+        assert f"the command would run {tmp_path}/train.py in the place of sparsellm's" in done.stderr
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
             Path(config.figure).parent.mkdir(parents=True, exist_ok=True)
             draw_pairs(runs, comparisons, Path(config.figure))
             print(f"wrote {config.figure}", file=sys.stderr)
-    print(json.dumps(as_json(comparisons), indent=2) if config.format == "json" else markdown(comparisons))
+        print(json.dumps(as_json(comparisons), indent=2) if config.format == "json" else markdown(comparisons))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
 
         page = Path(config.page)
         write_page(config, read_runs(config.runs), page)
-    print(f"wrote {page} and {page.with_suffix('')}/*.png")
+        print(f"wrote {page} and {page.with_suffix('')}/*.png")
 
 
 if __name__ == "__main__":
