@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from conf.schema import Config
+from conf.schema import Config, tokenizer_of
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.layout import checkpoints, remove_leftovers
 from train.disk import bytes_below, check_room
@@ -106,7 +107,8 @@ class RunDirectory:
         """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with."""
         if self.config.exists():
             return
-        write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        chosen = replace(config, tokenizer=tokenizer_of(config))
+        write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.structured(chosen)))
 
     def _empty(self) -> None:
         """Remove what a run writes; a file with another name stays."""
