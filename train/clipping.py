@@ -39,8 +39,8 @@ def clip_replicas_alike_(parameters: Iterable[nn.Parameter], max_norm: float) ->
     Returns:
         The norm before clipping, as rank 0 summed it.
     """
-    parameters = [param for param in parameters if param.grad is not None]
-    norm = torch.nn.utils.get_total_norm([param.grad for param in parameters])
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([param.grad for param in parameters if param.grad is not None])
     assert isinstance(norm, DTensor)
     mesh, whole = norm.device_mesh, norm.full_tensor()
     dist.broadcast(whole, src=0)

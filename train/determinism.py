@@ -31,7 +31,7 @@ def compute_deterministically() -> None:
 
     torch.use_deterministic_algorithms(True)
     # New memory need not be filled with NaN: no step reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     # The backward of cuDNN's attention has no deterministic form here; flash and memory-efficient attention have one.

@@ -42,9 +42,9 @@ def six_steps(folder: Path, resume_from: Path | None, shape: dict[str, int] = SH
 
     rows = random_rows(64, shape["max_position_embeddings"], shape["vocab_size"])
     trainer = small_trainer(
-        folder, world=join_world(60), model=small_llama(**shape), rows=rows, bf16=True, max_steps=6, save_strategy="steps",
-        save_steps=3, save_total_limit=2, sparsity=SparsityCallback(Geometric(0.5, 1, 4, 3)), per_device_train_batch_size=4,
-        kind=Watched,
+        folder, world=join_world(60), model=small_llama(**shape), rows=rows, kind=Watched, bf16=True, max_steps=6,
+        save_strategy="steps", save_steps=3, save_total_limit=2, per_device_train_batch_size=4,
+        sparsity=SparsityCallback(Geometric(0.5, 1, 4, 3)),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     digest = hashlib.sha256()
