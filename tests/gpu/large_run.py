@@ -125,7 +125,7 @@ def read_trace(run_dir: Path) -> dict[str, Any] | None:
 
 
 def plan(arguments: list[str], environment: dict[str, str]) -> dict[str, Any] | None:
-    command = [sys.executable, "-m", "launch.plan", *arguments, "devices=1", "format=json", "figure=''"]
+    command = [sys.executable, "-m", "launch.plan", *arguments, "devices=1", "format=json", "figure=null"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"launch.plan failed: {done.stderr.strip()[-500:]}", flush=True)
