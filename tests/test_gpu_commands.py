@@ -130,7 +130,8 @@ def test_what_a_failed_test_says_comes_before_the_rest():
 def test_every_test_file_with_the_mark_is_a_step_of_its_own(tmp_path):
     for folder, name, text in [
         ("gpu", "test_a_gpu.py", "pytestmark = [\n    pytest.mark.slow,\n    pytest.mark.gpu,\n]"),
-        ("gpu", "test_d_gpu.py", "pytestmark = [pytest.mark.gpu, pytest.mark.slow]"), ("", "test_b.py", "@pytest.mark.gpu\ndef test_b(): pass"),
+        ("gpu", "test_d_gpu.py", "pytestmark = [pytest.mark.gpu, pytest.mark.slow]"),
+        ("", "test_b.py", "@pytest.mark.gpu\ndef test_b(): pass"),
         ("", "test_c.py", "def test_c(): pass"), ("gpu", "helper.py", "mark.gpu"),
     ]:  # fmt: skip
         (tmp_path / "tests" / folder).mkdir(parents=True, exist_ok=True)
