@@ -228,4 +228,4 @@ def test_a_rehearsal_runs_steps_of_the_command_on_the_cpu(tmp_path, command, onl
     assert [one["outcome"] for one in written["steps"]] == ["passed"]
     if command == "bench":
         rows = json.loads((tmp_path / "throughput.json").read_text())
-        assert rows[0]["tokens_per_second"] > 0
+        assert any(row["tokens_per_second"] > 0 for row in rows)

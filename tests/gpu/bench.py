@@ -15,7 +15,7 @@ TINY = (
 )  # fmt: skip
 FREE_MEMORY = {**MORE_CORES, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """What one variant leaves in pieces serves the next."""
-VARIANT_SECONDS = 140
+VARIANT_SECONDS, REHEARSED_SECONDS = 140, 120
 """Of the budget for the variants of the 1B; starting the process comes on top."""
 
 
@@ -26,7 +26,7 @@ def benchmark(name: str, output: Path, *arguments: str) -> tuple[str, ...]:
 def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
     """All alone on the device: the event, the variants with the profile of the best, the run as users start it, masking."""
     tiny = ("--rehearse",) if rehearse else ()
-    seconds = 30 if rehearse else VARIANT_SECONDS
+    seconds = REHEARSED_SECONDS if rehearse else VARIANT_SECONDS
     throughput = (
         "--together", "--seconds", str(seconds), "--trace", str(output / "trace.json.gz"),
         *(TINY if rehearse else ("--steps", "8")),
