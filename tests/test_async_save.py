@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from conf.compose import composed
 from launch.command import accelerate_command
@@ -30,6 +31,8 @@ from train.distributed import World
 from train.faults.stop import RunStopped
 
 ROWS = 40
+NO_MORE_SAVES = 300
+"""Steps of a run that saves after 10 and 20 alone."""
 
 
 class Gate:
@@ -167,8 +170,15 @@ def test_a_disk_that_is_full_ends_the_run_within_steps_and_not_at_the_next_save(
     assert "checkpoint-20 could not be saved" in stopped
     assert "No space left on device" in stopped
     assert "checkpoint-10 is whole, the same command goes on from it" in stopped
-    assert 20 <= step < 200
+    assert 20 <= step < NO_MORE_SAVES
     assert left == ["checkpoint-10"]
+
+
+class SaveTwice(TrainerCallback):
+    """No save comes later that could raise the error."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= state.global_step in (10, 20)
 
 
 def train_on_a_full_disk(folder: Path) -> tuple[str, int, list[str]]:
@@ -185,9 +195,10 @@ def train_on_a_full_disk(folder: Path) -> tuple[str, int, list[str]]:
 
     write.write_tensors = full_later
     trainer = small_trainer(
-        folder, world=join_world(60), max_steps=1000, save_steps=10, save_strategy="steps", save_total_limit=5,
-        logging_steps=1000, async_save=True,
+        folder, world=join_world(60), max_steps=NO_MORE_SAVES, save_total_limit=5, logging_steps=NO_MORE_SAVES,
+        async_save=True,
     )  # fmt: skip
+    trainer.add_callback(SaveTwice())
     try:
         trainer.train()
     except RunStopped as stopped:
