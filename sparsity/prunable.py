@@ -166,8 +166,9 @@ def left_out(model: nn.Module, chosen: Mapping[str, Tensor], requires_dense: Seq
     known = {id(param) for param in chosen.values()} | _embedding_ids(model)
     names = []
     for path, module in model.named_modules():
-        is_table = re.search("embed|norm", type(module).__name__, re.IGNORECASE)
-        for own, param in () if is_table else module._parameters.items():
+        if re.search("embed|norm", type(module).__name__, re.IGNORECASE):
+            continue
+        for own, param in module._parameters.items():
             name = _joined(path, own)
             if param is None or id(param) in known or not param.requires_grad or not is_matrix(param):
                 continue
