@@ -111,7 +111,9 @@ def linear_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _own_matrices(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, nn.Linear) or _is_conv1d(module):
-        yield "weight", module.weight
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        yield "weight", weight
     elif not _has_own_rules(module):
         is_expert = _EXPERT_PATH.search(path.lower()) or _EXPERT_CLASS.search(type(module).__name__)
         for own in (*module._parameters, *_computed_names(module)):
