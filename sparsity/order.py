@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
@@ -13,7 +14,7 @@ def move_to_the_end(callback: TrainerCallback) -> bool:
 
     A callback is given no reference to its Trainer, so the handler is looked for among the callers.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler) and any(other is callback for other in handler.callbacks):

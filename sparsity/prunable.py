@@ -111,7 +111,9 @@ def linear_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _own_matrices(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, nn.Linear) or _is_conv1d(module):
-        yield "weight", module.weight
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        yield "weight", weight
     elif not _has_own_rules(module):
         is_expert = _EXPERT_PATH.search(path.lower()) or _EXPERT_CLASS.search(type(module).__name__)
         for own in (*module._parameters, *_computed_names(module)):
@@ -166,8 +168,9 @@ def left_out(model: nn.Module, chosen: Mapping[str, Tensor], requires_dense: Seq
     known = {id(param) for param in chosen.values()} | _embedding_ids(model)
     names = []
     for path, module in model.named_modules():
-        is_table = re.search("embed|norm", type(module).__name__, re.IGNORECASE)
-        for own, param in () if is_table else module._parameters.items():
+        if re.search("embed|norm", type(module).__name__, re.IGNORECASE):
+            continue
+        for own, param in module._parameters.items():
             name = _joined(path, own)
             if param is None or id(param) in known or not param.requires_grad or not is_matrix(param):
                 continue
