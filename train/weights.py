@@ -52,9 +52,8 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # FSDP2 takes note of its new parameters, and pads them, whenever `_apply` is called.
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for param in group.fsdp_params:
-                    param.reset_sharded_param()
+            for held in _fsdp_params(module):
+                held.reset_sharded_param()
     _tell_empty_shards_apart(model)
 
 
@@ -179,6 +178,14 @@ def _discard(unit: nn.Module, recurse: bool) -> None:
         for name, param in module._parameters.items():
             if param is not None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(param, device="meta"))
+
+
+def _fsdp_params(module: FSDPModule) -> list[Any]:
+    """FSDP2's own records of the parameters that a module gathers."""
+    state: Any = module._get_fsdp_state()
+    # torch 2.11 has one group a module.
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [param for group in groups if group is not None for param in group.fsdp_params]
 
 
 def _seed_of(seed: int, name: str) -> int:
