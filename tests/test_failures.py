@@ -293,11 +293,12 @@ class FakeGroup:
     def __init__(self, mark: str | None) -> None:
         self.mark = mark
 
-    def _get_backend(self, device: torch.device) -> FakeGroup:
+    def _get_backend(self, device: torch.device) -> Any:
         assert device.type == "cuda"
         if self.mark is None:
             raise RuntimeError("No backend type associated with device type cuda")
-        return self
+        # In a torch with CUDA, gloo serves GPUs too, and has no such method.
+        return object() if self.mark == "gloo" else self
 
     def get_error(self) -> SimpleNamespace:
         if self.mark == "unsupported":
@@ -311,6 +312,7 @@ class FakeGroup:
         ([], None),
         (["SUCCESS", None, "unsupported"], None),
         (["SUCCESS", None, "TIMEOUT"], "NCCL timeout"),
+        (["gloo", "TIMEOUT"], "NCCL timeout"),
         (["COMM_ERROR"], "NCCL communication error"),
         (["REMOTE_ERROR"], None),
     ],

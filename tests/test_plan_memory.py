@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,21 @@ def test_the_loss_of_the_1b_holds_three_float32_copies_of_its_logits():
     found = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048))
     gathered = 2 * (32001 * 2048 + 2 * (4 * 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048))
     assert found.transients["the loss"] == 2048 * 12 * 32000 + gathered
+
+
+@pytest.mark.parametrize(
+    ("measured", "change"),
+    [
+        (40_794_049_024, {}),
+        (64_641_164_800, {"micro_batch_size": 16}),
+        (45_613_574_656, {"accumulates": True}),
+        (62_367_123_968, {"micro_batch_size": 16, "reshard_after_forward": True}),
+    ],
+)
+def test_the_compiled_1b_takes_what_it_took_on_an_h200(measured, change):
+    # torch.cuda.max_memory_allocated of `python -m tests.benchmarks.throughput --together`, see docs/gpu.md.
+    setting = replace(Setting(1, 8, 2048, reshard_after_forward=False, compiled=True), **change)
+    assert gpu_memory(ONE_B, 0, setting).peak == pytest.approx(measured, rel=0.01)
 
 
 def test_checkpointing_and_a_fused_loss_save_memory():

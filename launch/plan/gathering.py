@@ -30,6 +30,7 @@ def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroo
         compute_bytes=2 if half else 4,
         accumulates=plan.gradient_accumulation_steps > 1,
         gradient_checkpointing=trainer.gradient_checkpointing,
+        compiled=trainer.torch_compile,
         fused_loss=trainer.use_liger_kernel,
     )
     asked = config.launch.reshard_after_forward

@@ -9,9 +9,14 @@ MLP's width, kv the width of keys, c the bytes of a compute element (2 for bf16)
     attention:  c (h + 2 kv) + c h + 4 heads   queries, keys and values; the output; its log-sum-exp (arXiv 2205.14135)
     MLP:  4 c f   gate, its activation, up, their product
 
-torch.compile saves less than that; the figure is then an upper bound. Against peaks measured on a CPU in float32
-(`tests/benchmarks/memory.py`: 10 M and 50 M parameters, plain and two FSDP2 ranks, with and without accumulation and
-checkpointing, sparse and dense) the peak is off by less than 5 %.
+A block compiled by torch.compile saves less, since it computes norms and activations again:
+
+    c (4 h + h + 2 kv + h + 3 f) + 4 heads   inputs and outputs of the norms; queries, keys, values; output; gate, up, product
+
+and a compiled loss holds the logits and their gradient in the compute type alone. Against peaks measured on a CPU in
+float32 (`tests/benchmarks/memory.py`: 10 M and 50 M parameters, plain and two FSDP2 ranks, with and without accumulation
+and checkpointing, sparse and dense) the peak is off by less than 5 %; against those of the compiled 1B in bf16 on an H200
+(docs/gpu.md) by less than 1 %.
 """
 
 from __future__ import annotations
@@ -43,6 +48,8 @@ class Setting:
     accumulates: bool = False
     """Several micro-batches a step: accelerate then keeps whole, unsharded gradients between them."""
     gradient_checkpointing: bool = False
+    compiled: bool = False
+    """Blocks and loss compiled by torch.compile."""
     fused_loss: bool = False
     """Liger's cross-entropy, which never holds all logits."""
     fsdp: bool = True
@@ -124,7 +131,7 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     # the type in which they are summed over the ranks.
     waiting = (FLOAT32_BYTES * counts.total if setting.fsdp else gradients) if setting.accumulates else 0
     activations = tokens * activation_bytes_per_token(model, setting)
-    one_block = tokens * block_bytes_per_token(model, c)
+    one_block = tokens * block_bytes_per_token(model, c, setting.compiled)
     recomputed = one_block if setting.gradient_checkpointing else 0
     workspace = tokens * workspace_bytes_per_token(model, c) + recomputed
     embedding = model.vocab_size * model.hidden_size
@@ -164,10 +171,12 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     )
 
 
-def block_bytes_per_token(model: ModelConfig, c: int) -> int:
+def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) -> int:
     """What autograd saves of one decoder block, see the head of this file."""
     h, f, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
     kv = h // heads * model.num_key_value_heads
+    if compiled:
+        return c * (4 * h + (h + 2 * kv) + h + 3 * f) + FLOAT32_BYTES * heads
     norms = 2 * (FLOAT32_BYTES + 2 * c) * h
     attention = c * (h + 2 * kv) + c * h + FLOAT32_BYTES * heads
     return norms + attention + 4 * c * f
@@ -176,7 +185,9 @@ def block_bytes_per_token(model: ModelConfig, c: int) -> int:
 def activation_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
     """What autograd saves of the whole model before the loss; with checkpointing each block's input alone."""
     c = setting.compute_bytes
-    block = c * model.hidden_size if setting.gradient_checkpointing else block_bytes_per_token(model, c)
+    block = c * model.hidden_size
+    if not setting.gradient_checkpointing:
+        block = block_bytes_per_token(model, c, setting.compiled)
     return model.num_hidden_layers * block + (FLOAT32_BYTES + 2 * c) * model.hidden_size
 
 
@@ -184,9 +195,12 @@ def loss_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
     """Logits and cross-entropy: three float32 copies in its backward, the log-probabilities and two gradients of them.
 
     In the forward it is the compute-type logits, their float32 copy and the log-probabilities. Liger's fused loss cuts
-    the tokens into as many chunks as the vocabulary is wider than the model, so it holds about one width per token.
+    the tokens into as many chunks as the vocabulary is wider than the model, so it holds about one width per token. A
+    compiled loss holds the logits and their gradient in the compute type.
     """
     vocabulary = model.vocab_size
+    if setting.compiled and not setting.fused_loss:
+        return 2 * setting.compute_bytes * vocabulary
     if setting.fused_loss:
         vocabulary = min(vocabulary, model.hidden_size)
     return max(3 * FLOAT32_BYTES, setting.compute_bytes + 2 * FLOAT32_BYTES) * vocabulary

@@ -245,6 +245,7 @@ def predicted_bytes(work: Workload, variant: Variant, device: str) -> int | None
         max_position_embeddings=work.length,
     )  # fmt: skip
     setting = Setting(
-        world_size=1, micro_batch_size=work.batch, sequence_length=work.length, accumulates=variant.accumulation > 1
-    )
+        world_size=1, micro_batch_size=work.batch, sequence_length=work.length, accumulates=variant.accumulation > 1,
+        compiled=variant.compiled, reshard_after_forward=variant.reshard,
+    )  # fmt: skip
     return gpu_memory(model, work.num_linear() if variant.sparse else 0, setting).peak

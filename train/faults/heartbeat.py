@@ -115,8 +115,8 @@ def nccl_error(groups: Iterable[Any]) -> str | None:
     Only what this rank noticed itself counts: a rank that hangs before a collective has noticed nothing.
     """
     for group in groups:
-        with contextlib.suppress(RuntimeError):
-            # Groups without a backend for GPUs, and backends without such marks, raise.
+        # A group without a backend for GPUs raises the first, gloo, which serves GPUs too, the second.
+        with contextlib.suppress(RuntimeError, AttributeError):
             found = group._get_backend(torch.device("cuda")).get_error()
             if found.name in ("TIMEOUT", "COMM_ERROR"):
                 return f"NCCL {'timeout' if found.name == 'TIMEOUT' else 'communication error'}"
