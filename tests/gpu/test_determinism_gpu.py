@@ -16,9 +16,13 @@ SHAPE = {
     "num_key_value_heads": 8, "max_position_embeddings": 1024,
 }  # fmt: skip
 """Rows long enough for many thread blocks of an attention kernel to add to one gradient."""
+ON_CPU = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
 
 
-def six_steps(folder: Path, resume_from: Path | None, shape: dict[str, int] = SHAPE) -> dict[str, Any]:
+def six_steps(folder: Path, resume_from: Path | None) -> dict[str, Any]:
     """Six bf16 steps in deterministic mode, pruned before steps 1 and 4, saved after step 3."""
     from train.determinism import compute_deterministically
 
@@ -32,7 +36,7 @@ def six_steps(folder: Path, resume_from: Path | None, shape: dict[str, int] = SH
     from train.distributed import join_world
     from train.trainer import PretrainingTrainer
 
-    dtypes = []
+    dtypes, shape = [], SHAPE if torch.cuda.is_available() else ON_CPU
 
     class Watched(PretrainingTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
