@@ -16,6 +16,7 @@ from tests.commands import ROOT, quiet_environment
 from tests.gpu import bench, check
 from tests.gpu.__main__ import parse
 from tests.gpu.large_run import EVENTS, figures, overrides, problems, top_kernels, write_text
+from tests.gpu.page import page
 from tests.gpu.runner import Result, Step, may_start, processes_with, refusal, run_steps, telling_lines
 
 SAYS = "print('all is well')"
@@ -229,3 +230,7 @@ def test_a_rehearsal_runs_steps_of_the_command_on_the_cpu(tmp_path, command, onl
     if command == "bench":
         rows = json.loads((tmp_path / "throughput.json").read_text())
         assert any(row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_the_page_of_the_device_is_made_of_its_files():
+    assert (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8") == page(ROOT / "docs" / "gpu")
