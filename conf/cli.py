@@ -33,6 +33,7 @@ def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> 
         also: Exceptions that are a user's here and a mistake of the program elsewhere.
     """
     write_any_character()
+    user_mistakes: tuple[type[Exception], ...] = (*USER_ERRORS, *also)
     try:
         yield
         if sys.stdout is not None:
@@ -40,7 +41,7 @@ def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> 
     except BrokenPipeError:
         # The reader of our output, head for one, has what it wanted.
         os._exit(CLOSED_OUTPUT_CODE)
-    except (*USER_ERRORS, *also) as error:
+    except user_mistakes as error:
         fail(error, quiet)
 
 

@@ -116,7 +116,7 @@ def empty_texts(config: DictConfig) -> Iterator[str]:
     """Yield the dotted name of each text of the schema, and of each item of a list, that is empty."""
     for path, node in _nodes(config):
         if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)):
-            yield from (f"{path}{key}" for key in node if _is_empty(node, key))
+            yield from (f"{path}{key!s}" for key in node if _is_empty(node, key))
         elif isinstance(node, ListConfig):
             yield from (path.rstrip(".") for index in range(len(node)) if _is_empty(node, index))
 

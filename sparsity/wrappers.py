@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel
+from torch.torch_version import TorchVersion
 from transformers import TrainingArguments
 
-OFFLOADS_BEFORE_HOOKS = (2, 13)
+OFFLOADS_BEFORE_HOOKS = "2.13"
 """The first torch that has an offloaded gradient on the CPU before it calls the parameter's hooks (2.12.1 does not)."""
 
 
@@ -35,7 +36,7 @@ def check_weights_are_in_reach(model: nn.Module, args: TrainingArguments | None 
             "The model is trained by DeepSpeed, which updates partitioned copies of the weights, so that pruned ones would "
             "come back: train with FSDP2, DDP or one process."
         )
-    if offloads_through_pinned_memory(model) and torch.__version__ < OFFLOADS_BEFORE_HOOKS:
+    if offloads_through_pinned_memory(model) and TorchVersion(torch.__version__) < OFFLOADS_BEFORE_HOOKS:
         raise ValueError(
             f"FSDP2 offloads parameters to the CPU, and torch {torch.__version__} still copies a gradient there while it is "
             "masked, so that pruned weights would come back: install torch 2.13, or set fsdp_offload_params: false."

@@ -6,11 +6,12 @@ import difflib
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
 from torch import nn
-from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from conf.schema import Config, TrainerConfig
@@ -74,11 +75,12 @@ def name_matmul_precision() -> None:
     transformers asks for TF32 by `torch.backends.fp32_precision` alone. `torch.get_float32_matmul_precision()`, which
     inductor calls when it tunes a matrix product, then raises because the two names disagree.
     """
-    if torch.backends.fp32_precision == "tf32":
+    # A module attribute that torch's own annotations leave out.
+    if getattr(torch.backends, "fp32_precision", None) == "tf32":
         torch.set_float32_matmul_precision("high")
 
 
-def check_recipe(arguments: TrainingArguments, model: nn.Module) -> None:
+def check_recipe(arguments: TrainingArguments, model: PreTrainedModel) -> None:
     """Raise a ValueError if optimizer, learning rate schedule or compiler cannot be made: found before the data is prepared.
 
     Args:
@@ -95,7 +97,7 @@ def check_recipe(arguments: TrainingArguments, model: nn.Module) -> None:
             f"optim.optim={OptimizerNames(arguments.optim).value} cannot be made: {_first_sentence(error)}"
         ) from error
     scheduler = SchedulerType(arguments.lr_scheduler_type).value
-    settings = dict(arguments.lr_scheduler_kwargs or {})
+    settings: dict[str, Any] = dict(arguments.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
     try:
         get_scheduler(scheduler, torch.optim.SGD([weight], lr=1.0), 1, arguments.max_steps, settings)
     except (ValueError, TypeError) as error:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from sparsity import SparsityCallback
 from sparsity.mask import state_holder
@@ -68,7 +68,7 @@ class PretrainingTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        attend_over_whole_blocks(self.model)
+        attend_over_whole_blocks(cast(PreTrainedModel, self.model))
         check_fsdp2(self.accelerator)
         reduce_in_float32(self.accelerator)
         set_group_timeouts(world, self.args.ddp_timeout)
