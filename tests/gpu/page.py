@@ -67,9 +67,9 @@ def throughput_section(rows: list[Row]) -> str:
     ]
     parts = [
         "## Tokens a second of the 1B\n",
-        f"`{rows[0]['command']}`; {origin(rows[0])}. {rows[0]['steps']} steps after three of warm-up, median; x1 is a "
-        f"micro-batch of {rows[0]['batch']} blocks of {rows[0]['length']} tokens. MFU is by the bf16 peak of the data sheet, fp8 "
-        "included.\n",
+        f"`{rows[0]['command']}`; {origin(rows[0])}. {rows[0]['steps']} steps after three of warm-up, median; x1 is "
+        f"a micro-batch of {rows[0]['batch']} blocks of {rows[0]['length']} tokens. MFU is by the bf16 peak of the data "
+        "sheet, fp8 included.\n",
         table(["variant", "tokens/s", "MFU", "peak GiB", "plan GiB"], lines),
     ]
     sparse = [row for row in ran if row.get("dense_seconds")]
