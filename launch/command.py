@@ -49,7 +49,7 @@ def gpu_bytes(environment: Mapping[str, str]) -> int | None:
     if not gpu_names(environment) or shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    said = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=60, check=False)
     mebibytes = [int(line) for line in said.stdout.split() if line.isdecimal()] if said.returncode == 0 else []
     return min(mebibytes) << 20 if mebibytes else None
 

@@ -437,7 +437,7 @@ def test_the_command_goes_both_ways_and_says_what_it_did(folders, tmp_path, caps
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "give both folders"),
+        ([], "model has no value: give model=DIR"),
         (["model=nowhere", "out=out"], "nowhere is not a folder"),
         (["model={empty}", "out=out"], "holds no model.safetensors"),
         (["model={plain}", "out={compact}"], "exists: nothing is overwritten"),

@@ -93,7 +93,7 @@ def write_profile(found: profile, folder: Path, name: str) -> None:
     finally:
         if has_gpu:
             torch.cuda.memory._record_memory_history(enabled=None)
-    (folder / f"{name}.kernels.txt").write_text(kernel_table(found))
+    (folder / f"{name}.kernels.txt").write_text(kernel_table(found), encoding="utf-8")
     found.export_chrome_trace(str(folder / f"{name}.trace.json.gz"))
 
 

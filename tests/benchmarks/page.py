@@ -113,6 +113,10 @@ def scale(rows: list[Row]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "selection": ("Selection and prune events", selection),
+    "event": (
+        "A prune event on a GPU",
+        pairs("numel", "device", "read_passes", "of_ideal", "of_copy_bandwidth", "extra_share"),
+    ),
     "masking": (
         "Masks of bytes and of bits",
         pairs("numel", "dtype", "device", "mask_bytes_per_weight", "peer_bytes_per_weight"),
