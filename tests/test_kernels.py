@@ -79,21 +79,47 @@ def ranges(tensors) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
-def test_collected_keys_are_those_of_the_range_with_their_shards(launches, kind, dtype, offset):
+def test_collected_keys_are_those_of_the_range_with_their_shards(launches, monkeypatch, kind, dtype, offset):
+    monkeypatch.setattr(launches, "LEAST_ROOM", 10_000)
     tensors = tensors_of(kind, dtype)
     mine, keys = shards_on(DEVICE, tensors, offset), [keys_of(tensor) for tensor in tensors]
     for lo, hi in ranges(tensors):
         below, inside = sum(int((k < lo).sum()) for k in keys), [np.sort(k[(k >= lo) & (k < hi)]) for k in keys]
         num_inside = sum(map(len, inside))
         counts, found, owners = launches.collect(mine, lo, hi, 10_000)
-        assert counts.tolist() == [below, num_inside]
-        found, owners = found[:num_inside].cpu().numpy(), owners[:num_inside].cpu().numpy()
+        assert counts.tolist() == [below, num_inside, 0]
+        found, owners = found.cpu().numpy(), owners.cpu().numpy()
+        found, owners = found[found >= 0], owners[found >= 0]
         assert [np.sort(found[owners == number]).tolist() for number in range(len(tensors))] == [
             k.tolist() for k in inside
         ]
         few = launches.collect(mine, lo, hi, 7)
-        assert few[0].tolist() == [below, num_inside]
-        assert set(few[1][: min(7, num_inside)].tolist()) <= set(found.tolist())
+        assert few[0].tolist() == [below, num_inside, max(0, num_inside - 7)]
+        assert len(few[1]) == 7
+        assert set(few[1][few[1] >= 0].tolist()) <= set(found.tolist())
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [("float32", 0), ("bfloat16", 3), ("float16", 0)])
+def test_keys_in_many_segments_are_stored_once_and_those_without_room_are_counted(launches, monkeypatch, dtype, offset):
+    monkeypatch.setattr(launches, "LEAST_ROOM", 500)
+    tensors = tensors_of("normal", dtype, (30_000, 5, 0, 9_000, 16_384))
+    mine, keys = shards_on(DEVICE, tensors, offset), [keys_of(tensor) for tensor in tensors]
+    lo, hi = 1 << 29, int(np.quantile(np.concatenate(keys), 0.1))
+    inside = [k[(k >= lo) & (k < hi)] for k in keys]
+    num_inside = sum(map(len, inside))
+    shape = launches.Shape(1 << 10, 1)
+    for limit, has_room in ((20_000, True), (1_000, False)):
+        counts, found, owners = launches.collect(mine, lo, hi, limit, shape)
+        assert counts[:2].tolist() == [sum(int((k < lo).sum()) for k in keys), num_inside]
+        found, owners = found.cpu().numpy(), owners.cpu().numpy()
+        assert int((found >= 0).sum()) + int(counts[2]) == num_inside
+        assert (int(counts[2]) == 0) == has_room
+        for number, expected in enumerate(inside):
+            stored = found[(owners == number) & (found >= 0)]
+            if has_room:
+                assert sorted(stored.tolist()) == sorted(expected.tolist())
+            else:
+                assert set(stored.tolist()) <= set(expected.tolist())
 
 
 @pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
