@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
-
 from torch import Tensor
 
 from sparsity.shards import ParameterShard, RankLayout, chunks, to_device
@@ -34,7 +34,7 @@ def _without_nonzero(shards: Sequence[ParameterShard], counts: Tensor, layout: R
 def _count_nonzero_first(shards: Sequence[ParameterShard]) -> Tensor:
     """Weights other than 0 among the first of each shard, int64 [shards]."""
     first = [shard.values[:FIRST] for shard in shards]
-    ends = torch.tensor([0, *(len(few) for few in first)]).cumsum(0).tolist()
+    ends = list(accumulate((len(few) for few in first), initial=0))
     upto = torch.zeros(ends[-1] + 1, dtype=torch.int64, device=first[0].device)
     torch.cumsum(torch.cat(first) != 0, dim=0, out=upto[1:])
     return upto.take(to_device(ends, upto.device)).diff()

@@ -69,21 +69,22 @@ def radix_select(
     Args:
         keys: int32 [n] in no order; others than those of the range don't count.
         ranks: int64 [ranks] on the device, from 1. Those that are too small or large find any bin.
-        num_digits: Stop after so many digits; by default the bins are single keys.
+        num_digits: Stop after so many digits of 12 bits; without it the bins are single keys.
 
     Returns: int64 [ranks, 3] of each rank's bin, the keys in lower bins and those in it; and the bits of a bin's width.
     """
     shift = max((hi - lo - 1).bit_length(), spacing_bits)
     ranks = ranks.view(-1, 1)
-    prefixes, below, held = (torch.zeros_like(ranks) for _ in range(3))
-    while shift > spacing_bits and num_digits != 0:
+    prefixes = below = torch.zeros_like(ranks)
+    while True:
         num_bits = min(DIGIT_BITS, shift - spacing_bits)
         shift -= num_bits
-        num_digits = None if num_digits is None else num_digits - 1
         counts = launches.count_digits(keys, lo, hi, shift, num_bits, prefixes)
         upto = counts.cumsum(dim=1)
         digits = torch.searchsorted(upto, ranks - below).clamp_(max=(1 << num_bits) - 1)
         held = counts.gather(1, digits)
         below = below + upto.gather(1, digits) - held
         prefixes = (prefixes << num_bits) + digits
-    return torch.cat([prefixes, below, held], dim=1), shift
+        num_digits = num_digits and num_digits - 1
+        if shift == spacing_bits or num_digits == 0:
+            return torch.cat([prefixes, below, held], dim=1), shift

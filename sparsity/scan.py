@@ -50,7 +50,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class Tagged:
-    """The keys themselves, int32 [n] in no order, -1 in places left over, with the number of each key's shard, int16 or int32."""
+    """The keys themselves, int32 [n] in no order, -1 in places left over; and the number of each one's shard, int16 or int32
+    [n]."""
 
     keys: Tensor
     owners: Tensor
