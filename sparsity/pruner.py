@@ -211,10 +211,10 @@ class Pruner:
         if not keys:
             return
         check_replicas_agree(self._shards, self._layout)
-        counts = self._start_count()
+        counted = self._start_count()
         # Before the host waits for the counts, so that the device has work meanwhile.
         self.zero_pruned(optimizer)
-        self._end_count(counts)
+        self._end_count(counted)
         for name in (name for name, kept in self.kept.items() if before[name] and not kept):
             warn_on_rank_0(f"{name} has lost its last weight; name it in requires_dense, or take scope=uniform.")
         if self._has_magnitudes:
