@@ -58,35 +58,48 @@ def _as_keys(values):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _collect_block(  # type: ignore[no-untyped-def]
-    pointer, left, shard, lo, last, limit, keys, shards, cursor, below, BLOCK: tl.constexpr, FULL: tl.constexpr
-):
-    found = _as_keys(_load(pointer, left, BLOCK, FULL))
-    is_below, is_within = found < lo, (found >= lo) & (found <= last)
-    if not FULL:
-        there = tl.arange(0, BLOCK) < left
-        is_below, is_within = is_below & there, is_within & there
-    tl.store(below + tl.program_id(0), tl.sum(is_below.to(tl.int32), 0))
-    upto = tl.cumsum(is_within.to(tl.int32), 0)
-    num_within = tl.sum(is_within.to(tl.int32), 0)
-    if num_within > 0:
-        target = tl.atomic_add(cursor, num_within.to(tl.int64), sem="relaxed") + upto - 1
-        fits = is_within & (target < limit)
-        tl.store(keys + target, found, mask=fits)
-        tl.store(shards + target, tl.zeros_like(found) + shard, mask=fits)
-
-
-@triton.jit(do_not_specialize=["lo", "last", "limit"])
-def collect(  # type: ignore[no-untyped-def]
-    rows, owners, lo, last, limit, keys, shards, cursor, below,
-    WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    pointer, left, shard, lo, last, room, keys, shards, cursor, below,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Append keys lo .. last and their shards' numbers in no order, one atomic a block; count keys under lo by block."""
+    num_below = tl.zeros([PIECE], tl.int32)
+    values = _load(pointer, left, PIECE, FULL)
+    for first in range(0, BLOCK, PIECE):
+        found, following = _as_keys(values), first + PIECE
+        # On its way while the atomics of this piece are.
+        if FULL:
+            values = tl.load(pointer + following + tl.arange(0, PIECE), mask=following < BLOCK, other=0)
+        else:
+            values = _load(pointer + following, left - following, PIECE, False)
+        is_below, is_within = found < lo, (found >= lo) & (found <= last)
+        if not FULL:
+            there = tl.arange(0, PIECE) < left - first
+            is_below, is_within = is_below & there, is_within & there
+        num_below += is_below.to(tl.int32)
+        place = tl.atomic_add(cursor + tl.zeros_like(found), 1, mask=is_within, sem="relaxed")
+        fits = is_within & (place < room)
+        tl.store(keys + place, found, mask=fits)
+        tl.store(shards + place, tl.zeros_like(found) + shard, mask=fits)
+    tl.store(below + tl.program_id(0), tl.sum(num_below, 0))
+
+
+@triton.jit(do_not_specialize=["lo", "last", "num_segments", "room"])
+def collect(  # type: ignore[no-untyped-def]
+    rows, owners, lo, last, num_segments, room, keys, shards, cursors, below,
+    WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Append keys lo .. last and their shards' numbers to segments of `room` places; count keys under lo by block.
+
+    Blocks take turns among the segments. Each key takes a place of its own by an atomic: keys are so few that this costs
+    less than a prefix sum over the block. Keys that find no room are counted and dropped. A block is read in pieces.
+    """
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     pointer, shard = _pointer(row, POINTERS, start, DTYPE, ALIGNED), tl.load(row + NUMBER).to(tl.int32)
+    segment = (tl.program_id(0) % num_segments).to(tl.int64)
+    keys, shards, cursor = keys + segment * room, shards + segment * room, cursors + segment
     if left == BLOCK:
-        _collect_block(pointer, left, shard, lo, last, limit, keys, shards, cursor, below, BLOCK, True)
+        _collect_block(pointer, left, shard, lo, last, room, keys, shards, cursor, below, BLOCK, PIECE, True)
     else:
-        _collect_block(pointer, left, shard, lo, last, limit, keys, shards, cursor, below, BLOCK, False)
+        _collect_block(pointer, left, shard, lo, last, room, keys, shards, cursor, below, BLOCK, PIECE, False)
 
 
 @triton.jit
@@ -117,6 +130,26 @@ def count_bins(  # type: ignore[no-untyped-def]
         _count_bins_block(pointer, left, lo, last, shift, counts, below, BLOCK, True)
     else:
         _count_bins_block(pointer, left, lo, last, shift, counts, below, BLOCK, False)
+
+
+@triton.jit(do_not_specialize=["numel", "lo", "last", "shift", "num_bits", "num_copies"])
+def count_digits(  # type: ignore[no-untyped-def]
+    keys, numel, lo, last, shift, num_bits, prefixes, counts, num_copies, NUM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`NUM` histograms of a digit, the `num_bits` bits from `shift` on of key - lo, of the keys lo .. last.
+
+    Histogram i counts the keys whose higher bits are `prefixes`[i], which only the device knows. `num_copies` of the
+    histograms together are all, as in `count_bins`.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    found = _load(keys + start, left, BLOCK, False)
+    is_within = (tl.arange(0, BLOCK) < left) & (found >= lo) & (found <= last)
+    digit = ((found - lo) >> shift) & ((1 << num_bits) - 1)
+    counts += (((tl.program_id(0) % num_copies) * NUM) << num_bits).to(tl.int64)
+    for number in tl.static_range(NUM):
+        has_prefix = ((found - lo) >> (shift + num_bits)) == tl.load(prefixes + number).to(tl.int32)
+        tl.atomic_add(counts + (number << num_bits) + digit, 1, mask=is_within & has_prefix, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["stride"])
@@ -198,22 +231,39 @@ def hash_masks(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _zero_block(pointer, kept, left, MODE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write 0 where `kept` is 0, in one of three ways, see `zero`."""
+def _zero_block(pointer, values, kept, left, MODE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write 0 where `kept` is 0, in one of three ways, see `zero`. `values` are those there, `kept` again if not needed."""
     index = tl.arange(0, BLOCK)
     is_pruned = kept == 0
     if not FULL:
         is_pruned = is_pruned & (index < left)
     if MODE == "store":
         tl.store(pointer + index, tl.zeros([BLOCK], pointer.dtype.element_ty), mask=is_pruned)
+    elif MODE == "change":
+        tl.store(pointer + index, tl.zeros_like(values), mask=is_pruned & (values != 0))
+    elif FULL:
+        tl.store(pointer + index, tl.where(is_pruned, 0, values))
     else:
+        tl.store(pointer + index, tl.where(is_pruned, 0, values), mask=index < left)
+
+
+@triton.jit
+def _zero_columns(  # type: ignore[no-untyped-def]
+    row, start, kept, left,
+    WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """`_zero_block` of every tensor of a row; one is read before zeros are written to the one before it."""
+    pointer, values = _pointer(row, POINTERS, start, DTYPE, ALIGNED), kept
+    if MODE != "store":
         values = _load(pointer, left, BLOCK, FULL)
-        if MODE == "change":
-            tl.store(pointer + index, tl.zeros_like(values), mask=is_pruned & (values != 0))
-        elif FULL:
-            tl.store(pointer + index, tl.where(is_pruned, 0, values))
-        else:
-            tl.store(pointer + index, tl.where(is_pruned, 0, values), mask=index < left)
+    for column in tl.static_range(POINTERS, WIDTH):
+        here, found = pointer, values
+        if column + 1 < WIDTH:
+            pointer = _pointer(row, column + 1, start, DTYPE, ALIGNED)
+            if MODE != "store":
+                values = _load(pointer, left, BLOCK, FULL)
+        _zero_block(here, found, kept, left, MODE, BLOCK, FULL)
 
 
 @triton.jit
@@ -230,12 +280,19 @@ def zero(  # type: ignore[no-untyped-def]
     mask = _pointer(row, MASK, start, tl.int8, ALIGNED)
     if left == BLOCK:
         kept = _load(mask, left, BLOCK, True)
-        for column in tl.static_range(POINTERS, WIDTH):
-            _zero_block(_pointer(row, column, start, DTYPE, ALIGNED), kept, left, MODE, BLOCK, True)
+        _zero_columns(row, start, kept, left, WIDTH, DTYPE, ALIGNED, BLOCK, MODE, True)
     else:
         kept = _load(mask, left, BLOCK, False)
-        for column in tl.static_range(POINTERS, WIDTH):
-            _zero_block(_pointer(row, column, start, DTYPE, ALIGNED), kept, left, MODE, BLOCK, False)
+        _zero_columns(row, start, kept, left, WIDTH, DTYPE, ALIGNED, BLOCK, MODE, False)
+
+
+@triton.jit
+def _zero_alone(tensor, mask, left, MODE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    kept = _load(mask, left, BLOCK, FULL)
+    values = kept
+    if MODE != "store":
+        values = _load(tensor, left, BLOCK, FULL)
+    _zero_block(tensor, values, kept, left, MODE, BLOCK, FULL)
 
 
 @triton.jit(do_not_specialize=["numel"], do_not_specialize_on_alignment=["tensor", "mask"])
@@ -244,6 +301,6 @@ def zero_one(tensor, mask, numel, BLOCK: tl.constexpr, MODE: tl.constexpr):  # t
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = tl.minimum(numel - start, BLOCK).to(tl.int32)
     if left == BLOCK:
-        _zero_block(tensor + start, _load(mask + start, left, BLOCK, True), left, MODE, BLOCK, True)
+        _zero_alone(tensor + start, mask + start, left, MODE, BLOCK, True)
     else:
-        _zero_block(tensor + start, _load(mask + start, left, BLOCK, False), left, MODE, BLOCK, False)
+        _zero_alone(tensor + start, mask + start, left, MODE, BLOCK, False)

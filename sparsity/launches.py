@@ -23,6 +23,8 @@ from sparsity.shards import ParameterShard
 
 NUM_COPIES = 32
 """Histograms that a histogram is made of."""
+MOST_SEGMENTS, LEAST_ROOM = 1 << 10, 1 << 12
+"""Parts of the buffer for collected keys, each with a cursor of its own, and the least places of one if there are several."""
 _READ_AS = {torch.float32: tl.int32, torch.int32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
 _AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _WRITTEN_AS = {torch.int32: tl.int32, torch.int16: tl.int16}
@@ -36,15 +38,19 @@ class Shape:
     num_warps: int
 
 
-COLLECT = Shape(1 << 12, 8)
+COLLECT = Shape(1 << 13, 4)
+PIECE = 1 << 8
+"""Of a block's elements `collect` reads so many for each warp at a time."""
 COUNT_BINS = Shape(1 << 12, 8)
+COUNT_DIGITS = Shape(1 << 11, 4)
 SAMPLE = Shape(1 << 10, 4)
-KEEP = Shape(1 << 12, 8)
-COUNT_KEPT = Shape(1 << 14, 8)
+KEEP = Shape(1 << 14, 4)
+KEEP_TIES = Shape(1 << 12, 8)
+COUNT_KEPT = Shape(1 << 14, 4)
 HASH = Shape(1 << 12, 8)
-ZERO, ZERO_MODE = Shape(1 << 12, 8), "change"
+ZERO, ZERO_MODE = Shape(1 << 11, 8), "change"
 """Most pruned weights of an event are 0 already."""
-ZERO_GRADIENT, ZERO_GRADIENT_MODE = Shape(1 << 12, 8), "store"
+ZERO_GRADIENT, ZERO_GRADIENT_MODE = Shape(1 << 12, 4), "store"
 
 
 class Row(NamedTuple):
@@ -137,21 +143,36 @@ def collect(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Collect the keys lo .. hi - 1 of all shards.
 
-    Returns: counts int64 [2] of the keys under `lo` and of those in the range, which may exceed `limit`; the first `limit`
-    of the latter, int32 in no order; and the number of each key's shard.
+    Returns: counts int64 [3] of the keys under `lo`, of those in the range, and of those that found no room among `limit`;
+    the latter but these, int32 [limit] in no order, with -1 in the places left; and the number of each key's shard.
     """
-    device = shards[0].values.device
-    keys = torch.empty(limit, dtype=torch.int32, device=device)
-    owners = torch.empty(limit, dtype=torch.int16 if len(shards) < 1 << 15 else torch.int32, device=device)
-    cursor = torch.zeros(1, dtype=torch.int64, device=device)
+    device, numel = shards[0].values.device, sum(shard.values.numel() for shard in shards)
+    # A cursor is an int32, so that one must not count 2^31 keys.
+    num_segments = max(1, min(MOST_SEGMENTS, limit // LEAST_ROOM), numel >> 30)
+    room = limit // num_segments
+    keys = torch.full((limit,), -1, dtype=torch.int32, device=device)
+    owners = torch.zeros(limit, dtype=torch.int16 if len(shards) < 1 << 15 else torch.int32, device=device)
+    cursors = torch.zeros(num_segments, dtype=torch.int32, device=device)
     below = torch.zeros(1, dtype=torch.int64, device=device)
     for table in _shard_tables(shards, shape.block):
         partial = torch.empty_like(table.owners)
         table.launch(
-            kernels.collect, lo, hi - 1, limit, keys, owners, cursor, partial, DTYPE=_READ_AS[table.dtype], shape=shape
+            kernels.collect,
+            lo,
+            hi - 1,
+            num_segments,
+            room,
+            keys,
+            owners,
+            cursors,
+            partial,
+            DTYPE=_READ_AS[table.dtype],
+            PIECE=min(shape.block, PIECE * shape.num_warps),
+            shape=shape,
         )
         below += partial.sum()
-    return torch.cat([below, cursor]), keys, owners
+    lost = (cursors - room).clamp_(min=0)
+    return torch.cat([below, cursors.sum(0, keepdim=True), lost.sum(0, keepdim=True)]), keys, owners
 
 
 def count_by_shard(
@@ -187,6 +208,22 @@ def histogram_of_keys(keys: Tensor, lo: int, hi: int, shift: int) -> Tensor:
     return histogram(make_tables((row,), COUNT_BINS.block, keys.device), lo, hi, shift, keys.device)
 
 
+def count_digits(
+    keys: Tensor, lo: int, hi: int, shift: int, num_bits: int, prefixes: Tensor, shape: Shape = COUNT_DIGITS
+) -> Tensor:
+    """Counts int64 [prefixes, 2^num_bits] of the `num_bits` bits from `shift` on of key - lo, of the keys lo .. hi - 1 whose
+    higher bits are each of `prefixes`, int64 on the device."""
+    num = prefixes.numel()
+    counts = torch.zeros((NUM_COPIES, num, 1 << num_bits), dtype=torch.int32, device=keys.device)
+    if keys.numel():
+        with torch.cuda.device(keys.device) if keys.is_cuda else contextlib.nullcontext():
+            kernels.count_digits[(triton.cdiv(keys.numel(), shape.block),)](
+                keys, keys.numel(), lo, hi - 1, shift, num_bits, prefixes, counts, NUM_COPIES,
+                NUM=num, BLOCK=shape.block, num_warps=shape.num_warps,
+            )  # fmt: skip
+    return counts.sum(dim=0)
+
+
 def _count_bins(table: Table, lo: int, hi: int, shift: int, counts: Tensor, num_copies: int, shape: Shape) -> Tensor:
     """Add to `counts` [shards or copies, bins]; return how many keys of each block are under `lo`."""
     below = torch.empty_like(table.owners)
@@ -212,7 +249,7 @@ def keep_above_(shards: Sequence[ParameterShard], keys: Sequence[int], shape: Sh
         table.launch(kernels.keep_above, bounds, DTYPE=_READ_AS[table.dtype], shape=shape)
 
 
-def keep_after_ties_(shard: ParameterShard, key: int, num_dropped: int, shape: Shape = KEEP) -> None:
+def keep_after_ties_(shard: ParameterShard, key: int, num_dropped: int, shape: Shape = KEEP_TIES) -> None:
     """Set the mask: keep what is above `key`, and of the kept weights with this key all but the first `num_dropped`."""
     for table in _shard_tables([shard], shape.block):
         ties = torch.empty_like(table.owners)

@@ -123,9 +123,10 @@ def mask_gradients(parameters: Iterable[tuple[Tensor, ParameterShard]]) -> list[
     return [param.register_post_accumulate_grad_hook(hook_for(shard)) for param, shard in parameters]
 
 
-def count_kept(shards: Sequence[ParameterShard], layout: RankLayout) -> list[int]:
-    """Kept weights of each full parameter. Collective over the shard group."""
-    return [int(count) for count in layout.sum_counts(count_mask(shards)).tolist()]
+def count_kept(shards: Sequence[ParameterShard], layout: RankLayout) -> Tensor:
+    """Kept weights of each full parameter, int64 [shards], which the host has not waited for. Collective over the shard
+    group."""
+    return layout.sum_counts(count_mask(shards))
 
 
 def count_nonzero_pruned(shards: Sequence[ParameterShard], layout: RankLayout) -> int:

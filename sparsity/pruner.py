@@ -211,10 +211,12 @@ class Pruner:
         if not keys:
             return
         check_replicas_agree(self._shards, self._layout)
-        self._count()
+        counted = self._start_count()
+        # Before the host waits for the counts, so that the device has work meanwhile.
+        self.zero_pruned(optimizer)
+        self._end_count(counted)
         for name in (name for name, kept in self.kept.items() if before[name] and not kept):
             warn_on_rank_0(f"{name} has lost its last weight; name it in requires_dense, or take scope=uniform.")
-        self.zero_pruned(optimizer)
         if self._has_magnitudes:
             self.threshold = magnitude_of_key(max(keys))
 
@@ -326,5 +328,12 @@ class Pruner:
 
     def _count(self) -> None:
         """Called wherever masks have changed. Collective."""
+        self._end_count(self._start_count())
+
+    def _start_count(self) -> Tensor:
+        """Kept weights of each parameter, not waited for. Collective."""
         self._updates_leave_zeros = False
-        self.kept = dict(zip(self._parameters, count_kept(self._shards, self._layout), strict=True))
+        return count_kept(self._shards, self._layout)
+
+    def _end_count(self, counts: Tensor) -> None:
+        self.kept = dict(zip(self._parameters, counts.tolist(), strict=True))

@@ -54,7 +54,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class Tagged:
-    """The keys themselves, int32 [n] in no order, with the number of each key's shard, int16 or int32 [n]."""
+    """The keys themselves, int32 [n] in no order, -1 in places left over; and the number of each one's shard, int16 or int32
+    [n]."""
 
     keys: Tensor
     owners: Tensor
@@ -299,10 +300,10 @@ def _collect_in_kernels(
         counts = np.array(flat, dtype=np.int64).reshape(len(shards), num_keys)
         return below, int(counts.sum()), Counted(counts, lo, spacing_bits, by_shard.device)
     found, keys, owners = launches.collect(shards, lo, hi, limit)
-    below, inside = found.tolist()
-    if inside > limit:
+    below, inside, lost = found.tolist()
+    if lost:
         return below, inside, Streamed(shards, magnitude)
-    return below, inside, Tagged(keys[:inside], owners[:inside], len(shards))
+    return below, inside, Tagged(keys, owners, len(shards))
 
 
 def _collect_in_torch(

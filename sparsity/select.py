@@ -12,11 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from sparsity.narrow import collect_and_find, find_bracket
 from sparsity.scan import (
+    MOST_COUNTED,
     Inside,
     Streamed,
     collect,
@@ -25,6 +28,7 @@ from sparsity.scan import (
     keep_above_,
     keep_after_ties_,
     kernels_of,
+    num_bins,
 )
 from sparsity.score import NUM_KEY_BITS, Score, key_spacing_bits, magnitude
 from sparsity.shards import ParameterShard, RankLayout, chunks, to_device
@@ -93,8 +97,17 @@ def _find_threshold(
     bracket, share = _sample_bracket(shards, k, score, layout, spacing_bits)
     numel = sum(shard.values.numel() for shard in shards)
     limit = min(numel, math.ceil(min(1.5 * share, CANDIDATE_SHARE) * numel) + MIN_CANDIDATES)
-    below, num_inside, inside = collect(shards, score, bracket.lo, bracket.hi, limit)
-    num_below, num_inside = layout.sum_ints([below, num_inside], device)
+    launches = _kernels_of_one_rank(shards, score, layout)
+    if launches is not None and num_bins(bracket.lo, bracket.hi, spacing_bits) > MOST_COUNTED:
+        num_below, num_inside, found, inside = collect_and_find(
+            launches, shards, k, bracket.lo, bracket.hi, limit, spacing_bits
+        )
+        if found is not None:
+            key, below, num_ties = found
+            return Threshold(key, below, num_ties, k - below), inside
+    else:
+        below, num_inside, inside = collect(shards, score, bracket.lo, bracket.hi, limit)
+        num_below, num_inside = layout.sum_ints([below, num_inside], device)
     if num_below < k <= num_below + num_inside:
         bracket = _Range(bracket.lo, bracket.hi, num_below)
     else:
@@ -108,6 +121,11 @@ def _find_threshold(
         bracket = _Range(lo, min(bracket.hi, lo + (1 << shift)), bracket.below + before)
         if shift == spacing_bits:
             return Threshold(lo, bracket.below, held, k - bracket.below), inside
+
+
+def _kernels_of_one_rank(shards: Sequence[ParameterShard], score: Score, layout: RankLayout) -> ModuleType | None:
+    """`sparsity.launches` if its kernels can rank these shards and no counts are to be summed over ranks, else None."""
+    return kernels_of(shards, score) if layout.shard_group is None else None
 
 
 def find_bin(counts: Tensor, rank: int) -> tuple[int, int, int]:
@@ -162,9 +180,12 @@ def _sample_bracket(
     size, share = layout.sum_ints([len(keys)], device)[0], k / numel
     if size == 0:
         return bracket, 1.0
-    counts = count(bracket, shift)
     slack = SAMPLE_SIGMAS * math.sqrt(size * share * (1 - share)) + 1
     ranks = max(1, math.floor(share * size - slack)), min(size, math.ceil(share * size + slack))
+    if (launches := _kernels_of_one_rank(shards, score, layout)) is not None:
+        (lo, hi), below, inside = find_bracket(launches, keys, ranks, spacing_bits)
+        return _Range(lo, hi, below), inside / size
+    counts = count(bracket, shift)
     for _ in range(2):
         (first, below, _), (last, before, held) = find_bins(counts, [rank - bracket.below for rank in ranks])
         inside = before + held - below

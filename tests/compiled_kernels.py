@@ -31,7 +31,10 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launc
     """Name, kernel, types of the arguments, constants and shape of every kernel that an event or a hook launches."""
     readers = {
         kernels.collect: (
-            {"lo": "i32", "last": "i32", "limit": "i32", "keys": "*i32", "shards": "*i16", "cursor": "*i64", "below": "*i32"},
+            {
+                "lo": "i32", "last": "i32", "num_segments": "i32", "room": "i32", "keys": "*i32", "shards": "*i16",
+                "cursors": "*i32", "below": "*i32",
+            },
             launches.COLLECT,
         ),
         kernels.count_bins: (
@@ -43,12 +46,21 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launc
         ),
         kernels.sample: ({"stride": "i32", "keys": "*i32"}, launches.SAMPLE),
         kernels.keep_above: ({"bounds": "*i32"}, launches.KEEP),
-        kernels.count_ties: ({"key": "i32", "ties": "*i32"}, launches.KEEP),
-        kernels.keep_after_ties: ({"key": "i32", "ties_before": "*i32", "num_dropped": "i32"}, launches.KEEP),
+        kernels.count_ties: ({"key": "i32", "ties": "*i32"}, launches.KEEP_TIES),
+        kernels.keep_after_ties: ({"key": "i32", "ties_before": "*i32", "num_dropped": "i32"}, launches.KEEP_TIES),
     }  # fmt: skip
     for (kernel, (types, shape)), name, aligned in itertools.product(readers.items(), READ, (True, False)):
         constants = {"WIDTH": 5, "DTYPE": READ[name], "ALIGNED": aligned, "BLOCK": shape.block}
+        if kernel is kernels.collect:
+            constants["PIECE"] = launches.PIECE * shape.num_warps
         yield _name(kernel, name, aligned), kernel, TABLE | types, constants, shape
+    shape = launches.COUNT_DIGITS
+    digits = {
+        "keys": "*i32", "numel": "i32", "lo": "i32", "last": "i32", "shift": "i32", "num_bits": "i32", "prefixes": "*i64",
+        "counts": "*i32", "num_copies": "i32",
+    }  # fmt: skip
+    for num in (1, 2):
+        yield f"count_digits, {num}", kernels.count_digits, digits, {"NUM": num, "BLOCK": shape.block}, shape
     shape = launches.COUNT_KEPT
     for aligned in (True, False):
         constants = {"WIDTH": 4, "ALIGNED": aligned, "BLOCK": shape.block}

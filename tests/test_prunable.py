@@ -11,8 +11,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from sparsity import Geometric, SparsityCallback, prunable_parameters
+from sparsity.collapse import all_zero_names
 from sparsity.notices import warn_on_rank_0
 from sparsity.prunable import linear_weights
+from sparsity.shards import RankLayout
 from tests.distributed import run_ranks
 
 SIZES = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -177,6 +179,20 @@ def test_a_parameter_of_zeros_is_refused_at_its_first_event():
         ValueError, match=r"^1.weight is all zeros at its first prune event.*requires_dense=\['1.weight'\]"
     ):
         pruner.prune_at(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_with_a_single_weight_at_its_end_is_not_all_zeros(dtype):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False), nn.Linear(2, 2, bias=False))
+    nn.init.zeros_(model[0].weight)
+    model[0].weight.data[-1, -1] = float("nan")
+    model[1].to(dtype)
+    pruner = callback()
+    pruner.bind(model)
+    assert all_zero_names(pruner.shards, RankLayout()) == []
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[2].weight)
+    assert all_zero_names(pruner.shards, RankLayout()) == ["0.weight", "2.weight"]
 
 
 @pytest.mark.parametrize("choices", [{"requires_dense": ["1.*"]}, {"score": "random"}], ids=str)

@@ -41,14 +41,23 @@ NUM_REHEARSED = 2
 IDEAL_BYTES = 4 + 5 + 3 * 8 + 3 + 1
 """Of a weight: collect, keep, zero three tensors each by its mask, count."""
 PASSES = {
-    "sample": 0, "collect": 4, "count_by_shard": 4, "histogram_of_keys": 0, "keep_above_": 5, "keep_after_ties_": 0,
-    "count_kept": 1, "zero_all_": 13,
+    "sample": 0, "collect": 4, "count_by_shard": 4, "count_digits": 0, "histogram_of_keys": 0, "keep_above_": 5,
+    "keep_after_ties_": 0, "count_kept": 1, "zero_all_": 13,
 }  # fmt: skip
 """Passes of `sparsity.launches`, and the bytes of a weight that each moves at least."""
 MOST_OF_IDEAL, MOST_READ_PASSES, MOST_EXTRA_SHARE = 1.3, 3.0, 0.01
 MOST_MASKING_SECONDS = 0.01 * 0.230
 """A hundredth of a dense step of the 1B on an H100."""
-MODES = ("store", "change", "rewrite")
+SWEPT = {
+    "collect": ((4096, 4), (8192, 4), (8192, 8)),
+    "keep_above_": ((2048, 4), (8192, 8), (16384, 4)),
+    "count_kept": ((8192, 8), (16384, 4), (16384, 8)),
+    "zero_all_ change": ((1024, 4), (2048, 4), (2048, 8)),
+    "gradients store": ((2048, 8), (4096, 4)),
+    "gradients change": ((4096, 8), (16384, 8)),
+}
+"""Blocks and warps of each pass; each takes a compilation. Zeros are written in the ways that were fastest on an H200."""
+REHEARSED = dict.fromkeys(SWEPT, ((4096, 8),))
 KTHVALUE_BYTES = 12
 """Of a weight that `kthvalue` takes beside weights, moments and masks."""
 
@@ -254,7 +263,10 @@ def peak(device: str, reset: bool = False) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def sweep(model: Model, device: str, blocks: Sequence[int], warps: Sequence[int]) -> dict[str, dict[str, float]]:
+Shapes = dict[str, tuple[tuple[int, int], ...]]
+
+
+def sweep(model: Model, device: str, shapes: Shapes) -> dict[str, dict[str, float]]:
     """Seconds of each large pass by block and warps, from the same state each time."""
     launches = shards.kernels_for(torch.device(device))
     if launches is None:
@@ -281,32 +293,34 @@ def sweep(model: Model, device: str, blocks: Sequence[int], warps: Sequence[int]
             tensors[1].fill_(1.0)
 
     limit = model.numel // 100 + 4096
-    lo, hi = threshold, threshold + (1 << 16)
+    lo, hi = threshold, threshold + (1 << 15)
     bodies: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
         "collect": (partial(launches.collect, ours, lo, hi, limit), lambda: None),
         "keep_above_": (partial(launches.keep_above_, ours, [threshold] * len(ours)), lambda: None),
         "count_kept": (partial(launches.count_kept, ours), lambda: None),
     }
-    for mode in MODES:
-        masked = [(shard.mask, tensors) for shard, tensors in zip(later, triples, strict=True)]
-        bodies[f"zero_all_ {mode}"] = partial(launches.zero_all_, masked, mode=mode), as_before
+    masked = [(shard.mask, tensors) for shard, tensors in zip(later, triples, strict=True)]
 
-        def gradients(mode: str = mode, **options: Any) -> None:
-            for tensors, shard in zip(triples, final, strict=True):
-                launches.zero_(tensors[1], shard.mask, mode=mode, **options)
+    def gradients(mode: str, **options: Any) -> None:
+        for tensors, shard in zip(triples, final, strict=True):
+            launches.zero_(tensors[1], shard.mask, mode=mode, **options)
 
-        bodies[f"gradients {mode}"] = gradients, as_gradients
+    for name in shapes:
+        kind, _, mode = name.partition(" ")
+        if kind == "zero_all_":
+            bodies[name] = partial(launches.zero_all_, masked, mode=mode), as_before
+        elif kind == "gradients":
+            bodies[name] = partial(gradients, mode), as_gradients
     found: dict[str, dict[str, float]] = {}
     for name, (body, before) in bodies.items():
-        if name == "zero_all_ store":
+        if name == "zero_all_ change":
             # These change weights, so passes that read them have come before.
             print("sweeping what writes zeros", file=sys.stderr, flush=True)
         found[name] = {
             f"{block} x {num_warps} warps": best(
                 partial(body, shape=launches.Shape(block, num_warps)), device, before, rounds=2
             )
-            for block in blocks
-            for num_warps in warps
+            for block, num_warps in shapes[name]
         }
         fastest = min(found[name], key=found[name].__getitem__)
         print(f"best {name:<18} {fastest:<18} {found[name][fastest] * 1000:8.3f} ms", flush=True)
@@ -323,7 +337,8 @@ def sweep(model: Model, device: str, blocks: Sequence[int], warps: Sequence[int]
 
 
 def by_kthvalue(model: Model, device: str) -> float | None:
-    """Seconds of `kthvalue` over all magnitudes at once, and the masks; None where memory is not enough for it."""
+    """Seconds of `kthvalue` over all magnitudes at once, and the masks; None if memory is not enough for it. One call takes
+    seconds, so that there is no warm-up."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < KTHVALUE_BYTES * model.numel:
         return None
 
@@ -332,10 +347,12 @@ def by_kthvalue(model: Model, device: str) -> float | None:
         threshold = scores.kthvalue(model.numel // 2).values
         return [weight.abs() > threshold for weight in model.weights]
 
-    return best(body, device, rounds=1)
+    end = timer(device)()
+    body()
+    return end()
 
 
-def measure(size: Size, device: str, blocks: Sequence[int], warps: Sequence[int]) -> list[Comparison]:
+def measure(size: Size, device: str, shapes: Shapes) -> list[Comparison]:
     """All rows, with a line for each as it comes."""
     rows: list[Comparison] = []
 
@@ -375,14 +392,13 @@ def measure(size: Size, device: str, blocks: Sequence[int], warps: Sequence[int]
                     f"{name} at {event.density:.2f}", seconds, "its bytes at a copy's speed", moved / bandwidth, **share
                 )
     with mock.patch.object(shards, "_is_gpu", return_value=False):
-        run_events(model, device)
         plain = run_events(model, device)
     middle = len(events) // 2
     row("event", events[middle].seconds, "the same in torch's operations", plain[middle].seconds)
     kthvalue = by_kthvalue(model, device)
     if kthvalue is not None:
         row("selection", events[middle].selection, "kthvalue", kthvalue)
-    swept = sweep(model, device, blocks, warps)
+    swept = sweep(model, device, shapes)
     chosen = shards.kernels_for(torch.device(device))
     for name, by_shape in swept.items():
         fastest = min(by_shape, key=by_shape.__getitem__)
@@ -424,7 +440,7 @@ def main() -> None:
     if not options.rehearse:
         if not torch.cuda.is_available():
             parser.error("there is no GPU here: add --rehearse to try the code at a tiny size on a CPU.")
-        rows = measure(ONE_B, "cuda", (2048, 4096, 8192, 16384), (4, 8))
+        rows = measure(ONE_B, "cuda", SWEPT)
         write_rows([row.row() for row in rows], options.output)
         finish(missed_goals(rows))
         return
@@ -433,7 +449,7 @@ def main() -> None:
         command = [sys.executable, "-m", "tests.benchmarks.event", "--rehearse", "--output", str(options.output)]
         sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
     with mock.patch.object(shards, "_is_gpu", return_value=find_spec("triton") is not None):
-        rows = measure(TINY, "cpu", (4096,), (8,))
+        rows = measure(TINY, "cpu", REHEARSED)
     write_rows([row.row() for row in rows], options.output)
 
 

@@ -63,8 +63,8 @@ def time_masking(numel: int, rounds: int, device: str, dtype: str) -> dict[str, 
     """Best seconds of each method on the same gradients and masks, after a warm-up; zeros are compared once."""
     torch.set_num_threads(1)
     gradients = make_weights(numel, device, dtype)
-    generator = torch.Generator().manual_seed(1)
-    masks = [torch.rand(gradient.numel(), generator=generator).lt_(DENSITY).bool().to(device) for gradient in gradients]
+    generator = torch.Generator(device).manual_seed(1)
+    masks = [torch.rand(few.numel(), generator=generator, device=device) < DENSITY for few in gradients]
     opposite = [~mask for mask in masks]
     packed = [pack_mask(mask).to(device) for mask in masks]
     methods: dict[str, tuple[Callable[[Tensor, Tensor], None], list[Tensor]]] = {

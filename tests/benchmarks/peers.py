@@ -24,9 +24,10 @@ def make_weights(numel: int, device: str = "cpu", dtype: str = "float32") -> lis
     layer = [(hidden, hidden)] * 4 + [(4 * hidden, hidden)] * 2 + [(hidden, 4 * hidden)]
     num_layers = numel // (16 * hidden**2)
     rows, rest = divmod(numel - num_layers * 16 * hidden**2, hidden)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes = [shape for shape in [*layer * num_layers, (rows, hidden), (rest,)] if 0 not in shape]
-    return [torch.randn(shape, generator=generator).mul_(0.02).to(device, getattr(torch, dtype)) for shape in shapes]
+    drawn = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
+    return [weight.mul_(0.02).to(getattr(torch, dtype)) for weight in drawn]
 
 
 def by_global_unstructured(weights: list[Tensor], num_pruned: int) -> list[Tensor]:

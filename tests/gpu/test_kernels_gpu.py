@@ -38,6 +38,19 @@ def test_thirty_million_weights_are_pruned_as_numpy_sorts_them(dtype):
         assert scan.count_mask(shards).tolist() == [int(shard.mask.sum()) for shard in shards]
 
 
+def test_an_event_takes_little_memory_beside_the_model():
+    model, optimizer = small_model("float32", "cuda", ((4096, 4096), (4096, 8192)))
+    event = SparsityCallback(Geometric(0.8, 0, 0, 1), report=False)
+    event.bind(model)
+    for density in (0.9, 0.5):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        event.prune(density, optimizer)
+        taken = torch.cuda.max_memory_allocated() - before
+        assert taken < 0.05 * 4 * 50_331_648, f"{taken:,} bytes more"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 3])
 def test_zeros_are_written_where_numpy_writes_them_and_nowhere_else(dtype, offset):
@@ -100,7 +113,9 @@ def events_of(
 def test_other_densities_sizes_and_models_compile_nothing_anew(dtype):
     from sparsity import kernels
 
-    names = ("collect", "count_bins", "sample", "keep_above", "count_ties", "keep_after_ties", "count_kept", "zero")
+    names = (
+        "collect", "count_bins", "count_digits", "sample", "keep_above", "count_ties", "keep_after_ties", "count_kept", "zero",
+    )  # fmt: skip
 
     def num_compiled() -> int:
         return sum(len(held[0]) for name in names for held in getattr(kernels, name).device_caches.values())
@@ -116,7 +131,7 @@ def test_other_densities_sizes_and_models_compile_nothing_anew(dtype):
     assert num_compiled() == before
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 8), ("bfloat16", 10), ("float16", 10)])
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 5), ("bfloat16", 10), ("float16", 10)])
 def test_the_host_waits_a_few_times_an_event_whatever_the_number_of_parameters(dtype, most):
     for num_layers in (2, 40):
         event, optimizer = events_of(num_layers, dtype)
