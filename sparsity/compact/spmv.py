@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 
 def shape_for(num_chunks: int) -> Shape:
-    """The shape for rows of so many chunks: at most 8 of them at once, and two for each of 4 warps."""
+    """Return the shape for rows of so many chunks: at most 8 at once, and two for each of 4 warps."""
     chunks = min(8, triton.next_power_of_2(num_chunks))
     return Shape(8 // chunks, chunks, 4)
 
@@ -85,9 +85,10 @@ def spmv(packed: Packed, x: Tensor, bias: Tensor | None = None, shape: Shape | N
     if packed.values.numel() == 0:
         return y.copy_(y.new_zeros(()) if bias is None else bias)
     shape = shape or shape_for(packed.num_chunks)
-    multiply[(x.shape[0], triton.cdiv(num_rows, shape.rows))](
-        packed.values, packed.offsets, packed.bases, packed.starts, x.contiguous(), y if bias is None else bias, y,
-        num_rows, packed.columns, packed.num_chunks, HAS_BASES=packed.bases.numel() > 0, HAS_BIAS=bias is not None,
-        ROWS=shape.rows, CHUNKS=shape.chunks, STEPS=triton.cdiv(packed.num_chunks, shape.chunks), num_warps=shape.num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        multiply[(x.shape[0], triton.cdiv(num_rows, shape.rows))](
+            packed.values, packed.offsets, packed.bases, packed.starts, x.contiguous(), y if bias is None else bias, y,
+            num_rows, packed.columns, packed.num_chunks, HAS_BASES=packed.bases.numel() > 0, HAS_BIAS=bias is not None,
+            ROWS=shape.rows, CHUNKS=shape.chunks, STEPS=triton.cdiv(packed.num_chunks, shape.chunks), num_warps=shape.num_warps,
+        )  # fmt: skip
     return y
