@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +82,6 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
-        """Move and cast as nn.Module does; the indices are no floating-point tensors and keep their types."""
-        super()._apply(fn, recurse)
-        return self
-
 
 @cache
 def _kernel() -> ModuleType | None:
@@ -118,9 +112,13 @@ def sparse_linears_(model: nn.Module, most_density: float = MOST_DENSITY) -> lis
             continue
         if torch.count_nonzero(module.weight).item() > most_density * module.weight.numel():
             continue
-        layer = SparseLinear.from_dense(module.weight, module.bias).train(module.training)
         if not name:
             raise ValueError("the model is itself a linear layer: use SparseLinear.from_dense(layer.weight, layer.bias)")
+        layer = SparseLinear.from_dense(module.weight, module.bias).train(module.training)
+        if hasattr(module, "_hf_hook"):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(layer, module._hf_hook)
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], layer)
         replaced.append(name)
