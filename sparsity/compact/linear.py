@@ -113,7 +113,9 @@ def sparse_linears_(model: nn.Module, most_density: float = MOST_DENSITY) -> lis
         if torch.count_nonzero(module.weight).item() > most_density * module.weight.numel():
             continue
         if not name:
-            raise ValueError("the model is itself a linear layer: use SparseLinear.from_dense(layer.weight, layer.bias)")
+            raise ValueError(
+                "the model is itself a linear layer: use SparseLinear.from_dense(layer.weight, layer.bias)"
+            )
         layer = SparseLinear.from_dense(module.weight, module.bias).train(module.training)
         if hasattr(module, "_hf_hook"):
             from accelerate.hooks import add_hook_to_module
