@@ -91,7 +91,7 @@ def products() -> Iterator[tuple[str, dict[str, str], dict[str, Any], int]]:
     for value, (num_chunks, has_bases) in itertools.product(
         ("bf16", "fp16", "fp32"), ((2, True), (7, True), (7, False))
     ):
-        shape = spmv.shape_for(num_chunks)
+        shape = spmv.shape_for(32_000, num_chunks)
         types = {
             "values": f"*{value}", "offsets": "*u8" if has_bases else "*i16", "bases": "*i16", "starts": "*i32",
             "x": f"*{value}", "bias": f"*{value}", "y": f"*{value}", "num_rows": "i32", "num_columns": "i32",

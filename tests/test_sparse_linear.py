@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from functools import cache
@@ -19,6 +20,7 @@ import sparsity.compact
 import sparsity.compact.linear as linear_module
 from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
 from sparsity.compact.packed import pack, unpack
+from tests.commands import run_command
 from tests.test_compact import IDS, same_bits, sparse_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,3 +159,19 @@ def test_a_folder_loads_with_layers_that_stay_sparse_and_generates_the_same_toke
         found.save_pretrained(tmp_path / "again")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "compact")
     assert not any(isinstance(module, SparseLinear) for module in dense.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_rehearses_layers_and_a_model_and_writes_down_what_fails(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
+    output = str(tmp_path / "d.json")
+    command = ["tests.benchmarks.decode", "--rehearse", "--seconds", "500", "--output", output]
+    done = run_command(command, timeout_s=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "d.json").read_text())}
+    assert rows["24 x 96 at 0.2"]["error"] < 0.01
+    assert rows["a token of the 1B at 0.2"]["sparse_layers"] == 5
+    assert rows["a token of the 1B at 0.2"]["same_tokens"] == "4 of 4"
+    assert "Only CUDA tensors" in rows["torch 2:4"]["failed"]
+    assert not [name for name, row in rows.items() if "left_out" in row]

@@ -24,10 +24,15 @@ class Shape(NamedTuple):
     num_warps: int
 
 
-def shape_for(num_chunks: int) -> Shape:
-    """Return the shape for rows of so many chunks: at most 8 at once, and two for each of 4 warps."""
+MANY_CHUNKS = 1 << 13
+"""From so many on there is work for all of a GPU's warps even if each takes four."""
+
+
+def shape_for(num_rows: int, num_chunks: int) -> Shape:
+    """Return the shape for so many rows of so many chunks: 4 warps that each take 4 chunks at once, 1 or 2 of small layers."""
     chunks = min(8, triton.next_power_of_2(num_chunks))
-    return Shape(8 // chunks, chunks, 4)
+    a_warp = 4 if num_rows * num_chunks >= MANY_CHUNKS else 1
+    return Shape(max(1, 4 * a_warp // chunks), chunks, 4)
 
 
 @triton.jit
@@ -51,12 +56,12 @@ def multiply(  # type: ignore[no-untyped-def]
         is_there = tl.broadcast_to(is_there, [32, CHUNKS, ROWS, 8])
         place = (start + chunk * lanes + lane).to(tl.int64)[:, :, :, None] * 8 + slot
         value = tl.load(values + place, mask=is_there, other=0, eviction_policy="evict_first")
-        column = tl.load(offsets + place, mask=is_there, other=0, eviction_policy="evict_first").to(tl.int32)
+        column = tl.load(offsets + place, mask=is_there, other=0, eviction_policy="evict_first").to(tl.uint32)
         if HAS_BASES:
             group = (row.to(tl.int64)[None, None, :] * num_chunks + chunk)[:, :, :, None] * 8 + slot
             group = tl.broadcast_to(group, [32, CHUNKS, ROWS, 8])
-            column += tl.load(bases + group, mask=is_there, other=0).to(tl.int32)
-        # Where no weight is, the column is 0.
+            column += tl.load(bases + group, mask=is_there, other=0).to(tl.uint32)
+        # Where no weight is, the column is 0. Unsigned: a signed sum would cost a second addition of 64 bits.
         total += tl.sum(value.to(tl.float32) * tl.load(x + column).to(tl.float32), 3)
     result = tl.sum(tl.sum(total, 0), 0)
     if HAS_BIAS:
@@ -84,7 +89,7 @@ def spmv(packed: Packed, x: Tensor, bias: Tensor | None = None, shape: Shape | N
         return y
     if packed.values.numel() == 0:
         return y.copy_(y.new_zeros(()) if bias is None else bias)
-    shape = shape or shape_for(packed.num_chunks)
+    shape = shape or shape_for(num_rows, packed.num_chunks)
     with torch.cuda.device_of(x):
         multiply[(x.shape[0], triton.cdiv(num_rows, shape.rows))](
             packed.values, packed.offsets, packed.bases, packed.starts, x.contiguous(), y if bias is None else bias, y,

@@ -154,9 +154,9 @@ def measure_layer(rows: Rows, layer: Layer, kernel: Any, dense: float, bandwidth
     error = float((kernel.spmv(packed, layer.x).float() - expected).norm() / expected.norm())
     all_copies = copies(packed, turns(packed.nbytes, layer.device))
     seconds = seconds_of_each([product(kernel, one, layer.x) for one in all_copies], layer.device)
-    nbytes = packed.nbytes - packed.counts.nbytes
+    nbytes, shape = packed.nbytes - packed.counts.nbytes, kernel.shape_for(len(layer.weight), packed.num_chunks)
     details = {
-        "density": layer.density, "shape": list(kernel.shape_for(packed.num_chunks)), "num_chunks": packed.num_chunks,
+        "density": layer.density, "shape": list(shape), "num_chunks": packed.num_chunks,
         "bytes": nbytes, "bits_a_weight": 8 * nbytes / layer.weight.numel(), "of_bound": nbytes / bandwidth / seconds,
         "dense_of_bound": layer.weight.nbytes / bandwidth / dense, "error": error,
     }  # fmt: skip
@@ -356,7 +356,7 @@ def measure(rows: Rows, size: Size, device: str) -> None:
         shapes = [(2048, 8192), (32_000, 2048), (8192, 2048), (2048, 2048)]
         sweep = [
             (rows_, chunks, warps)
-            for warps in (4, 8, 2)
+            for warps in (4, 2, 8)
             for chunks in (8, 2, 4, 1, 16)
             for rows_ in (1, 2, 4, 8)
             if warps <= rows_ * chunks <= 4 * warps
