@@ -94,7 +94,8 @@ def products() -> Iterator[tuple[str, dict[str, str], dict[str, Any], int]]:
         shape = spmv.shape_for(32_000, num_chunks)
         types = {
             "values": f"*{value}", "offsets": "*u8" if has_bases else "*i16", "bases": "*i16", "starts": "*i32",
-            "x": f"*{value}", "bias": f"*{value}", "y": f"*{value}", "num_rows": "i32", "num_columns": "i32",
+            "x": f"*{value}", "bias": f"*{value}", "y": f"*{value}",
+            "num_vectors": "i32", "num_rows": "i32", "num_columns": "i32",
             "num_chunks": "i32",
         }  # fmt: skip
         constants = {

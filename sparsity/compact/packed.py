@@ -114,9 +114,10 @@ def unpack(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
     is_all = first == 0 and last == num_rows
     start, stop = (0, len(packed.values)) if is_all else (int(packed.starts[first]), int(packed.starts[last]))
     word = torch.arange(start, stop, device=packed.values.device)
-    row = torch.searchsorted(packed.starts[1:], word, right=True)
-    begin = packed.starts[row].long()
-    lanes = (packed.starts[row + 1] - begin) // packed.num_chunks
+    starts = packed.starts.long()
+    row = torch.searchsorted(starts[1:], word, right=True)
+    begin = starts[row]
+    lanes = (starts[row + 1] - begin) // packed.num_chunks
     chunk = (word - begin) // lanes
     lane = word - begin - chunk * lanes
     column = packed.offsets[start:stop].long()
@@ -124,8 +125,9 @@ def unpack(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
         column = column + packed.bases[row, chunk].long()
     group = SLOTS * chunk[:, None] + torch.arange(SLOTS, device=word.device)
     is_filler = group * lanes[:, None] + lane[:, None] >= packed.counts[row, None]
-    # Fillers go to a column of their own, because a real weight may be where they point to.
-    column = torch.where(is_filler, packed.columns, column)
-    out = torch.zeros(last - first, packed.columns + 1, dtype=packed.values.dtype, device=word.device)
-    out.view(-1)[((row - first)[:, None] * (packed.columns + 1) + column)] = packed.values[start:stop]
-    return out[:, : packed.columns]
+    # Fillers go to one place after the last, because a real weight may be where they point to.
+    num_weights = (last - first) * packed.columns
+    place = torch.where(is_filler, num_weights, (row - first)[:, None] * packed.columns + column)
+    out = torch.zeros(num_weights + 1, dtype=packed.values.dtype, device=word.device)
+    out[place] = packed.values[start:stop]
+    return out[:num_weights].view(last - first, packed.columns)

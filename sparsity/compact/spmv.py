@@ -37,12 +37,13 @@ def shape_for(num_rows: int, num_chunks: int) -> Shape:
 
 @triton.jit
 def multiply(  # type: ignore[no-untyped-def]
-    values, offsets, bases, starts, x, bias, y, num_rows, num_columns, num_chunks,
+    values, offsets, bases, starts, x, bias, y, num_vectors, num_rows, num_columns, num_chunks,
     HAS_BASES: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """y[batch, row] of `ROWS` rows and one vector; products are summed in float32, always in the same order."""
-    batch = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    # Vectors first: programs that run together read the same weights.
+    batch = (tl.program_id(0) % num_vectors).to(tl.int64)
+    row = tl.program_id(0) // num_vectors * ROWS + tl.arange(0, ROWS)
     start = tl.load(starts + row, mask=row < num_rows, other=0)
     stop = tl.load(starts + row + 1, mask=row < num_rows, other=0)
     # Lanes come first: among dimensions of equal contiguity Triton gives a warp the first.
@@ -91,9 +92,9 @@ def spmv(packed: Packed, x: Tensor, bias: Tensor | None = None, shape: Shape | N
         return y.copy_(y.new_zeros(()) if bias is None else bias)
     shape = shape or shape_for(num_rows, packed.num_chunks)
     with torch.cuda.device_of(x):
-        multiply[(x.shape[0], triton.cdiv(num_rows, shape.rows))](
+        multiply[(len(x) * triton.cdiv(num_rows, shape.rows),)](
             packed.values, packed.offsets, packed.bases, packed.starts, x.contiguous(), y if bias is None else bias, y,
-            num_rows, packed.columns, packed.num_chunks, HAS_BASES=packed.bases.numel() > 0, HAS_BIAS=bias is not None,
+            len(x), num_rows, packed.columns, packed.num_chunks, HAS_BASES=packed.bases.numel() > 0, HAS_BIAS=bias is not None,
             ROWS=shape.rows, CHUNKS=shape.chunks, STEPS=triton.cdiv(packed.num_chunks, shape.chunks), num_warps=shape.num_warps,
         )  # fmt: skip
     return y

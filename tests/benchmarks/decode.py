@@ -288,7 +288,7 @@ class Decoder(nn.Module):
 def make_sparse_(model: nn.Module, density: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.weight.masked_fill_(torch.rand_like(module.weight) >= density, 0)
+            module.weight.masked_fill_(torch.rand_like(module.weight, dtype=torch.float32) >= density, 0)
 
 
 @torch.no_grad()

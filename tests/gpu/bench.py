@@ -40,7 +40,7 @@ def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
     decode = benchmark("decode", output, "--seconds", "60", *tiny)
     found += [
         Step(
-            "decoding with sparse weights", decode, expected_s=DECODE_SECONDS, timeout_s=90, alone=True,
+            "decoding with sparse weights", decode, expected_s=DECODE_SECONDS, timeout_s=300 if rehearse else 90, alone=True,
             says="a token of the 1B",
         ),
         Step(
