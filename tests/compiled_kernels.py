@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsity import kernels, launches
+from sparsity.compact import spmv
 
 TARGET = GPUTarget("cuda", 90, 32)
 TABLE = {"rows": "*i64", "owners": "*i32"}
@@ -97,16 +98,44 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launc
         )
 
 
+def products() -> Iterator[tuple[str, dict[str, str], dict[str, Any], int]]:
+    """Name, types, constants and warps of the product with a sparse matrix: rows of 2 and 7 chunks, and without bases."""
+    for value, (num_chunks, has_bases) in itertools.product(
+        ("bf16", "fp16", "fp32"), ((2, True), (7, True), (7, False))
+    ):
+        shape = spmv.shape_for(32_000, num_chunks)
+        types = {
+            "values": f"*{value}", "offsets": "*u8" if has_bases else "*i16", "bases": "*i16", "starts": "*i32",
+            "x": f"*{value}", "bias": f"*{value}", "y": f"*{value}",
+            "num_vectors": "i32", "num_rows": "i32", "num_columns": "i32",
+            "num_chunks": "i32",
+        }  # fmt: skip
+        constants = {
+            "HAS_BASES": has_bases, "HAS_BIAS": False, "ROWS": shape.rows, "CHUNKS": shape.chunks,
+            "STEPS": triton.cdiv(num_chunks, shape.chunks),
+        }  # fmt: skip
+        of = f"multiply, {value}, {num_chunks} chunks, {'bytes' if has_bases else 'columns'}"
+        yield of, types, constants, shape.num_warps
+
+
 def _name(kernel: Any, of: str, aligned: bool) -> str:
     return f"{kernel.__name__}, {of}, {'aligned' if aligned else 'unaligned'}"
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], shape: launches.Shape) -> dict[str, Any]:
+def compiled(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    attributes: dict[Any, Any] | None = None,
+) -> dict[str, Any]:
     """Compile one variant; return what its code reads and writes in one go, its registers and its spills."""
     signature = types | dict.fromkeys(constants, "constexpr")
     ordered = {name: signature[name] for name in kernel.arg_names}
-    source = ASTSource(kernel, ordered, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
-    binary = triton.compile(source, target=TARGET, options={"num_warps": shape.num_warps})
+    source = ASTSource(
+        kernel, ordered, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    binary = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
     ptx = binary.asm["ptx"]
     accesses = Counter(re.findall(r"\b((?:ld|st|atom|red)\.global[.\w:]*)", ptx))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -124,7 +153,13 @@ def _cuobjdump() -> str:
 
 def main() -> None:
     for name, kernel, types, constants, shape in variants():
-        print(json.dumps({"kernel": name, **compiled(kernel, types, constants, shape)}), flush=True)
+        print(json.dumps({"kernel": name, **compiled(kernel, types, constants, shape.num_warps)}), flush=True)
+    aligned = {
+        (spmv.multiply.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("values", "offsets", "bases")
+    }
+    for name, types, constants, num_warps in products():
+        found = compiled(spmv.multiply, types, constants, num_warps, aligned)
+        print(json.dumps({"kernel": name, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """transformers loads compact folders: a quantizer that turns mask and values into ordinary dense parameters.
 
 The loading is transformers' own, tensor by tensor, with its `device_map` and `dtype`. What it gives is a plain model:
-`save_pretrained` writes a plain folder.
+`save_pretrained` writes a plain folder. With `CompactWeights(dequantize=False)` sparse linear layers then become
+`SparseLinear` one by one, for inference.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -22,21 +24,42 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsity.compact.bitmask import expand_tensor
 from sparsity.compact.contents import BITMASK, METHOD, VERSION, Stored, check_version
 from sparsity.compact.files import check_file
+from sparsity.compact.linear import sparse_linears_
 
 
 @register_quantization_config(METHOD)
 class CompactWeights(QuantizationConfigMixin):
-    """`quantization_config` of a compact folder's config.json."""
+    """`quantization_config` of a compact folder's config.json, or an argument of `from_pretrained`.
+
+    Args:
+        version: The format's version.
+        quant_method: The format's name.
+        dequantize: Whether the loaded model is dense. False gives layers that stay sparse in memory, for inference; such a
+            model cannot be saved.
+    """
 
     dequantize = True
     """transformers then forgets the quantization once the weights are loaded."""
 
-    def __init__(self, version: Any = VERSION, quant_method: Any = METHOD, **others: Any) -> None:
+    def __init__(
+        self, version: Any = VERSION, quant_method: Any = METHOD, dequantize: bool = True, **others: Any
+    ) -> None:
         check_version(version, "The model's quantization_config")
         if others:
             raise ValueError(f"quantization_config has the key {next(iter(others))}, which {METHOD} does not know.")
         self.quant_method = quant_method
         self.version = version
+        if not dequantize:
+            # Not an attribute of the instance otherwise: to_dict would write it to config.json.
+            self.dequantize = False
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of an argument of `from_pretrained` counts beside the folder's own config."""
+        return {"dequantize": self.dequantize}
+
+
+# transformers asks these classes, and no others, for their loading attributes.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, CompactWeights)
 
 
 @register_quantizer(METHOD)
@@ -52,11 +75,11 @@ class CompactLoader(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}
 
     def is_serializable(self) -> bool:
-        return True
+        return bool(self.quantization_config.dequantize)
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return bool(self.quantization_config.dequantize)
 
     def _process_model_before_weight_loading(
         self, model: Any, dtype: Any = None, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -87,6 +110,8 @@ class CompactLoader(HfQuantizer):
         for name, param in model.named_parameters():
             if param.dtype != self.dtypes.get(name, param.dtype) and param.device.type != "meta":
                 param.data = param.data.to(self.dtypes[name])
+        if not self.quantization_config.dequantize:
+            sparse_linears_(model)
 
 
 class ExpandBitmask(ConversionOps):

@@ -1,0 +1,127 @@
+"""A linear layer that stays sparse in memory, for inference."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsity.compact.packed import Packed, pack, unpack
+
+MOST_VECTORS = 8
+"""The kernel reads the matrix once a vector; beyond this number a tile is unpacked for all of them."""
+TILE = 1 << 22
+"""Weights that are dense at a time."""
+MOST_DENSITY = 0.5
+"""Denser layers would be no smaller by much and no faster, so they stay as they are."""
+
+
+class SparseLinear(nn.Module):
+    """`nn.Linear` with the bytes of its kept weights and one byte more for each: the columns.
+
+    Up to `MOST_VECTORS` rows of input on a GPU go through one kernel that reads only these; for others, and on a CPU,
+    rows of the matrix are made dense a tile at a time. It has no parameters and is not trained; gradients reach its input.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    bases: Tensor
+    starts: Tensor
+    counts: Tensor
+    bias: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.columns, packed.counts.numel()
+        self.num_chunks = packed.num_chunks
+        for name in ("values", "offsets", "bases", "starts", "counts"):
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> SparseLinear:
+        """Pack `weight` [out, in]; a ValueError if it is no matrix."""
+        return cls(pack(weight), bias)
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(
+            self.values, self.offsets, self.bases, self.starts, self.counts, self.in_features, self.num_chunks
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix, made anew: models look at a weight's type and device."""
+        return self.dense()
+
+    def dense(self) -> Tensor:
+        """Return the matrix that was packed, bit for bit."""
+        return unpack(self.packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_vectors = x.numel() // max(1, self.in_features)
+        is_differentiated = torch.is_grad_enabled() and x.requires_grad
+        kernel = _kernel() if x.is_cuda and num_vectors <= MOST_VECTORS and not is_differentiated else None
+        if kernel is not None:
+            found = kernel.spmv(self.packed, x.reshape(-1, self.in_features), self.bias)
+            return found.view(*x.shape[:-1], self.out_features)
+        rows = max(1, TILE // max(1, self.in_features))
+        if self.out_features <= rows:
+            return F.linear(x, self.dense(), self.bias)
+        tiles = [
+            F.linear(x, unpack(self.packed, first, min(first + rows, self.out_features)))
+            for first in range(0, self.out_features, rows)
+        ]
+        found = torch.cat(tiles, -1)
+        return found if self.bias is None else found + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    if not find_spec("triton"):
+        return None
+    from sparsity.compact import spmv
+
+    return spmv
+
+
+def sparse_linears_(model: nn.Module, most_density: float = MOST_DENSITY) -> list[str]:
+    """Put a `SparseLinear` in place of each sparse linear layer, one at a time; return their names.
+
+    Layers that share their weight with an embedding, subclasses of nn.Linear, and layers denser than `most_density` stay.
+
+    Args:
+        model: A module with its weights.
+        most_density: The largest share of kept weights of a layer that is replaced.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for param in module._parameters.values():
+            if param is not None:
+                owners[id(param)] = owners.get(id(param), 0) + 1
+    replaced = []
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or owners[id(module.weight)] > 1 or module.weight.device.type == "meta":
+            continue
+        if torch.count_nonzero(module.weight).item() > most_density * module.weight.numel():
+            continue
+        if not name:
+            raise ValueError(
+                "the model is itself a linear layer: use SparseLinear.from_dense(layer.weight, layer.bias)"
+            )
+        layer = SparseLinear.from_dense(module.weight, module.bias).train(module.training)
+        if hasattr(module, "_hf_hook"):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(layer, module._hf_hook)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], layer)
+        replaced.append(name)
+    return replaced

@@ -1,0 +1,133 @@
+"""The kept weights of a matrix in an order that a GPU multiplies fast: values and one byte a value for its column.
+
+A row's kept weights are split into `8 * num_chunks` groups of consecutive ones, of `lanes` weights each; `lanes` is the row's
+own. A group has a base, the column of its first weight, and a weight's byte is its distance from that. Eight groups are a
+chunk, of which lane l of a warp holds weight l of every group:
+
+    values, offsets [words, 8]            word = starts[row] + chunk * lanes + lane, column in the word = group % 8
+    bases           [rows, num_chunks, 8] int16, or int32 if there are more than 32,767 columns
+    starts          [rows + 1]            words before each row; lanes = (starts[row + 1] - starts[row]) / num_chunks
+
+So a lane reads 8 values and 8 bytes at once, and the 32 lanes read neighbouring elements of the vector at each step, which
+are in few cache lines. Rows end in up to `8 * num_chunks - 1` fillers of value 0. A matrix whose groups would need far more
+chunks to span less than 256 columns stores columns instead of distances, and no bases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LANES, SLOTS = 32, 8
+CHUNK = LANES * SLOTS
+_MOST_MORE_CHUNKS = 4
+_BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix of `rows` x `columns`; see the module. `counts` are the kept weights of each row."""
+
+    values: Tensor
+    offsets: Tensor
+    bases: Tensor
+    starts: Tensor
+    counts: Tensor
+    columns: int
+    num_chunks: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (self.values, self.offsets, self.bases, self.starts, self.counts))
+
+
+def pack(weight: Tensor) -> Packed:
+    """Return the kept weights of a matrix: those whose bits are not all 0, so that `unpack` is exact.
+
+    Args:
+        weight: A matrix on any device, of a floating-point type.
+
+    Raises:
+        ValueError: It has not two dimensions, or more than 2^31 kept weights.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix: pack the weight of a linear layer")
+    weight = weight.detach().contiguous()
+    rows, columns = weight.shape
+    row, column = torch.nonzero(weight.view(_BITS_OF_SIZE[weight.element_size()]), as_tuple=True)
+    if row.numel() >= 1 << 31:
+        raise ValueError(f"a weight of {row.numel()} kept values is too large: pack one of less than 2^31")
+    counts = torch.bincount(row, minlength=rows)
+    number = torch.arange(row.numel(), device=weight.device) - (counts.cumsum(0) - counts)[row]
+    fewest = max(1, -(-int(counts.max()) // CHUNK)) if rows else 1
+    num_chunks, is_narrow = fewest, False
+    while not is_narrow and num_chunks <= _MOST_MORE_CHUNKS * fewest:
+        lanes = -(-counts // (SLOTS * num_chunks))
+        group, lane = _places(number, lanes[row])
+        bases = torch.zeros(rows, num_chunks * SLOTS, dtype=torch.int64, device=weight.device)
+        first = lane == 0
+        bases[row[first], group[first]] = column[first]
+        offsets = column - bases[row, group]
+        is_narrow = row.numel() == 0 or int(offsets.max()) < 256
+        if not is_narrow:
+            num_chunks += max(1, num_chunks // 4)
+    index_type = torch.int16 if columns < 1 << 15 else torch.int32
+    if is_narrow:
+        index_types = torch.uint8, index_type
+    else:
+        num_chunks = fewest
+        lanes = -(-counts // (SLOTS * num_chunks))
+        group, lane = _places(number, lanes[row])
+        bases, offsets = torch.zeros(0, dtype=torch.int64, device=weight.device), column
+        index_types = index_type, index_type
+    starts = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
+    starts[1:] = (lanes * num_chunks).cumsum(0)
+    place = (starts[row] + group // SLOTS * lanes[row] + lane) * SLOTS + group % SLOTS
+    num_places = SLOTS * int(starts[-1])
+    values = torch.zeros(num_places, dtype=weight.dtype, device=weight.device)
+    values[place] = weight[row, column]
+    packed_offsets = torch.zeros(num_places, dtype=index_types[0], device=weight.device)
+    packed_offsets[place] = offsets.to(index_types[0])
+    return Packed(
+        values.view(-1, SLOTS), packed_offsets.view(-1, SLOTS),
+        bases.to(index_types[1]).view(-1, num_chunks, SLOTS), starts.to(torch.int32), counts.to(torch.int32), columns,
+        num_chunks,
+    )  # fmt: skip
+
+
+def _places(number: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
+    """Group and lane of each weight by its number in its row."""
+    group = number // lanes
+    return group, number - group * lanes
+
+
+def unpack(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
+    """Return rows `first` to `last` (exclusive; None: all the rest) as a dense matrix, bit for bit, in torch's operations.
+
+    The host reads two numbers of the device unless all rows are asked for.
+    """
+    num_rows = packed.counts.numel()
+    last = num_rows if last is None else last
+    is_all = first == 0 and last == num_rows
+    start, stop = (0, len(packed.values)) if is_all else (int(packed.starts[first]), int(packed.starts[last]))
+    word = torch.arange(start, stop, device=packed.values.device)
+    starts = packed.starts.long()
+    row = torch.searchsorted(starts[1:], word, right=True)
+    begin = starts[row]
+    lanes = (starts[row + 1] - begin) // packed.num_chunks
+    chunk = (word - begin) // lanes
+    lane = word - begin - chunk * lanes
+    column = packed.offsets[start:stop].long()
+    if packed.bases.numel():
+        column = column + packed.bases[row, chunk].long()
+    group = SLOTS * chunk[:, None] + torch.arange(SLOTS, device=word.device)
+    is_filler = group * lanes[:, None] + lane[:, None] >= packed.counts[row, None]
+    # Fillers go to one place after the last, because a real weight may be where they point to.
+    num_weights = (last - first) * packed.columns
+    place = torch.where(is_filler, num_weights, (row - first)[:, None] * packed.columns + column)
+    out = torch.zeros(num_weights + 1, dtype=packed.values.dtype, device=word.device)
+    out[place] = packed.values[start:stop]
+    return out[:num_weights].view(last - first, packed.columns)

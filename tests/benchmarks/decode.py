@@ -1,0 +1,434 @@
+"""Decoding of one sequence with sparse weights on a GPU, layer by layer and token by token, beside dense ones.
+
+    python -m tests.benchmarks.decode [--rehearse] [--seconds 60] [--output FILE]     -> runs/bench/decode.json
+
+First the layers of the 1B at several densities: our kernel beside `F.linear` in bf16, each launch reading weights that are in
+no cache, all captured in one CUDA graph. Then tokens a second of the 1B at 80 % and its memory, dense and sparse, both
+captured. Then a sweep of the kernel's shapes, torch's CSR product, and 2:4 at a density of 0.5 (its vector is padded to 8).
+`of_bound` is the time to read the bytes of a launch at the speed of a copy, as a share of the time it takes. A part that fails,
+or that would begin after `--seconds`, is a line in the file with its reason. `--rehearse` does the same at a tiny size on a
+CPU, under Triton's interpreter if Triton is installed: its seconds mean nothing. Goals that are missed are named at the end and
+the exit code is then 1, never in a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsity.compact.linear import SparseLinear, sparse_linears_
+from sparsity.compact.packed import Packed, pack
+from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
+from tests.benchmarks.event import ONE_B, TINY, Size, copy_bandwidth
+
+Call = Callable[[], Any]
+DENSITIES = (0.2, 0.5, 0.1, 0.3)
+GOALS = {("2048 x 8192", 0.2): 2.5, ("32000 x 2048", 0.2): 2.5, ("2048 x 8192", 0.5): 1.3, ("32000 x 2048", 0.5): 1.3}
+TOKENS_GOAL, MEMORY_GOAL = 2.0, 0.85e9
+MORE_THAN_CACHES = 150_000_000
+"""Bytes of weights that take turns; an H200's L2 has 60 MB."""
+CACHE_LENGTH = 256
+
+
+class Rows:
+    """The rows so far, written after each; parts that fail or come too late leave a row with the reason."""
+
+    def __init__(self, output: Path, seconds: float) -> None:
+        self.output, self.deadline = output, time.monotonic() + seconds
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "name"]
+        print(f"{row['name']}: {', '.join(words)}", flush=True)
+        write_rows(self.rows, self.output)
+
+    def attempt(self, name: str, part: Callable[..., Any], *arguments: Any) -> Any:
+        """What the part returns; None if it fails or there is no time for it."""
+        if time.monotonic() > self.deadline:
+            self.add({"name": name, "left_out": "out of time"})
+            return None
+        try:
+            return part(*arguments)
+        except Exception as error:
+            traceback.print_exc()
+            reason = next(iter(str(error).splitlines()), "")
+            self.add({"name": name, "failed": f"{type(error).__name__}: {reason}"})
+            return None
+
+
+def seconds_of_each(calls: Sequence[Call], device: str, rounds: int = 7) -> float:
+    """Median seconds of a call in a row of all `calls`: on a GPU one captured graph, after all have run once."""
+    for call in calls:
+        call()
+    if device == "cpu":
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - started) / len(calls)
+    graph = captured(calls)
+    return replayed(graph, rounds) / len(calls)
+
+
+def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def replayed(graph: torch.cuda.CUDAGraph, rounds: int) -> float:
+    """Median seconds of a replay."""
+    taken = []
+    for _ in range(rounds + 2):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        taken.append(first.elapsed_time(last) / 1e3)
+    return statistics.median(taken[2:])
+
+
+def turns(nbytes: int, device: str) -> int:
+    """How many copies of so many bytes take turns."""
+    return 1 if device == "cpu" else min(96, max(4, -(-MORE_THAN_CACHES // nbytes)))
+
+
+def copies(packed: Packed, count: int) -> list[Packed]:
+    def copy() -> Packed:
+        parts = (packed.values, packed.offsets, packed.bases, packed.starts, packed.counts)
+        return Packed(*(part.clone() for part in parts), packed.columns, packed.num_chunks)
+
+    return [packed, *(copy() for _ in range(count - 1))]
+
+
+def random_weight(rows: int, columns: int, density: float, device: str) -> Tensor:
+    generator = torch.Generator(device).manual_seed(rows + columns)
+    weight = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+    weight.normal_(0, 0.02, generator=generator)
+    keep = torch.empty(rows, columns, device=device).uniform_(generator=generator) < density
+    return weight.masked_fill_(~keep, 0)
+
+
+def product(kernel: Any, packed: Packed, x: Tensor, shape: Any = None) -> Call:
+    return lambda: kernel.spmv(packed, x, None, shape)
+
+
+# --- layers ---
+
+
+class Layer:
+    """A matrix of the 1B at one density; dense seconds are measured once for its size."""
+
+    def __init__(self, rows: int, columns: int, density: float, device: str) -> None:
+        self.name = f"{rows} x {columns}"
+        self.density, self.device = density, device
+        self.weight = random_weight(rows, columns, density, device)
+        self.x = torch.randn(1, columns, device=device).to(torch.bfloat16)
+
+    def dense_seconds(self) -> float:
+        weights = [self.weight, *(self.weight.clone() for _ in range(turns(self.weight.nbytes, self.device) - 1))]
+        return seconds_of_each([lambda w=w: F.linear(self.x, w) for w in weights], self.device)  # type: ignore[misc]
+
+
+def measure_layer(rows: Rows, layer: Layer, kernel: Any, dense: float, bandwidth: float) -> None:
+    packed = pack(layer.weight)
+    expected = layer.x.float() @ layer.weight.float().T
+    error = float((kernel.spmv(packed, layer.x).float() - expected).norm() / expected.norm())
+    all_copies = copies(packed, turns(packed.nbytes, layer.device))
+    seconds = seconds_of_each([product(kernel, one, layer.x) for one in all_copies], layer.device)
+    nbytes, shape = packed.nbytes - packed.counts.nbytes, kernel.shape_for(len(layer.weight), packed.num_chunks)
+    details = {
+        "density": layer.density, "shape": list(shape), "num_chunks": packed.num_chunks,
+        "bytes": nbytes, "bits_a_weight": 8 * nbytes / layer.weight.numel(), "of_bound": nbytes / bandwidth / seconds,
+        "dense_of_bound": layer.weight.nbytes / bandwidth / dense, "error": error,
+    }  # fmt: skip
+    rows.add(Comparison(f"{layer.name} at {layer.density}", seconds, "F.linear bf16", dense, details).row())
+
+
+def sweep_layer(rows: Rows, layer: Layer, kernel: Any, dense: float, shapes: Sequence[tuple[int, int, int]]) -> None:
+    packed = pack(layer.weight)
+    all_copies = copies(packed, turns(packed.nbytes, layer.device))
+    found: dict[str, float] = {}
+    for shape in shapes:
+        if shape[1] > 2 * packed.num_chunks or time.monotonic() > rows.deadline:
+            continue
+        calls = [product(kernel, one, layer.x, kernel.Shape(*shape)) for one in all_copies]
+        found[" x ".join(map(str, shape))] = seconds_of_each(calls, layer.device, 5)
+    best = min(found, key=found.__getitem__)
+    name = f"{layer.name} at {layer.density}, best of {len(found)} shapes"
+    rows.add(Comparison(name, found[best], "F.linear bf16", dense, {"best": best, "sweep": found}).row())
+
+
+def measure_vectors(rows: Rows, layer: Layer, kernel: Any) -> None:
+    """From how many vectors on is the dense product faster?"""
+    packed = pack(layer.weight)
+    all_copies = copies(packed, turns(packed.nbytes, layer.device))
+    weights = [layer.weight, *(layer.weight.clone() for _ in range(turns(layer.weight.nbytes, layer.device) - 1))]
+    for number in (2, 4, 8):
+        x = layer.x.expand(number, -1).contiguous()
+        seconds = seconds_of_each([product(kernel, one, x) for one in all_copies], layer.device)
+        dense = seconds_of_each([lambda w=w, x=x: F.linear(x, w) for w in weights], layer.device)  # type: ignore[misc]
+        rows.add(
+            Comparison(f"{layer.name} at {layer.density}, {number} vectors", seconds, "F.linear bf16", dense).row()
+        )
+
+
+def measure_csr(rows: Rows, layer: Layer, dense: float) -> None:
+    """Without a graph, since cuSPARSE may allocate; the next launch is queued while one runs."""
+    weight, x = layer.weight.to_sparse_csr(), layer.x.t().contiguous()
+    weight @ x
+    end = queue_timer(layer.device)
+    for _ in range(20):
+        weight @ x
+    rows.add(Comparison(f"torch CSR, {layer.name} at {layer.density}", end() / 20, "F.linear bf16", dense).row())
+
+
+def measure_pairs(rows: Rows, layer: Layer, dense: float) -> None:
+    from torch.sparse import to_sparse_semi_structured
+
+    order = torch.rand(layer.weight.numel() // 4, 4, device=layer.device).argsort(-1)
+    weight = (layer.weight + 1).masked_fill((order < 2).view_as(layer.weight), 0)
+    pairs, x = to_sparse_semi_structured(weight), layer.x.expand(8, -1).contiguous()
+    F.linear(x, pairs)
+    end = queue_timer(layer.device)
+    for _ in range(20):
+        F.linear(x, pairs)
+    rows.add(Comparison(f"torch 2:4, {layer.name}, 8 vectors", end() / 20, "F.linear bf16", dense).row())
+
+
+def queue_timer(device: str) -> Callable[[], float]:
+    from tests.benchmarks.event import timer
+
+    return timer(device)()
+
+
+# --- the model ---
+
+
+class Block(nn.Module):
+    """A decoder block for one token, with a cache of fixed length; projections that share their input are one layer."""
+
+    def __init__(self, size: Size, head: int, **kwargs: Any) -> None:
+        super().__init__()
+        hidden, self.heads, self.head = size.hidden, size.hidden // head, head
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False, **kwargs)
+        self.out = nn.Linear(hidden, hidden, bias=False, **kwargs)
+        self.gate_up = nn.Linear(hidden, 2 * size.mlp, bias=False, **kwargs)
+        self.down = nn.Linear(size.mlp, hidden, bias=False, **kwargs)
+        self.register_buffer("norms", torch.ones(2, hidden, **kwargs))
+        self.register_buffer("cache", torch.zeros(2, self.heads, CACHE_LENGTH, head, **kwargs))
+
+    def forward(self, x: Tensor, position: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        found = self.qkv(F.rms_norm(x, x.shape[-1:], self.norms[0], 1e-5)).view(3, self.heads, 1, self.head)
+        rotated = found[:2] * turn[0] + found[:2].view(2, self.heads, 1, 2, -1).flip(-2).view_as(found[:2]) * turn[1]
+        self.cache[0].index_copy_(1, position, rotated[1])
+        self.cache[1].index_copy_(1, position, found[2])
+        mixed = F.scaled_dot_product_attention(rotated[0][None], self.cache[0][None], self.cache[1][None], mask)
+        x = x + self.out(mixed.reshape(1, -1))
+        gate, up = self.gate_up(F.rms_norm(x, x.shape[-1:], self.norms[1], 1e-5)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    """A Llama of random weights whose step takes its last token to the next, with nothing read by the host."""
+
+    def __init__(self, size: Size, head: int, device: str) -> None:
+        super().__init__()
+        kwargs: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        self.embedding = nn.Embedding(size.vocabulary, size.hidden, **kwargs)
+        self.blocks = nn.ModuleList(Block(size, head, **kwargs) for _ in range(size.layers))
+        self.lm_head = nn.Linear(size.hidden, size.vocabulary, bias=False, **kwargs)
+        self.register_buffer("norm", torch.ones(size.hidden, **kwargs))
+        angles = torch.arange(CACHE_LENGTH)[:, None] / 10_000 ** (torch.arange(0, head, 2) / head)
+        for name, values in (("cosines", [angles.cos()] * 2), ("sines", [-angles.sin(), angles.sin()])):
+            self.register_buffer(name, torch.cat(values, -1).to(**kwargs))
+        self.register_buffer("position", torch.zeros(1, dtype=torch.int64, device=device))
+        self.register_buffer("token", torch.zeros(1, dtype=torch.int64, device=device))
+        self.register_buffer("places", torch.arange(CACHE_LENGTH, device=device))
+
+    def step(self) -> None:
+        mask = torch.zeros(CACHE_LENGTH, dtype=self.norm.dtype, device=self.norm.device)
+        mask = mask.masked_fill_(self.places > self.position, -torch.inf)[None, None, None]
+        turn = self.cosines[self.position], self.sines[self.position]
+        x = self.embedding(self.token)
+        for block in self.blocks:
+            x = block(x, self.position, turn, mask)
+        logits = self.lm_head(F.rms_norm(x, x.shape[-1:], self.norm, 1e-5))
+        self.token.copy_(logits.argmax(-1))
+        self.position.copy_((self.position + 1) % CACHE_LENGTH)
+
+    def linear_calls(self) -> list[Call]:
+        """Every linear layer once, in order, each on an input of its own size."""
+        found = [m for m in self.modules() if isinstance(m, (nn.Linear, SparseLinear))]
+        inputs = {
+            n: torch.randn(1, n, device=self.norm.device).to(self.norm.dtype) for n in {m.in_features for m in found}
+        }
+        return [lambda m=m: m(inputs[m.in_features]) for m in found]  # type: ignore[misc]
+
+
+@torch.no_grad()
+def make_sparse_(model: nn.Module, density: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.masked_fill_(torch.rand_like(module.weight, dtype=torch.float32) >= density, 0)
+
+
+@torch.no_grad()
+def measure_model(rows: Rows, size: Size, head: int, device: str, bandwidth: float) -> None:
+    torch.manual_seed(0)
+    before = allocated(device)
+    model = Decoder(size, head, device)
+    make_sparse_(model, 0.2)
+    cache = sum(block.cache.nbytes for block in model.blocks)
+    dense_bytes, dense_memory = weight_bytes(model), allocated(device) - before - cache
+    dense_step, dense_linear, dense_tokens = time_model(model, device)
+    names = sparse_linears_(model)
+    model.position.zero_()
+    model.token.zero_()
+    nbytes, memory = weight_bytes(model), allocated(device) - before - cache
+    step, linear, tokens = time_model(model, device)
+    same = sum(int(a == b) for a, b in zip(tokens, dense_tokens, strict=True))
+    details = {
+        "tokens_per_second": 1 / step, "dense_tokens_per_second": 1 / dense_step, "memory_bytes": memory,
+        "dense_memory_bytes": dense_memory, "weight_bytes": nbytes, "dense_weight_bytes": dense_bytes,
+        "of_bound": nbytes / bandwidth / step, "sparse_layers": len(names), "same_tokens": f"{same} of {len(tokens)}",
+    }  # fmt: skip
+    rows.add(Comparison("a token of the 1B at 0.2", step, "dense bf16, captured too", dense_step, details).row())
+    rows.add(Comparison("all linear layers of the 1B at 0.2", linear, "F.linear bf16", dense_linear).row())
+
+
+def time_model(model: Decoder, device: str) -> tuple[float, float, list[int]]:
+    """Seconds of a step, seconds of its linear layers alone, and the first tokens."""
+    tokens = []
+    for _ in range(4):
+        model.step()
+        tokens.append(int(model.token))
+    if device == "cpu":
+        started = time.perf_counter()
+        model.step()
+        step = time.perf_counter() - started
+    else:
+        step = replayed(captured([model.step]), 50)
+    calls = model.linear_calls()
+    return step, seconds_of_each(calls, device, 20) * len(calls), tokens
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(
+        t.nbytes for m in model.modules() if isinstance(m, (nn.Linear, SparseLinear)) for t in m.state_dict().values()
+    )
+
+
+def allocated(device: str) -> int:
+    """Bytes of tensors; cuBLAS keeps its workspaces among them, so these are given back first."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if device == "cuda" and clear is not None:
+        gc.collect()
+        clear()
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
+# --- all of it ---
+
+
+def measure(rows: Rows, size: Size, device: str) -> None:
+    from sparsity.compact import spmv as kernel
+
+    if device == "cuda":
+        shapes = [(2048, 8192), (32_000, 2048), (8192, 2048), (2048, 2048)]
+        sweep = [
+            (rows_, chunks, warps)
+            for warps in (4, 2, 8)
+            for chunks in (8, 2, 4, 1, 16)
+            for rows_ in (1, 2, 4, 8)
+            if warps <= rows_ * chunks <= 4 * warps
+        ]
+    else:
+        shapes, sweep = [(24, 96), (40, 64)], [(1, 1, 1), (2, 1, 2)]
+    bandwidth = copy_bandwidth(device, 1 << (28 if device == "cuda" else 16))
+    rows.add({"name": "copy", "bytes_per_second": bandwidth})
+    dense: dict[tuple[int, int], float] = {}
+    for shape in shapes:
+        seconds = rows.attempt(f"F.linear {shape}", lambda shape=shape: Layer(*shape, 0.2, device).dense_seconds())
+        dense[shape] = float("nan") if seconds is None else seconds
+
+    def of(shape: tuple[int, int], density: float) -> Layer:
+        return Layer(*shape, density, device)
+
+    for density in DENSITIES:
+        for shape in shapes:
+            rows.attempt(
+                f"{shape[0]} x {shape[1]} at {density}",
+                lambda shape=shape, density=density: measure_layer(
+                    rows, of(shape, density), kernel, dense[shape], bandwidth
+                ),
+            )
+        if density == DENSITIES[1]:
+            rows.attempt("the 1B", measure_model, rows, size, 64 if device == "cuda" else 8, device, bandwidth)
+    rows.attempt("vectors", lambda: measure_vectors(rows, of(shapes[0], 0.2), kernel))
+    rows.attempt("torch CSR", lambda: measure_csr(rows, of(shapes[0], 0.2), dense[shapes[0]]))
+    rows.attempt("torch CSR", lambda: measure_csr(rows, of(shapes[1], 0.2), dense[shapes[1]]))
+    for shape in shapes[:2]:
+        rows.attempt("torch 2:4", lambda shape=shape: measure_pairs(rows, of(shape, 0.5), dense[shape]))
+    for shape in shapes:
+        rows.attempt(
+            f"sweep of {shape}", lambda shape=shape: sweep_layer(rows, of(shape, 0.2), kernel, dense[shape], sweep)
+        )
+
+
+def missed_goals(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each goal that is missed, and for each part of it that failed."""
+    by_name = {row["name"]: row for row in rows}
+    goals = {f"{shape} at {density}": goal for (shape, density), goal in GOALS.items()}
+    goals["a token of the 1B at 0.2"] = TOKENS_GOAL
+    missed = []
+    for name, goal in goals.items():
+        ratio = by_name.get(name, {}).get("ratio", 0.0)
+        if not ratio >= goal:
+            missed.append(f"{name}: {ratio:.3g} times as fast, the goal is {goal:g}.")
+    memory = by_name.get("a token of the 1B at 0.2", {}).get("memory_bytes", 0)
+    if memory > MEMORY_GOAL:
+        missed.append(f"The 1B takes {memory / 1e9:.3g} GB, the goal is {MEMORY_GOAL / 1e9:g} GB.")
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true", help="at a tiny size on a CPU")
+    parser.add_argument("--seconds", type=float, default=60.0, help="no part begins later")
+    parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")
+    options = parser.parse_args()
+    if options.rehearse and find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
+        # Triton asks for its interpreter when it is imported, which torch may have done by now.
+        command = [sys.executable, "-m", "tests.benchmarks.decode", *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
+    rows = Rows(options.output, options.seconds)
+    if options.rehearse:
+        measure(rows, TINY, "cpu")
+        return
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here: add --rehearse to try the code at a tiny size on a CPU.")
+    measure(rows, ONE_B, "cuda")
+    finish(missed_goals(rows.rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Sparse layers on a GPU: the compiled kernel against the CPU, under a captured graph, in generation, and its memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from sparsity.compact import CompactWeights, SparseLinear, compact_folder
+from sparsity.compact.linear import MOST_VECTORS
+from sparsity.compact.packed import pack, unpack
+from tests.test_compact import IDS, same_bits, sparse_model
+from tests.test_sparse_linear import DTYPES, check_product, weight_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+SHAPES = [(2048, 8192, 0.2), (3001, 2049, 0.5), (777, 11_008, 0.1), (64, 40_001, 0.02)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "density"), SHAPES)
+def test_the_compiled_kernel_multiplies_as_the_cpu_does(rows, columns, density, dtype):
+    from sparsity.compact.spmv import spmv
+
+    weight = weight_of(rows, columns, density, dtype)
+    packed = pack(weight.cuda())
+    assert same_bits(unpack(packed).cpu().contiguous(), weight)
+    x, bias = torch.randn(3, columns).to(dtype), torch.randn(rows).to(dtype)
+    found = spmv(packed, x.cuda(), bias.cuda())
+    check_product(found, x, weight, bias)
+    assert same_bits(spmv(packed, x.cuda(), bias.cuda()).cpu(), found.cpu())
+
+
+def test_every_shape_of_the_sweep_multiplies_right():
+    from sparsity.compact.spmv import Shape, spmv
+
+    weight = weight_of(2048, 2048, 0.2, torch.bfloat16)
+    packed, x = pack(weight.cuda()), torch.randn(1, 2048).bfloat16()
+    for shape in ((1, 2, 2), (8, 1, 4), (4, 2, 8), (8, 2, 4), (1, 8, 8)):
+        check_product(spmv(packed, x.cuda(), None, Shape(*shape)), x, weight)
+
+
+def test_a_few_vectors_are_captured_in_a_graph_and_many_give_the_same():
+    weight = weight_of(1000, 2048, 0.2)
+    layer, x = SparseLinear.from_dense(weight.cuda()), torch.randn(64, 2048)
+    on_gpu = x.cuda()
+    with torch.no_grad():
+        few = layer(on_gpu[:MOST_VECTORS])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layer(on_gpu[:MOST_VECTORS])
+        graph.replay()
+        many = layer(on_gpu)
+    check_product(few, x[:MOST_VECTORS], weight)
+    assert same_bits(captured.cpu(), few.cpu())
+    expected = F.linear(x.double(), weight.double())
+    assert torch.allclose(many.cpu().double(), expected, atol=1e-3)
+
+
+def test_a_layer_takes_the_bytes_of_its_kept_weights_and_their_columns():
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    layer = SparseLinear.from_dense(weight_of(4096, 4096, 0.2, torch.bfloat16).cuda())
+    assert torch.cuda.memory_allocated() - before < 0.3 * 2 * 4096 * 4096
+    with torch.no_grad():
+        torch.cuda.reset_peak_memory_stats()
+        layer(torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16))
+    assert torch.cuda.max_memory_allocated() - before < 0.35 * 2 * 4096 * 4096
+
+
+def test_a_model_that_stays_sparse_generates_the_tokens_of_the_dense_one(tmp_path):
+    model = sparse_model()
+    model.save_pretrained(tmp_path / "plain")
+    compact_folder(tmp_path / "plain", tmp_path / "compact")
+    sparse = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "compact", quantization_config=CompactWeights(dequantize=False), device_map="cuda"
+    )
+    assert sum(isinstance(module, SparseLinear) for module in sparse.modules()) == 15
+    options = {"max_new_tokens": 16, "do_sample": False}
+    with torch.no_grad():
+        found, expected = sparse(IDS[:1, :1].cuda()).logits.cpu(), model(IDS[:1, :1]).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.equal(sparse.generate(IDS[:1].cuda(), **options).cpu(), model.generate(IDS[:1], **options))

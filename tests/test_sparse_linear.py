@@ -1,0 +1,177 @@
+"""Linear layers that stay sparse in memory: packing, products on the CPU and in Triton's interpreter, loading, generation."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from functools import cache
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import sparsity.compact
+import sparsity.compact.linear as linear_module
+from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
+from sparsity.compact.packed import pack, unpack
+from tests.commands import run_command
+from tests.test_compact import IDS, same_bits, sparse_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1.0), (3, 7, 0.5), (5, 1000, 0.2), (6, 2051, 0.1), (3, 40_000, 0.02), (3, 300, 0.0), (2, 513, 1.0)]
+
+
+@cache
+def kernel() -> ModuleType:
+    """`sparsity.compact.spmv`, on Triton's interpreter if there is no GPU. Triton asks for it when it is imported, so this
+    imports Triton anew, and puts the other one back."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
+    if DEVICE == "cuda":
+        return importlib.import_module("sparsity.compact.spmv")
+    ours = "sparsity.compact.spmv"
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "triton" or name == ours}
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        for name in before:
+            if not name.startswith("triton._C"):
+                del sys.modules[name]
+        vars(sparsity.compact).pop("spmv", None)
+        found = importlib.import_module(ours)
+    sys.modules.update(before)
+    return found
+
+
+def weight_of(rows: int, columns: int, density: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random weights; of more than three rows one is empty, one full and one has a -0.0."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    weight[torch.rand(rows, columns, generator=generator) >= density] = 0
+    if rows > 3:
+        weight[1], weight[2], weight[0, columns // 2] = 0, 1, -0.0
+    return weight
+
+
+def check_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Compare with float64 on the CPU, relative to the sum of absolute products."""
+    x, weight = x.cpu().double(), weight.cpu().double()
+    expected = F.linear(x, weight, None if bias is None else bias.cpu().double())
+    most = F.linear(x.abs(), weight.abs()) + expected.abs()
+    epsilon = max(torch.finfo(found.dtype).eps, 1e-6)
+    assert ((found.cpu().double() - expected).abs() <= epsilon * (most + 1e-30)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "density"), SHAPES)
+def test_what_is_packed_comes_back_bit_for_bit_whole_and_in_parts(rows, columns, density, dtype):
+    weight = weight_of(rows, columns, density, dtype)
+    packed = pack(weight)
+    assert same_bits(unpack(packed).contiguous(), weight)
+    for first in range(rows):
+        for last in range(first, rows + 1):
+            assert same_bits(unpack(packed, first, last).contiguous(), weight[first:last])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "density"), SHAPES)
+def test_the_kernel_multiplies_odd_shapes_empty_rows_and_full_rows(rows, columns, density, dtype):
+    weight = weight_of(rows, columns, density, dtype)
+    x = torch.randn(2, columns).to(dtype)
+    bias = torch.randn(rows).to(dtype)
+    packed = pack(weight.to(DEVICE))
+    check_product(kernel().spmv(packed, x.to(DEVICE)), x, weight)
+    check_product(kernel().spmv(packed, x.to(DEVICE), bias.to(DEVICE)), x, weight, bias)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 2), (1, 4, 4), (2, 2, 4)])
+def test_the_kernel_gives_the_same_whatever_its_shape(shape):
+    weight = weight_of(7, 2051, 0.3)
+    x = torch.randn(1, 2051)
+    check_product(kernel().spmv(pack(weight.to(DEVICE)), x.to(DEVICE), None, kernel().Shape(*shape)), x, weight)
+
+
+def test_weights_far_apart_store_columns_instead_of_distances():
+    weight = torch.zeros(3, 70_000)
+    weight[0, :31], weight[0, -31:], weight[2, ::7000] = 1.0, 2.0, 3.0
+    packed = pack(weight)
+    assert packed.bases.numel() == 0
+    assert packed.offsets.dtype == torch.int32
+    assert torch.equal(unpack(packed), weight)
+    x = torch.randn(1, 70_000)
+    check_product(kernel().spmv(pack(weight.to(DEVICE)), x.to(DEVICE)), x, weight)
+
+
+def test_a_kept_weight_of_many_takes_little_more_than_three_bytes():
+    packed = pack(weight_of(3, 8192, 0.2, torch.bfloat16))
+    assert packed.offsets.dtype == torch.uint8
+    assert packed.bases.dtype == torch.int16
+    assert packed.nbytes / int(packed.counts.sum()) < 3.2
+
+
+def test_a_layer_is_multiplied_a_tile_at_a_time_and_its_input_has_gradients(monkeypatch):
+    weight, bias = weight_of(11, 33, 0.3), torch.randn(11)
+    layer = SparseLinear.from_dense(weight, bias)
+    x = torch.randn(2, 3, 33, requires_grad=True)
+    for tile in (1 << 22, 99, 1):
+        monkeypatch.setattr(linear_module, "TILE", tile)
+        check_product(layer(x).detach(), x.detach(), weight, bias)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, weight.sum(0).expand(2, 3, 33), atol=1e-6)
+    assert same_bits(layer.dense().contiguous(), weight)
+    assert layer.half().values.dtype == torch.float16
+    assert layer.offsets.dtype == torch.uint8
+
+
+def test_dense_and_tied_layers_stay_as_they_are():
+    model = nn.ModuleDict({"sparse": nn.Linear(64, 8), "dense": nn.Linear(64, 8), "tied": nn.Linear(64, 8)})
+    model["embedding"] = nn.Embedding(8, 64)
+    model["tied"].weight = model["embedding"].weight
+    with torch.no_grad():
+        model["sparse"].weight[:, 10:] = 0
+        model["tied"].weight[:, 10:] = 0
+    assert sparse_linears_(model) == ["sparse"]
+    assert isinstance(model["sparse"], SparseLinear)
+    with pytest.raises(ValueError, match=r"use SparseLinear\.from_dense"):
+        sparse_linears_(nn.Linear(3, 3).requires_grad_(False), most_density=1.0)
+
+
+def test_a_folder_loads_with_layers_that_stay_sparse_and_generates_the_same_tokens(tmp_path):
+    model = sparse_model()
+    model.save_pretrained(tmp_path / "plain")
+    compact_folder(tmp_path / "plain", tmp_path / "compact")
+    found = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "compact", quantization_config=CompactWeights(dequantize=False)
+    )
+    layers = [name for name, module in found.named_modules() if isinstance(module, SparseLinear)]
+    assert len(layers) == 15
+    assert "lm_head" in layers
+    assert not any(isinstance(module, nn.Linear) for module in found.modules())
+    with torch.no_grad():
+        assert torch.allclose(found(IDS).logits, model(IDS).logits, atol=1e-5)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(found.generate(IDS, **options), model.generate(IDS, **options))
+    with pytest.raises(ValueError, match="not serializable"):
+        found.save_pretrained(tmp_path / "again")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "compact")
+    assert not any(isinstance(module, SparseLinear) for module in dense.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_rehearses_layers_and_a_model_and_writes_down_what_fails(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
+    output = str(tmp_path / "d.json")
+    command = ["tests.benchmarks.decode", "--rehearse", "--seconds", "500", "--output", output]
+    done = run_command(command, timeout_s=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "d.json").read_text())}
+    assert rows["24 x 96 at 0.2"]["error"] < 0.01
+    assert rows["a token of the 1B at 0.2"]["sparse_layers"] == 5
+    assert rows["a token of the 1B at 0.2"]["same_tokens"] == "4 of 4"
+    assert "Only CUDA tensors" in rows["torch 2:4"]["failed"]
+    assert not [name for name, row in rows.items() if "left_out" in row]
