@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsity.compact.packed import Packed, pack, unpack
+from sparsity.shards import kernels_for
 
 MOST_VECTORS = 8
 """The kernel reads the matrix once a vector; beyond this number a tile is unpacked for all of them."""
@@ -65,7 +64,7 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         num_vectors = x.numel() // max(1, self.in_features)
         is_differentiated = torch.is_grad_enabled() and x.requires_grad
-        kernel = _kernel() if x.is_cuda and num_vectors <= MOST_VECTORS and not is_differentiated else None
+        kernel = _kernel(x.device) if x.is_cuda and num_vectors <= MOST_VECTORS and not is_differentiated else None
         if kernel is not None:
             found = kernel.spmv(self.packed, x.reshape(-1, self.in_features), self.bias)
             return found.view(*x.shape[:-1], self.out_features)
@@ -83,9 +82,9 @@ class SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-@cache
-def _kernel() -> ModuleType | None:
-    if not find_spec("triton"):
+def _kernel(device: torch.device) -> ModuleType | None:
+    """The kernel's module; None if Triton is not installed or cannot run."""
+    if kernels_for(device) is None:
         return None
     from sparsity.compact import spmv
 
