@@ -62,6 +62,7 @@ CONFIG_MISTAKES = [
     ("trainer.save_strategy=best", "trainer.save_strategy=best is not known: choose one of no, steps, epoch."),
     ("trainer.eval_strategy=step", "did you mean steps?"),
     ("trainer.torch_compile_mode=fast", "trainer.torch_compile_mode=fast is not known"),
+    ("trainer.torch_compile_mode=reduce-overhead", "trainer.torch_compile_mode=reduce-overhead is not known"),
     ("trainer.logging_steps=0", "trainer.logging_steps=0.0 must be above 0"),
     ("trainer.dataloader_num_workers=-1", "trainer.dataloader_num_workers=-1 must be from 0"),
     ("trainer.seed=-1", "trainer.seed=-1 must be from 0"),

@@ -66,6 +66,21 @@ def test_a_backend_or_mode_that_is_not_there_is_one_sentence(option):
         compile_by_blocks(LlamaForCausalLM(config), arguments)  # type: ignore[arg-type]
 
 
+def test_max_autotune_tunes_without_the_cuda_graphs_that_blocks_would_share(monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from train.compiled import compile_by_blocks
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "max-autotune")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "false")
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    arguments = SimpleNamespace(
+        torch_compile=True, use_liger_kernel=False, torch_compile_backend="inductor", torch_compile_mode="max-autotune"
+    )
+    compile_by_blocks(LlamaForCausalLM(config), arguments)  # type: ignore[arg-type]
+    assert arguments.torch_compile_mode == os.environ["ACCELERATE_DYNAMO_MODE"] == "max-autotune-no-cudagraphs"
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2], ids=["one process", "FSDP2 on two ranks"])
 def test_blocks_share_a_graph_that_nothing_breaks_and_train_as_without(tmp_path, num_ranks):
     plain, compiled = (

@@ -8,15 +8,25 @@ import torch
 from transformers import LlamaForCausalLM, TrainingArguments
 
 
+WITHOUT_CUDA_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
+"""Blocks share one compiled graph: replayed as a CUDA graph, a block's output would be overwritten by the next block's."""
+
+
 def compile_by_blocks(model: LlamaForCausalLM, arguments: TrainingArguments) -> None:
     """Have accelerate compile each block by itself, and compile the loss, where `arguments` ask for torch.compile.
 
     Blocks are alike, so that one graph serves all of them, and FSDP2's hooks lie between the graphs: in a model that is
     compiled as a whole they break it into pieces. The loss, which widens the logits to float32, becomes one pass over
-    them; Liger's kernel, which never has all logits, does without it. A ValueError says which backend or mode there isn't.
+    them; Liger's kernel, which never has all logits, does without it. max-autotune tunes kernels without CUDA graphs. A
+    ValueError says which backend or mode there isn't.
     """
     if not arguments.torch_compile:
         return
+    asked = arguments.torch_compile_mode
+    if asked in WITHOUT_CUDA_GRAPHS:
+        arguments.torch_compile_mode = WITHOUT_CUDA_GRAPHS[asked]
+        # TrainingArguments has handed it on already, and accelerate reads it here.
+        os.environ["ACCELERATE_DYNAMO_MODE"] = arguments.torch_compile_mode
     # accelerate reads it when the Trainer makes its Accelerator, and `accelerate launch` has set it to false.
     os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
     if not arguments.use_liger_kernel:

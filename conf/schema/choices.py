@@ -24,8 +24,8 @@ SCHEDULERS = (
 """transformers.SchedulerType"""
 INTERVALS = ("no", "steps", "epoch")
 """transformers.IntervalStrategy; a checkpoint of the best evaluation is not among them, as the newest one is resumed."""
-COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
-"""The modes of torch.compile."""
+COMPILE_MODES = ("default", "lite", "max-autotune-no-cudagraphs", "max-autotune")
+"""The modes of torch.compile but reduce-overhead: its CUDA graphs do not fit blocks that share one compiled graph."""
 
 
 def check_name(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -15,8 +15,8 @@ MOST_VECTORS = 8
 """The kernel reads the matrix once a vector; beyond this number a tile is unpacked for all of them."""
 TILE = 1 << 22
 """Weights that are dense at a time."""
-MOST_DENSITY = 0.5
-"""Denser layers would be no smaller by much and no faster, so they stay as they are."""
+MOST_DENSITY = 0.35
+"""Denser layers stay as they are. On an H200 the kernel takes 0.6 to 0.8 of cuBLAS's time at 0.3 and up to 1.3 at 0.5."""
 
 
 class SparseLinear(nn.Module):

@@ -59,13 +59,14 @@ class CompactWeights(QuantizationConfigMixin):
 
 
 # transformers asks these classes, and no others, for their loading attributes.
-auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, CompactWeights)
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, CompactWeights)  # type: ignore[assignment]
 
 
 @register_quantizer(METHOD)
 class CompactLoader(HfQuantizer):
     """Checks the files before anything is loaded, then hands transformers the operation that expands a tensor."""
 
+    quantization_config: CompactWeights
     requires_calibration = True
     """Weights are made compact by `compact_folder`, not while they are loaded."""
 

@@ -25,14 +25,19 @@ class Shape(NamedTuple):
 
 
 MANY_CHUNKS = 1 << 13
-"""From so many on there is work for all of a GPU's warps even if each takes four."""
+"""From so many on there is work for all of a GPU's warps, a chunk each, if half a row is read at once."""
 
 
 def shape_for(num_rows: int, num_chunks: int) -> Shape:
-    """Return the shape for so many rows of so many chunks: 4 warps that each take 4 chunks at once, 1 or 2 of small layers."""
+    """Return the shape for so many rows of so many chunks: 4 warps of a chunk each, and of large layers half a row at once.
+
+    These were the fastest of some 25 shapes on an H200, for the layers of a 1B at a density of 0.2
+    (`tests/benchmarks/decode.py`).
+    """
     chunks = min(8, triton.next_power_of_2(num_chunks))
-    a_warp = 4 if num_rows * num_chunks >= MANY_CHUNKS else 1
-    return Shape(max(1, 4 * a_warp // chunks), chunks, 4)
+    if num_rows * num_chunks >= MANY_CHUNKS:
+        chunks = max(1, chunks // 2)
+    return Shape(max(1, 4 // chunks), chunks, 4)
 
 
 @triton.jit

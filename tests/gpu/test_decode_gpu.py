@@ -64,11 +64,14 @@ def test_a_layer_takes_the_bytes_of_its_kept_weights_and_their_columns():
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     layer = SparseLinear.from_dense(weight_of(4096, 4096, 0.2, torch.bfloat16).cuda())
-    assert torch.cuda.memory_allocated() - before < 0.3 * 2 * 4096 * 4096
+    held = sum(buffer.nbytes for buffer in layer.buffers())
+    # Values and half as many bytes of columns, places left empty between groups, and the groups' bases.
+    assert held < 0.37 * 2 * 4096 * 4096
+    assert torch.cuda.memory_allocated() - before < 1.05 * held
     with torch.no_grad():
         torch.cuda.reset_peak_memory_stats()
         layer(torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16))
-    assert torch.cuda.max_memory_allocated() - before < 0.35 * 2 * 4096 * 4096
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * held
 
 
 def test_a_model_that_stays_sparse_generates_the_tokens_of_the_dense_one(tmp_path):
