@@ -135,7 +135,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         )
     show_progress(trainer, sparsity)
     fsdp_version = 2 if trainer.is_fsdp_enabled else 0
-    say(world, opening_words(plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
+    say(world, opening_words(config, plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
     if resume_from is not None:
         say(world, f"  resumed from {resume_from}")
     try:

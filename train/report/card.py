@@ -147,6 +147,7 @@ def _sparsity(config: Config, own: Figures) -> str:
     amounts = ", ".join([*targets, f"{100 * sparsity.target:g}% of {rest}{pruned}"])
     where = "unstructured" if sparsity.pattern == "unstructured" else f"{sparsity.pattern} along the inputs"
     ranking = "lowest magnitude first" if sparsity.score == "magnitude" else "in random order"
+    ranking += "".join(f", that of `{pattern}` times {factor:g}" for pattern, factor in sparsity.factors.items())
     if sparsity.scope == "uniform":
         ranking += ", every layer to its target"
     elif sparsity.score == "magnitude":
