@@ -173,7 +173,11 @@ def test_the_plan_states_the_factors_that_were_typed_with_or_without_quotes(type
 def test_card_figures_and_terminal_state_the_factors_of_a_run_that_prunes():
     typed = "+sparsity.factors={*q_proj*: 0.0625}"
     assert "lowest magnitude first, that of `*q_proj*` times 0.0625, one threshold for all" in make_card(typed)
-    for overrides, words in (([typed], ["scores of *q_proj* times 0.0625"]), ([typed, "sparsity.target=0"], []), ([], [])):
+    for overrides, words in (
+        ([typed], ["scores of *q_proj* times 0.0625"]),
+        ([typed, "sparsity.target=0"], []),
+        ([], []),
+    ):
         config, plan = compose_run(*overrides)
         assert choice_words(config, prunes=plan.schedule is not None) == words
 
