@@ -192,7 +192,8 @@ def filling(
     if config.init_from is not None:
         weights = initial_weights(model, config.init_from)
         return weights.fill
-    return lambda module: draw_weights(module, build_skeleton(plan.model, tokenizer), config.trainer.seed)
+    seed, init = config.trainer.seed, plan.model.init
+    return lambda module: draw_weights(module, build_skeleton(plan.model, tokenizer), seed, init)
 
 
 def inherited_sparsity(config: Config, model: Any, prunable: list[str]) -> float:

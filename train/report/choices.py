@@ -12,5 +12,10 @@ def choice_words(config: Config, *, prunes: bool) -> list[str]:
         config: The run's configuration.
         prunes: Whether the run has prune events; factors mean nothing without them.
     """
+    model, words = config.model, []
+    if model.init == "authors" and config.init_from is None:
+        words.append("weights drawn by fan-in (model.init=authors)")
+    if model.query_scale == "folded":
+        words.append("attention's scale folded into the query weights (model.query_scale=folded)")
     factors = config.sparsity.factors.items() if prunes else ()
-    return [f"scores of {pattern} times {factor:g}" for pattern, factor in factors]
+    return words + [f"scores of {pattern} times {factor:g}" for pattern, factor in factors]
