@@ -140,7 +140,7 @@ def test_the_exported_model_is_plain_has_the_trained_models_logits_and_its_zeros
     model = build_model(folded_config(head_dim, init="authors", attn_implementation=attention), tokenizer, seed=0)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(model)
-    callback.prune(0.4)
+    callback.prune(0.85)
     export_model(model, tokenizer, tmp_path / "model", dtype="float32", max_shard_size="20KB", world=ONE)
     assert "query" not in (tmp_path / "model" / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=attention)
@@ -150,6 +150,7 @@ def test_the_exported_model_is_plain_has_the_trained_models_logits_and_its_zeros
         expected = weight * math.sqrt(head_dim) if "q_proj" in name else weight
         assert torch.equal(exported[name], expected), name
         assert torch.equal(exported[name] == 0, weight == 0), name
+        assert "q_proj" not in name or 0.1 < float((weight == 0).float().mean()) < 0.9, name
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
