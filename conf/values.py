@@ -7,6 +7,7 @@ whose type is text takes its value as typed: quoted for Hydra if Hydra would rea
 - `${key}` refers to another key, as everywhere in Hydra; only braces that Hydra cannot read are text.
 - In a sweep (-m) commas outside quotes separate the values; a value with a comma needs quotes of its own:
   "title='one, two'". Hydra's functions (choice, interval, ...) are read as functions there.
+- A dictionary's keys may be in quotes, and may be new: "factors={'*q_proj*': 0.5}" adds to what there is.
 - A path that starts with ~ is expanded as the shell expands it at the start of a word.
 """
 
@@ -30,6 +31,7 @@ PATHS = (
 )  # fmt: skip
 """Keys whose value may start with ~."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+QUOTED_NAMES = re.compile(QUOTED.pattern + r"(?=\s*:)", re.DOTALL)
 SWEPT = re.compile(r"(?:choice|range|interval|glob|tag|sort|shuffle)\(.*\)", re.DOTALL)
 
 
@@ -51,6 +53,10 @@ def as_typed(argument: str, *schemas: Any, is_sweep: bool = False) -> str:
             return argument
         pieces = [piece.strip() for piece in split_at_commas(value)] if is_sweep else [value]
         return f"{key}={','.join(text_value(name, piece) for piece in pieces)}"
+    if getattr(kind, "__origin__", None) is dict:
+        # Hydra's grammar has no quotes around the keys of a dictionary, and without + it takes no new keys.
+        plus = "" if key.startswith(("+", "~")) else "+"
+        return f"{plus}{key}={QUOTED_NAMES.sub(lambda found: found[0][1:-1], value)}"
     if kind in TEXT_LISTS or name in NAME_LISTS:
         return f"{key}={list_value(name, value, is_sweep)}"
     return argument

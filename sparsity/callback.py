@@ -18,11 +18,11 @@ from sparsity.wrappers import check_weights_are_in_reach
 class SparsityCallback(Pruner, TrainerCallback):
     """Prunes the smallest weights before the steps that the schedule names, and keeps them at exactly 0.
 
-    `choices` are those of `Pruner`: scope, groups, pattern, score, seed, include, requires_dense. With `keep_zeros` a run
-    that starts from a sparse model keeps its zeros, and events prune only beyond them; with `Fixed()` as schedule that
-    is all. Figures go into the Trainer's log history and, with `report` and a running wandb run, to wandb. Draws from no
-    global random generator and leaves survivors untouched: with a sparsity of 0 a run equals one without the callback to
-    the last bit.
+    `choices` are those of `Pruner`: scope, groups, pattern, score, factors, seed, include, requires_dense. With
+    `keep_zeros` a run that starts from a sparse model keeps its zeros, and events prune only beyond them; with `Fixed()`
+    as schedule that is all. Figures go into the Trainer's log history and, with `report` and a running wandb run, to
+    wandb. Draws from no global random generator and leaves survivors untouched: with a sparsity of 0 a run equals one
+    without the callback to the last bit.
 
     It makes itself the last of the Trainer's callbacks, so that what another one writes into pruned weights is 0 again
     before it is evaluated, saved or left at the end. A Trainer takes one of them.

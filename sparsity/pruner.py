@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from sparsity.collapse import all_zero_names, refuse_all_zero
+from sparsity.factors import check_factor_names, check_factors
 from sparsity.mask import (
     check_replicas_agree,
     count_kept,
@@ -28,7 +29,7 @@ from sparsity.prunable import check_pattern, left_out, own_linear_weights, plain
 from sparsity.prune import count_overfull_blocks, prune_pool_
 from sparsity.schedule import Ramp, Schedule
 from sparsity.scope import Group, Pool, ScopeName, make_pools, num_pruned, seen_together
-from sparsity.score import ScoreName, magnitude_of_key, score_named
+from sparsity.score import ScoreName, magnitude_of_key, scaled, score_named
 from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layout
 
 
@@ -36,8 +37,9 @@ class Pruner:
     """Masks on a model's prunable parameters, and how they come about.
 
     How many weights go follows from `schedule`; which compete, from `scope` and `groups` (`sparsity.scope`); where they
-    may go, from `pattern` (`sparsity.pattern`); what ranks them, from `score` (`sparsity.score`). `include` and
-    `requires_dense` are name patterns, see `prunable_parameters`. A ValueError says which choices do not go together.
+    may go, from `pattern` (`sparsity.pattern`); what ranks them, from `score` (`sparsity.score`), multiplied by `factors`,
+    {name pattern: factor} (`sparsity.factors`). `include` and `requires_dense` are name patterns, see
+    `prunable_parameters`. A ValueError says which choices do not go together.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Pruner:
         schedule: Schedule,
         *,
         score: ScoreName = "magnitude",
+        factors: Mapping[str, float] | None = None,
         scope: ScopeName = "global",
         groups: Sequence[Group] = (),
         pattern: str = UNSTRUCTURED,
@@ -53,7 +56,8 @@ class Pruner:
         seed: int = 0,
     ) -> None:
         self.schedule = schedule
-        self.score = score_named(score, seed)
+        self.factors = dict(factors or {})
+        self.score = scaled(score_named(score, seed), self.factors)
         self.scope = scope
         self.groups = groups
         self.pattern = parse_pattern(pattern)
@@ -62,7 +66,8 @@ class Pruner:
         self.inherited: dict[str, int] = {}
         """Weights of each prunable parameter that were zero when the run began and are kept so."""
         self.threshold: float | None = None
-        """The largest magnitude that the last event pruned; None before the first and for other scores."""
+        """The largest magnitude that the last event pruned, times the factor of its parameter if it has one; None before the
+        first event and for other scores."""
         self.kept: dict[str, int] = {}
         """Kept weights of each prunable parameter, over all ranks."""
         self.num_prunable = 0
@@ -82,14 +87,20 @@ class Pruner:
 
     def _check_choices(self, score: str) -> None:
         make_pools({}, self.scope)
+        check_factors(self.factors, score, self.scope)
         if self.groups and not isinstance(self.schedule, Ramp):
             raise ValueError(
                 f"groups need a schedule that can end at their own targets, not {type(self.schedule).__name__}: choose one "
                 "of sparsity.schedule, such as Geometric."
             )
         if not self._events:
-            chosen = {"scope": self.scope, "pattern": str(self.pattern or UNSTRUCTURED), "score": score}
-            usual = ("global", UNSTRUCTURED, "magnitude")
+            chosen = {
+                "scope": self.scope,
+                "pattern": str(self.pattern or UNSTRUCTURED),
+                "score": score,
+                "factors": str(self.factors),
+            }
+            usual = ("global", UNSTRUCTURED, "magnitude", "{}")
             for (key, value), default in zip(chosen.items(), usual, strict=True):
                 if value != default:
                     raise ValueError(
@@ -131,6 +142,7 @@ class Pruner:
         self._parameters = prunable_parameters(model, self.include, self.requires_dense)
         if self.pattern is not None:
             check_pattern(model, self._parameters, self.pattern)
+        check_factor_names(self._parameters, self.factors)
         self._say_what_is_pruned(model)
         self.kept = {name: param.numel() for name, param in self._parameters.items()}
         self.num_prunable = sum(self.kept.values())

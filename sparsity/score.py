@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from sparsity.factors import factor_of
 from sparsity.shards import ParameterShard
 
 Score = Callable[[ParameterShard, slice], Tensor]
@@ -46,6 +47,26 @@ def random(seed: int = 0) -> Score:
         bits = _mix(index + int.from_bytes(digest, "little", signed=True))
         kept = ((bits >> 33) & SIGN_OFF).clamp_(min=1)
         return kept.masked_fill_(~shard.mask[part], 0).to(torch.int32)
+
+    return keys
+
+
+def scaled(score: Score, factors: Mapping[str, float]) -> Score:
+    """Return `score` with each parameter's keys, read as float32, multiplied by the factor of its name.
+
+    A product is rounded once, to float32: its bits are the key. A power of two shifts the exponent exactly, unless the
+    product is a denormal. Products that round to 0 or to infinity tie there. The same for any world size.
+
+    Args:
+        score: A score whose keys are the bits of float32 numbers, as those of `magnitude` are.
+        factors: Name patterns and their factors, see `sparsity.factors`. Without any, `score` itself is returned.
+    """
+    if not factors:
+        return score
+
+    def keys(shard: ParameterShard, part: slice) -> Tensor:
+        found, factor = score(shard, part), factor_of(shard.name, factors)
+        return found if factor == 1 else (found.view(torch.float32) * factor).view(torch.int32)
 
     return keys
 

@@ -18,7 +18,9 @@ GROUPS = {
     "dense attention": (Group(("*attn*",), 0.0),),
     "own targets": (Group(("*q_proj*", "*k_proj*"), 0.25), Group(("*mlp*",), 0.9)),
 }
-SCORES = ("magnitude", "random")
+SCORES = ("magnitude", "random", "scaled")
+"""`scaled` is magnitude with the factors below."""
+FACTORS = {"*q_proj*": 0.0625, "*down_proj*": 3.0}
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,17 @@ METHODS = [Method(*choice) for choice in product(SCHEDULES, SCOPES, GROUPS, TARG
 
 def reason_to_refuse(method: Method) -> str | None:
     """Part of the sentence that refuses a method; None for what is allowed."""
+    if method.score == "scaled" and method.scope == "uniform":
+        return "factors have no effect with scope=uniform"
     if method.schedule == "fixed":
         if method.groups != "none":
             return "groups need a schedule that can end at their own targets, not Fixed"
-        chosen = (("scope", method.scope), ("pattern", method.pattern), ("score", method.score))
+        score = "magnitude" if method.score == "scaled" else method.score
+        chosen = (("scope", method.scope), ("pattern", method.pattern), ("score", score))
         for (key, value), default in zip(chosen, ("global", "unstructured", "magnitude"), strict=True):
             if value != default:
                 return f"{key}={value} has no effect with Fixed()"
-        return None
+        return f"factors={FACTORS} has no effect with Fixed()" if method.score == "scaled" else None
     if method.pattern != "unstructured" and method.groups == "own targets":
         return f"pattern={method.pattern} ends at a sparsity of {TARGETS[method.pattern]}, not 0.25"
     return None
@@ -78,7 +83,8 @@ def callback_of(method: Method) -> SparsityCallback:
         scope=method.scope,
         groups=GROUPS[method.groups],
         pattern=method.pattern,
-        score=method.score,
+        score="magnitude" if method.score == "scaled" else method.score,
+        factors=FACTORS if method.score == "scaled" else None,
         seed=3,
         report=False,
     )

@@ -19,9 +19,20 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 
 from sparsity.callback import SparsityCallback
+from sparsity.factors import factor_of
 from tests.commands import run_command
 from tests.distributed import run_ranks
-from tests.methods import ALLOWED, METHODS, NUM_STEPS, REFUSED, Method, callback_of, reason_to_refuse, schedule_of
+from tests.methods import (
+    ALLOWED,
+    FACTORS,
+    METHODS,
+    NUM_STEPS,
+    REFUSED,
+    Method,
+    callback_of,
+    reason_to_refuse,
+    schedule_of,
+)
 from tests.test_run import tiny, write_text
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
@@ -198,8 +209,12 @@ def test_every_pool_ends_with_its_share_pruned_and_every_block_with_its_pattern(
 
 def test_the_pruned_of_a_pool_are_its_smallest_at_the_first_event(whole):
     names = list(whole[str(ALLOWED[0])].callback.kept)
-    weights = {name: param.detach().abs() for name, param in MODEL.named_parameters() if name in names}
-    for method in (m for m in ALLOWED if (m.schedule, m.pattern, m.score) == ("constant", "unstructured", "magnitude")):
+    plain = {name: param.detach().abs() for name, param in MODEL.named_parameters() if name in names}
+    products = {name: weight * factor_of(name, FACTORS) for name, weight in plain.items()}
+    first = [m for m in ALLOWED if (m.schedule, m.pattern) == ("constant", "unstructured") and m.score != "random"]
+    assert {method.score for method in first} == {"magnitude", "scaled"}
+    for method in first:
+        weights = plain if method.score == "magnitude" else products
         run = Run(method)
         run.callback.prune_at(0)
         masks = {shard.name: shard.mask for shard in run.callback.shards}
@@ -209,8 +224,8 @@ def test_the_pruned_of_a_pool_are_its_smallest_at_the_first_event(whole):
             assert set(pruned.tolist()) == set(order[: len(pruned)].tolist()), method
 
 
-def test_magnitude_and_random_prune_different_weights(whole):
-    for method in (m for m in ALLOWED if m.score == "random"):
+def test_magnitude_prunes_other_weights_than_random_and_than_its_products_with_factors(whole):
+    for method in (m for m in ALLOWED if m.score != "magnitude" and m.pattern == "unstructured"):
         other = Method(method.schedule, method.scope, method.groups, method.pattern, "magnitude")
         mine, theirs = whole[str(method)].weights(), whole[str(other)].weights()
         assert any(not torch.equal(mine[name] == 0, theirs[name] == 0) for name in mine), method
@@ -227,8 +242,8 @@ def test_fixed_masks_are_the_zeros_that_were_there(whole):
 
 
 def test_the_table_holds_every_combination_once():
-    assert len(ALLOWED) + len(REFUSED) == len(METHODS) == 6 * 2 * 3 * 3 * 2
-    assert (len(ALLOWED), len(REFUSED)) == (5 * 2 * 7 * 2 + 1, 75)
+    assert len(ALLOWED) + len(REFUSED) == len(METHODS) == 6 * 2 * 3 * 3 * 3
+    assert (len(ALLOWED), len(REFUSED)) == (5 * 2 * 7 * 2 + 5 * 7 + 1, 148)
 
 
 @pytest.mark.parametrize("method", REFUSED, ids=str)

@@ -194,3 +194,13 @@ def test_what_cannot_be_is_said_in_one_sentence(capsys, arguments, words):
     assert stop.value.code == 2
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_a_run_states_the_choices_that_move_its_results(tmp_path):
+    write_run(tmp_path / "a", sparsity=0.5, choices=["scores of <q> times 0.0625", "drawn by fan-in"])
+    write_run(tmp_path / "b", sparsity=0.5, choices=3)
+    write_run(tmp_path / "c", sparsity=0.5)
+    main([f"runs={tmp_path}", f"page={tmp_path}/page.html"])
+    html = (tmp_path / "page.html").read_text()
+    assert ">a<small>scores of &lt;q&gt; times 0.0625, drawn by fan-in</small></th>" in html
+    assert html.count("<small>scores") == 1

@@ -15,6 +15,7 @@ from sparsity.prunable import plain_name
 from train.checkpoints.durable import publish_folder, write_atomically
 from train.checkpoints.tensorfile import write_tensors
 from train.distributed import World
+from train.parametrisation import query_folds, unfolded
 from train.portable import make_portable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,13 +24,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_shard_size: str, world: World) -> None:
     """Write config, generation config, tokenizer and safetensors; the folder appears only when it is whole.
 
+    Folded query weights are multiplied back, so that a plain transformers LLaMA gives the model's logits.
+
     Weights are gathered tensor by tensor and kept on rank 0 for one file at a time. Collective.
     """
     aside = folder.with_name(f"{folder.name}.tmp")
     if world.is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    tensors = full_names(model)
+    tensors, folds = full_names(model), query_folds(model)
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.numel() * DTYPES[dtype].itemsize,
@@ -42,6 +45,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
         for name in names:
             full = full_tensor(tensors[name])
             if world.is_main:
+                full = unfolded(full, folds.get(name, 1.0))
                 held[name] = full.to("cpu", DTYPES[dtype]).contiguous()
             del full
         if world.is_main:

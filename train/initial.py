@@ -20,6 +20,7 @@ from train.checkpoints.write import local_rows
 from train.export import full_names
 from train.initial_config import check_config
 from train.names import parameter_shapes
+from train.parametrisation import folded, query_folds
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -77,9 +78,10 @@ class InitialWeights:
 
     @torch.no_grad()
     def fill(self, model: Any) -> None:
-        """Copy the weights into `model`, in its dtype; of a sharded parameter this rank's rows alone."""
+        """Copy the weights into `model`, in its dtype and scale; of a sharded parameter this rank's rows alone."""
+        folds = query_folds(model)
         for name, tensor in full_names(model).items():
-            local_tensor(tensor).copy_(self.rows(name, *local_rows(tensor)))
+            local_tensor(tensor).copy_(folded(self.rows(name, *local_rows(tensor)), folds.get(name, 1.0)))
 
     def zero_share(self, names: Iterable[str], rows_at_once: int = 1024) -> float:
         """Return the share of exact zeros in whole weights, read piece by piece."""

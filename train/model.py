@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from conf.schema import ModelConfig
+from train.parametrisation import fold_queries
 from train.weights import allocate, draw_weights, skeleton
 
 
@@ -51,6 +52,8 @@ def build_skeleton(model: ModelConfig, tokenizer: Any) -> LlamaForCausalLM:
     config = llama_config(model, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     options = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
     llama = skeleton(lambda: LlamaForCausalLM._from_config(config, dtype=torch.float32, **options))
+    if model.query_scale == "folded":
+        fold_queries(llama)
     llama.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -64,5 +67,5 @@ def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> LlamaForCausal
     """Return the whole model on the CPU, with the weights that a run of any world size draws for `seed`."""
     llama = build_skeleton(model, tokenizer)
     allocate(llama, torch.device("cpu"))
-    draw_weights(llama, build_skeleton(model, tokenizer), seed)
+    draw_weights(llama, build_skeleton(model, tokenizer), seed, model.init)
     return llama

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from conf.schema import ModelConfig, SparsityConfig
+from sparsity.factors import check_factor_names
 from sparsity.pattern import parse_pattern
 from sparsity.scope import Group, Pool, make_pools
 
@@ -24,6 +25,7 @@ def planned_pools(model: ModelConfig, sparsity: SparsityConfig) -> list[Pool]:
         sparsity.scope,  # type: ignore[arg-type]
         pruned_groups(sparsity),
     )
+    check_factor_names(shapes, sparsity.factors)
     pattern = parse_pattern(sparsity.pattern)
     if pattern is not None:
         for target in (sparsity.target, *(group.target for group in sparsity.groups)):

@@ -56,6 +56,7 @@ def sparsity_callback(config: Config, plan: RunPlan) -> RunSparsity | None:
         plan.schedule.base,
         keep_zeros=keep_zeros,
         score=sparsity.score,
+        factors=sparsity.factors,
         scope=sparsity.scope,
         groups=pruned_groups(sparsity),
         pattern=sparsity.pattern,

@@ -135,7 +135,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         )
     show_progress(trainer, sparsity)
     fsdp_version = 2 if trainer.is_fsdp_enabled else 0
-    say(world, opening_words(plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
+    say(world, opening_words(config, plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
     if resume_from is not None:
         say(world, f"  resumed from {resume_from}")
     try:
@@ -192,7 +192,8 @@ def filling(
     if config.init_from is not None:
         weights = initial_weights(model, config.init_from)
         return weights.fill
-    return lambda module: draw_weights(module, build_skeleton(plan.model, tokenizer), config.trainer.seed)
+    seed, init = config.trainer.seed, plan.model.init
+    return lambda module: draw_weights(module, build_skeleton(plan.model, tokenizer), seed, init)
 
 
 def inherited_sparsity(config: Config, model: Any, prunable: list[str]) -> float:

@@ -2,7 +2,7 @@
 
 A model is built as a skeleton: its buffers are computed, its parameters are on the meta device and take no memory. Once
 it is placed or sharded, its weights are drawn unit by unit, a unit being a transformer block or another module with
-parameters of its own. The unit is drawn whole, on the CPU, by the model's own `_init_weights` and with a generator seeded
+parameters of its own. The unit is drawn whole, on the CPU, as `model.init` says and with a generator seeded
 by (seed, unit name), and each rank copies its rows. So the weights are the same on any device and for any number of
 ranks, and a rank's host memory holds one unit beside its shard.
 """
@@ -24,6 +24,7 @@ from sparsity.shards import local_tensor
 from sparsity.wrappers import fsdp2_groups
 from train.checkpoints.write import local_rows
 from train.export import full_names
+from train.parametrisation import INITS, fold_drawn_
 
 
 def skeleton(build: Callable[[], Any]) -> Any:
@@ -58,13 +59,14 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int) -> None:
+def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int, init: str = "transformers") -> None:
     """Fill `model`, sharded or not, with random weights that follow from `seed` alone.
 
     Args:
         model: The model to fill; its parameters have memory.
         template: A skeleton of the same model.
         seed: Any integer.
+        init: The distribution, one of `train.parametrisation.INITS`.
 
     Raises:
         ValueError: the model's `_init_weights` leaves a parameter without values.
@@ -81,7 +83,8 @@ def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int) -> None
         _materialise(unit, recurse, scratch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed_of(seed, name))
-            _initialise(unit, owner, recurse)
+            _initialise(unit, owner, recurse, init)
+        fold_drawn_(unit)
         for inner, full in unit.named_parameters(recurse=recurse):
             if (target := wanted.get(f"{prefix}{inner}")) is None:
                 continue
@@ -141,12 +144,12 @@ def _units(
         yield name, module, owner, False
 
 
-def _initialise(module: nn.Module, owner: PreTrainedModel, recurse: bool) -> None:
-    """Run `_init_weights` as transformers does: children first, each by the innermost model around it."""
+def _initialise(module: nn.Module, owner: PreTrainedModel, recurse: bool, init: str) -> None:
+    """Draw in transformers' order: children first, each by the innermost model around it."""
     if recurse:
         for child in module.children():
-            _initialise(child, child if isinstance(child, PreTrainedModel) else owner, recurse)
-    owner._init_weights(module)
+            _initialise(child, child if isinstance(child, PreTrainedModel) else owner, recurse, init)
+    INITS[init](module, owner)
 
 
 def _materialise(unit: nn.Module, recurse: bool, scratch: Tensor) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from conf.schema.checks import check
+from conf.schema.checks import check, check_choice
 
 
 @dataclass
@@ -25,6 +25,11 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    """Standard deviation of the weights that init=transformers draws."""
+    init: str = "transformers"
+    """How weights are drawn: as transformers does, or as the paper's authors do, with a variance of 1/fan_in."""
+    query_scale: str = "standard"
+    """`folded` keeps query weights 1/sqrt(head_dim) smaller in training, with no scale in attention."""
     attn_implementation: str | None = None
     match: str | None = None
     """`average` makes this run the dense twin of the configured sparse one: as wide as its average parameter count."""
@@ -33,6 +38,18 @@ class ModelConfig:
         check(
             self.match in (None, "average"),
             f"model.match={self.match} is not known: give average for a dense twin, or null.",
+        )
+        check_choice("model.init", self.init, ("transformers", "authors"))
+        check_choice("model.query_scale", self.query_scale, ("standard", "folded"))
+        check(
+            self.init == "transformers" or self.initializer_range == 0.02,
+            f"model.initializer_range={self.initializer_range:g} has no effect with model.init={self.init}, which draws by "
+            "fan-in: leave it out, or take model.init=transformers.",
+        )
+        check(
+            self.init == "transformers" or not self.tie_word_embeddings,
+            f"model.init={self.init} draws embedding and lm_head from different distributions, and "
+            "model.tie_word_embeddings=true makes them one: set it to false, or take model.init=transformers.",
         )
         check(
             not {"", ".", ".."} & set(self.name.split("/")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conf.schema.checks import check, check_choice
+from sparsity.factors import check_factors
 from sparsity.pattern import parse_pattern
 from sparsity.schedule import SCHEDULES
 
@@ -66,6 +67,8 @@ class SparsityConfig:
     window: WindowConfig = field(default_factory=WindowConfig)
     score: str = "magnitude"
     """What ranks a weight: its magnitude, or random as the control."""
+    factors: dict[str, float] = field(default_factory=dict)
+    """Name patterns of parameters and what their scores are multiplied by, such as {'*q_proj*': 0.0625}."""
     scope: str = "global"
     """Which weights compete: all (one threshold), or those of each parameter (uniform: every layer to the target)."""
     groups: list[GroupConfig] = field(default_factory=list)
@@ -84,6 +87,7 @@ class SparsityConfig:
         )
         check_choice("sparsity.score", self.score, ("magnitude", "random"))
         check_choice("sparsity.scope", self.scope, ("global", "uniform"))
+        check_factors(self.factors, self.score, self.scope)
         check_choice("sparsity.schedule", self.schedule, tuple(SCHEDULES))
         parse_pattern(self.pattern)
         window = self.window

@@ -151,6 +151,7 @@ def row(number: int, run: Run) -> dict[str, Any]:
         "is_sparse": run.is_sparse,
         "is_finished": run.is_finished,
         "state": run.state,
+        "choices": ", ".join(map(str, choices)) if isinstance(choices := run.figures.get("choices"), list) else "",
         "cells": [line[column] for column in COLUMNS if column != "model"],
         "sample": run.sample,
     }

@@ -17,6 +17,7 @@ from yaml import YAMLError
 from conf.schema import Config
 from eval.folders import named_places, run_folders
 from train.plan import plan_run
+from train.report.choices import choice_words
 from train.report.siblings import counterpart, has_sparse_weights
 
 METRICS = "metrics.jsonl"
@@ -112,6 +113,7 @@ def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[s
     linear, schedule = plan.counts.linear, plan.schedule
     density, average = (_share(last, f"sparsity/{name}") for name in ("density", "average_density"))
     return {
+        "choices": choice_words(config, prunes=schedule is not None),
         "total_params": plan.counts.total,
         "linear_params": linear,
         "avg_linear_params": average * linear,

@@ -19,6 +19,7 @@ from launch.plan.memory import GpuMemory, HostMemory, Setting, gpu_memory, host_
 from launch.plan.series import table_row
 from train.disk import checkpoint_bytes, export_bytes
 from train.plan import RunPlan
+from train.report.choices import choice_words
 
 
 def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
     return {
         **row,
         "run_dir": str(plan.run_dir),
+        "choices": choice_words(config, prunes=plan.schedule is not None),
         "schedule": _schedule(config, plan),
         "twin": None
         if twin is None

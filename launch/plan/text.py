@@ -65,6 +65,8 @@ def run_text(plan: dict[str, Any]) -> str:
         _section("Network, received by each GPU", _network(plan)),
         _section("Disk", _disk(plan)),
     ]
+    if plan["choices"]:
+        sections.insert(1, _section("Choices", [("", words) for words in plan["choices"]]))
     if plan["twin"]:
         sections.insert(1, _section("Dense twin", _twin(plan["twin"])))
     return "\n\n".join(sections)

@@ -147,6 +147,7 @@ def _sparsity(config: Config, own: Figures) -> str:
     amounts = ", ".join([*targets, f"{100 * sparsity.target:g}% of {rest}{pruned}"])
     where = "unstructured" if sparsity.pattern == "unstructured" else f"{sparsity.pattern} along the inputs"
     ranking = "lowest magnitude first" if sparsity.score == "magnitude" else "in random order"
+    ranking += "".join(f", that of `{pattern}` times {factor:g}" for pattern, factor in sparsity.factors.items())
     if sparsity.scope == "uniform":
         ranking += ", every layer to its target"
     elif sparsity.score == "magnitude":
@@ -211,6 +212,7 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     decay = "".join(f", {key} {value}" for key, value in optim.lr_scheduler_kwargs.items())
     num_final = min(steps, max(2, round(SHARE_OF_FINAL_STEPS * steps)))
     lines = {
+        **_parametrisation(config),
         "Training steps": f"{steps:,}",
         "Batch size": f"{own['batch_tokens']:,} tokens ({own['batch_tokens'] // length:,} sequences x {length:,})",
         "Learning rate": f"{rate_text(own['learning_rate'])} at its peak, warm-up over {warmup}, then "
@@ -239,6 +241,21 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     sharding = "FSDP2" if own["fsdp_version"] == 2 else "no sharding"
     lines["Run"] = f"{processes}, {sharding}, {half_up(own['seconds'] / 3600, 2)} hours, seed {optim.seed}"
     return _bullets(lines)
+
+
+def _parametrisation(config: Config) -> dict[str, str]:
+    model, lines = config.model, {}
+    if model.init == "authors" and config.init_from is None:
+        lines["Initial weights"] = (
+            "linear layers from a normal distribution cut off at 2 standard deviations, with variance 1/fan-in; embedding "
+            "normal with a standard deviation of 1 (`model.init=authors`)"
+        )
+    if model.query_scale == "folded":
+        lines["Query weights"] = (
+            "trained, and pruned, sqrt(head size) times smaller than in these files, with no scale in attention "
+            "(`model.query_scale=folded`)"
+        )
+    return lines
 
 
 def _series(own: Figures, siblings: Sequence[Figures]) -> str:

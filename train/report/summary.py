@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conf.schema import Config
 from train.plan import RunPlan
+from train.report.choices import choice_words
 from train.scoring import Score
 
 SHARE_OF_FINAL_STEPS = 0.01
@@ -66,6 +67,7 @@ def summarize(
         "run_name": plan.run_dir.name,
         "model": plan.model.name,
         "data": config.data.source,
+        "choices": choice_words(config, prunes=schedule is not None),
         "eval_overrides": eval_overrides(config, plan),
         "world_size": plan.world_size,
         "fsdp_version": fsdp_version,

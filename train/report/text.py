@@ -12,19 +12,23 @@ from typing import Any
 
 import torch
 
+from conf.schema import Config
 from sparsity.schedule import Mixed, Ramp
 from train.data import PreparedData
 from train.directory import RunDirectory
 from train.plan import RunPlan
+from train.report.choices import choice_words
 from train.report.table import count_text, half_up, markdown
 
 
-def opening_words(plan: RunPlan, data: PreparedData, world_size: int, sharding: str) -> str:
+def opening_words(config: Config, plan: RunPlan, data: PreparedData, world_size: int, sharding: str) -> str:
+    choices = choice_words(config, prunes=plan.schedule is not None)
     lines = [
         f"{plan.run_dir}: {count_text(plan.counts.total)} parameters, {count_text(plan.counts.linear)} of them linear, "
         f"on {world_size} {'process' if world_size == 1 else 'processes'} ({sharding})",
         f"  {plan.num_steps:,} steps of {plan.batch_tokens:,} tokens = {count_text(plan.total_tokens)} tokens, from "
         f"{count_text(data.train.num_tokens)} tokens of text ({plan.total_tokens / data.train.num_tokens:.2f} epochs)",
+        *([f"  with {', '.join(choices)}"] if choices else []),
     ]
     if plan.schedule is None:
         return "\n".join([*lines, "  dense: nothing is pruned"])

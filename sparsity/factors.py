@@ -1,0 +1,69 @@
+"""Factors on scores: a weight counts as its magnitude times the factor of its parameter.
+
+Factors are given by name pattern. Nothing but the standard library is needed here, so that a plan and a run check alike.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+
+def factor_of(name: str, factors: Mapping[str, float]) -> float:
+    """Return the factor of a parameter, rounded to float32; 1 if no pattern matches its name."""
+    return next((_as_float32(factor) for pattern, factor in factors.items() if fnmatchcase(name, pattern)), 1.0)
+
+
+def check_factors(factors: Mapping[str, float], score: str, scope: str) -> None:
+    """Refuse factors that are no positive float32, or that the score or the scope ignores.
+
+    Raises:
+        ValueError: says which factor or choice, the rule and the remedy.
+    """
+    for pattern, factor in factors.items():
+        rounded = _as_float32(factor)
+        if not (math.isfinite(rounded) and rounded > 0):
+            raise ValueError(
+                f"The factor {factor} of {pattern!r} in factors is not a positive number that float32 can hold: give one, "
+                "such as 0.0625, or name the parameters in requires_dense to keep them."
+            )
+    if factors and score != "magnitude":
+        raise ValueError(
+            f"factors have no effect with score={score}, which does not look at the weights: leave them out, or take "
+            "score=magnitude."
+        )
+    if factors and scope == "uniform":
+        raise ValueError(
+            "factors have no effect with scope=uniform, which compares a weight only with those of its own parameter: leave "
+            "them out, or take scope=global."
+        )
+
+
+def check_factor_names(names: Iterable[str], factors: Mapping[str, float]) -> None:
+    """Refuse a pattern that matches none of the prunable parameters `names`, and a parameter that two patterns match.
+
+    Raises:
+        ValueError: names the pattern or the parameter.
+    """
+    names = list(names)
+    for pattern in factors:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"The pattern {pattern!r} in factors matches no prunable parameter: patterns are compared with names like "
+                f"{next(iter(names), '')!r}, * matches anything."
+            )
+    for name in names:
+        claims = [pattern for pattern in factors if fnmatchcase(name, pattern)]
+        if len(claims) > 1:
+            raise ValueError(
+                f"{name} matches two patterns in factors, {claims[0]!r} and {claims[1]!r}: let one of them alone match it."
+            )
+
+
+def _as_float32(factor: float) -> float:
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", factor))[0])
+    except OverflowError:
+        return math.inf

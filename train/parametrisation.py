@@ -1,0 +1,89 @@
+"""The authors' parametrisation of a LLaMA: how its weights are drawn, and query weights that carry attention's scale.
+
+With folded queries the model keeps its query weights sqrt(head_dim) times smaller than transformers does, and attention
+applies no scale. Threshold, optimizer and weight decay then see the smaller weights. Files are in transformers' scale:
+export multiplies, reading divides. A factor that is a power of two, as for head_dim 64 or 256, changes no significant bit;
+any other costs one rounding a weight.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from sparsity.prunable import plain_name
+
+FOLD = "query_fold"
+"""The attribute of an attention module that says how many times smaller its query weights are."""
+TRUNCATION = 2.0
+"""Standard deviations at which the normal distribution is cut off."""
+TRUNCATED_STD = 0.87962566103423978
+"""The standard deviation of a normal distribution that is cut off at 2, as in JAX's variance_scaling."""
+EMBEDDING_STD = 1.0
+
+
+def fold_queries(model: nn.Module) -> None:
+    """Let a LLaMA's attention apply no scale, for query weights that are sqrt(head_dim) times smaller."""
+    for module in model.modules():
+        if isinstance(module, LlamaAttention):
+            module.scaling = 1.0
+            setattr(module, FOLD, math.sqrt(module.head_dim))
+
+
+def query_folds(model: nn.Module) -> dict[str, float]:
+    """Return {name of a query weight: how many times smaller it is than in transformers' scale}; empty if none is."""
+    # A wrapper around a module shows the module's attributes as its own, but not in its dictionary.
+    return {
+        plain_name(f"{name}.q_proj.weight"): vars(module)[FOLD]
+        for name, module in model.named_modules()
+        if FOLD in vars(module)
+    }
+
+
+@torch.no_grad()
+def fold_drawn_(unit: nn.Module) -> None:
+    """Divide the query weights of `unit`, drawn in transformers' scale, if its attention has folded queries."""
+    for module in unit.modules():
+        if FOLD in vars(module):
+            module.q_proj.weight.div_(vars(module)[FOLD])  # type: ignore[union-attr, operator]
+
+
+def folded(weight: Tensor, fold: float) -> Tensor:
+    """Return a weight of transformers' scale in the model's, as float32; `fold` is 1 for all but query weights."""
+    return weight if fold == 1 else weight.float() / fold
+
+
+def unfolded(weight: Tensor, fold: float) -> Tensor:
+    """Return a weight of the model's scale in transformers', as float32. Zeros, and only they, become zeros."""
+    return weight if fold == 1 else weight.float() * fold
+
+
+@torch.no_grad()
+def authors_init(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Draw the parameters of one module, without its submodules, as the authors do.
+
+    A linear kernel has the variance 1/fan_in, from a normal distribution cut off at 2 standard deviations. An embedding
+    is normal with a standard deviation of 1. The rest is as in transformers.
+    """
+    if isinstance(module, nn.Linear):
+        std = math.sqrt(1 / module.in_features) / TRUNCATED_STD
+        nn.init.trunc_normal_(module.weight, 0.0, std, -TRUNCATION * std, TRUNCATION * std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, 0.0, EMBEDDING_STD)
+    else:
+        owner._init_weights(module)
+
+
+def transformers_init(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Draw the parameters of one module, without its submodules, as the model around it does."""
+    owner._init_weights(module)
+
+
+INITS = {"transformers": transformers_init, "authors": authors_init}
+"""The values of `model.init`."""
