@@ -100,7 +100,7 @@ class Streamed:
 
     def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
         if (launches := kernels_of(self.shards, self.score)) is not None:
-            return launches.histogram_of_shards(self.shards, lo, hi, shift)  # type: ignore[no-any-return]
+            return launches.histogram_of_shards(self.shards, lo, hi, shift)
         parts = (
             self.score(shard, part)
             for shard in self.shards
@@ -110,7 +110,7 @@ class Streamed:
 
     def num_equal(self, key: int) -> list[int]:
         if (launches := kernels_of(self.shards, self.score)) is not None:
-            return launches.count_by_shard(self.shards, key, key + 1, 0)[1].view(-1).tolist()  # type: ignore[no-any-return]
+            return launches.count_by_shard(self.shards, key, key + 1, 0)[1].view(-1).tolist()
         counts = torch.zeros(len(self.shards), dtype=torch.int64, device=self.shards[0].values.device)
         for number, shard in enumerate(self.shards):
             for part in chunks(shard.values.numel(), shard.values.device):
@@ -153,7 +153,7 @@ def keep_above_(shards: Sequence[ParameterShard], score: Score, keys: Sequence[i
 def count_mask(shards: Sequence[ParameterShard]) -> Tensor:
     """Kept weights of each local shard, int64 [shards]."""
     if (launches := kernels_for(shards[0].mask.device)) is not None:
-        return launches.count_kept(shards)  # type: ignore[no-any-return]
+        return launches.count_kept(shards)
     return torch.stack([torch.count_nonzero(shard.mask) for shard in shards])
 
 
@@ -193,7 +193,7 @@ def num_bins(lo: int, hi: int, shift: int) -> int:
 def histogram_of_keys(keys: Tensor, lo: int, hi: int, shift: int) -> Tensor:
     """`histogram` of keys int32 [n], on a GPU by one kernel."""
     if (launches := kernels_for(keys.device)) is not None:
-        return launches.histogram_of_keys(keys, lo, hi, shift)  # type: ignore[no-any-return]
+        return launches.histogram_of_keys(keys, lo, hi, shift)
     parts = (keys[part] for part in chunks(len(keys), keys.device))
     return histogram(parts, lo, hi, shift, keys.device)
 

@@ -206,7 +206,7 @@ def _sample(shards: Sequence[ParameterShard], stride: int, score: Score) -> Tens
         phase = (phase - shard.values.numel()) % stride
     sizes = [len(range(start, shard.values.numel(), stride)) for start, shard in zip(starts, shards, strict=True)]
     if (launches := kernels_of(shards, score)) is not None:
-        return launches.sample(shards, starts, sizes, stride)  # type: ignore[no-any-return]
+        return launches.sample(shards, starts, sizes, stride)
     keys = torch.empty(sum(sizes), dtype=torch.int32, device=shards[0].values.device)
     filled = 0
     for shard, start, size in zip(shards, starts, sizes, strict=True):

@@ -7,7 +7,6 @@ import os
 import torch
 from transformers import LlamaForCausalLM, TrainingArguments
 
-
 WITHOUT_CUDA_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 """Blocks share one compiled graph: replayed as a CUDA graph, a block's output would be overwritten by the next block's."""
 
