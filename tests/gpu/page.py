@@ -33,7 +33,8 @@ def origin(row: Row) -> str:
 def steps_section(result: dict[str, Any], title: str) -> str:
     """Every step of `check` or `bench` with its outcome."""
     steps = result["steps"]
-    device = next((step["figures"] for step in steps if step["name"] == "device" and step.get("figures")), {})
+    found = (step["figures"] for step in steps if step["name"] == "device" and step.get("figures"))
+    device = next(found, result.get("device", {}))
     copy, flops = device.get("copy_bytes_per_second"), device.get("bf16_flops")
     ceilings = f" A copy moves {copy / 1e12:.2f} TB/s, a bf16 product makes {flops / 1e12:.0f} TFLOP/s." if copy else ""
     rows = [[step["name"], step["outcome"], f"{step['seconds']:.0f} s", words(step["words"])] for step in steps]
@@ -112,6 +113,7 @@ def comparison_section(title: str) -> Callable[[list[Row]], str]:
 
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "check": lambda found: steps_section(found, "Everything right: `make gpu-check`"),
+    "again": lambda found: steps_section(found, "Run again after changes, and new"),
     "throughput": throughput_section,
     "event": comparison_section("A prune event of the 1B"),
     "masking": comparison_section("Masking"),
