@@ -60,10 +60,10 @@ def test_the_page_renders_from_disk_and_asks_for_nothing_else(page, tmp_path):
     assert asked_for(log) == []
     dom = done.stdout
     assert dom.count('<th scope="row">') == 5
-    assert dom.count("<figure ") == 12
-    assert len(re.findall(r'<div class="plot".*?<svg', dom, re.S)) == 12
+    assert dom.count("<figure ") == 13
+    assert len(re.findall(r'<div class="plot".*?<svg', dom, re.S)) == 13
     # Each plot's script has added the group that it draws its reading into.
-    assert dom.count("<g></g></svg>") == 8
+    assert dom.count("<g></g></svg>") == 9
     assert not re.findall(r".*CONSOLE.*", done.stderr)
 
 
