@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-cluster check format bench bench-all gpu-check gpu-bench gpu-claim torture clean
+.PHONY: demo test test-cluster test-kernels check format bench bench-all gpu-check gpu-bench gpu-claim torture clean
 .DEFAULT_GOAL := demo
 
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -29,6 +29,11 @@ test-cluster: $(READY)
 		apt-get install -qq --yes --no-install-recommends slurm-wlm munge iproute2 chromium >/dev/null; fi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,slurm,search,eval]'
 	$(BIN)/python -m pytest -q -m cluster
+
+# The GPU's kernels on a CPU, in Triton's interpreter. torch for GPUs brings a Triton of its own; torch for CPUs needs none.
+test-kernels: $(READY)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.6.0
+	$(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_sparse_linear.py
 
 check: $(READY)
 	$(BIN)/ruff check .
