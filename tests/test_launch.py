@@ -239,6 +239,7 @@ def test_two_jobs_of_one_name_are_refused(values):
         read_sweep(["experiment=demo", "data=text", "data.path=c", values])
 
 
+@pytest.mark.cluster
 def test_a_searchs_name_and_values_are_checked_before_it_starts():
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'sparsellm[search]'")
     search = ["experiment=demo", "sweep=optuna_window", "sparsity.schedule=choice(cubic,linear)"]

@@ -63,6 +63,7 @@ def test_a_sweep_whose_launcher_is_killed_leaves_no_process_and_the_same_command
     check_finished(tmp_path, again.stdout)
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_jobs_of_submitit_outlive_their_launcher_and_the_same_command_waits_for_them(tmp_path):

@@ -111,6 +111,7 @@ def searched(tmp_path, *arguments: str) -> int:
     return ended(tmp_path, "sweep=optuna_window", "hydra.sweeper.n_trials=3", *arguments)[1]
 
 
+@pytest.mark.cluster
 def test_a_trial_is_named_by_what_the_search_varies(tmp_path, runs, capsys):
     assert searched(tmp_path, "batch_size=32") == 0
     assert len(set(runs.names)) == 3
@@ -122,6 +123,7 @@ def test_a_trial_is_named_by_what_the_search_varies(tmp_path, runs, capsys):
     assert f"best     {runs.names[2].split('/')[1]}: held-out loss 3.2000" in capsys.readouterr().out
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("code", [75, -signal.SIGINT, -signal.SIGTERM])
 def test_a_trial_that_is_asked_to_stop_ends_the_search_with_75(tmp_path, runs, capsys, code):
     runs.codes = {2: code}
@@ -130,6 +132,7 @@ def test_a_trial_that_is_asked_to_stop_ends_the_search_with_75(tmp_path, runs, c
     assert "best     " in capsys.readouterr().out
 
 
+@pytest.mark.cluster
 def test_a_failed_trial_does_not_end_the_search_and_none_finished_is_one_sentence(tmp_path, runs, capsys):
     runs.codes = {1: 1, 2: 1, 3: 2}
     assert searched(tmp_path) == 1
@@ -137,6 +140,7 @@ def test_a_failed_trial_does_not_end_the_search_and_none_finished_is_one_sentenc
     assert "no trial of" in capsys.readouterr().err
 
 
+@pytest.mark.cluster
 def test_a_dry_search_prints_one_command_and_runs_nothing(tmp_path, runs, capsys):
     assert searched(tmp_path, "dry_run=true", "sweep_name=s") == 0
     assert runs.names == []
