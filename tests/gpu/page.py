@@ -21,7 +21,7 @@ from tests.benchmarks.throughput import Variant, Workload
 HEAD = """# On a GPU
 
 Measured on one GPU by `make gpu-check` and `make gpu-bench`; the files are in [gpu/](gpu), and `python -m tests.gpu.page`
-makes this page of them. [speed.md](speed.md) says what the figures mean.
+makes this page of them. [speed.md](speed.md) says what the figures mean, what failed and what was done about it.
 """
 GIB = 2**30
 WHERE = ("gpu", "python", "torch", "triton", "transformers", "accelerate", "cuda", "cudnn")
