@@ -66,9 +66,9 @@ def test_replicas_are_hsdp_over_all_processes():
         (1, 80 << 30, [], "false"),
         (8, 80 << 30, [], "false"),
         (8, 12 << 30, [], "true"),
-        (8, 16 << 30, [], "false"),
+        (8, 14 << 30, [], "false"),
         # A replica's four GPUs hold more of the state each.
-        (8, 16 << 30, ["launch.num_replicas=2"], "true"),
+        (8, 14 << 30, ["launch.num_replicas=2"], "true"),
         (8, None, [], None),
         (8, 80 << 30, ["launch.config_file=setup.cfg"], None),
         (8, 80 << 30, ["launch.reshard_after_forward=true"], "true"),

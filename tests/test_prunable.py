@@ -215,6 +215,7 @@ def test_a_sparsity_of_zero_prunes_no_zeros():
 
 
 def test_a_layer_that_loses_its_last_weight_is_named():
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     nn.init.constant_(model[0].weight, 1e-3)
     pruner = callback()
