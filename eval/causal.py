@@ -1,4 +1,4 @@
-"""Whether a model may be given a perplexity: it has to predict each token without having read it."""
+"""The check that a model may be given a perplexity: it has to predict each token without having read it."""
 
 from __future__ import annotations
 

@@ -8,5 +8,5 @@ if (
     and not sys.flags.safe_path
     and Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]
 ):
-    # `python -m` looks in the current folder first, where a user's own train.py or conf/ would be taken for ours.
+    # `python -m` looks in the current folder first: a user's own train.py or conf/ would be taken for ours.
     sys.path.append(sys.path.pop(0))

@@ -35,7 +35,7 @@ class LaunchConfig:
     num_replicas: int = 1
     """Above 1 it is HSDP: so many copies of the model, each sharded over its share of all processes."""
     reshard_after_forward: str = "auto"
-    """Whether FSDP2 frees gathered weights between a forward and its backward pass and gathers them twice: `true`, `false`,
+    """Free gathered weights between a forward and its backward pass, so that FSDP2 gathers them twice: `true`, `false`,
     or `auto`, if the step would not fit into the GPU's memory otherwise."""
     parallel_jobs: int | None = None
     """Jobs of a sweep at a time; where it is null as many as the GPUs hold, and one on a machine without."""

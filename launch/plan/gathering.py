@@ -1,4 +1,4 @@
-"""Whether FSDP2 frees the weights that it gathers for a forward pass, or keeps them for the backward pass."""
+"""The choice of FSDP2 to free the weights that it gathers for a forward pass, or to keep them for the backward pass."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Setting:
     """Liger's cross-entropy, which never holds all logits."""
     fsdp: bool = True
     reshard_after_forward: bool = True
-    """Whether FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
+    """FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
     selection_chunk: int = SELECTION_CHUNK
 
     @property

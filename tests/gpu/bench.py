@@ -34,9 +34,8 @@ def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
     )  # fmt: skip
     masked = ("--numel", "20003" if rehearse else "200000000", "--rounds", "1" if rehearse else "5")
     found = [Step("device", (PYTHON, "-m", "tests.gpu.device", *tiny), expected_s=12, timeout_s=60, alone=True)]
-    if has_event_benchmark():
-        event = benchmark("event", output, *tiny)
-        found.append(Step("1B: event and selection", event, expected_s=45, timeout_s=80, alone=True))
+    event = benchmark("event", output, *tiny)
+    found.append(Step("1B: event and selection", event, expected_s=45, timeout_s=80, alone=True))
     decode = benchmark("decode", output, "--seconds", "60", *tiny)
     found += [
         Step(
@@ -58,7 +57,3 @@ def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
         Step("masking", masking, expected_s=25, timeout_s=60, alone=True, says="masking gradients"),
     ]
     return found
-
-
-def has_event_benchmark() -> bool:
-    return (Path(__file__).resolve().parents[1] / "benchmarks" / "event.py").exists()
