@@ -18,11 +18,11 @@ from transformers.utils import logging as transformers_logging
 from conf.cli import user_errors
 from conf.schema import Config, tokenizer_of
 from sparsity import SparsityCallback, prunable_parameters
+from sparsity.common.files import write_atomically
 from sparsity.prunable import own_linear_weights
 from sparsity.schedule import schedule_record
 from sparsity.shards import local_values, rank_layout
 from train.arguments import check_recipe, training_arguments
-from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
 from train.data.sampler import PermutationSampler

@@ -12,13 +12,12 @@ and json alone: nothing here can execute code when it is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.checkpoints.durable import remove_folder
+from sparsity.common.files import remove_folder, sha256_of
 from train.faults.stop import RunStopped
 
 if TYPE_CHECKING:
@@ -67,11 +66,6 @@ def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     except ValueError:
         return f"{SUMS} is garbled"
     return None
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_sums(text: str) -> dict[str, str]:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsity.common.files import sha256_of
 from train.checkpoints.layout import STATE, newest_whole
-from train.data.files import sha256_of
 from train.data.index import INDEX, read_index
 from train.data.pack import SPLITS
 from train.distributed import World

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from conf.cli import sentence
+from sparsity.common.files import publish_folder, remove_folder, sha256_of, sync, write_synced
 from sparsity.mask import pack_mask, state_holder
 from sparsity.prunable import plain_name
 from sparsity.shards import ParameterShard, local_tensor, shard_dim, shard_offset
 from train.checkpoints import layout
-from train.checkpoints.durable import remove_folder, sync_file, sync_folder, write_synced
 from train.checkpoints.tensorfile import file_bytes, write_tensors
 from train.distributed import World
 from train.faults.stop import RunStopped
@@ -174,7 +174,7 @@ def begin_checkpoint(
         remove_folder(aside)
         aside.mkdir(parents=True)
         save_trainer_state(str(aside / layout.TRAINER_STATE))
-        sync_file(aside / layout.TRAINER_STATE)
+        sync(aside / layout.TRAINER_STATE)
 
     _together(world, begin if world.is_main else None, root, step, needed)
     return needed
@@ -211,12 +211,9 @@ def finish_checkpoint(
         }
         write_synced(aside / layout.STATE, json.dumps(whole) + "\n")
         sums = {name: report[0] for name, report in files.items()}
-        sums |= {name: layout.sha256_of(aside / name) for name in (layout.STATE, layout.TRAINER_STATE)}
+        sums |= {name: sha256_of(aside / name) for name in (layout.STATE, layout.TRAINER_STATE)}
         write_synced(aside / layout.SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-        sync_folder(aside)
-        remove_folder(folder)
-        aside.rename(folder)
-        sync_folder(root)
+        publish_folder(aside, folder)
 
     _together(world, finish if world.is_main else None, root, step, needed)
     if world.is_main:

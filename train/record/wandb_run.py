@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from conf.schema import Config
-from train.checkpoints.durable import write_atomically
+from sparsity.common.files import write_atomically
 from train.plan.run import RunPlan, plan_run
 from train.record.siblings import SHARE_BY_CHANCE
 from train.record.wandb_key import has_wandb_key
