@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from launch.plan.request import read_request
+from sparsity.common.text import count_text, half_up, power_text
 from train.plan.run import plan_run
-from train.plan.series import COLUMNS, card_batch_tokens, card_cells, half_up, short_count, short_float, table_row
+from train.plan.series import COLUMNS, card_batch_tokens, card_cells, table_row
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "table.csv"
 MEASURED = ("final_train_loss", "final_train_loss_std", "perplexity")
@@ -111,8 +112,8 @@ def test_halves_are_rounded_up(value, text):
 
 
 def test_numbers_are_shortened_as_on_the_cards():
-    assert [short_count(n, 2) for n in (875_060_928, 57_940_480, 626_688)] == ["0.88B", "57.94M", "626.69k"]
-    assert [short_float(x) for x in (3e-4, 6.4e-3, 1.0)] == ["3e-4", "6.4e-3", "1e0"]
+    assert [count_text(n) for n in (875_060_928, 57_940_480, 626_688)] == ["0.88B", "57.94M", "626.69K"]
+    assert [power_text(x) for x in (3e-4, 6.4e-3, 1.0)] == ["3e-4", "6.4e-3", "1e0"]
     assert [card_batch_tokens(n) for n in (8_388_608, 1_048_576, 524_288)] == [8_000_000, 1_000_000, 524_288]
 
 

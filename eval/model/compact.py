@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from conf.cli import user_errors
 from conf.compose import composed
 from conf.schema import CompactConfig
+from sparsity.common.text import bytes_text
 
 if TYPE_CHECKING:
     from sparsity.compact import Folder
@@ -62,7 +63,7 @@ def figures(folder: Folder, is_compact: bool) -> dict[str, Any]:
 def figures_text(found: dict[str, Any]) -> str:
     before, after = found["model_bytes"], found["out_bytes"]
     change = f"{before / after:.2f} times smaller" if after < before else f"{after / before:.2f} times as large"
-    lines = [f"{found['model']} ({_size(before)}) -> {found['out']} ({_size(after)}): {change}"]
+    lines = [f"{found['model']} ({bytes_text(before)}) -> {found['out']} ({bytes_text(after)}): {change}"]
     dense = found["num_tensors"] - found["num_sparse_tensors"]
     if found["num_sparse_tensors"]:
         lines.append(
@@ -77,13 +78,6 @@ def figures_text(found: dict[str, Any]) -> str:
         lines.append("load it with transformers after `import sparsity.compact`")
         lines.append(f"plain again: python -m eval.compact model={found['out']} out=DIR expand=true")
     return "\n".join(lines)
-
-
-def _size(num_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} bytes"
 
 
 def main(arguments: Sequence[str]) -> None:

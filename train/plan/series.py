@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from conf.schema import Config
+from sparsity.common.text import count_text, half_up, percent_text, power_text
 from sparsity.schedule import Staircase
 from train.plan.run import RunPlan
 
@@ -90,32 +90,12 @@ def measured_loss(plan: RunPlan) -> tuple[float | None, float | None]:
 def card_cells(row: dict[str, Any]) -> dict[str, str]:
     """The row as the cards print it: two decimals for parameters and percentages, one for tokens, half-up."""
     params = ("total_params", "linear_params", "avg_linear_params", "nonzero_linear")
-    cells = {key: short_count(row[key], 2) for key in params}
+    cells = {key: count_text(row[key]) for key in params}
     cells["model"] = row["model"]
-    cells["sparsity"] = f"{half_up(100 * Decimal(str(row['sparsity'])), 2)}%"
-    cells["batch_tokens"] = short_count(row["batch_tokens"], 1, exact_whole=True)
-    cells["lr"] = short_float(row["lr"])
-    cells["total_tokens"] = short_count(row["total_tokens"], 1)
+    cells["sparsity"] = percent_text(row["sparsity"])
+    cells["batch_tokens"] = count_text(row["batch_tokens"], 1, trim=True)
+    cells["lr"] = power_text(row["lr"])
+    cells["total_tokens"] = count_text(row["total_tokens"], 1)
     for key, places in (("final_train_loss", 3), ("final_train_loss_std", 3), ("perplexity", 2)):
         cells[key] = "" if row[key] is None else half_up(row[key], places)
     return {column: cells[column] for column in COLUMNS}
-
-
-def half_up(value: float | Decimal, places: int) -> str:
-    """`value` with `places` decimals, halves away from zero as in the cards, not to even as Python rounds."""
-    return str(Decimal(value).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP))
-
-
-def short_count(value: float, places: int, *, exact_whole: bool = False) -> str:
-    """1,204,881,408 as 1.20B; from 0.1B and 0.1M up in B and M. `exact_whole` drops a zero after the point: 8M."""
-    for letter, unit in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if value >= unit or (letter == "B" and value >= unit / 10 and not exact_whole):
-            text = half_up(Decimal(value) / unit, places)
-            return (text.rstrip("0").rstrip(".") if exact_whole else text) + letter
-    return str(round(value))
-
-
-def short_float(value: float) -> str:
-    """0.0003 as 3e-4."""
-    mantissa, exponent = f"{value:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparsity.common.text import count_text, half_up
 from train.record.style import BLUE, GREY, ORANGE, count_ticks, lighten, pyplot
-from train.record.table import count_text, half_up
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
+from sparsity.common.text import count_text
 from train.plan.run import RunPlan
-from train.record.table import cells, count_text
+from train.record.table import cells
 
 Figures = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from eval.runs.law.law import FORMULAS, Form
 from eval.runs.law.points import Points, read_points
 from eval.runs.law.text import number_text
 from eval.runs.page.runs import Run
-from train.record.table import count_text
+from sparsity.common.text import count_text
 
 FORMS: tuple[Form, ...] = ("nd", "n", "power")
 
