@@ -18,11 +18,11 @@ def main(arguments: Sequence[str]) -> None:
         return
     with user_errors():
         config: PairsConfig = composed("pairs", arguments)
-        from eval.runs.pairs.comparison import compare, read_runs
+        from eval.runs.pairs.comparison import compare, read_trials
         from eval.runs.pairs.figure import draw_pairs
         from eval.runs.pairs.text import as_json, markdown
 
-        runs = read_runs(config.runs)
+        runs = read_trials(config.runs)
         comparisons = compare(runs)
         if config.figure:
             Path(config.figure).parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     with user_errors():
         config: ReportConfig = composed("report", arguments)
         from eval.runs.page.page import write_page
-        from eval.runs.page.runs import read_runs
+        from eval.runs.run import read_runs
 
         page = Path(config.page)
         write_page(config, read_runs(config.runs), page)

@@ -12,6 +12,7 @@ from launch.plan.request import read_request
 from sparsity.common.text import count_text, half_up, power_text
 from train.plan.run import plan_run
 from train.plan.series import COLUMNS, card_batch_tokens, card_cells, table_row
+from train.record.read import measured_loss
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "table.csv"
 MEASURED = ("final_train_loss", "final_train_loss_std", "perplexity")
@@ -100,10 +101,9 @@ def test_loss_is_filled_in_only_from_the_very_run(tmp_path):
     summary = {"steps": plan.num_steps, "total_tokens": plan.total_tokens, "linear_params": plan.counts.linear}
     summary |= {"final_train_loss": 3.5, "final_train_loss_std": 0.1, "perplexity": 20.0}
     (plan.run_dir / "summary.json").write_text(json.dumps(summary))
-    row = table_row(config, plan)
-    assert (row["final_train_loss"], row["final_train_loss_std"], row["perplexity"]) == (3.5, 0.1, None)
+    assert measured_loss(plan) == {"final_train_loss": 3.5, "final_train_loss_std": 0.1}
     (plan.run_dir / "summary.json").write_text(json.dumps({**summary, "steps": 5}))
-    assert table_row(config, plan)["final_train_loss"] is None
+    assert measured_loss(plan) == {"final_train_loss": None, "final_train_loss_std": None}
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.125, "0.13"), (0.375, "0.38"), (20.0, "20.00"), (0.124, "0.12")])

@@ -42,9 +42,10 @@ from train.plan.run import RunPlan
 from train.pruning import sparsity_callback
 from train.record.card import write_card
 from train.record.directory import RunDirectory
-from train.record.figure import draw_report, read_records
+from train.record.figure import draw_report
 from train.record.metrics import ProgressBar, Recorder, keep_whole_records
 from train.record.publish import push_to_hub, renew_card
+from train.record.read import read_records
 from train.record.snapshot import write_snapshot
 from train.record.summary import summarize
 from train.record.text import closing_words, opening_words, write_sample

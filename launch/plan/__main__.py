@@ -15,6 +15,7 @@ from train.plan.forecast import forecast
 from train.plan.run import plan_run
 from train.plan.series import table_row
 from train.plan.text import run_text, series_text
+from train.record.read import measured_loss
 
 USAGE = """python -m launch.plan [series=[NAME,...]] [format=json]          the table of the series
 python -m launch.plan experiment=NAME [devices=64] [device=H100] [mfu=0.4] [key=value ...]
@@ -32,10 +33,10 @@ def main(arguments: Sequence[str]) -> None:
         for config, run_plan in planned:
             check_start(config, run_plan, arguments)
         if request.is_series:
-            answer = [table_row(*run) for run in planned]
+            answer = [{**table_row(*run), **measured_loss(run[1])} for run in planned]
             text = "" if plan.format == "json" else series_text(answer)
         else:
-            one = forecast(*planned[0], plan)
+            one = {**forecast(*planned[0], plan), **measured_loss(planned[0][1])}
             text = "" if plan.format == "json" else run_text(one)
         print(json.dumps(answer if request.is_series else one, indent=2) if plan.format == "json" else text)
         figure = ("" if request.is_series else "plan.png") if plan.figure == "auto" else plan.figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from conf.schema import Config
@@ -35,7 +34,6 @@ def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
     linear = plan.counts.linear
     prunable, pruned = plan.num_prunable, plan.num_pruned
     batch_tokens = card_batch_tokens(plan.batch_tokens)
-    loss, loss_std = measured_loss(plan)
     return {
         "model": plan.run_dir.name,
         "total_params": plan.counts.total,
@@ -46,8 +44,8 @@ def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
         "batch_tokens": batch_tokens,
         "lr": config.trainer.learning_rate,
         "total_tokens": plan.num_steps * batch_tokens,
-        "final_train_loss": loss,
-        "final_train_loss_std": loss_std,
+        "final_train_loss": None,
+        "final_train_loss_std": None,
         "perplexity": None,
         "batch_tokens_true": plan.batch_tokens,
         "total_tokens_true": plan.total_tokens,
@@ -73,18 +71,6 @@ def card_average_density(schedule: Staircase, num_steps: int) -> float:
     window = every * sum(schedule.density_after(event) for event in range(schedule.num_events))
     tail = (num_steps - schedule.end_step) * (1 - schedule.sparsity)
     return (schedule.start_step + window + tail) / (num_steps + every)
-
-
-def measured_loss(plan: RunPlan) -> tuple[float | None, float | None]:
-    """Final training loss and its standard deviation, once the very run that is planned is finished here."""
-    try:
-        summary = json.loads((plan.run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None, None
-    same = {"steps": plan.num_steps, "total_tokens": plan.total_tokens, "linear_params": plan.counts.linear}
-    if not isinstance(summary, dict) or any(summary.get(key) != value for key, value in same.items()):
-        return None, None
-    return summary.get("final_train_loss"), summary.get("final_train_loss_std")
 
 
 def card_cells(row: dict[str, Any]) -> dict[str, str]:

@@ -6,7 +6,6 @@ runs/NAME/  config.yaml  environment.json  metrics.jsonl  summary.json  report.p
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from conf.schema import Config, tokenizer_of
 from sparsity.common.files import check_room, write_atomically
 from train.checkpoints.layout import checkpoints, remove_leftovers
 from train.plan.disk import bytes_below
+from train.record.read import CONFIG, METRICS, SAMPLE, SUMMARY, read_summary
 
 NOT_PART_OF_A_RUN = (
     "overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card", "max_skipped", "next_commands", "prompt",
@@ -39,12 +39,12 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
+        self.config = path / CONFIG
         self.environment = path / "environment.json"
-        self.metrics = path / "metrics.jsonl"
-        self.summary = path / "summary.json"
+        self.metrics = path / METRICS
+        self.summary = path / SUMMARY
         self.report = path / "report.png"
-        self.sample = path / "sample.txt"
+        self.sample = path / SAMPLE
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
         self.wandb = path / "wandb"
@@ -124,8 +124,8 @@ class RunDirectory:
 
     def _read_summary(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.summary.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+            return read_summary(self.summary)
+        except ValueError:
             raise ValueError(
                 f"{self.summary} is garbled: remove it, and the same command writes it again, or set overwrite=true."
             ) from None
