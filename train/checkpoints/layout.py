@@ -111,8 +111,8 @@ def remove_leftovers(root: Path) -> None:
             remove_folder(folder)
 
 
-def prune(root: Path, keep: int, newest: int) -> Sequence[Path]:
-    """Remove all checkpoints but the newest `keep` up to step `newest`, never the last one; those removed."""
+def remove_old(root: Path, keep: int, newest: int) -> Sequence[Path]:
+    """Remove all checkpoints up to step `newest` but the last `keep`; return those removed."""
     assert keep >= 1
     doomed = [folder for folder in checkpoints(root) if step_of(folder) <= newest][keep:]
     for folder in doomed:
