@@ -25,9 +25,9 @@ from train.arguments import check_recipe, training_arguments
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
 from train.compiled import compile_by_blocks
-from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
+from train.data import PreparedData, heldout_tokens, prepare, training_blocks, unigram_bits_per_byte
+from train.data.collate import collate_documents
 from train.data.sampler import PermutationSampler
-from train.data.stream import training_blocks
 from train.directory import RunDirectory
 from train.disk import run_bytes
 from train.distributed import World, wants_fsdp
@@ -49,7 +49,7 @@ from train.report.figure import draw_report, read_records
 from train.report.publish import push_to_hub, renew_card
 from train.report.summary import summarize
 from train.report.text import closing_words, opening_words, write_sample
-from train.scoring import Score, score_stream
+from train.scoring import Score, heldout_documents, score_stream
 from train.snapshot import write_snapshot
 from train.throughput import StepClock, speedometer
 from train.trainer import PretrainingTrainer, RunState
@@ -128,9 +128,10 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
             model=model,
             args=arguments,
-            train_dataset=Blocks(TokenStream(data.folder, "train"), plan.sequence_length),
+            train_dataset=training_blocks(data),
             eval_dataset=[],
-            data_collator=default_data_collator,
+            data_collator=collate_documents if data.by_document else default_data_collator,
+            by_document=data.by_document,
             callbacks=[callback for callback in (profiler, sparsity, recorder) if callback is not None],
         )
     show_progress(trainer, sparsity)
@@ -260,6 +261,7 @@ def score_heldout(model: nn.Module, data: PreparedData, config: Config, world: W
     return score_stream(
         model,
         heldout_tokens(data),
+        documents=heldout_documents(data),
         window=data.sequence_length,
         batch_size=config.trainer.per_device_eval_batch_size,
         world=world,
