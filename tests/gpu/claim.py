@@ -19,8 +19,7 @@ SPARSITIES = (0.2, 0.4, 0.6)
 SEEDS = (0, 1, 2)
 RATES = (3e-3, 6e-3, 1.2e-2)
 RATE_SEEDS = (0, 1)
-RATE_STEPS = 512
-"""A quarter of the claim's runs."""
+RATE_STEPS = 384
 RECIPES = ("authors", "plain")
 TWIN = "model.match=average"
 RUN_SECONDS, REHEARSED_SECONDS = 60.0, 5.0
@@ -63,9 +62,9 @@ def rate_arms() -> list[Arm]:
                 f"trainer.max_steps={RATE_STEPS}",
             ),
         )
-        for rate in RATES
         for recipe in RECIPES
         for seed in RATE_SEEDS
+        for rate in RATES
     ]  # fmt: skip
 
 

@@ -32,8 +32,8 @@ def main() -> None:
     if FIGURES in os.environ:
         Path(os.environ[FIGURES]).write_text(json.dumps(found))
     print(
-        f"{data.train.num_bytes / 1e6:.1f} MB of text, {data.train.num_tokens / 1e6:.2f} M tokens, {found['epochs']:.2f} epochs "
-        f"in a run of {total / 1e6:.1f} M"
+        f"{data.train.num_bytes / 1e6:.1f} MB of text, {data.train.num_tokens / 1e6:.2f} M tokens, {found['epochs']:.2f} epochs in "
+        f"a run of {total / 1e6:.1f} M"
     )
 
 
