@@ -31,10 +31,8 @@ def main() -> None:
     }  # fmt: skip
     if FIGURES in os.environ:
         Path(os.environ[FIGURES]).write_text(json.dumps(found))
-    print(
-        f"{data.train.num_bytes / 1e6:.1f} MB of text, {data.train.num_tokens / 1e6:.2f} M tokens, {found['epochs']:.2f} epochs in "
-        f"a run of {total / 1e6:.1f} M"
-    )
+    size, tokens = data.train.num_bytes / 1e6, data.train.num_tokens / 1e6
+    print(f"{size:.1f} MB of text, {tokens:.2f} M tokens, {found['epochs']:.2f} epochs in a run of {total / 1e6:.1f} M")
 
 
 if __name__ == "__main__":
