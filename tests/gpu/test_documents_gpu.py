@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,10 +23,12 @@ def ends() -> Tensor:
     return document_ends(torch.stack(positions))
 
 
-def attended(states: list[Tensor], ends: Tensor) -> tuple[Tensor, list[Tensor]]:
+def attended(
+    states: list[Tensor], ends: Tensor, attend: Callable[..., Any] = attend_by_document
+) -> tuple[Tensor, list[Tensor]]:
     """The output and the gradients of query, key and value of its sum of squares, as float32 on the CPU."""
     leaves = [state.detach().requires_grad_() for state in states]
-    found, _ = attend_by_document(nn.Module(), *leaves, None, cu_seq_lens_q=ends)
+    found, _ = attend(nn.Module(), *leaves, None, cu_seq_lens_q=ends)
     found.float().square().sum().backward()
     return found.detach().float().cpu(), [leaf.grad.float().cpu() for leaf in leaves]
 
@@ -34,8 +39,8 @@ def test_the_flash_kernel_attends_within_documents_at_any_head_size(width, is_co
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(ROWS, HEADS, LENGTH, width, generator=generator).bfloat16() for _ in range(3)]
     expected, expected_gradients = attended([state.float() for state in states], ends())
-    body = torch.compile(attended) if is_compiled else attended
-    found, gradients = body([state.cuda() for state in states], ends().cuda())
+    attend = torch.compile(attend_by_document) if is_compiled else attend_by_document
+    found, gradients = attended([state.cuda() for state in states], ends().cuda(), attend)
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
     for one, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(one, other, atol=6e-2, rtol=6e-2)
