@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from conf.cli import user_errors
+from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import CompactConfig
 from sparsity.common.text import bytes_text
@@ -15,7 +15,7 @@ from sparsity.common.text import bytes_text
 if TYPE_CHECKING:
     from sparsity.compact import Folder
 
-USAGE = """python -m eval.compact model=DIR out=DIR2                  kept weights and one bit a weight, bit for bit
+EXAMPLES = """python -m eval.compact model=DIR out=DIR2                  kept weights and one bit a weight, bit for bit
 python -m eval.compact model=DIR out=DIR2 dtype=bfloat16   rounded first: what a float32 model is usually run in
 python -m eval.compact model=DIR2 out=DIR3 expand=true     a plain folder again, for those who load it without sparsellm
     ... format=json                                        the figures for a script
@@ -81,10 +81,13 @@ def figures_text(found: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return
     with user_errors():
-        config: CompactConfig = composed("compact", arguments)
+        overrides = overrides_of(
+            "eval.compact",
+            "Write a sparse model's folder in fewer bytes.",
+            EXAMPLES,
+            arguments,
+        )
+        config: CompactConfig = composed("compact", overrides)
         found = figures(convert(config), not config.expand)
         print(json.dumps(found, indent=2) if config.format == "json" else figures_text(found))
