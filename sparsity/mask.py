@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sparsity.scan import count_mask
-from sparsity.shards import ParameterShard, RankLayout, kernels_for, local_tensor, local_values, shard_offset, to_device
+from sparsity.devices import kernels_for
+from sparsity.shards import ParameterShard, RankLayout, local_tensor, local_values, shard_offset, to_device
 
 _AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -121,6 +121,14 @@ def mask_gradients(parameters: Iterable[tuple[Tensor, ParameterShard]]) -> list[
         return hook
 
     return [param.register_post_accumulate_grad_hook(hook_for(shard)) for param, shard in parameters]
+
+
+def count_mask(shards: Sequence[ParameterShard]) -> Tensor:
+    """Return the kept weights of each local shard, int64 [shards]."""
+    if (launches := kernels_for(shards[0].mask.device)) is not None:
+        counts: Tensor = launches.count_kept(shards)
+        return counts
+    return torch.stack([torch.count_nonzero(shard.mask) for shard in shards])
 
 
 def count_kept(shards: Sequence[ParameterShard], layout: RankLayout) -> Tensor:

@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from sparsity.collapse import all_zero_names, refuse_all_zero
+from sparsity.event import count_overfull_blocks, prune_pool_
 from sparsity.factors import check_factor_names, check_factors
 from sparsity.mask import (
     check_replicas_agree,
     count_kept,
-    count_nonzero_pruned,
     leaves_zeros,
     make_shards,
     mask_gradients,
@@ -26,7 +26,6 @@ from sparsity.mask import (
 from sparsity.notices import frozen_notice, left_out_notice, warn_on_rank_0
 from sparsity.pattern import UNSTRUCTURED, parse_pattern
 from sparsity.prunable import check_pattern, left_out, own_linear_weights, plain_name, prunable_parameters
-from sparsity.prune import count_overfull_blocks, prune_pool_
 from sparsity.schedule import Ramp, Schedule
 from sparsity.scope import Group, Pool, ScopeName, make_pools, num_pruned, seen_together
 from sparsity.score import ScoreName, magnitude_of_key, scaled, score_named
@@ -74,11 +73,15 @@ class Pruner:
         self.overall = schedule
         """The schedule of all prunable weights together, where groups have targets of their own."""
         self._has_magnitudes = score == "magnitude"
-        self._events = frozenset(schedule.events())
-        self._parameters: dict[str, Tensor] = {}
-        self._shards: list[ParameterShard] = []
-        self._pools: list[Pool] = []
-        self._layout = RankLayout()
+        self.events = frozenset(schedule.events())
+        self.shards: list[ParameterShard] = []
+        """The local shards with their masks, after `bind`."""
+        self.pools: list[Pool] = []
+        """The weights that compete, after `bind`."""
+        self.layout = RankLayout()
+        """Which ranks share out the parameters, after `bind`."""
+        self.parameters: dict[str, Tensor] = {}
+        """The prunable parameters by name, after `bind`."""
         self._has_frozen = False
         self._hooks: list[RemovableHandle] = []
         self._updates_leave_zeros = False
@@ -93,7 +96,7 @@ class Pruner:
                 f"groups need a schedule that can end at their own targets, not {type(self.schedule).__name__}: choose one "
                 "of sparsity.schedule, such as Geometric."
             )
-        if not self._events:
+        if not self.events:
             chosen = {
                 "scope": self.scope,
                 "pattern": str(self.pattern or UNSTRUCTURED),
@@ -108,7 +111,7 @@ class Pruner:
                         "and prunes nothing: leave it out, or choose a schedule with events."
                     )
         if self.pattern is not None:
-            for sparsity in (1 - self.schedule.density(max(self._events)), *(group.sparsity for group in self.groups)):
+            for sparsity in (1 - self.schedule.density(max(self.events)), *(group.sparsity for group in self.groups)):
                 self.pattern.check_sparsity(sparsity)
 
     @property
@@ -126,50 +129,45 @@ class Pruner:
         inherited = self.num_inherited / self.num_prunable if self.num_prunable else 0.0
         return min(self.overall.density(step), 1.0 - inherited)
 
-    @property
-    def shards(self) -> list[ParameterShard]:
-        """The local shards with their masks, after `bind`."""
-        return self._shards
-
     def layer_densities(self) -> dict[str, float]:
         """Share kept of each prunable parameter."""
-        return {name: self.kept[name] / param.numel() for name, param in self._parameters.items()}
+        return {name: self.kept[name] / param.numel() for name, param in self.parameters.items()}
 
     def bind(self, model: nn.Module) -> None:
         """Find the prunable parameters of a prepared model and mask their gradients from now on."""
         self.unbind()
         self.threshold, self.inherited = None, {}
-        self._parameters = prunable_parameters(model, self.include, self.requires_dense)
+        self.parameters = prunable_parameters(model, self.include, self.requires_dense)
         if self.pattern is not None:
-            check_pattern(model, self._parameters, self.pattern)
-        check_factor_names(self._parameters, self.factors)
+            check_pattern(model, self.parameters, self.pattern)
+        check_factor_names(self.parameters, self.factors)
         self._say_what_is_pruned(model)
-        self.kept = {name: param.numel() for name, param in self._parameters.items()}
+        self.kept = {name: param.numel() for name, param in self.parameters.items()}
         self.num_prunable = sum(self.kept.values())
-        self._pools = make_pools(self.kept, self.scope, self.groups)
+        self.pools = make_pools(self.kept, self.scope, self.groups)
         if isinstance(self.schedule, Ramp):
-            self.overall = seen_together(self.schedule, self._pools)
-        self._layout = rank_layout(list(self._parameters.values()))
-        self._shards = make_shards(self._parameters)
+            self.overall = seen_together(self.schedule, self.pools)
+        self.layout = rank_layout(list(self.parameters.values()))
+        self.shards = make_shards(self.parameters)
         self._updates_leave_zeros = False
-        self._hooks = mask_gradients(zip(self._parameters.values(), self._shards, strict=True))
+        self._hooks = mask_gradients(zip(self.parameters.values(), self.shards, strict=True))
 
     def _say_what_is_pruned(self, model: nn.Module) -> None:
         linear = own_linear_weights(model)
         self._has_frozen = any(not weight.requires_grad for weight in linear.values())
-        rest = [] if self.include is not None else left_out(model, self._parameters, self.requires_dense)
-        for notice in (frozen_notice(self._parameters, linear), left_out_notice(rest)):
+        rest = [] if self.include is not None else left_out(model, self.parameters, self.requires_dense)
+        for notice in (frozen_notice(self.parameters, linear), left_out_notice(rest)):
             if notice is not None:
                 warn_on_rank_0(notice)
 
     def unbind(self) -> None:
-        """Gradients are masked no more."""
+        """Stop masking gradients."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def inherit(self) -> None:
-        """Take the masks over from the model's exact zeros. Collective."""
+        """Take the model's exact zeros as masks, and keep them whatever the schedule says. Collective."""
         self.take_masks_from_zeros()
         self.note_inherited()
         for name in (name for name, kept in self.kept.items() if not kept):
@@ -183,46 +181,46 @@ class Pruner:
         An adapter's second matrix begins at 0 and stays far smaller than the first, so magnitude prunes it first even
         after some steps. Collective: over the shard group.
         """
-        removes = not self._events or any(pool.num_pruned(self.schedule, max(self._events)) for pool in self._pools)
+        removes = not self.events or any(pool.num_pruned(self.schedule, max(self.events)) for pool in self.pools)
         if self._has_frozen and self._has_magnitudes and removes:
-            refuse_all_zero(all_zero_names(self._shards, self._layout), "when training begins beside frozen weights")
+            refuse_all_zero(all_zero_names(self.shards, self.layout), "when training begins beside frozen weights")
 
     def note_inherited(self) -> None:
-        """What is pruned now is kept so, whatever the schedule says."""
-        self.inherited = {name: self._parameters[name].numel() - kept for name, kept in self.kept.items()}
+        """Keep the current zeros whatever the schedule says."""
+        self.inherited = {name: self.parameters[name].numel() - kept for name, kept in self.kept.items()}
 
     def take_masks_from_zeros(self) -> None:
-        """What is exactly 0 is pruned; a ValueError where the pattern has no room for it. Collective."""
-        masks_from_zeros(self._shards)
-        self._count()
-        self._check_blocks()
+        """Take every exact 0 as pruned; raise a ValueError if the pattern has no room for it. Collective."""
+        masks_from_zeros(self.shards)
+        self.recount()
+        self.check_blocks()
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
-        """The event before `step`: prune each pool to its density there. Collective over all ranks."""
-        self._prune([pool.num_pruned(self.schedule, step) for pool in self._pools], optimizer)
+        """Run the event before `step`: prune each pool to its density there. Collective over all ranks."""
+        self._prune([pool.num_pruned(self.schedule, step) for pool in self.pools], optimizer)
 
     def prune(self, density: float, optimizer: Any = None) -> None:
         """Prune each pool to `density`: round((1 - density) x N) of its N weights. Collective over all ranks."""
-        self._prune([num_pruned(pool.numel, density) for pool in self._pools], optimizer)
+        self._prune([num_pruned(pool.numel, density) for pool in self.pools], optimizer)
 
     def _prune(self, counts: Sequence[int], optimizer: Any) -> None:
         """Prune the pools to as many weights as `counts` says; one that has already lost as many stays as it is."""
-        self._refresh()
+        self.refresh()
         before = dict(self.kept)
         keys = []
-        for pool, count in zip(self._pools, counts, strict=True):
-            if count > self._num_pruned(pool):
+        for pool, count in zip(self.pools, counts, strict=True):
+            if count > self.num_pruned(pool):
                 members = set(pool.names)
-                shards = [shard for shard in self._shards if shard.name in members]
+                shards = [shard for shard in self.shards if shard.name in members]
                 if self._has_magnitudes:
                     whole = [shard for shard in shards if before[shard.name] == shard.full_numel]
-                    refuse_all_zero(all_zero_names(whole, self._layout), "at its first prune event")
-                threshold = prune_pool_(shards, count, pattern=self.pattern, score=self.score, layout=self._layout)
+                    refuse_all_zero(all_zero_names(whole, self.layout), "at its first prune event")
+                threshold = prune_pool_(shards, count, pattern=self.pattern, score=self.score, layout=self.layout)
                 assert threshold is not None
                 keys.append(threshold.key)
         if not keys:
             return
-        check_replicas_agree(self._shards, self._layout)
+        check_replicas_agree(self.shards, self.layout)
         counted = self._start_count()
         # Before the host waits for the counts, so that the device has work meanwhile.
         self.zero_pruned(optimizer)
@@ -237,7 +235,7 @@ class Pruner:
         holder = None if optimizer is None else state_holder(optimizer)
         zero_all_pruned_(
             (shard.mask, [param, *(states_of(holder, param) if holder is not None else ())])
-            for param, shard in zip(self._parameters.values(), self._shards, strict=True)
+            for param, shard in zip(self.parameters.values(), self.shards, strict=True)
         )
         if holder is not None:
             self._updates_leave_zeros = leaves_zeros(holder)
@@ -248,104 +246,53 @@ class Pruner:
         Raises:
             ValueError: A pruned parameter is gone or has another shape.
         """
-        if any(isinstance(param, DTensor) for param in self._parameters.values()):
+        if any(isinstance(param, DTensor) for param in self.parameters.values()):
             return  # FSDP2 itself shows other tensors between a forward and the next resharding.
         now = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
-        for name, param in self._parameters.items():
+        for name, param in self.parameters.items():
             found = now.get(name)
             if found is None or found.shape != param.shape:
                 raise ValueError(
                     f"{name} is not in the model any more with the shape {list(param.shape)}: it was replaced during training, "
                     "so it cannot be kept sparse; replace it after training, or name it in requires_dense."
                 )
-            self._parameters[name] = found
+            self.parameters[name] = found
 
     def after_update(self, optimizer: Any = None) -> None:
-        """Have every pruned weight at 0 after an update of `optimizer`.
+        """Zero the pruned weights after an update of `optimizer`, unless the update leaves them at 0 by itself.
 
-        Where its updates leave zeros by themselves (`sparsity.mask.leaves_zeros`) weights and states are gone through
-        once under the same masks, and no more: reading masks and weights at every step is not free.
+        `sparsity.mask.leaves_zeros` knows such optimizers. For them weights and states are zeroed once under the same
+        masks: reading masks and weights at every step is not free.
         """
         if optimizer is None or not self._updates_leave_zeros:
             self.zero_pruned(optimizer)
 
-    def check_masks(self, kept: dict[str, int], inherited: dict[str, int], global_step: int) -> None:
-        """Take masks that were written into `shards` for those before step `global_step`; a ValueError where they aren't.
-
-        It says what disagrees: the masks with the counts `kept`, the weights with the masks, or the number pruned with the
-        schedule and what was `inherited`. Collective.
-        """
-        self._count()
-        for name in dict.fromkeys([*self.kept, *kept]):
-            found, saved = self.kept.get(name), kept.get(name)
-            if found != saved:
-                raise ValueError(
-                    f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks, "
-                    "is of another model, or the Trainer could not load it (its log then names missing keys); resume from "
-                    "another checkpoint."
-                )
-        alive = count_nonzero_pruned(self._shards, self._layout)
-        if alive:
-            raise ValueError(
-                f"The checkpoint has {alive:,} weights that its masks prune but that are not 0: it is damaged or was "
-                "edited; resume from another checkpoint."
-            )
-        for pool in self._pools:
-            scheduled = pool.num_pruned(self.schedule, global_step - 1)
-            scheduled = max(scheduled, sum(inherited.get(name, 0) for name in pool.names))
-            if self._num_pruned(pool) != scheduled:
-                raise ValueError(
-                    f"The checkpoint has {self._num_pruned(pool):,} pruned weights{self._of(pool)} where the schedule prunes "
-                    f"{scheduled:,} before step {global_step}: it is of another schedule; resume from another checkpoint."
-                )
-        self._check_blocks()
-        self.inherited = dict(inherited)
-
-    def check_zeros(self, global_step: int, *, more: bool) -> None:
-        """Take the zeros of a run before step `global_step` for its masks; a ValueError where they are not as many as
-        the schedule has pruned, or `more`. Collective."""
-        counts = [pool.num_pruned(self.schedule, global_step - 1) for pool in self._pools]
-        if sum(counts) or more:
-            self.take_masks_from_zeros()
-        for pool, count in zip(self._pools, counts, strict=True):
-            found = self._num_pruned(pool)
-            if found < count or (found > count and not more):
-                raise ValueError(
-                    f"The checkpoint has {found:,} zero weights{self._of(pool)} where {count:,} are pruned after step "
-                    f"{global_step - 1}: it is not of this run, lost its masks, or kept a weight of exactly 0; resume from "
-                    "another one."
-                )
-
-    def _check_blocks(self) -> None:
-        if self.pattern is not None and (overfull := count_overfull_blocks(self._shards, self.pattern, self._layout)):
+    def check_blocks(self) -> None:
+        """Raise a ValueError if blocks of the pattern have lost more weights than it lets go. Collective."""
+        if self.pattern is not None and (overfull := count_overfull_blocks(self.shards, self.pattern, self.layout)):
             raise ValueError(
                 f"{overfull:,} blocks of {self.pattern.block} weights have more than "
                 f"{self.pattern.block - self.pattern.kept} zeros, so pattern={self.pattern} cannot end at its sparsity: "
                 "start from a dense model or one of this pattern, or take pattern=unstructured."
             )
 
-    def _of(self, pool: Pool) -> str:
-        """Which weights, in the words of an error."""
-        if len(self._pools) == 1:
-            return ""
-        return f" in {pool.names[0]}" + (f" and {len(pool.names) - 1} others" if len(pool.names) > 1 else "")
-
-    def _num_pruned(self, pool: Pool) -> int:
+    def num_pruned(self, pool: Pool) -> int:
+        """Return how many weights of a pool are pruned now."""
         return pool.numel - sum(self.kept[name] for name in pool.names)
 
-    def _refresh(self) -> None:
-        """FSDP2 may have put the shards into new memory since they were last looked at."""
-        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
+    def refresh(self) -> None:
+        """Look the shards up anew: FSDP2 may have put them into other memory."""
+        for param, shard in zip(self.parameters.values(), self.shards, strict=True):
             shard.values = local_values(param)
 
-    def _count(self) -> None:
-        """Called wherever masks have changed. Collective."""
+    def recount(self) -> None:
+        """Count the kept weights after masks were changed from outside. Collective."""
         self._end_count(self._start_count())
 
     def _start_count(self) -> Tensor:
         """Kept weights of each parameter, not waited for. Collective."""
         self._updates_leave_zeros = False
-        return count_kept(self._shards, self._layout)
+        return count_kept(self.shards, self.layout)
 
     def _end_count(self, counts: Tensor) -> None:
-        self.kept = dict(zip(self._parameters, counts.tolist(), strict=True))
+        self.kept = dict(zip(self.parameters, counts.tolist(), strict=True))

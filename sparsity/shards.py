@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -67,30 +64,6 @@ class RankLayout:
 def to_device(counts: Sequence[int], device: torch.device) -> Tensor:
     """Int64 on a device, without waiting for it: the driver has taken pageable memory when the call returns."""
     return torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
-
-
-def kernels_for(device: torch.device) -> ModuleType | None:
-    """`sparsity.launches` for a GPU; None on other devices and where Triton is not installed or cannot run."""
-    return _launches(device) if _is_gpu(device) else None
-
-
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-@cache
-def _launches(device: torch.device) -> ModuleType | None:
-    """The module, after a kernel has run: Triton needs a C compiler and Python's headers only then."""
-    try:
-        from sparsity import launches
-
-        launches.zero_(torch.zeros(1, device=device), torch.zeros(1, dtype=torch.bool, device=device))
-    except ImportError:
-        return None
-    except Exception as error:
-        warnings.warn(f"Triton cannot run here, so masks take torch's slower operations: {error}", stacklevel=3)
-        return None
-    return launches
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

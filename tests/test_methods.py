@@ -80,7 +80,7 @@ class Run:
         self.callback: SparsityCallback = callback_of(method)
         self.callback.bind(self.model)
         if method.schedule == "fixed":
-            self.callback.inherit()
+            self.callback.pruner.inherit()
 
     def train(self, start: int, stop: int) -> None:
         for step in range(start, stop):

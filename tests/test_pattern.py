@@ -13,8 +13,8 @@ from torch.sparse._semi_structured_conversions import (
 from transformers.pytorch_utils import Conv1D
 
 from sparsity import Constant, Geometric, OneShot, SparsityCallback
+from sparsity.event import _take_by_block, candidates, prune_pool_
 from sparsity.pattern import NofM, parse_pattern
-from sparsity.prune import _take_by_block, candidates, prune_pool_
 from sparsity.score import magnitude, random
 from sparsity.shards import ParameterShard
 from tests.kernel_oracles import HostReads
@@ -151,4 +151,4 @@ def test_zeros_that_leave_the_pattern_no_room_are_refused():
     callback = SparsityCallback(Constant(0.5), pattern="2:4", keep_zeros=True)
     callback.bind(layer)
     with pytest.raises(ValueError, match="1 blocks of 4 weights have more than 2 zeros"):
-        callback.inherit()
+        callback.pruner.inherit()
