@@ -28,7 +28,7 @@ def make_shards(parameters: dict[str, Tensor]) -> list[ParameterShard]:
         check_can_prune(name, param)
         values = local_values(param)
         mask = torch.ones(values.numel(), dtype=torch.bool, device=values.device)
-        shards.append(ParameterShard(name, values, mask, shard_offset(param), param.numel()))
+        shards.append(ParameterShard(name, values, mask, shard_offset(param), param.numel(), tuple(param.shape)))
     return shards
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
+
+from sparsity.registry import Method, Registry, name_of
 
 DEFAULT_EVERY_STEPS = 100
 
@@ -79,10 +81,8 @@ class Staircase:
 
 
 @dataclass(frozen=True)
-class Ramp(Staircase):
+class Ramp(Staircase, Method):
     """A staircase down to the density 1 - sparsity, by its subclass's curve."""
-
-    kind: ClassVar[str]
 
     sparsity: float
     start_step: int
@@ -133,7 +133,8 @@ class Geometric(Ramp):
     The schedule of "The Journey Matters" (arXiv 2501.12486).
     """
 
-    kind = "geometric"
+    name = "geometric"
+    label = "each time the same share of the weights that are left"
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
@@ -147,7 +148,8 @@ class Cubic(Ramp):
     The curve of Zhu and Gupta (arXiv 1710.01878) from a dense model, without their first step, which prunes nothing.
     """
 
-    kind = "cubic"
+    name = "cubic"
+    label = "fewer each time, by a cubic (Zhu and Gupta 2017)"
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
@@ -158,7 +160,8 @@ class Cubic(Ramp):
 class Linear(Ramp):
     """Each event removes the same number of weights: event k of n leaves 1 - sparsity (k + 1) / n."""
 
-    kind = "linear"
+    name = "linear"
+    label = "each time the same number of weights"
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
@@ -169,7 +172,8 @@ class Linear(Ramp):
 class OneShot(Ramp):
     """All at once: one event, at start_step."""
 
-    kind = "one_shot"
+    name = "one_shot"
+    label = "all at once"
 
     end_step: int = field(init=False, default=0)
     every_steps: int = field(init=False, default=1)
@@ -191,7 +195,8 @@ class OneShot(Ramp):
 class Constant(OneShot):
     """Sparse from initialization: the masks of the full sparsity are there before the first step trains."""
 
-    kind = "constant"
+    name = "constant"
+    label = "all at once, before the first step"
 
     start_step: int = field(init=False, default=0)
 
@@ -216,8 +221,12 @@ class Mixed(Staircase):
         object.__setattr__(self, "sparsity", math.fsum(share * sparsity for share, sparsity in self.shares))
 
     @property
-    def kind(self) -> str:
-        return self.base.kind
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def label(self) -> str:
+        return self.base.label
 
     def density_after(self, event: int) -> float:
         progress = (event + 1) / self.num_events
@@ -240,14 +249,14 @@ class Fixed:
         return 1.0
 
 
-SCHEDULES: dict[str, type[Ramp]] = {
-    schedule.kind: schedule for schedule in (Geometric, Cubic, Linear, OneShot, Constant)
-}
+SCHEDULES: Registry[type[Ramp]] = Registry(
+    "schedule", {schedule.name: schedule for schedule in (Geometric, Cubic, Linear, OneShot, Constant)}, Ramp
+)
 
 
 def schedule_record(schedule: Ramp | Mixed) -> dict[str, Any]:
     """The schedule as plain data: its kind and its fields."""
-    return {"kind": schedule.kind, **asdict(schedule)}
+    return {"kind": name_of(schedule), **asdict(schedule)}
 
 
 def _divisor_hint(schedule: Ramp) -> str:

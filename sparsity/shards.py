@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,12 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 @dataclass
 class ParameterShard:
-    """The local part of one prunable parameter and its mask.
+    """The local part of one prunable parameter, its mask and its place in the full tensor.
 
     `values` [local numel] is a flat view of the parameter: in-place work on it changes the weight. `mask` [local numel]
-    is True where the weight is kept. Both cover the flat indices offset .. offset + local numel of the full tensor.
+    is True where the weight is kept. Both cover the flat indices offset .. offset + local numel of the full tensor, which has
+    `full_numel` elements in the shape `shape`. `gradient` [local numel] and `state`, {name: [local numel]}, are there during
+    an event whose score needs them.
     """
 
     name: str
@@ -24,6 +26,28 @@ class ParameterShard:
     mask: Tensor
     offset: int
     full_numel: int
+    shape: tuple[int, ...] = ()
+    gradient: Tensor | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    stride: int = 1
+    """Distance in the full tensor from one of `values` to the next: 1 but in samples."""
+
+    def index(self, part: slice) -> Tensor:
+        """Return the flat indices in the full tensor, int64, of a slice of the local weights."""
+        places = torch.arange(part.start, part.stop, device=self.values.device)
+        return self.offset + (places if self.stride == 1 else places * self.stride)
+
+    def every(self, start: int, stride: int) -> ParameterShard:
+        """Return every `stride`-th local weight from `start` on, as a shard."""
+        return replace(
+            self,
+            values=self.values[start::stride],
+            mask=self.mask[start::stride],
+            offset=self.offset + start,
+            gradient=None if self.gradient is None else self.gradient[start::stride],
+            state={name: values[start::stride] for name, values in self.state.items()},
+            stride=stride,
+        )
 
 
 @dataclass(frozen=True)

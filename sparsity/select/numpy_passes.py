@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity.score import SIGN_OFF, Score, magnitude
+from sparsity.score import SIGN_OFF, Score, is_magnitude
 from sparsity.select.histograms import histogram_in_numpy, num_bins
 from sparsity.select.inside import MOST_COUNTED, Collected, Counted, Inside
 from sparsity.select.passes import Passes
@@ -82,7 +82,7 @@ class Keys:
 
     def __init__(self, shard: ParameterShard, score: Score) -> None:
         self._shard, self._score = shard, score
-        as_bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16} if score is magnitude else {}
+        as_bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16} if is_magnitude(score) else {}
         dtype = as_bits.get(shard.values.dtype)
         self._bits = shard.values.view(dtype).numpy() if dtype else None
         self.shift = 16 if dtype == torch.int16 else 0

@@ -35,9 +35,7 @@ class Passes(ABC):
         keys = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
         filled = 0
         for shard, start, size in zip(self.shards, starts, sizes, strict=True):
-            few = ParameterShard(
-                shard.name, shard.values[start::stride], shard.mask[start::stride], shard.offset, shard.full_numel
-            )
+            few = shard.every(start, stride)
             for part in chunks(size, keys.device, on_cpu=SCORED_AT_ONCE):
                 keys[filled + part.start : filled + part.stop] = self.score(few, part)
             filled += size
