@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from sparsity.order import move_to_the_end
 from sparsity.pruner import Pruner
 from sparsity.resume import STATE_KEY, check_masks, check_zeros, mask_state, restore_from_weights, state_for_trainer
+from sparsity.rules import rule_for
 from sparsity.schedule import Schedule
 from sparsity.shards import ParameterShard
 from sparsity.wrappers import check_weights_are_in_reach
@@ -40,11 +41,17 @@ class SparsityCallback(TrainerCallback):
 
     def __init__(self, schedule: Schedule, *, report: bool = True, keep_zeros: bool = False, **choices: Any) -> None:
         self.pruner = Pruner(schedule, **choices)
+        self.rule = rule_for(self.pruner)
         self.report = report
         self.keep_zeros = keep_zeros or not self.pruner.events
         self._density_sum = 0.0
         self._num_steps = 0
         self._is_loaded = False
+        if keep_zeros and self.pruner.choices.update.lets_return:
+            raise ValueError(
+                f"keep_zeros=True keeps the zeros of a sparse model, and update={self.pruner.choices.update.name} lets pruned "
+                "weights return: start from a dense model, or take update=shrink."
+            )
 
     # --- figures ---
 
@@ -101,8 +108,12 @@ class SparsityCallback(TrainerCallback):
         self._density_sum, self._num_steps = 0.0, 0
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
-        """Run the event before `step`. Collective over all ranks."""
-        self.pruner.prune_at(step, optimizer)
+        """Change the masks before `step` trains. Collective over all ranks."""
+        self.rule.act(step, optimizer)
+
+    def move_at(self, step: int, optimizer: Any = None) -> None:
+        """Move the masks by the gradients of `step`. Collective over all ranks."""
+        self.rule.move(step, optimizer)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if getattr(state, "_has_sparsity_callback", False):
@@ -114,8 +125,10 @@ class SparsityCallback(TrainerCallback):
         state._has_sparsity_callback = True  # type: ignore[attr-defined]
         move_to_the_end(self)
         check_weights_are_in_reach(model, args)
+        self.rule.prepare(state.max_steps)
         if self._is_loaded:
             self._is_loaded = False
+            self.rule.check_restored(kwargs.get("optimizer"))
             return
         events = self.pruner.events
         if events and max(events) > state.max_steps - 1:
@@ -131,21 +144,33 @@ class SparsityCallback(TrainerCallback):
         self.bind(model)
         if state.global_step > 0:
             self.restore(state.global_step, state.stateful_callbacks.get(STATE_KEY))  # type: ignore[union-attr]
+            self.rule.check_restored(kwargs.get("optimizer"))
             return
         self.pruner.check_adapters()
         if self.keep_zeros:
             self.pruner.inherit()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if state.global_step in self.pruner.events:
+        if self.rule.acts_before(state.global_step):
             self.prune_at(state.global_step, optimizer)
+        self.rule.begin_step(state.global_step)
         self._density_sum += self.density
         self._num_steps += 1
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if self.rule.moves_after_backward(state.global_step):
+            self.move_at(state.global_step, optimizer)
+            # Without gradients an optimizer updates nothing, not even its counters.
+            for param in model.parameters():
+                param.grad = None
+        self.rule.before_update(optimizer)
 
     def on_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        self.pruner.after_update(optimizer)
+        self.rule.after_update(optimizer)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -6,14 +6,13 @@ chosen, never multiplied: a product with the mask would leave -0.0 and keep NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from sparsity.devices import kernels_for
 from sparsity.shards import ParameterShard, RankLayout, local_tensor, local_values, shard_offset, to_device
@@ -88,6 +87,15 @@ def states_of(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
     ]
 
 
+def flat_states_of(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
+    """Return flat views [local numel] of the states that have the shape of `param`, by name."""
+    return {
+        name: local_values(state)
+        for name, state in optimizer.state.get(param, {}).items()
+        if isinstance(state, Tensor) and state.shape == param.shape and state.is_floating_point()
+    }
+
+
 def zero_pruned_state_(optimizer: torch.optim.Optimizer, param: Tensor, mask: Tensor) -> None:
     """Write 0 into every state of `param` where the mask is False."""
     zero_all_pruned_([(mask, states_of(optimizer, param))])
@@ -105,22 +113,6 @@ def leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
         group["eps"] > 0 and all(param.dtype in (torch.float32, torch.bfloat16) for param in group["params"])
         for group in optimizer.param_groups
     )
-
-
-def mask_gradients(parameters: Iterable[tuple[Tensor, ParameterShard]]) -> list[RemovableHandle]:
-    """Make pruned gradients exactly 0, NaN included, as soon as they are accumulated, so before any clipping.
-
-    Under FSDP2 the hook sees the reduced gradient of the shard. Returns the hooks' handles.
-    """
-
-    def hook_for(shard: ParameterShard) -> Callable[[Tensor], None]:
-        def hook(param: Tensor) -> None:
-            if param.grad is not None:
-                zero_pruned_(param.grad, shard.mask)
-
-        return hook
-
-    return [param.register_post_accumulate_grad_hook(hook_for(shard)) for param, shard in parameters]
 
 
 def count_mask(shards: Sequence[ParameterShard]) -> Tensor:

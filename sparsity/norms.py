@@ -39,11 +39,10 @@ def inverse_norms(
     )
     found = {}
     for shard, exponent, (high, low) in zip(shards, exponents, layout.sum_counts(sums).tolist(), strict=True):
-        # The square root of an integer, correctly rounded, times a power of two.
         norm = math.ldexp(math.sqrt((high << BITS) + low), exponent - BITS)
         if normalize == "rms":
             norm /= math.sqrt(shard.full_numel)
-        found[shard.name] = 1 / norm if norm else 1.0
+        found[shard.name] = min(1 / norm, 2.0**127) if norm else 1.0
     return found
 
 

@@ -105,4 +105,4 @@ class Registry(Mapping[str, T], Generic[T]):
 
 def _first_sentence(member: Any) -> str:
     kind = member if inspect.isclass(member) else type(member)
-    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ").split(": ")[0].rstrip(".")
+    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")

@@ -58,9 +58,8 @@ def check_masks(pruner: Pruner, state: Mapping[str, Any], global_step: int) -> N
             f"The checkpoint has {alive:,} weights that its masks prune but that are not 0: it is damaged or was "
             "edited; resume from another checkpoint."
         )
-    for pool in pruner.pools:
-        scheduled = pool.num_pruned(pruner.schedule, global_step - 1)
-        scheduled = max(scheduled, sum(inherited.get(name, 0) for name in pool.names))
+    for pool, count in zip(pruner.pools, pruner.scheduled(global_step - 1), strict=True):
+        scheduled = max(count, sum(inherited.get(name, 0) for name in pool.names))
         if pruner.num_pruned(pool) != scheduled:
             raise ValueError(
                 f"The checkpoint has {pruner.num_pruned(pool):,} pruned weights{_where(pool, pruner)} where the schedule "
@@ -84,7 +83,7 @@ def check_zeros(pruner: Pruner, global_step: int, *, allow_more: bool) -> None:
     Raises:
         ValueError: The number of zeros is not the schedule's.
     """
-    counts = [pool.num_pruned(pruner.schedule, global_step - 1) for pool in pruner.pools]
+    counts = pruner.scheduled(global_step - 1)
     if sum(counts) or allow_more:
         pruner.take_masks_from_zeros()
     for pool, count in zip(pruner.pools, counts, strict=True):

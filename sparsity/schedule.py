@@ -84,6 +84,9 @@ class Staircase:
 class Ramp(Staircase, Method):
     """A staircase down to the density 1 - sparsity, by its subclass's curve."""
 
+    events_per_phase = 1
+    """The number of events is 1 and a multiple of this."""
+
     sparsity: float
     start_step: int
     end_step: int
@@ -93,6 +96,11 @@ class Ramp(Staircase, Method):
     def kept(sparsity: float, progress: float) -> float:
         """Share kept once `progress`, in (0, 1], of the events are done; 1 - sparsity at 1."""
         raise NotImplementedError
+
+    @classmethod
+    def kept_after(cls, sparsity: float, event: int, num_events: int) -> float:
+        """Share kept after event number `event` of `num_events`, counted from 0."""
+        return 1.0 - sparsity if event == num_events - 1 else cls.kept(sparsity, (event + 1) / num_events)
 
     @classmethod
     def over(cls, sparsity: float, start_step: int, end_step: int, every_steps: int) -> Self:
@@ -121,9 +129,7 @@ class Ramp(Staircase, Method):
             )
 
     def density_after(self, event: int) -> float:
-        if event == self.num_events - 1:
-            return 1.0 - self.sparsity
-        return self.kept(self.sparsity, (event + 1) / self.num_events)
+        return self.kept_after(self.sparsity, event, self.num_events)
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,30 @@ class Constant(OneShot):
 
 
 @dataclass(frozen=True)
+class Alternating(Ramp):
+    """Sparse and dense phases in turn: events 0, 2, 4 ... leave 1 - sparsity, those between them everything.
+
+    The phases of AC/DC (arXiv 2106.12379). Each lasts `every_steps`; the last event begins the sparse phase that stays.
+    """
+
+    name = "alternating"
+    label = "sparse and dense phases in turn"
+    events_per_phase = 2
+
+    @classmethod
+    def kept_after(cls, sparsity: float, event: int, num_events: int) -> float:
+        return 1.0 if event % 2 else 1.0 - sparsity
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_events % 2 == 0:
+            raise ValueError(
+                f"The prune window from {self.start_step} to {self.end_step} has {self.num_events} phases of "
+                f"{self.every_steps} steps and would end dense: end it {self.every_steps} steps earlier or later."
+            )
+
+
+@dataclass(frozen=True)
 class Mixed(Staircase):
     """Groups of weights that follow `base` to sparsities of their own, seen together.
 
@@ -229,10 +259,11 @@ class Mixed(Staircase):
         return self.base.label
 
     def density_after(self, event: int) -> float:
-        progress = (event + 1) / self.num_events
-        if progress == 1:
+        if event == self.num_events - 1:
             return 1.0 - self.sparsity
-        return math.fsum(share * self.base.kept(sparsity, progress) for share, sparsity in self.shares)
+        return math.fsum(
+            share * self.base.kept_after(sparsity, event, self.num_events) for share, sparsity in self.shares
+        )
 
 
 @dataclass(frozen=True)
@@ -250,7 +281,9 @@ class Fixed:
 
 
 SCHEDULES: Registry[type[Ramp]] = Registry(
-    "schedule", {schedule.name: schedule for schedule in (Geometric, Cubic, Linear, OneShot, Constant)}, Ramp
+    "schedule",
+    {schedule.name: schedule for schedule in (Geometric, Cubic, Linear, OneShot, Constant, Alternating)},
+    Ramp,
 )
 
 

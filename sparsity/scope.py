@@ -114,7 +114,9 @@ class Erk(Uniform):
         for group in dict.fromkeys(pool.group for pool in pools):
             members = [number for number, pool in enumerate(pools) if pool.group == group]
             own = erk_counts(
-                [pools[number].shape for number in members], densities[members[0]], [before[number] for number in members]
+                [pools[number].shape for number in members],
+                densities[members[0]],
+                [before[number] for number in members],
             )
             for number, count in zip(members, own, strict=True):
                 counts[number] = count

@@ -34,6 +34,8 @@ class Score(Method):
     """Whether keys are the bits of float32 numbers, so that factors, norms and the threshold mean something."""
     is_zero_first: bool = False
     """Whether a weight of 0 scores 0, so that a parameter of zeros would go before all others."""
+    is_placeless: bool = False
+    """Whether it may be asked about weights out of their place: the candidates of a pattern."""
 
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
         """Return the scores [stop - start] of a slice of the shard's local weights, numbers of at least 0.
@@ -65,6 +67,7 @@ class Magnitude(Score):
     name = "magnitude"
     label = "lowest magnitude first"
     is_zero_first = True
+    is_placeless = True
 
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
         """Return the bits of |w| as float32: they have the order of |w|, denormals and infinities included; NaN comes last.
@@ -87,8 +90,9 @@ class Random(Score):
     name = "random"
     label = "in random order"
     has_values = False
+    is_placeless = True
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | str | None = None) -> None:
         self.seed = seed
 
     def seeded(self, seed: int) -> Random:
@@ -97,7 +101,9 @@ class Random(Score):
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
         import torch
 
-        digest = hashlib.blake2b(f"{self.seed or 0}:{shard.name}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(
+            f"{0 if self.seed is None else self.seed}:{shard.name}".encode(), digest_size=8
+        ).digest()
         bits = _mix(shard.index(part) + int.from_bytes(digest, "little", signed=True))
         kept = ((bits >> 33) & SIGN_OFF).clamp_(min=1)
         return kept.masked_fill_(~shard.mask[part], 0).to(torch.int32)
@@ -109,7 +115,7 @@ class Scaled(Score):
     def __init__(self, score: Score, factors: Mapping[str, float]) -> None:
         self.score, self.factors = score, dict(factors)
         self.name, self.label, self.needs = score.name, score.label, score.needs
-        self.is_zero_first = score.is_zero_first
+        self.is_zero_first, self.is_placeless = score.is_zero_first, score.is_placeless
 
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
         import torch
@@ -129,6 +135,15 @@ def scaled(score: Score, factors: Mapping[str, float]) -> Score:
         factors: Name patterns and their factors, see `sparsity.factors`. Without any, `score` itself is returned.
     """
     return Scaled(score, factors) if factors else score
+
+
+class Given(Score):
+    """Keys that were made before: they are the values."""
+
+    is_placeless = True
+
+    def keys(self, shard: ParameterShard, part: slice) -> Tensor:
+        return shard.values[part]
 
 
 magnitude = Magnitude()
