@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sparsity.schedule import Geometric
-from sparsity.score import key_spacing_bits, magnitude, magnitude_of_key, random
+from sparsity.score import Random, key_spacing_bits, magnitude, magnitude_of_key
 from sparsity.select import prune_smallest_
 from sparsity.select.histograms import find_bin
 from sparsity.select.inside import Collected, Counted
@@ -221,7 +221,7 @@ def test_random_scores_depend_on_the_full_index_alone():
     values = torch.ones(1000)
     full = ParameterShard("w", values, torch.ones(1000, dtype=torch.bool), 0, 1000)
     late = ParameterShard("w", values[600:], torch.ones(400, dtype=torch.bool), 600, 1000)
-    score = random(seed=3)
+    score = Random(seed=3)
     assert torch.equal(score(full, slice(600, 1000)), score(late, slice(0, 400)))
     assert not torch.equal(score(full, slice(0, 400)), score(late, slice(0, 400)))
     huge = ParameterShard("w", values, torch.ones(1000, dtype=torch.bool), 2**40, 2**41)
@@ -231,10 +231,10 @@ def test_random_scores_depend_on_the_full_index_alone():
 def test_random_scores_prune_evenly_and_never_bring_back():
     values = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
     shards = whole([values[:20_000], values[20_000:]])
-    prune_smallest_(shards, 10_000, score=random(0))
+    prune_smallest_(shards, 10_000, score=Random(0))
     first = torch.cat([shard.mask.clone() for shard in shards])
     assert abs(int((~shards[0].mask).sum()) - 5_000) < 300
-    prune_smallest_(shards, 20_000, score=random(0))
+    prune_smallest_(shards, 20_000, score=Random(0))
     second = torch.cat([shard.mask for shard in shards])
     assert int((~second).sum()) == 20_000
     assert not (second & ~first).any()
