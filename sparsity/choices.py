@@ -63,12 +63,18 @@ class Choices:
             )
         if not self.events:
             self._check_nothing_else_is_chosen()
-        if "gradient" in self.score.needs and 0 in self.events:
+        if self.score.needs and 0 in self.events:
+            need = "gradient of the step before" if "gradient" in self.score.needs else "optimizer's state"
             raise ValueError(
-                f"score={name_of(self.score)} needs the gradient of the step before an event, and the first event is before "
-                "step 0: start the window at step 1 or later."
+                f"score={name_of(self.score)} needs the {need}, and the first event is before step 0: start the window at step "
+                "1 or later."
             )
         self.update.check(self.schedule, self.pattern)
+        if self.pattern is not None and not self.scope.is_even:
+            raise ValueError(
+                f"pattern={self.pattern} takes the same share of every layer, which scope={name_of(self.scope)} does not: take "
+                "scope=uniform or global, or pattern=unstructured."
+            )
         if self.pattern is not None:
             for sparsity in (1 - self.schedule.density(max(self.events)), *(group.sparsity for group in self.groups)):
                 self.pattern.check_sparsity(sparsity)

@@ -64,6 +64,8 @@ class Scope(Method):
 
     compares_parameters: bool = True
     """Whether weights of different parameters compete, so that factors and norms mean something."""
+    is_even: bool = True
+    """Whether every layer may end at the share of its group, as a pattern demands."""
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """Return the parameters of each pool of a group, which has the parameters `names`."""
@@ -108,6 +110,7 @@ class Erk(Uniform):
 
     name = "erk"
     label = "every layer to a target by its shape (Erdos-Renyi-Kernel)"
+    is_even = False
 
     def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
         counts = [0] * len(pools)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ from tests.distributed import run_ranks
 NUM_STEPS, EVERY, SHARE, END = 16, 3, 0.5, 0.75
 """Masks move before or at steps 3, 6 and 9; the cosine ends at step 12. Two steps after a move, new weights differ in size."""
 SHAPES = {"0.weight": (6, 5), "2.weight": (4, 6)}
-OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-3}
 Tensors = dict[str, Tensor]
 CASES: dict[str, tuple[Schedule, Update, str]] = {
     "set": (Constant(0.6), Set(SHARE, EVERY, END), "uniform"),
@@ -307,7 +307,7 @@ def test_every_step_is_that_of_the_paper(case):
 def test_masks_move_and_weights_return_at_a_constant_or_falling_density(case):
     history, _ = history_of(case)
     returned = 0
-    for (before, _), (after, _) in zip(history, history[1:], strict=False):
+    for (before, _), (after, _) in pairwise(history):
         returned += sum(int((after[name] & ~before[name]).sum()) for name in SHAPES)
         assert sum(int(mask.sum()) for mask in after.values()) <= sum(int(mask.sum()) for mask in before.values())
     assert returned > 5
@@ -330,12 +330,15 @@ def test_grown_weights_start_at_0_with_moments_of_0_and_the_step_of_a_move_train
         assert state["step"] == 3
 
 
-def histories(layout: str) -> dict[str, list[tuple[Tensors, Tensors]]]:
-    return {case: history_of(case, layout)[0] for case in CASES}
+def histories(layout: str, cases: list[str]) -> dict[str, list[tuple[Tensors, Tensors]]]:
+    return {case: history_of(case, layout)[0] for case in cases}
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), [("fsdp2", 2), ("ddp", 2), ("hsdp", 4)])
-def test_ranks_take_the_steps_of_the_paper(layout, num_ranks):
-    for found in run_ranks(histories, num_ranks, layout, timeout_s=200):
+@pytest.mark.parametrize(
+    ("layout", "num_ranks", "cases"),
+    [("fsdp2", 2, list(CASES)), ("ddp", 2, ["set", "rigl", "ste", "acdc"]), ("hsdp", 4, ["rigl", "granet", "ste"])],
+)
+def test_ranks_take_the_steps_of_the_paper(layout, num_ranks, cases):
+    for found in run_ranks(histories, num_ranks, layout, cases, timeout_s=200):
         for case, history in found.items():
             assert_same(history, reference_of(case))
