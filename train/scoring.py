@@ -125,7 +125,7 @@ def score_stream(
     Collective: every rank of `world` calls it.
 
     Args:
-        model: A causal language model; with `documents`, one that `train.attention.attend_within_documents` prepared.
+        model: A causal language model; with `documents`, one that `train.model.attention.attend_within_documents` prepared.
         tokens: The text.
         window: Tokens that the model reads at a time.
         batch_size: Windows at a time on each rank.

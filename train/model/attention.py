@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -15,6 +16,7 @@ DOCUMENTS = "sdpa_documents"
 """The name under which transformers finds attention within documents, which makes its own masks."""
 MOST_FLASH_WIDTH = 256
 """The largest head size of the flash kernels."""
+FLASH_WIDTH_STEP = 8
 
 
 def attend_over_whole_blocks(model: PreTrainedModel) -> None:
@@ -84,7 +86,7 @@ def attend_by_document(
             **kwargs,
         )  # fmt: skip
     narrow, width = _narrow_dtype(query, value), query.shape[-1]
-    fits_flash = width <= MOST_FLASH_WIDTH and width % 8 == 0 and not dropout and softcap is None
+    fits_flash = width <= MOST_FLASH_WIDTH and not dropout and softcap is None
     if query.is_cuda and narrow is not None and fits_flash:
         return _flash_by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, narrow), None
     mask = document_mask(cu_seq_lens_q, query.shape[0], query.shape[2], sliding_window)
@@ -123,10 +125,13 @@ def _flash_by_document(
 
     num_rows, num_heads, length, width = query.shape
     groups = num_heads // key.shape[1]
+    # The kernel takes widths that are multiples of 8; columns of zeros change no product.
+    missing = -width % FLASH_WIDTH_STEP
+    scaling = width**-0.5 if scaling is None else scaling
     flat = [
-        states.to(dtype).transpose(1, 2).reshape(num_rows * length, num_heads, width)
+        F.pad(states.to(dtype), (0, missing)).transpose(1, 2).reshape(num_rows * length, num_heads, width + missing)
         for states in (query, repeat_kv(key, groups), repeat_kv(value, groups))
     ]
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     found: Any = varlen_attn(*flat, ends, ends, length, length, scale=scaling, window_size=window)
-    return found.view(num_rows, length, num_heads, width)  # type: ignore[no-any-return]
+    return found.view(num_rows, length, num_heads, width + missing)[..., :width]  # type: ignore[no-any-return]
