@@ -24,9 +24,9 @@ from sparsity.shards import local_values, rank_layout
 from train.arguments import check_recipe, training_arguments
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
-from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
+from train.data import PreparedData, heldout_tokens, prepare, training_blocks, unigram_bits_per_byte
+from train.data.collate import collate_documents
 from train.data.sampler import PermutationSampler
-from train.data.stream import training_blocks
 from train.distributed import World, wants_fsdp
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
@@ -49,7 +49,7 @@ from train.record.snapshot import write_snapshot
 from train.record.summary import summarize
 from train.record.text import closing_words, opening_words, write_sample
 from train.record.wandb_run import start_wandb
-from train.scoring import Score, score_stream
+from train.scoring import Score, heldout_documents, score_stream
 from train.speed.compiled import compile_by_blocks
 from train.speed.fp8 import check_fp8, convert_to_fp8
 from train.speed.profiler import StepProfiler
@@ -128,9 +128,10 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
             model=model,
             args=arguments,
-            train_dataset=Blocks(TokenStream(data.folder, "train"), plan.sequence_length),
+            train_dataset=training_blocks(data),
             eval_dataset=[],
-            data_collator=default_data_collator,
+            data_collator=collate_documents if data.by_document else default_data_collator,
+            by_document=data.by_document,
             callbacks=[callback for callback in (profiler, sparsity, recorder) if callback is not None],
         )
     show_progress(trainer, sparsity)
@@ -260,6 +261,7 @@ def score_heldout(model: nn.Module, data: PreparedData, config: Config, world: W
     return score_stream(
         model,
         heldout_tokens(data),
+        documents=heldout_documents(data),
         window=data.sequence_length,
         batch_size=config.trainer.per_device_eval_batch_size,
         world=world,

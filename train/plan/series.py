@@ -54,6 +54,7 @@ def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
         "average_density": plan.average_density,
         "average_density_card": card_average_density(plan.schedule, plan.num_steps) if plan.schedule else 1.0,
         "dense_equivalent_steps": plan.average_density * plan.num_steps,
+        "recipe": config.recipe,
     }
 
 

@@ -50,7 +50,16 @@ def series_text(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     below = align([*DENSITY_HEADINGS, *density])
-    return "\n".join([*_ruled(lines), "", *textwrap.wrap(NOTE, MAX_COLUMNS), "", *_ruled(below)])
+    note = textwrap.wrap(f"{NOTE} {_recipes(rows)}", MAX_COLUMNS)
+    return "\n".join([*_ruled(lines), "", *note, "", *_ruled(below)])
+
+
+def _recipes(rows: Sequence[dict[str, Any]]) -> str:
+    """Say by which recipe the runs train."""
+    recipes = {row["recipe"] for row in rows}
+    if len(recipes) == 1:
+        return f"Trained by recipe={recipes.pop()}."
+    return "By recipe: " + ", ".join(f"{row['model']} {row['recipe']}" for row in rows) + "."
 
 
 def run_text(plan: dict[str, Any]) -> str:

@@ -255,6 +255,13 @@ def _parametrisation(config: Config) -> dict[str, str]:
             "trained, and pruned, sqrt(head size) times smaller than in these files, with no scale in attention "
             "(`model.query_scale=folded`)"
         )
+    if words := [
+        *(["begin with bos"] if config.data.bos else []),
+        *([] if config.data.eos else ["end without eos"]),
+        *([f"are cut at {limit:,} tokens"] if (limit := config.data.max_document_tokens) else []),
+        *(["are read without attention to the documents before"] if config.data.attention == "document" else []),
+    ]:
+        lines["Documents"] = "; ".join(words)
     return lines
 
 

@@ -31,6 +31,10 @@ def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
         "text_field": "text",
         "heldout_share": 0.01,
         "max_documents": None,
+        "bos": False,
+        "eos": True,
+        "max_document_tokens": None,
+        "attention": "causal",
         "cache_dir": os.environ.get("SPARSELLM_CACHE", "~/.cache/sparsellm"),
     }
     own = {key: getattr(config.data, key) for key in usual}
