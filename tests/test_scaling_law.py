@@ -91,6 +91,20 @@ def test_minimise_finds_the_valley_of_rosenbrock_from_every_start():
     assert value.max() < 1e-12
 
 
+def test_the_best_fit_is_the_minimum_that_scipy_finds():
+    optimize = pytest.importorskip("scipy.optimize")
+    params, tokens = grid()
+    fit = fit_law(params, tokens, noisy(TRUE, params, tokens, 0.01), "nd")
+    weights = np.ones((1, len(params)))
+
+    def objective(theta):
+        value, gradient = _objective(fit.problem, theta[None], weights)
+        return value[0], gradient[0]
+
+    found = min(optimize.minimize(objective, start, jac=True).fun for start in fit.minima[[0, 8, 24]])
+    assert objective(fit.minima[0])[0] == pytest.approx(found, rel=1e-6)
+
+
 @pytest.mark.parametrize("form", ["nd", "n", "power"])
 def test_the_objectives_gradient_is_that_of_finite_differences(form):
     params, tokens = grid()
