@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launch.plan.series import table_row
-from launch.plan.text import series_text
 
 from conf.compose import composed
 from train.plan.run import plan_run
+from train.plan.series import table_row
+from train.plan.text import series_text
 
 EXPERIMENTS = sorted(path.stem for path in Path("conf/experiment").glob("*.yaml"))
 

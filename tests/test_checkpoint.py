@@ -174,7 +174,7 @@ def pruned_callback() -> tuple[torch.nn.Linear, SparsityCallback]:
     layer = torch.nn.Linear(8, 8, bias=False)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1), include=["weight"])
     callback.bind(layer)
-    callback.prune(0.5)
+    callback.pruner.prune(0.5)
     return layer, callback
 
 

@@ -133,6 +133,7 @@ def _method(schedule: dict[str, Any]) -> str:
     return (
         f"{schedule['pattern']}, by {schedule['score']}, {schedule['scope']}: "
         f"{'one threshold' if thresholds == 1 else f'{thresholds} thresholds'}"
+        + (f", update {schedule['update']}" if schedule["update"] != "shrink" else "")
     )
 
 

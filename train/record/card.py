@@ -12,18 +12,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from conf.schema import Config, tokenizer_of
 from sparsity.common.files import write_atomically
 from sparsity.common.text import count_text, finite_text, half_up, percent_text, power_text
+from sparsity.pattern import UNSTRUCTURED, parse_pattern
+from sparsity.registry import label_of
+from sparsity.scope import SCOPES
+from sparsity.score import SCORES
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
 from train.record.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
 from train.record.summary import SHARE_OF_FINAL_STEPS
 from train.record.table import markdown
 from train.record.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words, tokenizer_terms, tokenizer_words
-
-CURVES = {
-    "geometric": "each time the same share of the weights that are left",
-    "cubic": "fewer each time, by a cubic (Zhu and Gupta 2017)",
-    "linear": "each time the same number of weights",
-}
 
 
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:
@@ -71,7 +69,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
     ]
     kind = ["sparse"] if has_sparse_weights(summary) else ["dense"]
     if is_sparse(summary):
-        kind += ["pruning", f"{config.sparsity.score}-pruning"]
+        kind += ["pruning", f"{config.sparsity.score.replace(':', '-')}-pruning"]
     return ModelCardData(
         language=source.language,
         license=config.card.license,
@@ -146,14 +144,15 @@ def _sparsity(config: Config, own: Figures) -> str:
     targets = [f"{100 * group.target:g}% of {_patterns(group.include)}" for group in sparsity.groups]
     rest = "the rest of " if targets else ""
     amounts = ", ".join([*targets, f"{100 * sparsity.target:g}% of {rest}{pruned}"])
-    where = "unstructured" if sparsity.pattern == "unstructured" else f"{sparsity.pattern} along the inputs"
-    ranking = "lowest magnitude first" if sparsity.score == "magnitude" else "in random order"
+    pattern, score, scope = parse_pattern(sparsity.pattern), SCORES.find(sparsity.score), SCOPES.find(sparsity.scope)
+    where = UNSTRUCTURED if pattern is None else label_of(pattern)
+    ranking = label_of(score)
+    if sparsity.normalize != "none":
+        ranking += f", divided by the {sparsity.normalize} norm of its parameter"
     ranking += "".join(f", that of `{pattern}` times {factor:g}" for pattern, factor in sparsity.factors.items())
-    if sparsity.scope == "uniform":
-        ranking += ", every layer to its target"
-    elif sparsity.score == "magnitude":
-        ranking += ", one threshold for " + ("each group" if targets else "all")
-    return f"{amounts}, {where}, {ranking}; a pruned weight never comes back"
+    if score.has_values or not scope.compares_parameters:
+        ranking += ", " + label_of(scope) + (" of a group" if targets and scope.compares_parameters else "")
+    return f"{amounts}, {where}, {ranking}; {label_of(sparsity.make_update())}"
 
 
 def _patterns(patterns: Sequence[str]) -> str:
@@ -228,11 +227,11 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     }
     if is_sparse(own):
         start, end, every = own["prune_start_step"], own["prune_end_step"], own["prune_every_steps"]
-        kind = plan.schedule.kind if plan.schedule else "geometric"
+        curve = f", {label_of(plan.schedule)}" if plan.schedule else ""
         lines |= {
             "Pruning start step": f"{start:,}, counted from 0; weights go before the step is trained",
             "Pruning end step": f"{end:,}",
-            "Pruning interval": f"every {every:,} steps, {(end - start) // every + 1:,} times in all, {CURVES[kind]}"
+            "Pruning interval": f"every {every:,} steps, {(end - start) // every + 1:,} times in all{curve}"
             if end > start
             else "all at once",
         }
