@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from conf.compose import schemas_of
 from conf.keys import CHOOSERS, CONF, key_paths
-from launch.console import COMMANDS
+from launch.commands import COMMANDS
 
 RUN_COMMANDS = ("train", "plan")
 """Configs that compose a run: they take the groups of conf/ as well."""
