@@ -17,7 +17,7 @@ class ReportConfig:
     """Run folders, folders of runs, or patterns of them, finished or not: one, or a list."""
     page: str = "report.html"
     title: str | None = None
-    """The name of the folder that holds the runs where it is null."""
+    """Null takes the name of the folder that holds the runs."""
     loss: str = "heldout_loss"
     """The figure of summary.json that is set against average parameters, and that the law is fitted to."""
     form: str = "auto"
