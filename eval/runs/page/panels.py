@@ -1,4 +1,4 @@
-"""What is looked at when runs are compared: one list, from which the page and the wandb dashboards are both made.
+"""Panels for comparing runs: one list, from which the page and the wandb dashboards are both made.
 
 Keys are those of metrics.jsonl, which wandb gets too, and for `points` and `bars` those of summary.json.
 """
@@ -27,12 +27,12 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     dense_y: float | None = None
-    """What a dense run has, which does not record `y`."""
+    """Value of a dense run, which does not record `y`."""
     note: str = ""
 
     @property
     def of_records(self) -> bool:
-        """Whether its keys are those of metrics.jsonl; else they are summary.json's."""
+        """Return whether its keys are those of metrics.jsonl; else they are summary.json's."""
         return self.kind in ("lines", "stairs", "layers")
 
 
