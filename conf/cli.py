@@ -52,7 +52,7 @@ def overrides_of(module: str, words: str, examples: str, arguments: Sequence[str
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
     found, unknown = parser.parse_known_args(list(arguments))
     if unknown:
-        raise ValueError(f"{unknown[0]} is no option of python -m {module}: give key=value, or --help.")
+        raise ValueError(f"{unknown[0]} is not an option of python -m {module}: give key=value, or --help.")
     return list(found.overrides)
 
 

@@ -71,7 +71,7 @@ def wait_for_live_jobs(
         return False
     if sweep.jobs[0].config.overwrite:
         raise ValueError(
-            f"{', '.join(alive)} of an earlier command still run, and overwrite=true would start them anew: end them, or "
+            f"{', '.join(alive)} of an earlier command still run, and overwrite=true would start them again: end them, or "
             "leave overwrite out."
         )
     say(f"{', '.join(alive)} of an earlier command still run: waiting for them; Ctrl-C ends the waiting, not the jobs")

@@ -29,7 +29,7 @@ def start_run(config: Config, overrides: Sequence[str]) -> int:
         print(printable(command))
         if file := file_in_the_way(Path.cwd()):
             print(
-                f"note: typed in this folder, the command would run {file} in the place of sparsellm's.",
+                f"note: typed in this folder, the command would run {file} instead of sparsellm's.",
                 file=sys.stderr,
             )
         return 0

@@ -36,7 +36,7 @@ class ExportConfig:
         check_choice("export.dtype", self.dtype, ("float32", "bfloat16"))
         check(
             re.fullmatch(r"[1-9]\d*(?:[KMGT]i?B)?", self.max_shard_size) is not None,
-            f"export.max_shard_size={self.max_shard_size} is no size of a file: give one like 5GB.",
+            f"export.max_shard_size={self.max_shard_size} is not a file size: give one like 5GB.",
         )
 
 
@@ -62,7 +62,7 @@ class CardConfig:
     def __post_init__(self) -> None:
         check(
             self.license is None or re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license) is not None,
-            f"card.license={self.license} is no licence identifier of the hub: give one like apache-2.0 or mit, or "
+            f"card.license={self.license} is not a licence identifier of the hub: give one like apache-2.0 or mit, or "
             "other with card.license_name.",
         )
         check(
@@ -76,7 +76,7 @@ class CardConfig:
         )
         check(
             self.hub_id is None or re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub_id) is not None,
-            f"card.hub_id={self.hub_id} is no repository of the hub: give OWNER/NAME.",
+            f"card.hub_id={self.hub_id} is not a repository of the hub: give OWNER/NAME.",
         )
         check(
             not self.push_to_hub or self.hub_id is not None,

@@ -27,7 +27,7 @@ class ReportConfig:
         self.runs = names_of(self.runs)
         check(
             Path(self.page).suffix in (".html", ".htm"),
-            f"page={self.page} is no HTML file: give a name that ends in .html.",
+            f"page={self.page} is not an HTML file: give a name that ends in .html.",
         )
         check_choice("loss", self.loss, ("heldout_loss", "final_train_loss"))
         check_choice("form", self.form, ("auto", "nd", "n", "power"))

@@ -104,7 +104,7 @@ class TrainerConfig(OptimConfig):
         steps = list(self.profile_steps)
         check(
             len(steps) == 2 and 1 <= steps[0] <= steps[1],
-            f"trainer.profile_steps={steps} is no range of steps: give the first and the last, such as [10,13].",
+            f"trainer.profile_steps={steps} is not a range of steps: give the first and the last, such as [10,13].",
         )
         check(
             self.max_steps is None or steps[1] <= self.max_steps,

@@ -65,7 +65,7 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
     if folder is None:
         return TaskManager()
     if not Path(folder).is_dir():
-        raise ValueError(f"task_path={folder} is no folder: give one with task yamls.")
+        raise ValueError(f"task_path={folder} is not a folder: give one with task yamls.")
     try:
         own = TaskManager(include_path=folder, include_defaults=False)
         return own if set(tasks) <= set(own.all_tasks) else TaskManager(include_path=folder)

@@ -32,7 +32,7 @@ def model_folder(name: str) -> str:
         return str(path)
     if path.exists() or name.startswith((".", "~", "/")) or name.count("/") != 1:
         raise ValueError(
-            f"model={name} is no folder: give a transformers folder, such as a run's model/, or a hub name."
+            f"model={name} is not a folder: give a transformers folder, such as a run's model/, or a hub name."
         )
     from huggingface_hub import snapshot_download
 
@@ -42,7 +42,7 @@ def model_folder(name: str) -> str:
     except Exception as error:
         reason = _first_line(error) if online else "it does not answer, and its cache here has none of that name"
         raise ValueError(
-            f"model={name} is no folder here and cannot be had from the hub ({reason}): give a transformers folder."
+            f"model={name} is not a folder here and cannot be fetched from the hub ({reason}): give a transformers folder."
         ) from None
 
 
@@ -119,7 +119,7 @@ def load_whole(folder: str, dtype: torch.dtype) -> Any:
         )
     for name, stored, expected in sorted(found["mismatched_keys"]):
         raise ValueError(
-            f"model={folder} has {name} stored as {tuple(stored)} where its config.json asks for {tuple(expected)}: copy the "
+            f"model={folder} has {name} stored as {tuple(stored)}, but its config.json asks for {tuple(expected)}: copy the "
             "folder again."
         )
     return model

@@ -114,7 +114,7 @@ def read_wikitext(config: DataConfig) -> WikiText:
         path = Path(config.path).expanduser()
         if not path.is_file():
             raise ValueError(
-                f"data.path={config.path} is no file: give a text file such as wiki.test.raw, or a .parquet."
+                f"data.path={config.path} is not a file: give a text file such as wiki.test.raw, or a .parquet."
             )
         is_parquet = path.suffix.lower() == ".parquet"
         text = WikiText(_from_parquet(path, config.text_field) if is_parquet else _from_text(path))
@@ -159,7 +159,7 @@ def _from_parquet(path: Path, text_field: str) -> str:
         try:
             texts.append("" if row is None else checked_text(row, text_field))
         except UnicodeDecodeError:
-            raise ValueError(f"data.path={path}, row {index} is not UTF-8: write it anew as UTF-8.") from None
+            raise ValueError(f"data.path={path}, row {index} is not UTF-8: write it again as UTF-8.") from None
         except ValueError as error:
             raise ValueError(f"data.path={path}, row {index} {error}") from None
     return _as_file(texts)

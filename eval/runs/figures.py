@@ -66,7 +66,7 @@ def positive(where: str, row: Mapping[str, Any], key: str) -> float:
         raise ValueError(f"{where} has no figure {key}: leave this run out.")
     number = number_of(where, key, row[key])
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{where} has {key}={number:g}, which is no finite number above 0: leave this run out.")
+        raise ValueError(f"{where} has {key}={number:g}, which is not a finite number above 0: leave this run out.")
     return number
 
 
@@ -77,7 +77,7 @@ def number_of(where: str, key: str, value: Any) -> float:
     try:
         return float(text.rstrip("".join(UNITS)).replace(",", "").replace("_", "")) * unit
     except ValueError:
-        raise ValueError(f"{where} has {key}={text}, which is no number: write 1234, 1.2e3 or 1.2K.") from None
+        raise ValueError(f"{where} has {key}={text}, which is not a number: write 1234, 1.2e3 or 1.2K.") from None
 
 
 def _rows(pattern: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -92,7 +92,7 @@ def _rows(pattern: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield str(place.resolve()), _told(place)
         elif not glob.has_magic(pattern):
             raise ValueError(
-                f"runs={pattern} is no run: give a folder with a summary.json, or a file that ends in .csv."
+                f"runs={pattern} is not a run: give a folder with a summary.json, or a file that ends in .csv."
             )
 
 

@@ -25,7 +25,7 @@ class CheckpointReader:
         self.state: dict[str, Any] = json.loads((folder / layout.STATE).read_text(encoding="utf-8"))
         if self.state.get("format") != layout.FORMAT:
             raise ValueError(
-                f"{folder} has format {self.state.get('format')} where this version reads {layout.FORMAT}: resume with "
+                f"{folder} has format {self.state.get('format')}, but this version reads {layout.FORMAT}: resume with "
                 "the version that wrote it, or set overwrite=true to start anew."
             )
         self._pieces = Pieces(**self.state["pieces"])
@@ -131,7 +131,7 @@ def load_masks(reader: CheckpointReader, shards: list[ParameterShard], row_sizes
     for shard in shards:
         if reader.tensor(f"mask/{shard.name}", 0) is None:
             raise ValueError(
-                f"{reader.folder} has no mask of {shard.name}: going on from it would train a dense model; resume from "
+                f"{reader.folder} has no mask of {shard.name}: resuming from it would train a dense model; resume from "
                 "a checkpoint of this sparse run, or set overwrite=true to start anew."
             )
         stop = shard.offset + shard.values.numel()

@@ -249,5 +249,5 @@ def versions() -> dict[str, str]:
 
 def _failure(folder: Path, problem: str, needed: int) -> str:
     kept = layout.checkpoints(folder.parent)
-    rest = f"{kept[0]} is whole, the same command goes on from it" if kept else "there is no checkpoint before it"
+    rest = f"{kept[0]} is whole, the same command resumes from it" if kept else "there is no checkpoint before it"
     return f"{folder} could not be saved, it takes {needed:,} bytes: {problem.rstrip('.')}; {rest}."

@@ -138,11 +138,13 @@ def loss_sentence(silent: dict[int, int] | None, step: int) -> str:
         step: This rank's step.
     """
     if silent is None:
-        return f"A collective failed in step {step} and the launcher does not answer; the same command goes on."
+        return f"A collective failed in step {step} and the launcher does not answer; rerun the same command to resume."
     if not silent:
-        return f"A collective failed in step {step} although every rank still answers; the same command goes on."
+        return (
+            f"A collective failed in step {step} although every rank still answers; rerun the same command to resume."
+        )
     names = ", ".join(f"rank {rank} (in step {begun})" for rank, begun in sorted(silent.items()))
     verb = "does" if len(silent) == 1 else "do"
     return (
-        f"{names} {verb} not answer while the others are in step {step}; the same command goes on from the checkpoint."
+        f"{names} {verb} not answer while the others are in step {step}; the same command resumes from the checkpoint."
     )

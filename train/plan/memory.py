@@ -236,5 +236,5 @@ def parse_bytes(text: str) -> int:
     except ValueError:
         size = 0.0
     if not 0 < size < float("inf"):
-        raise ValueError(f"device_memory={text} is no amount of memory: give a number with GB or GiB, like 141GB.")
+        raise ValueError(f"device_memory={text} is not an amount of memory: give a number with GB or GiB, like 141GB.")
     return int(size)

@@ -78,7 +78,7 @@ class RunDirectory:
             if config.resume == "never" and not again:
                 raise ValueError(
                     f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
-                    "anew, or resume=auto to go on with it."
+                    "anew, or resume=auto to resume it."
                 )
         elif any(entry.name != ".lock" and entry.suffix != ".partial" for entry in self.path.iterdir()):
             raise ValueError(

@@ -154,7 +154,7 @@ def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
         assert all("train/global_step" in record for record in records)
     except (ValueError, TypeError, AssertionError):
         raise ValueError(
-            f"{metrics} holds a line that is no record of a run: mend or remove the line, or set overwrite=true to start "
+            f"{metrics} holds a line that is not a record of a run: repair or remove the line, or set overwrite=true to start "
             "the run anew."
         ) from None
     return records

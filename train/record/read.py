@@ -25,9 +25,9 @@ def read_summary(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): finish the run again, or leave it out.") from None
+        raise ValueError(f"{file} is not JSON ({error}): finish the run again, or leave it out.") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is no run's summary: leave this run out.")
+        raise ValueError(f"{file} is not a run's summary: leave this run out.")
     return {**found, "run_name": file.parent.name}
 
 
@@ -41,7 +41,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     try:
         records = [json.loads(line) for line in lines]
     except ValueError as error:
-        raise ValueError(f"{file} is no file of records ({error}): leave this run out.") from None
+        raise ValueError(f"{file} is not a file of records ({error}): leave this run out.") from None
     for number, record in enumerate(records, start=1):
         _check_record(f"{file} line {number}", record)
     return records
@@ -84,7 +84,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def _check_record(where: str, record: Any) -> None:
     if not isinstance(record, dict):
-        raise ValueError(f"{where} is no record: leave this run out.")
+        raise ValueError(f"{where} is not a record: leave this run out.")
     # An evaluation may come before the first step.
     first_step = 1 if "train/loss" in record else 0
     for key, least in (("train/global_step", first_step), ("train/tokens", 0)):

@@ -32,7 +32,7 @@ class Source:
 
 SOURCES = {
     "pydocs": Source(
-        "docstrings of the Python standard library and of the packages installed where the model was trained",
+        "docstrings of the Python standard library and of the packages installed on the training machine",
         "Docstrings of installed packages: each package's are under that package's own licence, the standard library's "
         "under Python's (PSF).",
         language="en",
@@ -76,7 +76,7 @@ def tokenizer_terms(tokenizer: str) -> str:
         return "It was trained on the data above and has no terms beyond the data's."
     if is_llama_2(tokenizer):
         return f"LLaMA 2's, under {llama_2}."
-    return f"`{public_name(tokenizer)}` is under its publisher's terms; where it is LLaMA 2's, that is {llama_2}."
+    return f"`{public_name(tokenizer)}` is under its publisher's terms; for LLaMA 2's tokenizer, that is {llama_2}."
 
 
 def licence_words(card: CardConfig) -> str:

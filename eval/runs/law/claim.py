@@ -111,7 +111,7 @@ def verdict(pair: dict[str, Any] | None, has_sparse_runs: bool) -> str:
         return f"Average parameters predict the loss better: {errors}."
     if high < 0:
         return f"Final parameters predict the loss better: {errors}."
-    return f"These runs do not tell which predicts the loss better: {errors}."
+    return f"These runs do not show which predicts the loss better: {errors}."
 
 
 def by_sparsity(percents: NDArray[np.intp], residuals: Array, held_out: Array) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def check_points(params: Array, tokens: Array, form: Form, spare: int = 1) -> No
     if form == "nd" and _on_a_line(params, tokens):
         raise ValueError(
             f"in these runs D follows from N (log D = constant {_slope(params, tokens):+.2f} log N, within {LEVEL:.0%}), so "
-            f"that {law} cannot tell what each does: add runs of the same size on other token counts, or fit form=n or "
+            f"that {law} cannot separate their effects: add runs of the same size on other token counts, or fit form=n or "
             "form=power, which describe these runs by N alone."
         )
 

@@ -45,7 +45,7 @@ PANELS = (
         "loss_avg_params", "Loss", "Final loss against average linear parameters", "points",
         y="heldout_loss", y_label="held-out loss (nats per token)",
         x="avg_linear_params", x_label="average linear parameters, N-bar", log_x=True,
-        note="The paper's claim: a sparse run (filled) lies where a dense one (hollow) of as many parameters does.",
+        note="The paper's claim: a sparse run (filled) is where a dense one (hollow) of as many parameters is.",
     ),
     Panel(
         "heldout_loss", "Loss", "Held-out loss against tokens", "lines",
