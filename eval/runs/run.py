@@ -1,4 +1,4 @@
-"""Runs as they are shown side by side: records, figures and sample, of finished runs and of runs that still go on."""
+"""Runs side by side: records, figures and sample, of finished runs and of runs in progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: each rank takes its rows from whichever files hold them, so any number of ranks can go on."""
+"""Reading a checkpoint: each rank takes its rows from whichever files hold them, so any number of ranks can resume."""
 
 from __future__ import annotations
 

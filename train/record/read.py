@@ -19,7 +19,7 @@ def read_summary(file: Path) -> dict[str, Any]:
     """Return the figures of a finished run, with the name of its folder as `run_name`.
 
     Raises:
-        ValueError: The file is no JSON table.
+        ValueError: The file is not a JSON table.
         OSError: The file cannot be read.
     """
     try:
@@ -35,7 +35,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a metrics.jsonl; a live run may be writing the last one.
 
     Raises:
-        ValueError: A line is no JSON, or a record does not say when it was made.
+        ValueError: A line is not JSON, or a record does not say when it was made.
     """
     lines = file.read_bytes().split(b"\n")[:-1]
     try:
