@@ -1,4 +1,4 @@
-"""The group `model`: what is trained."""
+"""The group `model`: the architecture to train."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ class TrainerConfig(OptimConfig):
     """`transformers.TrainingArguments` by its own names, and `OWN_KEYS`; the optimizer's come from the group `optim`."""
 
     max_steps: int | None = 1000
-    """Null where sparsity.window.budget gives the length of the run."""
+    """Number of steps; null if sparsity.window.budget gives the length of the run."""
     per_device_train_batch_size: int = 8
     """Sequences in a micro-batch: the most that fits; the batch of a step is `batch_size`."""
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int | None = None
-    """Follows from `batch_size` where it is null."""
+    """Null derives it from `batch_size`."""
     bf16: bool | None = None
-    """Compute in bfloat16; where it is null, on GPUs only."""
+    """Compute in bfloat16; null does so on GPUs only."""
     fp16: bool = False
     tf32: bool | None = None
     fp8: bool = False
@@ -104,7 +104,7 @@ class TrainerConfig(OptimConfig):
         steps = list(self.profile_steps)
         check(
             len(steps) == 2 and 1 <= steps[0] <= steps[1],
-            f"trainer.profile_steps={steps} is no range of steps: give the first and the last, such as [10,13].",
+            f"trainer.profile_steps={steps} is not a range of steps: give the first and the last, such as [10,13].",
         )
         check(
             self.max_steps is None or steps[1] <= self.max_steps,

@@ -24,7 +24,11 @@ conf/schema/compact.py."""
 
 
 def convert(config: CompactConfig) -> Folder:
-    """Write the folder that `config` asks for; a ValueError in one sentence where it cannot be."""
+    """Write the folder that `config` describes.
+
+    Raises:
+        ValueError: The source is unsuitable, or the target exists or has no room.
+    """
     from sparsity.compact import compact_folder, expand_folder
 
     if config.expand:
@@ -40,7 +44,7 @@ def progress_bar(num_bytes: int) -> Callable[[int], object]:
 
 
 def figures(folder: Folder, is_compact: bool) -> dict[str, Any]:
-    """What was written; sizes in bytes, the share and bits over the tensors that are stored sparse."""
+    """Return the figures of a conversion; sizes in bytes, share and bits over the tensors that are stored sparse."""
     sparse = [tensor for tensor in folder.tensors if tensor.bitmask is not None]
     num_weights, num_kept = sum(t.numel for t in sparse), sum(t.values.numel for t in sparse)
     return {

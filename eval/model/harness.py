@@ -10,7 +10,11 @@ from conf.schema import EvalConfig
 
 
 def check_tasks(config: EvalConfig) -> None:
-    """A ValueError where the harness is not installed or knows no such task."""
+    """Check that the harness is installed and knows the tasks.
+
+    Raises:
+        ValueError: It is not, or does not.
+    """
     known = set(_manager(tuple(config.tasks), config.task_path).all_tasks)
     if unknown := [name for name in config.tasks if name not in known]:
         raise ValueError(
@@ -20,7 +24,7 @@ def check_tasks(config: EvalConfig) -> None:
 
 
 def run_tasks(config: EvalConfig, model: Any, tokenizer: Any, context: int, batch_size: int) -> dict[str, Any]:
-    """{"tasks": {task: {metric: value}}}. Every rank runs all of it in step, as FSDP needs. Collective."""
+    """Return {"tasks": {task: {metric: value}}}. Collective: every rank runs all tasks in step, as FSDP needs."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -50,8 +54,8 @@ def run_tasks(config: EvalConfig, model: Any, tokenizer: Any, context: int, batc
 
 @cache
 def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
-    """The tasks there are: those of `folder` alone where it has all that are asked for, since the harness takes a minute
-    to read its own."""
+    """Return the tasks of `folder` alone if it has all that are wanted, because the harness takes a minute to read its
+    own."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -61,7 +65,7 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
     if folder is None:
         return TaskManager()
     if not Path(folder).is_dir():
-        raise ValueError(f"task_path={folder} is no folder: give one with task yamls.")
+        raise ValueError(f"task_path={folder} is not a folder: give one with task yamls.")
     try:
         own = TaskManager(include_path=folder, include_defaults=False)
         return own if set(tasks) <= set(own.all_tasks) else TaskManager(include_path=folder)
@@ -70,5 +74,5 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, float]:
-    """{metric: value}: the harness writes metric,filter."""
+    """Return {metric: value}; the harness writes metric,filter."""
     return {key.removesuffix(",none"): float(value) for key, value in values.items() if isinstance(value, int | float)}

@@ -214,7 +214,7 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
                     try:
                         text = checked_text(value.as_py(), text_field)
                     except UnicodeDecodeError:
-                        raise ValueError(f"{part.path}, row {row} is not UTF-8: write it anew as UTF-8.") from None
+                        raise ValueError(f"{part.path}, row {row} is not UTF-8: write it again as UTF-8.") from None
                     except ValueError as error:
                         raise ValueError(f"{part.path}, row {row} {error}") from None
                     yield text

@@ -12,7 +12,7 @@ ROOM_FOR_SMALL_FILES = 16 << 20
 
 
 def checkpoint_bytes(model: ModelConfig, num_prunable: int) -> int:
-    """Float32 weights and both moments, and a bit for each mask entry: all ranks together."""
+    """Return the bytes of a checkpoint, all ranks together: float32 weights, both moments, and a bit for each mask entry."""
     return 12 * count_parameters(model).total + num_prunable // 8
 
 
@@ -21,12 +21,12 @@ def export_bytes(model: ModelConfig, dtype: str) -> int:
 
 
 def run_bytes(config: Config, plan: RunPlan) -> int:
-    """The final model and the checkpoints that stand at a time: those kept and the one being written."""
+    """Return the bytes of the final model and of the checkpoints: those kept and the one being written."""
     kept = 0 if config.trainer.save_strategy == "no" else config.trainer.save_total_limit + 1
     checkpoints = kept * checkpoint_bytes(plan.model, plan.counts.linear if plan.schedule else 0)
     return checkpoints + export_bytes(plan.model, config.export.dtype) + ROOM_FOR_SMALL_FILES
 
 
 def bytes_below(folder: Path) -> int:
-    """What lies in `folder` now; 0 where there is none."""
+    """Return the bytes of all files in `folder`; 0 if there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

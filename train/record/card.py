@@ -25,9 +25,12 @@ from train.record.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words,
 
 
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:
-    """The whole README.md: yaml header and Markdown. `siblings` are summaries of finished runs of the same series.
+    """Return README.md: its yaml header and its Markdown.
 
     Figures that are not finite are left out of the header and named as such in the text.
+
+    Args:
+        siblings: Summaries of finished runs of the same series.
     """
     own = {**summary, "run_name": plan.run_dir.name}
     sections = [
@@ -46,7 +49,7 @@ def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequenc
 
 
 def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
-    """The yaml header, where the hub looks for tags, licence, data and results."""
+    """Return the yaml header, from which the hub takes tags, licence, data and results."""
     source, window = SOURCES[config.data.source], summary["perplexity_window"]
     names = {
         "perplexity": f"perplexity per token, disjoint windows of {window} tokens",
@@ -281,9 +284,9 @@ def _series(own: Figures, siblings: Sequence[Figures]) -> str:
 
 
 def _usage(config: Config, plan: RunPlan) -> str:
-    """Code that works when pasted; without a hub_id, in the folder that the sentence before it names.
+    """Return code that works when pasted; without a hub_id it loads the run's folder.
 
-    Of an absolute path only the end is shown: a card may be published, and the rest says where the run's owner works.
+    Only the end of an absolute path is shown: a card may be published, and the rest is private.
     """
     run_dir, start = plan.run_dir, "the folder that training was started in"
     if run_dir.is_absolute():

@@ -1,4 +1,4 @@
-"""What a run tells its user in the terminal, at its start and at its end."""
+"""Messages to the user in the terminal, at the start and at the end of a run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _events(schedule: Ramp | Mixed) -> str:
 
 
 def closing_words(summary: dict[str, Any], directory: RunDirectory, commands: Sequence[str] = ()) -> str:
-    """The run's line in the series' table, its figures on held-out text, where everything lies and what to do next."""
+    """Return the run's line of the table, its held-out figures, the places of its files, and the next commands."""
     wandb_runs = sorted(str(path) for path in directory.wandb.glob("*run-*"))
     lines = [
         "",
@@ -87,7 +87,7 @@ def own_commands(summary: dict[str, Any], directory: RunDirectory) -> list[str]:
 
 
 def as_typed(command: str) -> str:
-    """The command with the programs of this environment, as they are typed where it is not activated."""
+    """Return the command with this environment's programs, as typed without activating it."""
     here = Path(sys.executable)
     program, _, rest = command.partition(" ")
     if not (here.parent / program).exists() or shutil.which(program) == str(here.parent / program):

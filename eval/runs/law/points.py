@@ -1,4 +1,4 @@
-"""The points that the law is fitted to: what finished runs, or the lines of a CSV file, say of size, tokens and loss."""
+"""The points that the law is fitted to: size, tokens and loss of finished runs, or of the lines of a CSV file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = {
 """Names of a figure in summaries, in CSV files, and in the series' table."""
 NAMES = ("run_name", "name", "model")
 LOSSES = ("loss", "heldout_loss", "final_train_loss")
-"""What loss=auto takes: the first that every point has."""
+"""Losses in the order of loss=auto, which takes the first that every point has."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Points:
 
     @property
     def percents(self) -> NDArray[np.intp]:
-        """Sparsity in whole per cent; 0 is a dense run."""
+        """Return the sparsity in whole per cent; 0 is a dense run."""
         return np.round(100 * self.column("sparsity")).astype(np.intp)
 
     @property
     def configurations(self) -> NDArray[np.intp]:
-        """A number for each point, from 0 up, the same for runs that differ in nothing but their seed."""
+        """Return a number for each point, from 0 up, the same for runs that differ in nothing but their seed."""
         columns = ("avg_linear_params", "final_linear_params", "total_tokens")
         keys = np.stack([*(levels(self.column(name)) for name in columns), self.percents])
         return np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def read_points(runs: Sequence[str], loss: str = "auto") -> Points:
-    """The points of run folders, folders of runs, patterns of them and CSV files; a run named twice counts once."""
+    """Read the points of run folders, folders of runs, patterns of them and CSV files; a run named twice counts once."""
     rows = finished_runs(runs)
     loss_name = _choose_loss(rows, loss)
     check_comparable(rows)

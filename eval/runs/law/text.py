@@ -36,12 +36,12 @@ def report_text(figures: dict[str, Any]) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Four significant digits; a vanished term is 0, and a bound out of reach is written as such."""
+    """Return four significant digits; a vanished term is 0, and a bound out of reach is named so."""
     return "unbounded" if value is None else f"{value:.4g}" if abs(value) >= 1e-6 else "0"
 
 
 def _table(figures: dict[str, Any]) -> str:
-    """Coefficients and errors, a column for each meaning of N."""
+    """Return coefficients and errors, a column for each meaning of N."""
     sides = [side for side in SIDES if "refused" not in figures[side]]
     rows = [["", *(f"N = {side} linear parameters" for side in sides)]]
     for name in COEFFICIENTS[figures["form"]]:
