@@ -36,7 +36,7 @@ from tests.methods import (
 )
 from tests.test_run import tiny, write_text
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
-from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.distributed import World
 from train.model.export import export_model, full_tensor
 from train.trainer import row_size
@@ -102,7 +102,9 @@ class Run:
             "optimizer": {"scalars": scalars, **optimizer_figures(self.optimizer, parameters)},
             "sparsity": self.callback.state(),
         }
-        write_checkpoint(folder, CUT, self.world, tensors, pieces, state, lambda path: Path(path).write_text("{}"))
+        write_checkpoint(
+            Checkpoint(folder, CUT, self.world, tensors, pieces, state, lambda path: Path(path).write_text("{}"))
+        )
 
     def load(self, folder: Path) -> None:
         reader, parameters = CheckpointReader(folder / f"checkpoint-{CUT}"), parameters_of(self.model)

@@ -35,7 +35,8 @@ from train.plan.twin import dense_twin
 
 # A module's first test waits for several launches.
 pytestmark = pytest.mark.timeout(900)
-AUTHORS = ("model.init=authors", "model.query_scale=folded")
+AUTHORS = ("recipe=authors",)
+"""Their weights, query scale and documents."""
 IDS = torch.arange(24).view(2, 12) % 61
 CPU = torch.device("cpu")
 ONE = World(0, 1, CPU)
@@ -240,7 +241,7 @@ def test_card_and_plan_name_the_parametrisation():
     config, _ = compose_run(*AUTHORS)
     words = choice_words(config, prunes=True)
     assert ["model.init=authors" in words[0], "model.query_scale=folded" in words[1]] == [True, True]
-    assert len(choice_words(replace(config, init_from="model"), prunes=True)) == 1
+    assert len(choice_words(replace(config, init_from="model"), prunes=True)) == len(words) - 1
     done = run_command(["launch.plan", "experiment=demo", *AUTHORS])
     assert "model.query_scale=folded" in done.stdout, done.stderr
     assert "model.init=authors" in done.stdout
@@ -280,7 +281,8 @@ def test_eval_of_the_exported_model_gives_the_runs_own_figures(folder, authors):
     for name in ("perplexity", "bits_per_byte"):
         assert figures[name] == pytest.approx(summary[name], rel=1e-5)
     assert figures["zero_linear_params"] == summary["linear_params"] - summary["nonzero_linear_params"]
-    assert len(summary["choices"]) == 2
+    assert len(summary["choices"]) == 5
+    assert summary["eval_overrides"]["data.attention"] == "document"
 
 
 def test_one_process_trains_what_two_train(folder, authors):

@@ -53,8 +53,8 @@ SWEPT = {
     "keep_above_": ((2048, 4), (8192, 8), (16384, 4)),
     "count_kept": ((8192, 8), (16384, 4), (16384, 8)),
     "zero_all_ change": ((1024, 4), (2048, 4), (2048, 8)),
-    "gradients store": ((2048, 8), (4096, 4)),
-    "gradients change": ((4096, 8), (16384, 8)),
+    "gradients rewrite": ((1024, 8), (2048, 8)),
+    "gradients store": ((4096, 4),),
 }
 """Blocks and warps of each pass; each takes a compilation. Zeros are written in the ways that were fastest on an H200."""
 REHEARSED = dict.fromkeys(SWEPT, ((4096, 8),))

@@ -39,6 +39,8 @@ class RunPlan:
     model: ModelConfig
     """What is trained: the configured model, or its dense twin."""
     counts: ParameterCounts
+    target_sparsity: float | None
+    """Of all prunable weights together in the end; a twin has that of its sparse run, a dense run none."""
     twin: DenseTwin | None = None
     """How a dense twin was derived and how far off it is; None where model.match is null."""
 
@@ -86,6 +88,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     pools = planned_pools(model, config.sparsity)
     batch_size, micro, accumulation = _split_batch(config, world_size)
     schedule, num_steps = _schedule_and_steps(config, pools, batch_size * sequence_length)
+    target_sparsity = schedule.sparsity if schedule else None
     twin = None
     if model.match == "average":
         twin = dense_twin(model, _average_linear(model, pools, schedule, num_steps))
@@ -104,6 +107,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         update=config.sparsity.make_update(),
         model=model,
         counts=count_parameters(model),
+        target_sparsity=target_sparsity,
         twin=twin,
     )
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from conf.schema import Config, tokenizer_of
+from sparsity.common.files import write_atomically
+from sparsity.common.text import count_text, finite_text, half_up, percent_text, power_text
 from sparsity.pattern import UNSTRUCTURED, parse_pattern
 from sparsity.registry import label_of
 from sparsity.scope import SCOPES
 from sparsity.score import SCORES
-from train.checkpoints.durable import write_atomically
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
 from train.record.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
 from train.record.summary import SHARE_OF_FINAL_STEPS
-from train.record.table import count_text, half_up, markdown, percent_text, rate_text
+from train.record.table import markdown
 from train.record.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words, tokenizer_terms, tokenizer_words
 
 
@@ -174,24 +175,24 @@ def _figures(own: Figures) -> str:
         ("---", "---", "---"),
         (
             "Perplexity",
-            _number(own["perplexity"], 2),
+            finite_text(own["perplexity"], 2),
             "exp of the held-out loss: per token of this model's tokenizer, in disjoint windows of "
             f"{own['perplexity_window']} tokens, each scored without the text before it",
         ),
         (
             "Held-out loss",
-            _number(own["heldout_loss"], 4),
+            finite_text(own["heldout_loss"], 4),
             "nats per token, the mean over all full windows without the first token of each",
         ),
         (
             "Bits per byte",
-            _number(own["bits_per_byte"], 4),
+            finite_text(own["bits_per_byte"], 4),
             f"all {own['heldout_tokens']:,} tokens in the same windows, over the {own['heldout_bytes']:,} bytes of the "
             "text in UTF-8; compares models with different tokenizers",
         ),
         (
             "Bits per byte, unigram",
-            _number(own["unigram_bits_per_byte"], 4),
+            finite_text(own["unigram_bits_per_byte"], 4),
             "the same for a model that guesses tokens by their frequency in the training data",
         ),
     ]
@@ -214,13 +215,13 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
         **_parametrisation(config),
         "Training steps": f"{steps:,}",
         "Batch size": f"{own['batch_tokens']:,} tokens ({own['batch_tokens'] // length:,} sequences x {length:,})",
-        "Learning rate": f"{rate_text(own['learning_rate'])} at its peak, warm-up over {warmup}, then "
+        "Learning rate": f"{power_text(own['learning_rate'])} at its peak, warm-up over {warmup}, then "
         f"`{optim.lr_scheduler_type}`{decay}",
         "Optimizer": f"`{optim.optim}`, betas {optim.adam_beta1:g} and {optim.adam_beta2:g}, eps "
-        f"{rate_text(optim.adam_epsilon)}, weight decay {optim.weight_decay:g}, gradient norm clipped at "
+        f"{power_text(optim.adam_epsilon)}, weight decay {optim.weight_decay:g}, gradient norm clipped at "
         f"{optim.max_grad_norm:g}",
         "Total training tokens": f"{own['total_tokens']:,} ({count_text(own['total_tokens'], 1)}), steps x batch size",
-        "Final training loss": f"{_number(own['final_train_loss'], 4)} ± {_number(own['final_train_loss_std'], 4)} "
+        "Final training loss": f"{finite_text(own['final_train_loss'], 4)} ± {finite_text(own['final_train_loss_std'], 4)} "
         f"nats per token: mean ± population standard deviation of the batch losses of the last {num_final:,} steps, "
         "1% of the run and at least 2",
     }
@@ -254,6 +255,13 @@ def _parametrisation(config: Config) -> dict[str, str]:
             "trained, and pruned, sqrt(head size) times smaller than in these files, with no scale in attention "
             "(`model.query_scale=folded`)"
         )
+    if words := [
+        *(["begin with bos"] if config.data.bos else []),
+        *([] if config.data.eos else ["end without eos"]),
+        *([f"are cut at {limit:,} tokens"] if (limit := config.data.max_document_tokens) else []),
+        *(["are read without attention to the documents before"] if config.data.attention == "document" else []),
+    ]:
+        lines["Documents"] = "; ".join(words)
     return lines
 
 
@@ -326,10 +334,6 @@ def _bullets(lines: Mapping[str, str]) -> str:
 
 def _count(count: int) -> str:
     return f"{count:,} ({count_text(count)})"
-
-
-def _number(value: float, digits: int) -> str:
-    return half_up(value, digits) if math.isfinite(value) else "not finite"
 
 
 def write_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: Figures) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from conf.schema import Config
+from sparsity.common.text import count_text, half_up
 from sparsity.registry import name_of
 from sparsity.schedule import Mixed, Ramp
 from train.data import PreparedData
 from train.plan.choices import choice_words
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
-from train.record.table import count_text, half_up, markdown
+from train.record.table import markdown
 
 
 def opening_words(config: Config, plan: RunPlan, data: PreparedData, world_size: int, sharding: str) -> str:
