@@ -11,7 +11,10 @@ from launch.plan.request import read_request
 from sparsity.schedule import SCHEDULES, Constant, Geometric, Mixed, OneShot
 from sparsity.scope import Group, make_pools, seen_together
 from sparsity.window import compute_window, schedule_of_window
+from train.plan.disk import checkpoint_bytes
 from train.plan.forecast import forecast
+from train.plan.gathering import run_setting
+from train.plan.memory import gpu_memory
 from train.plan.run import plan_run
 from train.plan.text import run_text
 
@@ -221,9 +224,27 @@ def test_alternating_phases_begin_and_end_sparse(of):
         (["sparsity.score=nowhere:Score"], "sparsity.score=nowhere:Score cannot be loaded"),
         (["sparsity.score=sparsity.schedule:Cubic"], "is no Score: extend"),
         (["sparsity.normalize=l1"], "normalize=l1 is not known"),
+        (["sparsity=rigl", "init_from=somewhere"], "init_from=somewhere keeps the zeros of its model"),
         (["sparsity.normalize=l2", "sparsity.scope=erk"], "normalize=l2 has no effect with scope=erk"),
     ],
 )
 def test_what_a_plan_cannot_do_is_said_with_the_remedy(overrides, words):
     with pytest.raises(ValueError, match=words):
         plan(*overrides)
+
+
+def test_the_memory_and_the_checkpoint_of_masked_values_and_moves_are_planned():
+    names = ("cubic", "ste", "granet")
+    configs = {name: read_request(["experiment=demo", f"sparsity={name}"]).runs[0] for name in names}
+    found = {name: plan_run(config, 2) for name, config in configs.items()}
+    memory = {
+        name: gpu_memory(one.model, one.num_prunable, run_setting(configs[name], one, None, 0.1))
+        for name, one in found.items()
+    }
+    share, move = found["cubic"].num_prunable // 2, "a move of the masks"
+    assert memory["ste"].masks == 5 * memory["cubic"].masks == 5 * share
+    assert memory["granet"].transients[move] - memory["cubic"].transients[move] == 9 * share
+    bytes_of = {
+        name: checkpoint_bytes(one.model, one.num_prunable, one.update.state_bytes) for name, one in found.items()
+    }
+    assert bytes_of["ste"] - bytes_of["cubic"] == 4 * found["cubic"].num_prunable
