@@ -24,8 +24,9 @@ from sparsity.shards import local_values, rank_layout
 from train.arguments import check_recipe, training_arguments
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
-from train.data import PreparedData, heldout_tokens, prepare, training_blocks, unigram_bits_per_byte
+from train.data import Blocks, PreparedData, heldout_tokens, prepare, training_blocks, unigram_bits_per_byte
 from train.data.collate import collate_documents
+from train.data.mixture import MixtureBlocks, mixture_blocks
 from train.data.sampler import PermutationSampler
 from train.distributed import World, wants_fsdp
 from train.faults.guard import StepGuard
@@ -82,8 +83,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     world.on_main(check_beginning, config, plan, directory)
     data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
-        # Refuses a batch that is more than the text.
-        PermutationSampler(len(training_blocks(data)), batch_size=plan.batch_size)
+        blocks = blocks_of_run(config, plan, data)
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
         model = build_skeleton(plan.model, tokenizer)
         if config.trainer.fp8:
@@ -110,6 +110,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     if world.is_main:
         profiler = make_profiler(config, directory, clock)
         recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity, clock, world.device)
+        if isinstance(blocks, MixtureBlocks):
+            recorder.figures_of_data = lambda step: blocks.figures(step * plan.batch_size)
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         trainer = PretrainingTrainer(
             world=world,
@@ -128,7 +130,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
             model=model,
             args=arguments,
-            train_dataset=training_blocks(data),
+            train_dataset=blocks,
             eval_dataset=[],
             data_collator=collate_documents if data.by_document else default_data_collator,
             by_document=data.by_document,
@@ -164,6 +166,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         average_density=sparsity.average_density if sparsity else 1.0,
         score=score,
         heldout_bytes=data.heldout.num_bytes,
+        by_source=blocks.figures(plan.num_steps * plan.batch_size) if isinstance(blocks, MixtureBlocks) else {},
         unigram_bits_per_byte=unigram_bits_per_byte(data) if world.is_main else 0.0,
         fsdp_version=fsdp_version,
         train_seconds=trainer.train_seconds,
@@ -172,6 +175,16 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     if recorder is not None:
         finish(config, plan, directory, recorder, summary)
     world.on_main(push_to_hub, config.card, directory.model)
+
+
+def blocks_of_run(config: Config, plan: RunPlan, data: PreparedData) -> Blocks | MixtureBlocks:
+    """Return what the run trains on; a ValueError if a batch is more than the text. A mixture repeats its sources."""
+    if data.sources:
+        seed = config.trainer.seed if config.trainer.data_seed is None else config.trainer.data_seed
+        return mixture_blocks(data, plan.num_steps * plan.batch_size, seed)
+    blocks = training_blocks(data)
+    PermutationSampler(len(blocks), batch_size=plan.batch_size)
+    return blocks
 
 
 def check_beginning(config: Config, plan: RunPlan, directory: RunDirectory) -> None:

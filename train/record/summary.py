@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from torch import Tensor
 
 from conf.schema import Config
+from conf.schema.data import SourceConfig
 from train.plan.choices import choice_words
 from train.plan.run import RunPlan
 from train.scoring import Score
@@ -27,7 +31,12 @@ def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
     """What `python -m eval` has to be told, beside model and data, to score the same text in the same windows."""
     usual = {
         "path": None,
+        "name": None,
         "subset": None,
+        "split": "train",
+        "stream": False,
+        "token_dtype": None,
+        "on_error": "raise",
         "text_field": "text",
         "heldout_share": 0.01,
         "max_documents": None,
@@ -39,9 +48,24 @@ def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
     }
     own = {key: getattr(config.data, key) for key in usual}
     overrides = {f"data.{key}": value for key, value in own.items() if value != usual[key]}
+    if config.data.sources:
+        overrides["data.sources"] = sources_text(config.data.sources)
     if plan.sequence_length != plan.model.max_position_embeddings:
         overrides["window"] = plan.sequence_length
     return overrides
+
+
+def sources_text(sources: Sequence[SourceConfig]) -> str:
+    """Return a mixture's sources as they are typed."""
+    usual = asdict(SourceConfig(path="x"))
+    texts = []
+    for source in sources:
+        own = {key: value for key, value in asdict(source).items() if value is not None and value != usual[key]}
+        texts.append(
+            ",".join(f"{key}:{QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else value}"
+                     for key, value in own.items())
+        )  # fmt: skip
+    return "[" + ",".join("{" + text + "}" for text in texts) + "]"
 
 
 def summarize(
@@ -54,6 +78,7 @@ def summarize(
     average_density: float,
     score: Score,
     heldout_bytes: int,
+    by_source: dict[str, Any],
     unigram_bits_per_byte: float,
     fsdp_version: int,
     train_seconds: float,
@@ -85,6 +110,13 @@ def summarize(
         "steps": len(step_losses),
         "batch_tokens": plan.batch_tokens,
         "total_tokens": plan.total_tokens,
+        **{
+            f"{kind}_by_source": {
+                name[len(kind) + 1 :]: value for name, value in by_source.items() if name.startswith(kind)
+            }
+            for kind in ("tokens", "epochs")
+            if by_source
+        },
         "learning_rate": config.trainer.learning_rate,
         "final_train_loss": loss,
         "final_train_loss_std": spread,
