@@ -1,4 +1,4 @@
-"""data=mixture: shares of tokens hold in each window of a thousand blocks, in an order that world size and length leave alone."""
+"""data=mixture: shares of tokens hold in each window of a thousand blocks, whatever the world size and the length."""
 
 from __future__ import annotations
 
