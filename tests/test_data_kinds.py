@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from conf.schema import DataConfig
 from train.data import prepare
@@ -30,13 +29,17 @@ def lines(field: str = "text") -> bytes:
     return "".join(json.dumps({field: text}) + "\n" for text in TEXTS).encode()
 
 
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(data, asbytes=True))
+
+
 @pytest.mark.parametrize("kind", [".jsonl.zst", ".jsonl.zstd", ".json.zst"])
 def test_zstd_is_read_also_in_several_frames(tmp_path, kind):
     data = lines()
-    frames = zstandard.compress(data[:20]) + zstandard.compress(data[20:])
+    frames = zstd(data[:20]) + zstd(data[20:])
     (tmp_path / f"a{kind}").write_bytes(frames)
     assert read(tmp_path / f"a{kind}") == TEXTS
-    (tmp_path / f"b{kind}").write_bytes(zstandard.compress(data)[:-5])
+    (tmp_path / f"b{kind}").write_bytes(zstd(data)[:-5])
     with pytest.raises(ValueError, match="is not a whole zstd file"):
         read(tmp_path / f"b{kind}")
 

@@ -24,11 +24,12 @@ from sparsity.shards import local_values, rank_layout
 from train.arguments import check_recipe, training_arguments
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
-from train.data import Blocks, PreparedData, heldout_tokens, prepare, training_blocks, unigram_bits_per_byte
+from train.data import Blocks, PreparedData, prepare, training_blocks, unigram_bits_per_byte
 from train.data.collate import collate_documents
 from train.data.mixture import MixtureBlocks, mixture_blocks
 from train.data.sampler import PermutationSampler
 from train.distributed import World, wants_fsdp
+from train.evaluation import Evaluation, prepare_sets
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
@@ -50,7 +51,6 @@ from train.record.snapshot import write_snapshot
 from train.record.summary import summarize
 from train.record.text import closing_words, opening_words, write_sample
 from train.record.wandb_run import start_wandb
-from train.scoring import Score, heldout_documents, score_stream
 from train.speed.compiled import compile_by_blocks
 from train.speed.fp8 import check_fp8, convert_to_fp8
 from train.speed.profiler import StepProfiler
@@ -82,6 +82,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         return
     world.on_main(check_beginning, config, plan, directory)
     data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
+    sets = world.on_main(prepare_sets, config, data)
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         blocks = blocks_of_run(config, plan, data)
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
@@ -106,6 +107,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     clock = StepClock(world.device, is_read=world.is_main)
     if sparsity is not None:
         sparsity.clock = clock
+    evaluation = Evaluation(config, data, sets, tokenizer, world)
     recorder = profiler = None
     if world.is_main:
         profiler = make_profiler(config, directory, clock)
@@ -127,7 +129,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             async_save=config.trainer.async_save,
             batch_size=plan.batch_size,
             fill=fill if wants_fsdp() else None,
-            evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
+            evaluator=evaluation,
             model=model,
             args=arguments,
             train_dataset=blocks,
@@ -148,7 +150,9 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             recorder.close()
         raise
 
-    score = score_heldout(trainer.model_wrapped, data, config, world)
+    if not config.eval.is_empty and trainer.evaluated_step != trainer.state.global_step:
+        trainer.evaluate()
+    score, others = evaluation.final(trainer.model_wrapped)
     export_model(
         trainer.model,
         tokenizer,
@@ -165,6 +169,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         num_prunable=sparsity.num_prunable if sparsity else 0,
         average_density=sparsity.average_density if sparsity else 1.0,
         score=score,
+        others=others,
         heldout_bytes=data.heldout.num_bytes,
         by_source=blocks.figures(plan.num_steps * plan.batch_size) if isinstance(blocks, MixtureBlocks) else {},
         unigram_bits_per_byte=unigram_bits_per_byte(data) if world.is_main else 0.0,
@@ -267,27 +272,6 @@ def show_progress(trainer: PretrainingTrainer, sparsity: SparsityCallback | None
     if not trainer.args.disable_tqdm:
         bar: TrainerCallback = ProgressBar(sparsity)
         trainer.add_callback(bar)
-
-
-def score_heldout(model: nn.Module, data: PreparedData, config: Config, world: World) -> Score:
-    """The held-out split's likelihood. Collective."""
-    return score_stream(
-        model,
-        heldout_tokens(data),
-        documents=heldout_documents(data),
-        window=data.sequence_length,
-        batch_size=config.trainer.per_device_eval_batch_size,
-        world=world,
-        show_progress=not config.trainer.disable_tqdm,
-    )
-
-
-def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
-    return {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte(data.heldout.num_bytes),
-    }
 
 
 @torch.no_grad()

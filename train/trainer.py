@@ -101,6 +101,8 @@ class PretrainingTrainer(Trainer):
         self._since = 0.0
         self._losses = StepLosses(self.args.max_steps, world)
         self._last_logged_step = 0
+        self.evaluated_step = -1
+        """The step after which the model was last evaluated."""
         self._sampler: PermutationSampler | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,6 +218,7 @@ class PretrainingTrainer(Trainer):
         """Held-out figures by the same function that `python -m eval` uses. Collective."""
         with self.clock.pause():
             found = self.evaluator(self.model_wrapped)
+        self.evaluated_step = self.state.global_step
         figures = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(figures))
         return figures
