@@ -15,12 +15,17 @@ from sparsity.common.files import (
 )
 
 
+def write_half(path: Path) -> None:
+    with aside(path) as partial:
+        partial.write_text("new")
+        raise RuntimeError("cut off")
+
+
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     write_atomically(path, "old")
-    with pytest.raises(RuntimeError, match="cut off"), aside(path) as partial:
-        partial.write_text("new")
-        raise RuntimeError("cut off")
+    with pytest.raises(RuntimeError, match="cut off"):
+        write_half(path)
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 

@@ -38,6 +38,8 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
         values["lr_scheduler_kwargs"].pop("min_lr_rate", None)
     if values["bf16"] is None:
         values["bf16"] = torch.cuda.is_available() and not values["fp16"]
+    if config.eval.every is not None:
+        values["eval_strategy"], values["eval_steps"] = "steps", config.eval.every
     values["max_steps"] = plan.num_steps
     values["per_device_train_batch_size"] = plan.micro_batch_size
     values["gradient_accumulation_steps"] = plan.gradient_accumulation_steps

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback, default_data_collator
 from transformers.utils import logging as transformers_logging
 
@@ -16,10 +15,12 @@ from conf.schema import Config, tokenizer_of
 from sparsity import SparsityCallback
 from sparsity.schedule import schedule_record
 from train.arguments import check_recipe, training_arguments
-from train.data import PreparedData, heldout_tokens, prepare, training_blocks, unigram_bits_per_byte
+from train.data import Blocks, PreparedData, prepare, training_blocks, unigram_bits_per_byte
 from train.data.collate import collate_documents
+from train.data.mixture import MixtureBlocks, mixture_blocks
 from train.data.sampler import PermutationSampler
 from train.distributed import World, wants_fsdp
+from train.evaluation import Evaluation, prepare_sets
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
@@ -38,7 +39,6 @@ from train.record.snapshot import write_snapshot
 from train.record.summary import count_nonzero_linear, summarize
 from train.record.text import closing_words, opening_words
 from train.record.wandb_run import start_wandb
-from train.scoring import Score, heldout_documents, score_stream
 from train.speed.compiled import compile_by_blocks
 from train.speed.fp8 import check_fp8, convert_to_fp8
 from train.speed.profiler import StepProfiler
@@ -67,7 +67,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         return
     world.on_main(check_beginning, config, plan, directory)
     data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
-    model, tokenizer = build(config, plan, data, arguments, world)
+    sets = world.on_main(prepare_sets, config, data)
+    model, tokenizer, blocks = build(config, plan, data, arguments, world)
     start = find_start(config, plan, directory, data.folder, model, tokenizer, world)
     if not wants_fsdp():
         with user_errors(quiet=not world.is_main):
@@ -78,12 +79,17 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     world.on_main(write_snapshot, directory.environment, world)
 
     guard = StepGuard(world, preemption, config.max_skipped)
-    trainer, recorder = make_trainer(config, plan, directory, data, model, arguments, start, world, guard, heartbeat)
+    evaluation = Evaluation(config, data, sets, tokenizer, world)
+    trainer, recorder = make_trainer(
+        config, plan, directory, data, blocks, model, arguments, start, evaluation, world, guard, heartbeat
+    )
     sharding = "FSDP2" if trainer.is_fsdp_enabled else "no sharding"
     say(world, opening_words(config, plan, data, world.size, sharding))
     train(trainer, recorder, start, world)
 
-    score = score_heldout(trainer.model_wrapped, data, config, world)
+    if not config.eval.is_empty and trainer.evaluated_step != trainer.state.global_step:
+        trainer.evaluate()
+    score, others = evaluation.final(trainer.model_wrapped)
     export_model(
         trainer.model,
         tokenizer,
@@ -101,7 +107,9 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         num_prunable=sparsity.num_prunable if sparsity else 0,
         average_density=sparsity.average_density if sparsity else 1.0,
         score=score,
+        others=others,
         heldout_bytes=data.heldout.num_bytes,
+        by_source=blocks.figures(plan.num_steps * plan.batch_size) if isinstance(blocks, MixtureBlocks) else {},
         unigram_bits_per_byte=unigram_bits_per_byte(data) if world.is_main else 0.0,
         fsdp_version=2 if trainer.is_fsdp_enabled else 0,
         train_seconds=trainer.train_seconds,
@@ -121,6 +129,16 @@ def checked_arguments(config: Config, plan: RunPlan, directory: RunDirectory, wo
     return arguments
 
 
+def blocks_of_run(config: Config, plan: RunPlan, data: PreparedData) -> Blocks | MixtureBlocks:
+    """Return what the run trains on; a ValueError if a batch is more than the text. A mixture repeats its sources."""
+    if data.sources:
+        seed = config.trainer.seed if config.trainer.data_seed is None else config.trainer.data_seed
+        return mixture_blocks(data, plan.num_steps * plan.batch_size, seed)
+    blocks = training_blocks(data)
+    PermutationSampler(len(blocks), batch_size=plan.batch_size)
+    return blocks
+
+
 def repeat_ending(
     config: Config, plan: RunPlan, directory: RunDirectory, world: World, summary: dict[str, Any]
 ) -> None:
@@ -130,17 +148,18 @@ def repeat_ending(
     world.on_main(push_to_hub, config.card, directory.model)
 
 
-def build(config: Config, plan: RunPlan, data: PreparedData, arguments: Any, world: World) -> tuple[Any, Any]:
-    """Return the model without weights, ready to be sharded, and the tokenizer."""
+def build(
+    config: Config, plan: RunPlan, data: PreparedData, arguments: Any, world: World
+) -> tuple[Any, Any, Blocks | MixtureBlocks]:
+    """Return the model without weights, ready to be sharded, the tokenizer and the blocks to train on."""
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
-        # Refuses a batch that is more than the text.
-        PermutationSampler(len(training_blocks(data)), batch_size=plan.batch_size)
+        blocks = blocks_of_run(config, plan, data)
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
         model = build_skeleton(plan.model, tokenizer)
         if config.trainer.fp8:
             convert_to_fp8(model)
         compile_by_blocks(model, arguments)
-    return model, tokenizer
+    return model, tokenizer, blocks
 
 
 def make_trainer(
@@ -148,9 +167,11 @@ def make_trainer(
     plan: RunPlan,
     directory: RunDirectory,
     data: PreparedData,
+    blocks: Blocks | MixtureBlocks,
     model: Any,
     arguments: Any,
     start: Start,
+    evaluation: Evaluation,
     world: World,
     guard: StepGuard,
     heartbeat: Heartbeat,
@@ -164,6 +185,8 @@ def make_trainer(
     if world.is_main:
         profiler = make_profiler(config, directory, clock)
         recorder = make_recorder(config, plan, directory, sparsity, start.sparsity, clock, world.device)
+        if isinstance(blocks, MixtureBlocks):
+            recorder.figures_of_data = lambda step: blocks.figures(step * plan.batch_size)
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         trainer = PretrainingTrainer(
             world=world,
@@ -179,10 +202,10 @@ def make_trainer(
             async_save=config.trainer.async_save,
             batch_size=plan.batch_size,
             fill=start.fill if wants_fsdp() else None,
-            evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
+            evaluator=evaluation,
             model=model,
             args=arguments,
-            train_dataset=training_blocks(data),
+            train_dataset=blocks,
             eval_dataset=[],
             data_collator=collate_documents if data.by_document else default_data_collator,
             by_document=data.by_document,
@@ -244,24 +267,3 @@ def show_progress(trainer: PretrainingTrainer, sparsity: SparsityCallback | None
     if not trainer.args.disable_tqdm:
         bar: TrainerCallback = ProgressBar(sparsity)
         trainer.add_callback(bar)
-
-
-def score_heldout(model: nn.Module, data: PreparedData, config: Config, world: World) -> Score:
-    """The held-out split's likelihood. Collective."""
-    return score_stream(
-        model,
-        heldout_tokens(data),
-        documents=heldout_documents(data),
-        window=data.sequence_length,
-        batch_size=config.trainer.per_device_eval_batch_size,
-        world=world,
-        show_progress=not config.trainer.disable_tqdm,
-    )
-
-
-def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
-    return {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte(data.heldout.num_bytes),
-    }

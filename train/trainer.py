@@ -22,6 +22,7 @@ from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer,
 from train.checkpoints.rng import rng_state, set_rng_state
 from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.clipping import clip_replicas_alike_, has_replicas
+from train.data.mixture import MixtureBlocks
 from train.data.sampler import PermutationSampler
 from train.distributed import World, check_fsdp2, check_ranks_gather_alike, reduce_in_float32, set_group_timeouts
 from train.faults.guard import StepGuard, skips_on_device
@@ -100,6 +101,8 @@ class PretrainingTrainer(Trainer):
         self._since = 0.0
         self._losses = StepLosses(self.args.max_steps, world)
         self._last_logged_step = 0
+        self.evaluated_step = -1
+        """The step after which the model was last evaluated."""
         self._sampler: PermutationSampler | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +190,10 @@ class PretrainingTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         blocks: Any = self.train_dataset if train_dataset is None else train_dataset
-        self._sampler = PermutationSampler(len(blocks), seed=seed, batch_size=self.batch_size)
+        if isinstance(blocks, MixtureBlocks):
+            self._sampler = blocks.sampler(self.batch_size)
+        else:
+            self._sampler = PermutationSampler(len(blocks), seed=seed, batch_size=self.batch_size)
         return self._sampler
 
     def get_train_dataloader(self) -> Any:
@@ -212,6 +218,7 @@ class PretrainingTrainer(Trainer):
         """Held-out figures by the same function that `python -m eval` uses. Collective."""
         with self.clock.pause():
             found = self.evaluator(self.model_wrapped)
+        self.evaluated_step = self.state.global_step
         figures = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(figures))
         return figures

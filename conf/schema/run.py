@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from conf.schema.checks import check, check_choice
 from conf.schema.data import DataConfig
+from conf.schema.during import DuringConfig
 from conf.schema.model import ModelConfig
 from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
 from conf.schema.sparsity import SparsityConfig
@@ -89,6 +90,7 @@ class Config:
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = MISSING
+    eval: DuringConfig = field(default_factory=DuringConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     card: CardConfig = field(default_factory=CardConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -32,8 +32,8 @@ Made from gpu/claim.json, gpu/claim_plain.json and gpu/rates.json by `python -m 
 """
 
 
-RATES_WORDS = """The dense twin of the 80 % run of a model of 7.3 M linear parameters (width 256), 384 steps. The claim's model was made
-narrower afterwards, so that all its runs fit into nine minutes."""
+RATES_WORDS = """The dense twin of the 80 % run of a model of 7.3 M linear parameters (width 256), 384 steps. The claim's model
+was made narrower afterwards, so that all its runs fit into nine minutes."""
 
 
 def write_runs(result: dict[str, Any], folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from train.record.directory import RunDirectory
 from train.record.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
 from train.record.summary import SHARE_OF_FINAL_STEPS
 from train.record.table import markdown
-from train.record.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words, tokenizer_terms, tokenizer_words
+from train.record.terms import BIBTEX, PAPER, PAPER_URL, licence_words, source_of, tokenizer_terms, tokenizer_words
 
 
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:
@@ -50,7 +50,7 @@ def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequenc
 
 def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
     """Return the yaml header, from which the hub takes tags, licence, data and results."""
-    source, window = SOURCES[config.data.source], summary["perplexity_window"]
+    source, window = source_of(config.data), summary["perplexity_window"]
     names = {
         "perplexity": f"perplexity per token, disjoint windows of {window} tokens",
         "bits_per_byte": f"bits per byte, disjoint windows of {window} tokens",
@@ -169,7 +169,7 @@ def _data(config: Config) -> str:
         f", the first {data.max_documents:,} documents" if data.max_documents else "",
         f"; {100 * data.heldout_share:g}% of the documents, chosen by a hash of their text, are held out",
     ]
-    return SOURCES[data.source].name + "".join(details)
+    return source_of(data).name + "".join(details)
 
 
 def _figures(own: Figures) -> str:
@@ -223,6 +223,7 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
         "Optimizer": f"`{optim.optim}`, betas {optim.adam_beta1:g} and {optim.adam_beta2:g}, eps "
         f"{power_text(optim.adam_epsilon)}, weight decay {optim.weight_decay:g}, gradient norm clipped at "
         f"{optim.max_grad_norm:g}",
+        **_by_source(own),
         "Total training tokens": f"{own['total_tokens']:,} ({count_text(own['total_tokens'], 1)}), steps x batch size",
         "Final training loss": f"{finite_text(own['final_train_loss'], 4)} ± {finite_text(own['final_train_loss_std'], 4)} "
         f"nats per token: mean ± population standard deviation of the batch losses of the last {num_final:,} steps, "
@@ -244,6 +245,18 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     sharding = "FSDP2" if own["fsdp_version"] == 2 else "no sharding"
     lines["Run"] = f"{processes}, {sharding}, {half_up(own['seconds'] / 3600, 2)} hours, seed {optim.seed}"
     return _bullets(lines)
+
+
+def _by_source(own: Figures) -> dict[str, str]:
+    tokens, epochs = own.get("tokens_by_source"), own.get("epochs_by_source")
+    if not tokens or not epochs:
+        return {}
+    total = sum(tokens.values())
+    parts = [
+        f"{name} {count_text(count, 1)} ({percent_text(count / total)}, {half_up(epochs[name], 2)} epochs)"
+        for name, count in tokens.items()
+    ]
+    return {"Tokens by source": ", ".join(parts)}
 
 
 def _parametrisation(config: Config) -> dict[str, str]:
@@ -325,7 +338,7 @@ def _terms(config: Config) -> str:
     return _bullets(
         {
             "Licence of this model": licence_words(config.card),
-            "Training data": SOURCES[config.data.source].terms,
+            "Training data": source_of(config.data).terms,
             "Tokenizer": tokenizer_terms(tokenizer_of(config)),
         }
     )
