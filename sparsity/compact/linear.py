@@ -30,15 +30,14 @@ class SparseLinear(nn.Module):
     offsets: Tensor
     bases: Tensor
     starts: Tensor
-    counts: Tensor
     scales: Tensor | None
     bias: Tensor | None
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = packed.columns, packed.counts.numel()
-        self.num_chunks = packed.num_chunks
-        for name in ("values", "offsets", "bases", "starts", "counts", "scales"):
+        self.in_features, self.out_features = packed.columns, packed.rows
+        self.num_chunks, self.shift = packed.num_chunks, packed.shift
+        for name in ("values", "offsets", "bases", "starts", "scales"):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", None if bias is None else bias.detach())
 
