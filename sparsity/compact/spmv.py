@@ -124,8 +124,8 @@ def spmv(
         multiply[(triton.cdiv(num_rows, shape.rows),)](
             packed.values, packed.offsets, packed.bases, packed.starts, packed.scales if packed.scales is not None else y,
             _by_column(x, num_vectors), bias if bias is not None else y, y, len(x), num_rows, packed.num_chunks,
-            HAS_BASES=packed.bases.numel() > 0, SHIFT=packed.shift, HAS_SCALES=packed.scales is not None, HAS_BIAS=bias is not None,
-            VECTORS=num_vectors, ROWS=shape.rows, CHUNKS=shape.chunks,
+            HAS_BASES=packed.bases.numel() > 0, SHIFT=packed.shift, HAS_SCALES=packed.scales is not None,
+            HAS_BIAS=bias is not None, VECTORS=num_vectors, ROWS=shape.rows, CHUNKS=shape.chunks,
             STEPS=triton.cdiv(packed.num_chunks, shape.chunks), EARLY=early, num_warps=shape.num_warps, **options,
         )  # fmt: skip
     return y
