@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.cli import user_errors
+from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import CompactConfig
+from sparsity.common.text import bytes_text
 
 if TYPE_CHECKING:
     from sparsity.compact import Folder
     from sparsity.compact.rounding import Rounding
 
-USAGE = """python -m eval.compact model=DIR out=DIR2                  kept weights and one bit a weight, bit for bit
+EXAMPLES = """python -m eval.compact model=DIR out=DIR2                  kept weights and one bit a weight, bit for bit
 python -m eval.compact model=DIR out=DIR2 dtype=bfloat16   rounded first: what a float32 model is usually run in
 python -m eval.compact model=DIR out=DIR2 values=int8      kept values rounded to 8 bits, or values=int4 [group=64]
 python -m eval.compact model=DIR2 out=DIR3 expand=true     a plain folder again, for those who load it without sparsellm
@@ -77,7 +78,7 @@ def card_section(found: Mapping[str, Any]) -> str:
         f"Stored in sparsellm's compact format: kept values {values}, and a bitmask. Load it with transformers after "
         "`import sparsity.compact`.",
         "",
-        f"- Weight files: {_size(found['out_bytes'])}, before {_size(found['model_bytes'])}",
+        f"- Weight files: {bytes_text(found['out_bytes'])}, before {bytes_text(found['model_bytes'])}",
     ]
     if found["bits_per_sparse_weight"] is not None:
         lines.append(
@@ -124,7 +125,7 @@ def figures(folder: Folder, config: CompactConfig) -> dict[str, Any]:
 def figures_text(found: dict[str, Any]) -> str:
     before, after = found["model_bytes"], found["out_bytes"]
     change = f"{before / after:.2f} times smaller" if after < before else f"{after / before:.2f} times as large"
-    lines = [f"{found['model']} ({_size(before)}) -> {found['out']} ({_size(after)}): {change}"]
+    lines = [f"{found['model']} ({bytes_text(before)}) -> {found['out']} ({bytes_text(after)}): {change}"]
     dense = found["num_tensors"] - found["num_sparse_tensors"]
     if found["num_sparse_tensors"]:
         lines.append(
@@ -144,19 +145,15 @@ def figures_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _size(num_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} bytes"
-
-
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return
     with user_errors():
-        config: CompactConfig = composed("compact", arguments)
+        overrides = overrides_of(
+            "eval.compact",
+            "Write a sparse model's folder in fewer bytes.",
+            EXAMPLES,
+            arguments,
+        )
+        config: CompactConfig = composed("compact", overrides)
         if config.text is not None and not Path(config.text).is_file():
             raise ValueError(f"text={config.text} is not a file: give a text file, such as WikiText's wiki.test.raw.")
         found = figures(convert(config), config)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from sparsity.common.safetensors_header import Entry, Header, format_header, read_header
 from sparsity.compact.bitmask import BLOCK, bitmask_bytes, check_bitmask, compress, expand
 from sparsity.compact.contents import (
     BITMASK,
@@ -25,7 +26,6 @@ from sparsity.compact.contents import (
     read_contents,
     start_crc32,
 )
-from sparsity.compact.header import Entry, Header, format_header, read_header
 from sparsity.compact.pieces import BITS_OF_SIZE, TORCH, How, Pieces, sparse_pieces
 from sparsity.compact.rounding import restore_stored, row_counts
 

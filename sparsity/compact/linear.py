@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsity.compact.packed import Packed, pack, unpack
-from sparsity.shards import kernels_for
+from sparsity.devices import kernels_for
 
 MOST_VECTORS = 8
 """The kernel takes so many at once; for more a tile is unpacked at a time."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from sparsity.compact.header import Entry
+from sparsity.common.safetensors_header import Entry
 from sparsity.compact.rounding import Rounding, round_values, row_counts, segment_sizes, stored_codes
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
