@@ -1,6 +1,7 @@
 """Files and folders that are whole or absent."""
 
 import stat
+from pathlib import Path
 
 import pytest
 
