@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.runs.folders import named_places, run_folders
 from omegaconf import OmegaConf
 
 from conf.schema import DashboardConfig, LoggerConfig
+from eval.runs.folders import named_places, run_folders
 
 UNQUOTABLE = "=<>!'\"\\"
 """What wandb-workspaces changes inside the value of a filter."""

@@ -1,4 +1,4 @@
-"""From the command to the first step: `python -m launch` beside `accelerate launch` of a script that one would write.
+"""From the command to the first step: `python -m launch` beside `torchrun` of a script that one would write.
 
 `tests.benchmarks.around` measures it among the rest. Both commands start as many processes, train the demo's model and are
 timed until a file tells of their first step. Both write offline wandb files. Ours finds its data prepared: the first round
@@ -46,10 +46,9 @@ def starting(rounds: int, folder: Path) -> Comparison:
         *(sys.executable, "-m", "launch", "experiment=demo", f"runs_dir={folder / 'runs'}", "run_name=start"),
         *("overwrite=true", "trainer.max_steps=4", "trainer.logging_steps=1"),
     ]
+    # Not accelerate launch: with --cpu it starts one process, whatever --num_processes says.
     theirs = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-        *(["--multi_gpu"] * (gpus > 1) if gpus else ["--cpu"]),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes),
         *("-m", "tests.benchmarks.startup", str(mark)),
     ]
     environment = {**os.environ, **ONE_THREAD, "SPARSELLM_CACHE": str(folder / "cache"), "WANDB_MODE": "offline"}
@@ -59,7 +58,7 @@ def starting(rounds: int, folder: Path) -> Comparison:
         pairs.append((seconds_until(ours, metrics, environment), seconds_until(theirs, mark, environment)))
     seconds, baseline = (min(taken) for taken in zip(*pairs[1:], strict=True))
     details = {"processes": int(processes)}
-    return Comparison("start to the first step", seconds, "accelerate launch, plain Trainer", baseline, details)
+    return Comparison("start to the first step", seconds, "torchrun, plain Trainer", baseline, details)
 
 
 def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str]) -> float:
