@@ -23,15 +23,15 @@ from tests.benchmarks.common import ONE_THREAD, Comparison
 TIMEOUT_S = 300
 
 
-def tiny_llama() -> Any:
-    """The model of `model=llama_tiny`, made by hand."""
+def small_llama() -> Any:
+    """The demo's model, `model=llama_micro`, made by hand."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256,
+        vocab_size=2048, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=1,
+        num_key_value_heads=1, max_position_embeddings=256,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -103,14 +103,14 @@ def first_step(mark: Path) -> None:
             if state.is_world_process_zero:
                 mark.write_text("stepped")
 
-    tokens = torch.randint(4096, (16 * 4, 256))
+    tokens = torch.randint(2048, (16 * 4, 256))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=1, per_device_train_batch_size=8, report_to="wandb", save_strategy="no", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
-        Trainer(tiny_llama(), arguments, train_dataset=rows, callbacks=[Mark()]).train()  # type: ignore[arg-type]
+        Trainer(small_llama(), arguments, train_dataset=rows, callbacks=[Mark()]).train()  # type: ignore[arg-type]
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
