@@ -86,6 +86,8 @@ def key_lines(kind: Any) -> list[str]:
             continue
         default = f" = {text}" if (text := default_of(field)) else ""
         lines.append(f"  {field.name + default:40} {documents.get(field.name, '')}".rstrip())
+        methods = kind.METHODS.get(field.name) if hasattr(kind, "METHODS") else None
+        lines += [f"      {line}" for line in methods.help_lines()] if methods else []
     return lines
 
 

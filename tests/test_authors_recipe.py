@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from conf.compose import composed
-from launch.plan.series import table_row
-from launch.plan.text import series_text
 from train.plan.run import plan_run
+from train.plan.series import table_row
+from train.plan.text import series_text
 
 EXPERIMENTS = sorted(path.stem for path in Path("conf/experiment").glob("*.yaml"))
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from tests.distributed import run_ranks
 from tests.small_trainer import ALONE, LENGTH, VOCABULARY, document_rows, small_llama, small_trainer
 from tests.test_no_sync import waits_in_quiet_steps
-from train.model.attention import DOCUMENTS, attend_by_document, attend_within_documents, document_mask
 from train.data.collate import collate_documents, document_ends
 from train.data.stream import positions_within
+from train.model.attention import DOCUMENTS, attend_by_document, attend_within_documents, document_mask
 from train.scoring import Documents, score_stream
 
 STARTS = np.array([5, 6, 20])

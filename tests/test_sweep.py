@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from eval.runs.sweep import draw_sweep, sweep_points
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 import launch.local as local
 from conf.schema import Config
+from eval.runs.sweep import draw_sweep, sweep_points
 from launch.outcome import close_search
 from launch.process import Task, run_children
 from launch.remote import check_plugins, world_size

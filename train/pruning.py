@@ -29,6 +29,10 @@ class RunSparsity(SparsityCallback):
         with self.clock.pause():
             return super().prune_at(*args, **kwargs)
 
+    def move_at(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.pause():
+            return super().move_at(*args, **kwargs)
+
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         with _stopping():
             super().on_train_begin(*args, **kwargs)
@@ -57,9 +61,11 @@ def sparsity_callback(config: Config, plan: RunPlan) -> RunSparsity | None:
         keep_zeros=keep_zeros,
         score=sparsity.score,
         factors=sparsity.factors,
+        normalize=sparsity.normalize,
         scope=sparsity.scope,
         groups=pruned_groups(sparsity),
         pattern=sparsity.pattern,
+        update=sparsity.make_update(),
         seed=config.trainer.seed,
         report=False,
         **patterns,

@@ -20,7 +20,7 @@ from train.checkpoints import layout
 from train.checkpoints.background import BackgroundWriter
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
-from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.clipping import clip_replicas_alike_, has_replicas
 from train.data.sampler import PermutationSampler
 from train.distributed import World, check_fsdp2, check_ranks_gather_alike, reduce_in_float32, set_group_timeouts
@@ -258,15 +258,17 @@ class PretrainingTrainer(Trainer):
         }
         write = write_checkpoint if self._background is None else self._background.write_checkpoint
         write(
-            root,
-            step,
-            self.world,
-            tensors,
-            pieces,
-            state,
-            self.state.save_to_json,
-            before=self.run_state.before_save,
-            after=lambda: layout.prune(root, self.args.save_total_limit or 1, step),
+            Checkpoint(
+                root,
+                step,
+                self.world,
+                tensors,
+                pieces,
+                state,
+                self.state.save_to_json,
+                before=self.run_state.before_save,
+                after=lambda: layout.remove_old(root, self.args.save_total_limit or 1, step),
+            )
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

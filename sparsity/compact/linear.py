@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsity.compact.packed import Packed, pack, unpack
-from sparsity.shards import kernels_for
+from sparsity.devices import kernels_for
 
 MOST_VECTORS = 8
 """The kernel reads the matrix once a vector; beyond this number a tile is unpacked for all of them."""

@@ -19,7 +19,7 @@ from conf.schema.law import ScalingLawConfig
 from eval.runs.law.points import read_points
 from eval.runs.law.report import report
 from eval.runs.law.text import report_text
-from eval.runs.pairs.comparison import compare, read_runs
+from eval.runs.pairs.comparison import compare, read_trials
 from eval.runs.pairs.figure import draw_pairs
 from eval.runs.pairs.text import markdown
 from tests.benchmarks.page import table
@@ -104,7 +104,7 @@ def claim_sections(result: dict[str, Any], figure: Path | None) -> list[str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "claim"
         write_runs(result, folder)
-        runs = read_runs([str(folder)])
+        runs = read_trials([str(folder)])
         comparisons = compare(runs)
         if figure is not None:
             draw_pairs(runs, comparisons, figure)

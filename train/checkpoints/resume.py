@@ -7,22 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsity.common.files import sha256_of
 from train.checkpoints.layout import STATE, newest_whole
-from train.data.files import sha256_of
 from train.data.index import INDEX, read_index
 from train.data.pack import SPLITS
 from train.distributed import World
-from train.record.directory import RunDirectory
 
 
-def checkpoint_to_resume(
-    directory: RunDirectory, identity: dict[str, Any], data_folder: str, world: World
-) -> Path | None:
+def checkpoint_to_resume(root: Path, identity: dict[str, Any], data_folder: str, world: World) -> Path | None:
     """The newest whole checkpoint of the run, or None; damaged ones are named in a warning. Collective.
 
     RunStopped where it is of other steps, or of data that has changed since.
     """
-    folder, warnings = newest_whole(directory.checkpoints, world)
+    folder, warnings = newest_whole(root, world)
     if world.is_main:
         for warning in warnings:
             print(f"warning: {warning}.", file=sys.stderr, flush=True)

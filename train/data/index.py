@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.files import aside
+from sparsity.common.files import aside
 from train.data.pack import SPLITS, STARTS_DTYPE, Job, id_dtype
 
 INDEX = "index.json"

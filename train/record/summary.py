@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from conf.schema import Config
+from sparsity.prunable import own_linear_weights
+from sparsity.shards import local_values, rank_layout
 from train.plan.choices import choice_words
 from train.plan.run import RunPlan
 from train.scoring import Score
@@ -21,6 +24,14 @@ def final_loss(step_losses: Tensor) -> tuple[float, float]:
     num_final = min(len(step_losses), max(2, round(SHARE_OF_FINAL_STEPS * len(step_losses))))
     final = step_losses[-num_final:].double()
     return float(final.mean()), float(final.std(correction=0))
+
+
+@torch.no_grad()
+def count_nonzero_linear(model: nn.Module) -> int:
+    """Weights of the linear layers that are not exactly 0, over all shards. Collective over the shard group."""
+    weights = list(own_linear_weights(model).values())
+    counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights])
+    return int(rank_layout(weights).sum_counts(counts).sum())
 
 
 def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
