@@ -10,6 +10,7 @@ from conf.schema import Config, ModelConfig
 from sparsity.schedule import SCHEDULES, Mixed, Ramp
 from sparsity.scope import Pool, num_pruned, seen_together, target_shares
 from sparsity.window import compute_window, schedule_of_window
+from train.architecture import default_length, describe, resolved
 from train.counts import ParameterCounts, count_parameters
 from train.names import planned_pools
 from train.twin import DenseTwin, dense_twin
@@ -35,6 +36,11 @@ class RunPlan:
     counts: ParameterCounts
     twin: DenseTwin | None = None
     """How a dense twin was derived and how far off it is; None where model.match is null."""
+
+    @property
+    def architecture(self) -> str:
+        """The `model_type` of transformers."""
+        return "llama" if self.model.path is None else describe(self.model).kind
 
     @property
     def batch_tokens(self) -> int:
@@ -64,8 +70,8 @@ class RunPlan:
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
     """The plan of a run; a ValueError says in one sentence what in the configuration cannot be."""
-    model = config.model
-    sequence_length = config.data.sequence_length or model.max_position_embeddings
+    model = resolved(config.model)
+    sequence_length = config.data.sequence_length or default_length(model)
     if sequence_length > model.max_position_embeddings:
         raise ValueError(
             f"data.sequence_length={sequence_length} is longer than the model's context, "

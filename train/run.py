@@ -24,6 +24,7 @@ from sparsity.shards import local_values, rank_layout
 from train.arguments import check_recipe, training_arguments
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
+from train.checkpoints.write import parameters_of
 from train.compiled import compile_by_blocks
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
 from train.data.sampler import PermutationSampler
@@ -36,10 +37,12 @@ from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
+from train.folders import is_at_hand
 from train.fp8 import check_fp8, convert_to_fp8
 from train.initial import initial_weights
 from train.initial_check import check_start, check_tokenizer, command_line
 from train.model import build_skeleton, model_on_meta
+from train.names import dense_words
 from train.plan import RunPlan
 from train.profiler import StepProfiler
 from train.pruning import sparsity_callback
@@ -90,6 +93,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             convert_to_fp8(model)
         compile_by_blocks(model, arguments)
         prunable = prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
+        shapes = {name: param.shape for name, param in parameters_of(model).items()}
     fingerprint = world.on_main(data_fingerprint, data.folder)
     resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
     with user_errors(quiet=not world.is_main):
@@ -135,7 +139,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         )
     show_progress(trainer, sparsity)
     fsdp_version = 2 if trainer.is_fsdp_enabled else 0
-    say(world, opening_words(config, plan, data, world.size, "FSDP2" if fsdp_version else "no sharding"))
+    sharding = "FSDP2" if fsdp_version else "no sharding"
+    say(world, opening_words(config, plan, data, world.size, sharding, dense_words(shapes, prunable)))
     if resume_from is not None:
         say(world, f"  resumed from {resume_from}")
     try:
@@ -190,7 +195,7 @@ def filling(
     if resume_from is not None:
         return lambda module: None
     if config.init_from is not None:
-        weights = initial_weights(model, config.init_from)
+        weights = initial_weights(model, config.init_from, plan.model.path is not None)
         return weights.fill
     seed, init = config.trainer.seed, plan.model.init
     return lambda module: draw_weights(module, build_skeleton(plan.model, tokenizer), seed, init)
@@ -198,9 +203,9 @@ def filling(
 
 def inherited_sparsity(config: Config, model: Any, prunable: list[str]) -> float:
     """Return the share of zeros in the prunable weights of `init_from`; 0 if a resumed run's folder is gone."""
-    if config.init_from is None or not Path(config.init_from).expanduser().is_dir():
+    if config.init_from is None or not is_at_hand(config.init_from):
         return 0.0
-    return initial_weights(model, config.init_from).zero_share(prunable)
+    return initial_weights(model, config.init_from, config.model.path is not None).zero_share(prunable)
 
 
 def identity(plan: RunPlan) -> dict[str, Any]:

@@ -10,13 +10,24 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from conf.schema import Config, tokenizer_of
+from train.architecture import describe
 from train.checkpoints.durable import write_atomically
 from train.directory import RunDirectory
 from train.plan import RunPlan
 from train.report.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
 from train.report.summary import SHARE_OF_FINAL_STEPS
 from train.report.table import count_text, half_up, markdown, percent_text, rate_text
-from train.report.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words, tokenizer_terms, tokenizer_words
+from train.report.terms import (
+    BIBTEX,
+    PAPER,
+    PAPER_URL,
+    SOURCES,
+    base_model_terms,
+    licence_words,
+    public_name,
+    tokenizer_terms,
+    tokenizer_words,
+)
 
 CURVES = {
     "geometric": "each time the same share of the weights that are left",
@@ -32,7 +43,7 @@ def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequenc
     """
     own = {**summary, "run_name": plan.run_dir.name}
     sections = [
-        f"# {own['run_name']}\n\n{_opening(own)}",
+        f"# {own['run_name']}\n\n{_opening(config, plan, own)}",
         f"## Model\n\n{_model(config, plan, own)}",
         f"## Figures\n\n{_figures(own)}",
         f"## Training\n\n{_training(config, plan, own, siblings)}",
@@ -78,7 +89,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
         license_link=config.card.license_link,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["sparsellm", "llama", *kind, "arxiv:2501.12486"],
+        tags=["sparsellm", plan.architecture, *kind, "arxiv:2501.12486"],
         datasets=[source.hub_id] if source.hub_id else None,
         metrics=["perplexity"] if results else None,
         model_name=plan.run_dir.name,
@@ -86,7 +97,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
     )
 
 
-def _opening(own: Figures) -> str:
+def _opening(config: Config, plan: RunPlan, own: Figures) -> str:
     zeros = f"{percent_text(own['sparsity'])} of the weights in its linear layers are exactly zero"
     outcome = (
         f"pruned on the way: {zeros}"
@@ -95,8 +106,12 @@ def _opening(own: Figures) -> str:
         if has_sparse_weights(own)
         else "dense: nothing was pruned"
     )
+    start = "pre-trained from scratch"
+    if config.init_from is not None:
+        start = f"trained on from the weights of `{public_name(config.init_from)}`"
+    what = "LLaMA" if plan.model.path is None else f"model of the architecture `{plan.architecture}`"
     return (
-        f"A LLaMA of {count_text(own['total_params'])} parameters, pre-trained from scratch and {outcome}. Trained by "
+        f"A {what} of {count_text(own['total_params'])} parameters, {start} and {outcome}. Trained by "
         f"sparsellm, an implementation of [{PAPER.split(':')[0]}]({PAPER_URL}), in a run of its own: it is none of the "
         "checkpoints published with the paper."
     )
@@ -104,10 +119,12 @@ def _opening(own: Figures) -> str:
 
 def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     model = plan.model
+    width = model.hidden_size if model.path is None else describe(model).attention_width
+    architecture = "LLaMA" if model.path is None else plan.architecture
     shape = [
         f"`{model.name}`: {model.num_hidden_layers} layers",
         f"hidden size {model.hidden_size}",
-        f"{model.num_attention_heads} heads of {model.hidden_size // model.num_attention_heads}",
+        f"{model.num_attention_heads} heads of {width // model.num_attention_heads}",
         f"{model.num_key_value_heads} key-value heads",
         f"MLP {model.intermediate_size}",
         f"context {model.max_position_embeddings}",
@@ -116,7 +133,7 @@ def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     ]
     head = "lm_head is the embedding and not counted" if model.tie_word_embeddings else "lm_head counted, embedding not"
     lines = {
-        "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, LLaMA architecture",
+        "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, {architecture} architecture",
         "Shape": ", ".join(shape),
         "Sparsity configuration": _sparsity(config, own),
         "Training data": _data(config),
@@ -312,9 +329,11 @@ def _limits(own: Figures) -> str:
 
 
 def _terms(config: Config) -> str:
+    base = {} if config.init_from is None else {"Model it started from": base_model_terms(config.init_from)}
     return _bullets(
         {
             "Licence of this model": licence_words(config.card),
+            **base,
             "Training data": SOURCES[config.data.source].terms,
             "Tokenizer": tokenizer_terms(tokenizer_of(config)),
         }

@@ -79,6 +79,12 @@ def tokenizer_terms(tokenizer: str) -> str:
     return f"`{public_name(tokenizer)}` is under its publisher's terms; where it is LLaMA 2's, that is {llama_2}."
 
 
+def base_model_terms(init_from: str) -> str:
+    return (
+        f"`{public_name(init_from)}` is under its publisher's terms, which go with weights that are trained on from it."
+    )
+
+
 def licence_words(card: CardConfig) -> str:
     """The model's own licence: what was chosen, or plainly that nothing was, and how to choose."""
     if card.license is None:
