@@ -29,9 +29,9 @@ def main(cfg: DictConfig) -> None:
             config = cli.typed(cfg)
         import torch
 
-        from eval.load import pick_device
-        from eval.perplexity import evaluate, finite
-        from eval.text import figures_text
+        from eval.model.load import pick_device
+        from eval.model.perplexity import evaluate, finite
+        from eval.model.text import figures_text
         from train.distributed import World, join_world
 
         with cli.user_errors(quiet=not is_main):

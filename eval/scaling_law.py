@@ -27,10 +27,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     with user_errors():
         config: ScalingLawConfig = composed("scaling_law", arguments)
-        from eval.law.figure import draw_laws
-        from eval.law.points import read_points
-        from eval.law.report import report
-        from eval.law.text import report_text
+        from eval.runs.law.figure import draw_laws
+        from eval.runs.law.points import read_points
+        from eval.runs.law.report import report
+        from eval.runs.law.text import report_text
 
         points = read_points(config.runs, config.loss)
         figures, fits = report(config, points)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.local import PlannedJob
 from launch.sweep import Sweep
-from train.directory import RunDirectory
+from train.record.directory import RunDirectory
 
 POLL_S = 5.0
 

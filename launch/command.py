@@ -12,8 +12,8 @@ from pathlib import Path
 
 from conf.schema import Config
 from launch.machines import Machines
-from launch.plan.gathering import run_setting
-from train.plan import plan_run
+from train.plan.gathering import run_setting
+from train.plan.run import plan_run
 
 CONFIGS = Path(__file__).parent / "accelerate"
 ALONE = Machines()
@@ -79,7 +79,7 @@ def accelerate_command(
         overrides: What makes it, for `python -m train` to compose again.
         gpus: GPUs of this machine.
         machines: This machine among the run's.
-        device_bytes: Memory of a GPU, which decides whether gathered weights are kept (`launch.plan.gathering`).
+        device_bytes: Memory of a GPU, which decides whether gathered weights are kept (`train.plan.gathering`).
 
     Raises:
         ValueError: if processes, replicas or the accelerate config cannot be as asked.

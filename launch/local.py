@@ -15,9 +15,9 @@ from launch.process import Task, run_children
 from launch.run import exit_code
 from launch.sweep import Job, Sweep, finished_job, places, refusal
 from train.faults.stop import PREEMPTED_CODE
-from train.initial_check import check_start
-from train.plan import RunPlan, plan_run
-from train.wandb_key import check_wandb
+from train.model.initial_check import check_start
+from train.plan.run import RunPlan, plan_run
+from train.record.wandb_key import check_wandb
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 from launch.run import exit_code
 from launch.sweep import Job, Sweep, key_of
-from train.directory import RunDirectory
-from train.plan import run_directory
-from train.report.table import markdown
+from train.plan.run import run_directory
+from train.record.directory import RunDirectory
+from train.record.table import markdown
 
 FIGURE = "sweep.png"
 
@@ -30,7 +30,7 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
     if summaries:
         print("\n" + markdown(summaries), flush=True)
         if sweep.name is not None:
-            from eval.sweep import draw_sweep
+            from eval.runs.sweep import draw_sweep
 
             draw_sweep(summaries, sweep.folder / FIGURE, sweep.name)
             print(f"\nfigure   {sweep.folder / FIGURE}", flush=True)
@@ -52,7 +52,7 @@ def close_search(folder: Path) -> int:
     if not found:
         print(f"error: no trial of {folder} finished; their words are above.", file=sys.stderr, flush=True)
         return 1
-    from eval.sweep import draw_sweep
+    from eval.runs.sweep import draw_sweep
 
     found.sort(key=lambda summary: float(summary["heldout_loss"]))
     draw_sweep(found, folder / FIGURE, folder.name)

@@ -32,10 +32,10 @@ from launch.machines import Machines
 from launch.outcome import close_search, close_sweep
 from launch.run import start_run
 from launch.sweep import Job, Sweep, is_hydras, is_key, job_name, key_of
-from train.directory import RunDirectory
 from train.faults.preempt import SIGNALS
 from train.faults.stop import PREEMPTED_CODE
-from train.plan import run_directory
+from train.plan.run import run_directory
+from train.record.directory import RunDirectory
 
 PLUGINS = {
     "submitit": ("hydra_plugins.hydra_submitit_launcher", "slurm"),

@@ -11,10 +11,10 @@ from conf.schema import Config
 from launch.command import accelerate_command, child_environment, gpu_bytes, num_gpus, num_processes, printable
 from launch.machines import find_machines
 from launch.process import run_child
-from train.directory import RunDirectory
-from train.initial_check import check_start
-from train.plan import plan_run
-from train.wandb_key import check_wandb
+from train.model.initial_check import check_start
+from train.plan.run import plan_run
+from train.record.directory import RunDirectory
+from train.record.wandb_key import check_wandb
 
 
 def start_run(config: Config, overrides: Sequence[str]) -> int:

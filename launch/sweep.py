@@ -23,8 +23,8 @@ from conf import schema
 from conf.compose import composed, composition_sentence, prepared
 from conf.schema import Config, LaunchConfig
 from conf.values import override_of, text_of
-from train.directory import RunDirectory, is_restart
-from train.plan import RunPlan
+from train.plan.run import RunPlan
+from train.record.directory import RunDirectory, is_restart
 
 DEFAULT_NAME = "sweep"
 NOT_IN_A_NAME = ("experiment", "sweep", "sweep_name", "launch", "dry_run", "overwrite", "resume", "logger", "runs_dir")

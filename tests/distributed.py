@@ -34,7 +34,7 @@ def run_ranks(
     # On a GPU they are started afresh: what a forked process inherits of the driver is of no use to it.
     context = mp.get_context("spawn" if on_gpu else "forkserver")
     if not on_gpu:
-        context.set_forkserver_preload(["train.trainer", "train.export"])
+        context.set_forkserver_preload(["train.trainer", "train.model.export"])
     results: Any = context.Queue()
     # The store lives here, as in torchrun's agent: its port is taken from the start, and no rank ends before it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator, set_seed
 
 from sparsity import SparsityCallback
-from train.compiled import compile_by_blocks
 from train.distributed import World
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
+from train.speed.compiled import compile_by_blocks
 from train.trainer import PretrainingTrainer, RunState
 
 VOCABULARY = 128

@@ -19,7 +19,7 @@ from tests.commands import run_command
 from tests.test_run import tiny, write_text
 from train.data.pipeline import prepare
 from train.data.tokenizer import train_bpe, wrap_bpe
-from train.plan import plan_run
+from train.plan.run import plan_run
 
 
 def the_error(done: subprocess.CompletedProcess[str]) -> str:

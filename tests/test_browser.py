@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.report.__main__ import main
+from eval.report import main
 from tests.panel_runs import write_sweep
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

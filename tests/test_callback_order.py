@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from eval.zeros import count_zeros
+from eval.model.zeros import count_zeros
 from sparsity import Fixed, Geometric, SparsityCallback
 
 STEPS = 5

@@ -22,14 +22,14 @@ from conf.schema import CardConfig, Config
 from sparsity.prunable import linear_weights
 from train.data import hub
 from train.data.tokenizer import train_bpe, wrap_bpe
-from train.directory import RunDirectory, run_identity
 from train.distributed import World
-from train.export import export_model
-from train.model import build_model
-from train.plan import RunPlan, plan_run
-from train.report.card import card_text, write_card
-from train.report.publish import push_to_hub, renew_card
-from train.report.siblings import counterpart, find_siblings, has_sparse_weights, match_words
+from train.model.build import build_model
+from train.model.export import export_model
+from train.plan.run import RunPlan, plan_run
+from train.record.card import card_text, write_card
+from train.record.directory import RunDirectory, run_identity
+from train.record.publish import push_to_hub, renew_card
+from train.record.siblings import counterpart, find_siblings, has_sparse_weights, match_words
 
 TINY = (
     "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=1",

@@ -29,7 +29,7 @@ from sparsity.compact.loading import expansions
 from sparsity.prunable import own_linear_weights
 from tests.benchmarks.common import EXACT_MEMORY, in_process
 from tests.hostile import all_tensors, join_file, split_file, write_plain
-from train.model import llama_config
+from train.model.build import llama_config
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.arange(24).view(2, 12)

@@ -26,8 +26,8 @@ def train(folder: Path, fsdp: bool, compiled: bool) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     from sparsity.prunable import linear_weights
-    from train.compiled import compile_by_blocks
     from train.distributed import join_world
+    from train.speed.compiled import compile_by_blocks
 
     join_world(60)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def train(folder: Path, fsdp: bool, compiled: bool) -> dict[str, Any]:
 def test_a_backend_or_mode_that_is_not_there_is_one_sentence(option):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from train.compiled import compile_by_blocks
+    from train.speed.compiled import compile_by_blocks
 
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     asked = {"torch_compile_backend": "inductor", "torch_compile_mode": None, f"torch_compile_{option}": "nonsense"}
@@ -69,7 +69,7 @@ def test_a_backend_or_mode_that_is_not_there_is_one_sentence(option):
 def test_max_autotune_tunes_without_the_cuda_graphs_that_blocks_would_share(monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from train.compiled import compile_by_blocks
+    from train.speed.compiled import compile_by_blocks
 
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "max-autotune")
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "false")

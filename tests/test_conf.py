@@ -13,7 +13,7 @@ from conf.schema import OptimConfig, TrainerConfig
 from conf.schema.checks import names_of
 from conf.schema.trainer import OWN_KEYS
 from tests.commands import ROOT
-from train.plan import plan_run
+from train.plan.run import plan_run
 
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from eval.report.panels import PANELS, SECTIONS, TABLE
+from eval.runs.page.panels import PANELS, SECTIONS, TABLE
 from launch.dashboard.__main__ import main
 from tests.panel_runs import write_run
 

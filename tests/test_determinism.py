@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.compose import composed
 from tests.distributed import run_ranks
-from train.plan import plan_run
+from train.plan.run import plan_run
 
 
 def settings_of_a_deterministic_run(folder: Path) -> dict[str, Any]:

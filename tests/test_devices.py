@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from train.devices import peak_tflops
+from train.plan.devices import peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -52,5 +52,5 @@ def test_a_slice_a_weaker_variant_and_an_unknown_device_have_no_peak(name: str) 
 
 
 def test_the_table_needs_no_torch() -> None:
-    code = "import sys, train.devices; sys.exit('torch' in sys.modules)"
+    code = "import sys, train.plan.devices; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

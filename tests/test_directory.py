@@ -13,7 +13,7 @@ from conf.cli import sentence
 from conf.compose import composed
 from conf.schema import Config
 from tests.test_run import tiny
-from train.directory import RunDirectory
+from train.record.directory import RunDirectory
 
 
 def config_of(folder: Path, *overrides: str) -> Config:

@@ -17,8 +17,8 @@ from tests.test_checkpoint import ALONE, write_trainer_state
 from tests.test_directory import config_of
 from train.checkpoints import layout
 from train.checkpoints.write import Pieces, write_checkpoint
-from train.directory import RunDirectory
 from train.faults.stop import RunStopped
+from train.record.directory import RunDirectory
 
 
 def save(root: Path, step: int, num_weights: int) -> str:

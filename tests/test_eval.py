@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conf.compose import composed
-from eval.perplexity import evaluate, tokenized
-from eval.text import block_of, figures_text
-from eval.wikitext import read_wikitext
+from eval.model.perplexity import evaluate, tokenized
+from eval.model.text import block_of, figures_text
+from eval.model.wikitext import read_wikitext
 from sparsity.compact import compact_folder
 from tests.commands import run_command
 from tests.small_models import CONTEXT, VOCABULARY, gpt2, llama, prune, saved
@@ -296,7 +296,7 @@ WRONG_KEYS = [
     ("overrides", "message"), WRONG_KEYS, ids=lambda value: value[0] if isinstance(value, list) else None
 )
 def test_what_does_not_fit_is_said_before_a_weight_is_read(overrides, message, sparse, capsys, monkeypatch):
-    monkeypatch.setattr("eval.perplexity.load_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("eval.model.perplexity.load_model", lambda *_: pytest.fail("weights were read"))
     assert message in refused(sparse[0], capsys, *overrides)
 
 

@@ -30,9 +30,9 @@ from transformers import (
     set_seed,
 )  # fmt: skip
 
-from eval.causal import check_architecture, check_reads_no_ahead, logits_change
-from eval.context import context_of
-from eval.perplexity import checked, evaluate
+from eval.model.causal import check_architecture, check_reads_no_ahead, logits_change
+from eval.model.context import context_of
+from eval.model.perplexity import checked, evaluate
 from tests.distributed import run_ranks
 from tests.small_models import VOCABULARY, gpt2, llama, saved
 from tests.test_eval import ALONE, config, figures_of, refused
@@ -194,7 +194,7 @@ def test_a_last_token_changes_what_is_before_it_in_models_that_read_ahead(dtype)
 
 def ending_of(folder: str) -> int | str | None:
     """How an evaluation in shards ends on this rank."""
-    import eval.load as load
+    import eval.model.load as load
 
     load.wants_fsdp = lambda: True
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.group.WORLD)

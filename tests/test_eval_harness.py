@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from conf.compose import composed
-from eval.perplexity import evaluate
-from eval.wikitext import read_wikitext
+from eval.model.perplexity import evaluate
+from eval.model.wikitext import read_wikitext
 from tests.commands import SHARED
 from tests.small_models import llama, saved
 from train.data import load_tokenizer
@@ -133,7 +133,7 @@ def test_a_task_without_its_data_is_said_in_one_sentence(tmp_path, capsys):
 
 
 def test_without_the_harness_the_remedy_is_said(monkeypatch):
-    from eval.harness import check_tasks
+    from eval.model.harness import check_tasks
 
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ValueError, match=r"not installed: pip install '\.\[eval\]'"):
@@ -142,7 +142,7 @@ def test_without_the_harness_the_remedy_is_said(monkeypatch):
 
 def test_the_harness_takes_logarithms_in_float32(monkeypatch):
     """Its own default takes them in the logits' type: in bfloat16 log-probabilities near 8 come in steps of 0.03."""
-    from eval import harness
+    from eval.model import harness
 
     asked: dict[str, Any] = {}
     fakes = {

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from conf.compose import composed
-from eval.load import load_model
-from eval.perplexity import evaluate
-from eval.shards import file_names
+from eval.model.load import load_model
+from eval.model.perplexity import evaluate
+from eval.model.shards import file_names
 from sparsity.compact import compact_folder
 from sparsity.shards import local_tensor
 from tests.commands import ROOT, quiet_environment
@@ -38,11 +38,11 @@ def overrides(folder: str) -> list[str]:
 
 def figures_in_shards(folders: list[str], whole_first: bool) -> list[tuple[dict[str, Any], float]]:
     """The figures of each folder's model, and the share of its weights that this rank held."""
-    import eval.load as load
+    import eval.model.load as load
 
     load.wants_fsdp = lambda: True
     if whole_first:
-        import eval.shards as shards
+        import eval.model.shards as shards
 
         shards.file_names = lambda *_: None
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.group.WORLD)

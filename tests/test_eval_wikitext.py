@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.schema import DataConfig
-from eval.wikitext import WikiText, as_prose, read_wikitext
+from eval.model.wikitext import WikiText, as_prose, read_wikitext
 from tests.commands import SHARED
 
 SOURCE = (
@@ -178,7 +178,7 @@ def test_the_hubs_rows_make_the_original_file(monkeypatch):
     not (SHARED / "data").is_dir(), reason="../shared/data with WikiText and LLaMA 2's tokenizer is not there"
 )
 def test_the_published_counts_of_wikitext_are_met():
-    from eval.perplexity import tokenized
+    from eval.model.perplexity import tokenized
     from train.data import load_tokenizer
 
     text = read_wikitext(data(SHARED / "data" / "wikitext.test.raw"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval.windows import rolling_windows, strided_windows
+from eval.model.windows import rolling_windows, strided_windows
 from train.scoring import Window, disjoint_windows
 
 

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from eval.zeros import count_zeros
+from eval.model.zeros import count_zeros
 from sparsity import Geometric, SparsityCallback
 from sparsity.compact.folder import compact_folder
 from sparsity.prunable import linear_weights, prunable_parameters

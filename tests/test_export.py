@@ -17,8 +17,8 @@ from sparsity import Geometric, SparsityCallback
 from tests.distributed import run_ranks
 from train.data.tokenizer import train_bpe, wrap_bpe
 from train.distributed import World
-from train.export import export_model
-from train.model import build_model
+from train.model.build import build_model
+from train.model.export import export_model
 
 IDS = torch.arange(24).view(2, 12) % 61
 

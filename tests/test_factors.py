@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.compose import composed
-from launch.plan.forecast import forecast
 from launch.plan.request import read_request
-from launch.plan.text import run_text
 from sparsity import Geometric, SparsityCallback
 from sparsity.factors import factor_of
 from sparsity.schedule import Fixed
@@ -23,9 +21,11 @@ from sparsity.select import prune_smallest_
 from sparsity.shards import ParameterShard
 from tests.distributed import run_ranks
 from tests.test_card import compose_run, make_card
-from train.directory import RunDirectory, run_identity
-from train.plan import plan_run
-from train.report.choices import choice_words
+from train.plan.choices import choice_words
+from train.plan.forecast import forecast
+from train.plan.run import plan_run
+from train.plan.text import run_text
+from train.record.directory import RunDirectory, run_identity
 
 DENORMAL = 2.0**-149
 FACTORS = {"*q_proj*": 0.0625, "b": 0.1}
@@ -198,7 +198,7 @@ def pruned_shards(dtype: str) -> dict[str, Tensor]:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    from train.export import full_tensor
+    from train.model.export import full_tensor
 
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -19,8 +19,8 @@ from conf.schema import TrainerConfig
 from sparsity import OneShot, SparsityCallback, prunable_parameters
 from tests.distributed import run_ranks
 from tests.small_trainer import random_rows
-from train.fp8 import check_fp8, convert_to_fp8
-from train.plan import plan_run
+from train.plan.run import plan_run
+from train.speed.fp8 import check_fp8, convert_to_fp8
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -170,7 +170,7 @@ def train_in_float8(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, to
 def trained(folder: Path, checkpoint: Path | None) -> tuple[dict[str, torch.Tensor], list[float]]:
     from tests.small_trainer import small_trainer
     from train.distributed import join_world
-    from train.export import export_model
+    from train.model.export import export_model
 
     world, model = join_world(60), llama()
     assert len(convert_to_fp8(model, emulate=True)) == 14

@@ -16,15 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conf.compose import composed
 from conf.schema import Config
-from eval.load import load_whole, model_config
+from eval.model.load import load_whole, model_config
 from tests.test_run import tiny
 from train.checkpoints import layout
 from train.checkpoints.read import CheckpointReader
 from train.data.documents import read_documents
 from train.data.tokenizer import load_tokenizer, train_bpe, wrap_bpe
-from train.directory import RunDirectory
-from train.initial import load_initial_weights
-from train.records import keep_whole_records
+from train.model.initial import load_initial_weights
+from train.record.directory import RunDirectory
+from train.record.metrics import keep_whole_records
 
 
 class Bomb:

@@ -17,7 +17,7 @@ from tests.commands import run_command
 from tests.interrupted import interrupted
 from tests.test_run import tiny
 from tests.wandb_file import read_records
-from train.initial import load_initial_weights
+from train.model.initial import load_initial_weights
 
 
 def small(hidden_size: int = 16) -> LlamaForCausalLM:

@@ -18,11 +18,11 @@ from conf.schema import Config, tokenizer_of
 from tests.commands import run_command
 from tests.interrupted import one_error
 from tests.test_run import tiny
-from train.directory import RunDirectory, run_identity
-from train.initial import load_initial_weights
-from train.initial_check import check_start, check_tokenizer
-from train.initial_config import check_config
-from train.plan import plan_run
+from train.model.initial import load_initial_weights
+from train.model.initial_check import check_start, check_tokenizer
+from train.model.initial_config import check_config
+from train.plan.run import plan_run
+from train.record.directory import RunDirectory, run_identity
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

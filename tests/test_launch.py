@@ -16,7 +16,7 @@ from launch.local import plan_jobs
 from launch.machines import Machines, find_machines
 from launch.sweep import job_name, places, read_sweep
 from tests.commands import ROOT, run_command
-from train.plan import plan_run
+from train.plan.run import plan_run
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from conf.compose import composed
 from tests.distributed import run_ranks
-from train.plan import plan_run
+from train.plan.run import plan_run
 
 
 def precision_after_arguments(folder: Path, tf32: str) -> tuple[str, str]:

@@ -37,7 +37,7 @@ from tests.test_run import tiny, write_text
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.distributed import World
-from train.export import export_model, full_tensor
+from train.model.export import export_model, full_tensor
 from train.trainer import row_size
 
 CUT = 4

@@ -66,7 +66,7 @@ def test_a_search_for_documents_would_ask_once_a_micro_batch(tmp_path):
 
 def test_attention_over_whole_blocks_is_sdpa_to_the_last_bit():
     from tests.small_trainer import random_rows, small_llama
-    from train.attention import attend_over_whole_blocks
+    from train.model.attention import attend_over_whole_blocks
 
     model, plain = small_llama(), small_llama()
     attend_over_whole_blocks(model)
@@ -80,7 +80,7 @@ def test_attention_over_whole_blocks_is_sdpa_to_the_last_bit():
 
 def test_another_attention_stays_as_it_was_chosen():
     from tests.small_trainer import small_llama
-    from train.attention import attend_over_whole_blocks
+    from train.model.attention import attend_over_whole_blocks
 
     model = small_llama()
     model.set_attn_implementation("eager")
@@ -90,7 +90,7 @@ def test_another_attention_stays_as_it_was_chosen():
 
 def test_an_exported_config_names_no_attention(tmp_path):
     from tests.small_trainer import small_llama
-    from train.attention import WHOLE_BLOCKS, attend_over_whole_blocks
+    from train.model.attention import WHOLE_BLOCKS, attend_over_whole_blocks
 
     model = small_llama()
     attend_over_whole_blocks(model)

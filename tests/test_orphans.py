@@ -17,7 +17,7 @@ from launch.alive import is_controller, job_numbers, queued, wait_for_live_jobs
 from tests.commands import run_command
 from tests.processes import descendants, is_alive, launched, send
 from tests.test_run import tiny, write_text
-from train.directory import RunDirectory
+from train.record.directory import RunDirectory
 
 STEPS = 100
 

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from eval.report.__main__ import main
-from eval.report.page import script_json
-from eval.report.panels import PANELS
+from eval.report import main
+from eval.runs.page.page import script_json
+from eval.runs.page.panels import PANELS
 from tests.panel_runs import write_run, write_sweep
 
 NAMES = ["dense", "going", "half", "most", "most-twin"]

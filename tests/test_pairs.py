@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf.compose import composed
-from eval.pairs.comparison import compare, curve_loss, read_runs
-from eval.pairs.text import cells, markdown, usual_settings
+from eval.runs.pairs.comparison import compare, curve_loss, read_runs
+from eval.runs.pairs.text import cells, markdown, usual_settings
 from tests.commands import run_command
 
 

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from eval.report.curves import curves, final_layers, layer_rows, record_points, thinned
-from eval.report.law import fit_runs
-from eval.report.page import row
-from eval.report.panels import PANELS, TABLE
-from eval.report.runs import read_runs
+from eval.runs.page.curves import curves, final_layers, layer_rows, record_points, thinned
+from eval.runs.page.law import fit_runs
+from eval.runs.page.page import row
+from eval.runs.page.panels import PANELS, TABLE
+from eval.runs.page.runs import read_runs
 from tests.panel_runs import write_run, write_sweep
-from train.report.table import COLUMNS
+from train.record.table import COLUMNS
 
 BY_NAME = {panel.name: panel for panel in PANELS}
 

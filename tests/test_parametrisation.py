@@ -24,14 +24,14 @@ from tests.processes import launched
 from tests.test_card import compose_run, line_of, make_card
 from tests.test_export import tokenizer_in
 from train.distributed import World
-from train.export import export_model, full_names, full_tensor
-from train.initial import initial_weights
-from train.model import build_model, build_skeleton
-from train.parametrisation import fold_queries, query_folds
-from train.plan import plan_run
-from train.report.choices import choice_words
-from train.twin import dense_twin
-from train.weights import allocate, draw_weights
+from train.model.build import build_model, build_skeleton
+from train.model.export import export_model, full_names, full_tensor
+from train.model.initial import initial_weights
+from train.model.parametrisation import fold_queries, query_folds
+from train.model.weights import allocate, draw_weights
+from train.plan.choices import choice_words
+from train.plan.run import plan_run
+from train.plan.twin import dense_twin
 
 # A module's first test waits for several launches.
 pytestmark = pytest.mark.timeout(900)

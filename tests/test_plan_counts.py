@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM
 
 from conf.schema import ModelConfig, SparsityConfig
 from sparsity.prunable import prunable_parameters
-from train.counts import count_parameters
-from train.model import llama_config
-from train.names import count_prunable, parameter_shapes
+from train.model.build import llama_config
+from train.plan.counts import count_parameters
+from train.plan.names import count_prunable, parameter_shapes
 
 MODELS = sorted((Path(__file__).resolve().parents[1] / "conf" / "model").glob("*.yaml"))
 GROUPED_TIED = ModelConfig(

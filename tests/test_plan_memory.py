@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from conf.schema import ModelConfig, PlanConfig
-from launch.plan.compute import event_network_bytes, flops_per_token, step_network_bytes, training_days
-from launch.plan.device import memory_of, peak_of
-from launch.plan.figure import density_curve, draw_density
-from launch.plan.forecast import forecast
-from launch.plan.gathering import must_reshard
-from launch.plan.memory import Setting, gpu_memory, host_memory, largest_micro_batch, parse_bytes
 from launch.plan.request import read_request
-from launch.plan.text import run_text
 from tests.benchmarks.memory import Case, measure
-from train.counts import count_parameters
-from train.devices import PEAK_TFLOPS
-from train.plan import plan_run
+from train.plan.assumed import memory_of, peak_of
+from train.plan.compute import event_network_bytes, flops_per_token, step_network_bytes, training_days
+from train.plan.counts import count_parameters
+from train.plan.devices import PEAK_TFLOPS
+from train.plan.figure import density_curve, draw_density
+from train.plan.forecast import forecast
+from train.plan.gathering import must_reshard
+from train.plan.memory import Setting, gpu_memory, host_memory, largest_micro_batch, parse_bytes
+from train.plan.run import plan_run
+from train.plan.text import run_text
 
 ONE_B = ModelConfig(
     name="1b", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=8,

@@ -7,13 +7,13 @@ import re
 
 import pytest
 
-from launch.plan.forecast import forecast
 from launch.plan.request import read_request
-from launch.plan.text import run_text
 from sparsity.schedule import SCHEDULES, Constant, Geometric, Mixed, OneShot
 from sparsity.scope import Group, make_pools, seen_together
 from sparsity.window import compute_window, schedule_of_window
-from train.plan import plan_run
+from train.plan.forecast import forecast
+from train.plan.run import plan_run
+from train.plan.text import run_text
 
 CURVES = {
     "geometric": lambda s, x: (1 - s) ** x,

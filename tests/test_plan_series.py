@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.plan.request import read_request
-from launch.plan.series import COLUMNS, card_batch_tokens, card_cells, half_up, short_count, short_float, table_row
-from train.plan import plan_run
+from train.plan.run import plan_run
+from train.plan.series import COLUMNS, card_batch_tokens, card_cells, half_up, short_count, short_float, table_row
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "table.csv"
 MEASURED = ("final_train_loss", "final_train_loss_std", "perplexity")

@@ -9,9 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conf.schema import ModelConfig, WindowConfig
 from launch.plan.request import read_request
-from train.counts import count_parameters
-from train.plan import plan_run
-from train.twin import dense_twin
+from train.plan.counts import count_parameters
+from train.plan.run import plan_run
+from train.plan.twin import dense_twin
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 BY_BUDGET = "sparsity.window={start:0.25,end:0.75,of:compute,budget:10000,every:100}"

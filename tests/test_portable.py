@@ -18,9 +18,9 @@ from conf.schema import ModelConfig
 from sparsity.compact import compact_folder, expand_folder
 from tests.test_export import tokenizer_in
 from train.distributed import World
-from train.export import export_model
-from train.model import build_model
-from train.portable import portable_config, portable_tokenizer_config
+from train.model.build import build_model
+from train.model.export import export_model
+from train.model.portable import portable_config, portable_tokenizer_config
 
 THETA = 500.0
 """Neither version's default, so that a model that was read without it has other logits."""

@@ -14,8 +14,8 @@ from torch.profiler import record_function
 from transformers import TrainerControl, TrainerState
 
 from conf.schema import TrainerConfig
-from train.profiler import StepProfiler
-from train.throughput import StepClock
+from train.speed.profiler import StepProfiler
+from train.speed.throughput import StepClock
 
 
 def run_steps(profiler: StepProfiler, first: int, last: int) -> None:

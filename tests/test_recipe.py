@@ -17,8 +17,8 @@ from conf.compose import composed
 from conf.schema.choices import COMPILE_MODES, INTERVALS, OPTIMIZERS, SCHEDULERS
 from tests.test_run import tiny
 from train.arguments import check_recipe, training_arguments
-from train.model import model_on_meta
-from train.plan import plan_run
+from train.model.build import model_on_meta
+from train.plan.run import plan_run
 
 
 @pytest.mark.parametrize(

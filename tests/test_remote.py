@@ -11,7 +11,7 @@ from conf.schema import Config
 from launch import remote
 from launch.sweep import Sweep, finished_job, read_sweep
 from tests.test_sweep import finish
-from train.plan import plan_run
+from train.plan.run import plan_run
 
 
 @pytest.fixture

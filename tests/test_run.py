@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.report.panels import PANELS, TABLE
+from eval.runs.page.panels import PANELS, TABLE
 from sparsity.prunable import linear_weights
 from sparsity.schedule import Geometric
 from tests.commands import run_command

@@ -8,18 +8,18 @@ import pytest
 
 from conf.schema import ScalingLawConfig
 from conf.values import as_typed
-from eval.law.claim import held_out_residuals, paired, verdict
-from eval.law.fit import Fit, Problem, _grid, _objective, bootstrap, check_exponents, check_hessian, fit_law
-from eval.law.identifiable import levels
-from eval.law.law import Law
-from eval.law.lbfgs import minimise
-from eval.law.points import read_points
-from eval.law.report import interval
+from eval.runs.law.claim import held_out_residuals, paired, verdict
+from eval.runs.law.fit import Fit, Problem, _grid, _objective, bootstrap, check_exponents, check_hessian, fit_law
+from eval.runs.law.identifiable import levels
+from eval.runs.law.law import Law
+from eval.runs.law.lbfgs import minimise
+from eval.runs.law.points import read_points
+from eval.runs.law.report import interval
 from eval.scaling_law import main
 from launch.plan.request import read_request
-from launch.plan.series import table_row
 from tests.commands import run_command
-from train.plan import plan_run
+from train.plan.run import plan_run
+from train.plan.series import table_row
 
 TRUE = Law.of(A=406.4, alpha=0.34, E=1.69, B=410.7, beta=0.28)
 SIZES = (1e6, 3e6, 1e7, 4e7, 1.5e8, 4e8)

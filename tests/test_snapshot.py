@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from train.distributed import World
-from train.snapshot import code_version, kept_variables, snapshot, write_snapshot
+from train.record.snapshot import code_version, kept_variables, snapshot, write_snapshot
 
 WORLD = World(0, 2, torch.device("cpu"))
 
@@ -45,8 +45,8 @@ def test_each_start_of_a_run_is_one_more_entry(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "snapshot.py").write_text("one = 1\n")
+    (tmp_path / "train" / "record").mkdir(parents=True)
+    (tmp_path / "train" / "record" / "snapshot.py").write_text("one = 1\n")
     for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     return tmp_path
@@ -58,7 +58,7 @@ def test_the_commit_is_told_and_whether_files_differ_from_it(repository):
     )
     found = code_version(repository)
     assert (found["commit"], found["dirty"]) == (head.stdout.strip(), False)
-    (repository / "train" / "snapshot.py").write_text("one = 2\n")
+    (repository / "train" / "record" / "snapshot.py").write_text("one = 2\n")
     assert code_version(repository)["dirty"] is True
 
 

@@ -16,7 +16,7 @@ import pytest
 from conf.schema import LoggerConfig
 from tests.commands import ROOT, quiet_environment, run_command
 from tests.test_run import tiny, write_text
-from train.wandb_key import MODES, check_wandb
+from train.record.wandb_key import MODES, check_wandb
 
 ROOMS = ("conf", "sparsity", "train", "launch", "eval")
 
@@ -119,7 +119,7 @@ def test_a_command_whose_product_is_its_output_ends_quietly_with_its_reader(tmp_
 
 
 def test_a_mode_that_wandb_does_not_know_is_refused_before_time_is_spent(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.wandb_key.has_wandb_key", lambda: False)
+    monkeypatch.setattr("train.record.wandb_key.has_wandb_key", lambda: False)
     with pytest.raises(ValueError, match="WANDB_MODE=dry is not known to wandb: set one of online, offline"):
         check_wandb(LoggerConfig(), {"WANDB_MODE": "dry"})
     for logger, environment in (
@@ -133,7 +133,7 @@ def test_a_mode_that_wandb_does_not_know_is_refused_before_time_is_spent(tmp_pat
     for logger, environment in ((LoggerConfig(mode="online"), {}), (LoggerConfig(), {"WANDB_MODE": "online"})):
         with pytest.raises(ValueError, match="=online needs an account"):
             check_wandb(logger, environment)
-    monkeypatch.setattr("train.wandb_key.find_spec", lambda _: None)
+    monkeypatch.setattr("train.record.wandb_key.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="needs the library wandb: pip install wandb, or take logger=none"):
         check_wandb(LoggerConfig(), {})
 

@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 
 import launch.local as local
 from conf.schema import Config
-from eval.sweep import draw_sweep, sweep_points
+from eval.runs.sweep import draw_sweep, sweep_points
 from launch.outcome import close_search
 from launch.process import Task, run_children
 from launch.remote import check_plugins, world_size
 from launch.sweep import read_sweep
-from train.plan import plan_run
+from train.plan.run import plan_run
 
 FIGURES = {
     "total_params": 2_000_000, "linear_params": 1_000_000, "nonzero_linear_params": 500_000, "batch_tokens": 4096,

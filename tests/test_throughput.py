@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from conf.compose import composed
-from train import throughput
-from train.plan import plan_run
+from train.plan.run import plan_run
 from train.pruning import RunSparsity
-from train.throughput import GIB, Lap, Speedometer, StepClock, speedometer
+from train.speed import throughput
+from train.speed.throughput import GIB, Lap, Speedometer, StepClock, speedometer
 from train.trainer import PretrainingTrainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from conf.compose import composed
-from train.plan import plan_run
-from train.wandb_key import has_wandb_key
-from train.wandb_run import kind_of_run, run_tags
+from train.plan.run import plan_run
+from train.record.wandb_key import has_wandb_key
+from train.record.wandb_run import kind_of_run, run_tags
 
 
 def kind_and_tags(*overrides: str, initial_sparsity: float = 0.0) -> tuple[str, list[str]]:

@@ -22,9 +22,9 @@ def sharded(folder: str | None = None, seed: int = 3, **changes: Any) -> dict[st
     from torch.distributed.fsdp import fully_shard
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from train.export import full_names, full_tensor
-    from train.initial import initial_weights
-    from train.weights import allocate, draw_weights, skeleton
+    from train.model.export import full_names, full_tensor
+    from train.model.initial import initial_weights
+    from train.model.weights import allocate, draw_weights, skeleton
 
     def build() -> Any:
         return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes}))
@@ -49,7 +49,7 @@ def sharded(folder: str | None = None, seed: int = 3, **changes: Any) -> dict[st
 def whole(seed: int = 3, **changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from train.weights import allocate, draw_weights, skeleton
+    from train.model.weights import allocate, draw_weights, skeleton
 
     def build() -> Any:
         return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes}))
@@ -111,7 +111,7 @@ def test_the_distribution_is_transformers_own_and_follows_from_the_seed_alone():
 def test_models_that_initialise_by_place_and_share_weights_are_drawn_as_they_ask():
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-    from train.weights import allocate, draw_weights, skeleton
+    from train.model.weights import allocate, draw_weights, skeleton
 
     def gpt2() -> Any:
         return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=8, n_head=2, n_positions=32))
@@ -138,7 +138,7 @@ def test_a_parameter_that_the_model_gives_no_values_is_an_error():
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from train.weights import allocate, draw_weights, skeleton
+    from train.model.weights import allocate, draw_weights, skeleton
 
     class Forgetful(LlamaForCausalLM):
         def _init_weights(self, module: nn.Module) -> None:
@@ -164,9 +164,9 @@ def train(folder: Path, early: bool, compiled: bool = False, width: int = 24) ->
     from torch._dynamo.utils import counters
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-    from train.compiled import compile_by_blocks
     from train.distributed import join_world
-    from train.weights import draw_weights, shard_and_allocate, skeleton
+    from train.model.weights import draw_weights, shard_and_allocate, skeleton
+    from train.speed.compiled import compile_by_blocks
 
     sizes = {**SHAPE, "hidden_size": width, "initializer_range": 0.02}
 
@@ -222,7 +222,7 @@ def peaks(skeletal: bool) -> dict[str, int]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.benchmarks.common import peak_resident_bytes, reset_peak, resident_bytes
-    from train.weights import allocate, draw_weights, skeleton
+    from train.model.weights import allocate, draw_weights, skeleton
 
     sharded()
     config = LlamaConfig(

@@ -15,8 +15,8 @@ from train.determinism import compute_deterministically
 from train.faults.error import FAILED_CODE, hand_over
 from train.faults.process import AGENT, die_with_parent, end_process, end_process_after
 from train.faults.stop import RunStopped
-from train.plan import plan_run, world_size_asked
-from train.wandb_key import check_wandb
+from train.plan.run import plan_run, world_size_asked
+from train.record.wandb_key import check_wandb
 
 schema.register()
 

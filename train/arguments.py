@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from conf.schema import Config, TrainerConfig
 from conf.schema.trainer import OWN_KEYS
-from train.plan import RunPlan
+from train.plan.run import RunPlan
 
 SET_HERE = {
     "output_dir", "overwrite_output_dir", "report_to", "fsdp", "fsdp_config", "deepspeed", "use_cpu",

@@ -12,9 +12,9 @@ from conf.schema import Config
 from sparsity import SparsityCallback
 from sparsity.schedule import Fixed
 from train.faults.stop import RunStopped
-from train.names import pruned_groups
-from train.plan import RunPlan
-from train.throughput import StepClock
+from train.plan.names import pruned_groups
+from train.plan.run import RunPlan
+from train.speed.throughput import StepClock
 
 
 class RunSparsity(SparsityCallback):

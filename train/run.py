@@ -25,39 +25,39 @@ from train.arguments import check_recipe, training_arguments
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
 from train.checkpoints.write import parameters_of
-from train.compiled import compile_by_blocks
 from train.data import Blocks, PreparedData, TokenStream, heldout_tokens, prepare, unigram_bits_per_byte
 from train.data.sampler import PermutationSampler
 from train.data.stream import training_blocks
-from train.directory import RunDirectory
-from train.disk import run_bytes
 from train.distributed import World, wants_fsdp
-from train.export import export_model
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
-from train.folders import is_at_hand
-from train.fp8 import check_fp8, convert_to_fp8
-from train.initial import initial_weights
-from train.initial_check import check_start, check_tokenizer, command_line
-from train.model import build_skeleton, model_on_meta
-from train.names import dense_words
-from train.plan import RunPlan
-from train.profiler import StepProfiler
+from train.model.build import build_skeleton, model_on_meta
+from train.model.export import export_model
+from train.model.initial import initial_weights
+from train.model.initial_check import check_start, check_tokenizer, command_line
+from train.model.weights import allocate, draw_weights
+from train.plan.disk import run_bytes
+from train.plan.folders import is_at_hand
+from train.plan.names import dense_words
+from train.plan.run import RunPlan
 from train.pruning import sparsity_callback
-from train.records import ProgressBar, Recorder, keep_whole_records
-from train.report.card import write_card
-from train.report.figure import draw_report, read_records
-from train.report.publish import push_to_hub, renew_card
-from train.report.summary import summarize
-from train.report.text import closing_words, opening_words, write_sample
+from train.record.card import write_card
+from train.record.directory import RunDirectory
+from train.record.figure import draw_report, read_records
+from train.record.metrics import ProgressBar, Recorder, keep_whole_records
+from train.record.publish import push_to_hub, renew_card
+from train.record.snapshot import write_snapshot
+from train.record.summary import summarize
+from train.record.text import closing_words, opening_words, write_sample
+from train.record.wandb_run import start_wandb
 from train.scoring import Score, score_stream
-from train.snapshot import write_snapshot
-from train.throughput import StepClock, speedometer
+from train.speed.compiled import compile_by_blocks
+from train.speed.fp8 import check_fp8, convert_to_fp8
+from train.speed.profiler import StepProfiler
+from train.speed.throughput import StepClock, speedometer
 from train.trainer import PretrainingTrainer, RunState
-from train.wandb_run import start_wandb
-from train.weights import allocate, draw_weights
 
 SETUP_ERRORS = (ImportError,)
 """Beside a user's errors: transformers raises it for a library that a setting needs."""

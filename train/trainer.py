@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, Trainer
 
 from sparsity import SparsityCallback
 from sparsity.mask import state_holder
-from train.attention import attend_over_whole_blocks
 from train.checkpoints import layout
 from train.checkpoints.background import BackgroundWriter
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
@@ -30,8 +29,9 @@ from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import start_unheeding
 from train.faults.stop import RunStopped
 from train.losses import StepLosses
-from train.throughput import StepClock
-from train.weights import shard_and_allocate
+from train.model.attention import attend_over_whole_blocks
+from train.model.weights import shard_and_allocate
+from train.speed.throughput import StepClock
 
 
 @dataclass

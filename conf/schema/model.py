@@ -12,7 +12,7 @@ from conf.schema.checks import check, check_choice
 
 AUTO_NAME = "auto"
 BY_CONFIG = 0
-"""A size that config.json gives: what conf/model/hf.yaml sets and `train.architecture.resolved` fills in."""
+"""A size that config.json gives: what conf/model/hf.yaml sets and `train.plan.architecture.resolved` fills in."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from conf.cli import user_errors
 from conf.compose import composed
 from conf.schema import DashboardConfig
 from launch.dashboard.selection import Selection, select
-from train.wandb_key import has_wandb_key
+from train.record.wandb_key import has_wandb_key
 
 USAGE = """python -m launch.dashboard sweep_name=SWEEP                 a workspace over the wandb runs of a sweep
 python -m launch.dashboard runs=runs/SWEEP kind=report      a report, over the runs of some folders

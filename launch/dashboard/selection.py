@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from conf.schema import DashboardConfig, LoggerConfig
-from eval.folders import named_places, run_folders
+from eval.runs.folders import named_places, run_folders
 
 UNQUOTABLE = "=<>!'\"\\"
 """What wandb-workspaces changes inside the value of a filter."""

@@ -8,7 +8,7 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
-from eval.report.panels import PANELS, SECTIONS, TABLE, Panel
+from eval.runs.page.panels import PANELS, SECTIONS, TABLE, Panel
 from launch.dashboard.selection import Selection
 
 COLUMNS = ["run:displayName", "run:state", "run:jobType", *(f"summary:{figure}" for figure in TABLE.values())]

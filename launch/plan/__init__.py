@@ -1,1 +1,1 @@
-"""What a run will be, before it runs: `python -m launch.plan`. Nothing here imports torch or transformers."""
+"""The command `python -m launch.plan`: what a run will be, before it runs. Nothing here imports torch or transformers."""

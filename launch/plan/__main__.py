@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.cli import user_errors
-from launch.plan.figure import draw_density
-from launch.plan.forecast import forecast
 from launch.plan.request import read_request
-from launch.plan.series import table_row
-from launch.plan.text import run_text, series_text
-from train.initial_check import check_start
-from train.plan import plan_run
+from train.model.initial_check import check_start
+from train.plan.figure import draw_density
+from train.plan.forecast import forecast
+from train.plan.run import plan_run
+from train.plan.series import table_row
+from train.plan.text import run_text, series_text
 
 USAGE = """python -m launch.plan [series=[NAME,...]] [format=json]          the table of the series
 python -m launch.plan experiment=NAME [devices=64] [device=H100] [mfu=0.4] [key=value ...]

@@ -139,7 +139,7 @@ def exporting(scale: float, rounds: int, folder: Path) -> Comparison:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from train.distributed import World
-    from train.export import export_model
+    from train.model.export import export_model
 
     hidden = max(32, 32 * int(32 * scale**0.5))
     config = LlamaConfig(

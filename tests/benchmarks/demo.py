@@ -30,7 +30,7 @@ from sparsity import Geometric, SparsityCallback
 from tests.benchmarks.common import RESULTS, Comparison, can_compile, finish, in_process, publish
 from tests.benchmarks.turns import ALWAYS, EVENTS, WARM_UP, Turns, make_model, make_trainer, random_tokens, run_in_turns
 from train.distributed import join_world
-from train.plan import RunPlan, plan_run
+from train.plan.run import RunPlan, plan_run
 
 MODULE = "tests.benchmarks.demo"
 LEAST_SPEED = 0.95

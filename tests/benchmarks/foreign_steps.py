@@ -19,7 +19,7 @@ def run_trainer(work: Workload, device: str, variant: Variant, warm_up: int) -> 
     what a user would write first; or compiled as runs are."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from train.compiled import compile_by_blocks
+    from train.speed.compiled import compile_by_blocks
 
     laps: list[Any] = []
     compiled = bool(variant.compiled)

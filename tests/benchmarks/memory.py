@@ -1,4 +1,4 @@
-"""Peak memory of training steps: measured, as the plan's `launch.plan.memory` has it, and sparse over dense.
+"""Peak memory of training steps: measured, as the plan's `train.plan.memory` has it, and sparse over dense.
 
     python -m tests.benchmarks.memory        -> runs/bench/memory.json
 
@@ -17,7 +17,6 @@ import sys
 from dataclasses import asdict, dataclass
 
 from conf.schema import ModelConfig
-from launch.plan.memory import SELECTION_CHUNK, GpuMemory, Setting, gpu_memory
 from tests.benchmarks.common import (
     EXACT_MEMORY,
     ONE_THREAD,
@@ -29,7 +28,8 @@ from tests.benchmarks.common import (
 )
 from tests.benchmarks.fsdp import shard
 from tests.distributed import free_port
-from train.counts import count_parameters
+from train.plan.counts import count_parameters
+from train.plan.memory import SELECTION_CHUNK, GpuMemory, Setting, gpu_memory
 
 OUTPUT = RESULTS / "memory.json"
 SMALL = {"vocab_size": 8000, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -121,7 +121,7 @@ def train_steps(case: Case, num_steps: int = 2) -> dict[str, float | str | int]:
     import torch
     from transformers import LlamaForCausalLM
 
-    from train.model import llama_config
+    from train.model.build import llama_config
 
     on_gpu = torch.cuda.is_available() and case.world_size == 1
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -177,7 +177,7 @@ def warm_up(device) -> None:  # type: ignore[no-untyped-def]
     import torch
     from transformers import LlamaForCausalLM
 
-    from train.model import llama_config
+    from train.model.build import llama_config
 
     width = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM._from_config(llama_config(Case("warm-up", width).model())).to(device)

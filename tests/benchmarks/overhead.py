@@ -35,7 +35,7 @@ from tests.benchmarks.common import RESULTS, Comparison, clock, finish, publish,
 from tests.benchmarks.turns import ALWAYS, EVENTS, WARM_UP, Turns, make_trainer, random_tokens, run_in_turns
 from train.distributed import join_world
 from train.faults.process import end_process
-from train.plan import plan_run
+from train.plan.run import plan_run
 
 MOST_OVERHEAD = 1.01
 ON_GPU = ("model=llama_162m", "trainer.per_device_train_batch_size=8")

@@ -236,7 +236,7 @@ def predicted_bytes(work: Workload, variant: Variant, device: str) -> int | None
     """The peak of `launch.plan` for such a step; None where it cannot be computed here."""
     try:
         from conf.schema import ModelConfig
-        from launch.plan.memory import Setting, gpu_memory
+        from train.plan.memory import Setting, gpu_memory
     except ImportError:
         return None
     model = ModelConfig(

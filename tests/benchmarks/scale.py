@@ -104,7 +104,7 @@ def shard_in_fake_world(model: dict[str, Any], world_size: int, shard_ranks: int
     from sparsity.mask import make_shards
     from sparsity.prunable import prunable_parameters
     from sparsity.shards import rank_layout
-    from train.model import llama_config
+    from train.model.build import llama_config
 
     dist.init_process_group("fake", store=FakeStore(), rank=world_size - 1, world_size=world_size)
     started = time.perf_counter()
@@ -174,7 +174,7 @@ def row(
 
 
 def measure(models: Sequence[str], worlds: Sequence[int], latency: float, bandwidth: float) -> list[Row]:
-    from train.counts import count_parameters
+    from train.plan.counts import count_parameters
 
     constants = Constants(**in_process(MODULE, "measure_constants"))
     rows = []

@@ -16,14 +16,14 @@ from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, def
 from conf.schema import Config
 from sparsity import SparsityCallback
 from train.arguments import training_arguments
-from train.compiled import compile_by_blocks
 from train.data import Blocks
 from train.distributed import World
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
-from train.model import llama_config
-from train.plan import RunPlan
+from train.model.build import llama_config
+from train.plan.run import RunPlan
+from train.speed.compiled import compile_by_blocks
 from train.trainer import PretrainingTrainer, RunState
 
 ALWAYS = ("experiment=demo", "batch_size=null", "trainer.save_strategy=no", "trainer.disable_tqdm=true")

@@ -19,8 +19,8 @@ from sparsity.compact import compact_folder
 from sparsity.prunable import own_linear_weights
 from train.data.tokenizer import train_bpe, wrap_bpe
 from train.distributed import World
-from train.export import export_model
-from train.model import llama_config
+from train.model.build import llama_config
+from train.model.export import export_model
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,9 +15,9 @@ from sparsity.select import prune_smallest_
 from sparsity.shards import ParameterShard
 from tests.test_export import tokenizer_in
 from train.distributed import World
-from train.export import export_model
-from train.model import build_model, build_skeleton
-from train.weights import allocate, draw_weights
+from train.model.build import build_model, build_skeleton
+from train.model.export import export_model
+from train.model.weights import allocate, draw_weights
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,8 +25,8 @@ def twenty_steps(folder: Path, fp8: bool) -> dict[str, Any]:
     from sparsity import OneShot, SparsityCallback, prunable_parameters
     from tests.small_trainer import random_rows, small_llama, small_trainer
     from train.distributed import join_world
-    from train.export import full_tensor
-    from train.fp8 import convert_to_fp8
+    from train.model.export import full_tensor
+    from train.speed.fp8 import convert_to_fp8
 
     world, model = join_world(60), small_llama(**SHAPE)
     replaced = convert_to_fp8(model, emulate=not torch.cuda.is_available()) if fp8 else []

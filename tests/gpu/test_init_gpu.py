@@ -25,7 +25,7 @@ def builder(num_layers: int = 2, width: int = 64) -> Any:
 
 def drawn(build: Any, device: str, sharded: bool = False) -> Any:
     from tests.benchmarks.fsdp import shard
-    from train.weights import allocate, draw_weights, skeleton
+    from train.model.weights import allocate, draw_weights, skeleton
 
     model = skeleton(build)
     if sharded:
@@ -40,7 +40,7 @@ def drawn(build: Any, device: str, sharded: bool = False) -> Any:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "FSDP2"])
 def test_a_gpu_gets_the_weights_that_a_cpu_draws_to_the_last_bit(sharded):
-    from train.export import full_names, full_tensor
+    from train.model.export import full_names, full_tensor
 
     build = builder()
     expected = full_names(drawn(build, "cpu"))

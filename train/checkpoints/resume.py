@@ -11,8 +11,8 @@ from train.checkpoints.layout import STATE, newest_whole
 from train.data.files import sha256_of
 from train.data.index import INDEX, read_index
 from train.data.pack import SPLITS
-from train.directory import RunDirectory
 from train.distributed import World
+from train.record.directory import RunDirectory
 
 
 def checkpoint_to_resume(

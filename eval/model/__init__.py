@@ -1,0 +1,1 @@
+"""One finished model: loaded, checked and scored."""

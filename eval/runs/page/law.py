@@ -1,0 +1,68 @@
+"""The law through the runs of a page: the richest form that they tell, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.runs.law.figure import curve_tokens
+from eval.runs.law.fit import Fit, check_exponents, check_hessian, fit_law
+from eval.runs.law.law import FORMULAS, Form
+from eval.runs.law.points import Points, read_points
+from eval.runs.law.text import number_text
+from eval.runs.page.runs import Run
+from train.record.table import count_text
+
+FORMS: tuple[Form, ...] = ("nd", "n", "power")
+
+
+@dataclass(frozen=True)
+class FittedLaw:
+    """A law and the runs that it is fitted to; `words` name its coefficients and how far it is off."""
+
+    fit: Fit
+    words: str
+
+    def curves(self) -> list[tuple[str, list[float], list[float]]]:
+        """(label, N, loss) of the law over the sizes of the runs, for their token counts, or a spread of them."""
+        sizes, tokens = self.fit.problem.params, self.fit.problem.tokens
+        grid = np.geomspace(sizes.min() / 1.1, sizes.max() * 1.1, 60)
+        return [
+            (f"law at {count_text(amount, 1)} tokens", grid.tolist(), self.fit.law.loss(grid, amount).tolist())
+            for amount in curve_tokens(tokens)
+        ]
+
+
+def fit_runs(runs: Sequence[Run], loss: str, form: str) -> tuple[FittedLaw | None, str]:
+    """(law, why there is no law, or no richer one) of the finished runs; `form` is one of FORMS, or auto."""
+    finished = [str(run.folder / "summary.json") for run in runs if run.is_finished]
+    if not finished:
+        return None, "No law: no run is finished."
+    try:
+        points = read_points(finished, loss)
+    except ValueError as error:
+        return None, f"No law: {error}"
+    refusals: list[str] = []
+    for tried in FORMS if form == "auto" else (form,):
+        try:
+            law = fitted(points, tried)  # type: ignore[arg-type]
+            return law, f"No richer form: {' '.join(refusals)}" if refusals else ""
+        except ValueError as error:
+            refusals.append(str(error))
+    return None, f"No law: {' '.join(refusals)}"
+
+
+def fitted(points: Points, form: Form) -> FittedLaw:
+    """A ValueError where the points cannot tell the coefficients."""
+    fit = fit_law(points.column("avg_linear_params"), points.column("total_tokens"), points.column("loss"), form)
+    check_hessian(fit)
+    check_exponents(fit)
+    coefficients = ", ".join(f"{name} = {number_text(value)}" for name, value in fit.law.coefficients.items())
+    off = np.abs(fit.residuals)
+    words = (
+        f"{FORMULAS[form]} with {coefficients}, fitted to {points.loss_name} of {len(points.points)} runs and off by "
+        f"{off.mean():.4f} on average, {off.max():.4f} at most."
+    )
+    return FittedLaw(fit, words)

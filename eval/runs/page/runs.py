@@ -1,0 +1,185 @@
+"""Runs as they are shown side by side: records, figures and sample, of finished runs and of runs that still go on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from conf.schema import Config
+from eval.runs.folders import named_places, run_folders
+from train.plan.choices import choice_words
+from train.plan.run import plan_run
+from train.record.siblings import counterpart, has_sparse_weights
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `figures` are summary.json's, or in a run without one what its config and records say so far."""
+
+    name: str
+    folder: Path
+    records: Sequence[Mapping[str, Any]]
+    figures: Mapping[str, Any]
+    is_finished: bool
+    state: str
+    sample: str = ""
+    pair: int = 0
+    """The same number for a sparse run and its dense twin."""
+
+    @property
+    def is_sparse(self) -> bool:
+        return has_sparse_weights(self.figures) or any("sparsity/density" in r for r in self.records)
+
+
+def read_runs(patterns: Sequence[str]) -> list[Run]:
+    """The runs that names or patterns mean, each once, in their order; a ValueError where one means none."""
+    folders: dict[Path, None] = {}
+    for pattern in patterns:
+        found = [folder for place in named_places(pattern) if place.is_dir() for folder in run_folders(place, METRICS)]
+        if not found:
+            raise ValueError(
+                f"runs={pattern} holds no run: name folders with a {METRICS}, or a folder of such folders."
+            )
+        folders |= dict.fromkeys(folder.resolve() for folder in found)
+    runs = [read_run(folder) for folder in folders]
+    return paired(distinctly_named(runs))
+
+
+def read_run(folder: Path) -> Run:
+    records = read_records(folder / METRICS)
+    summary, sample = folder / "summary.json", folder / "sample.txt"
+    is_finished = summary.is_file()
+    figures = _read_json(summary) if is_finished else figures_so_far(folder, records)
+    return Run(
+        name=folder.name,
+        folder=folder,
+        records=records,
+        figures=figures,
+        is_finished=is_finished,
+        state="finished" if is_finished else state_words(records, figures, folder / METRICS),
+        sample=sample.read_text(errors="replace", encoding="utf-8").rstrip() if sample.is_file() else "",
+    )
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl, of which a live run may be writing the last; a ValueError names a bad one."""
+    lines = file.read_bytes().split(b"\n")[:-1]
+    try:
+        records = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{file} is no file of records ({error}): leave this run out.") from None
+    for number, record in enumerate(records, start=1):
+        _check_record(f"{file} line {number}", record)
+    return records
+
+
+def _check_record(where: str, record: Any) -> None:
+    """ValueError where a record doesn't say when it was made; an evaluation may come before the first step."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is no record: leave this run out.")
+    first_step = 1 if "train/loss" in record else 0
+    for key, least in (("train/global_step", first_step), ("train/tokens", 0)):
+        value = record.get(key)
+        if not is_number(value) or value < least:
+            raise ValueError(f"{where} has {key}={value}, and records count from {least}: leave this run out.")
+
+
+def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The summary's figures that a run without a summary has: counts by its config, density by its last records.
+
+    Empty where the config is garbled, or another version of the project wrote it.
+    """
+    steps = [record for record in records if "train/loss" in record]
+    try:
+        loaded = OmegaConf.load(folder / "config.yaml")
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), loaded))
+        # The number of processes is not written down: where it decides the batch, the records tell that.
+        plan = plan_run(config, 1)
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
+        return {}
+    last = steps[-1] if steps else {"train/tokens": plan.batch_tokens, "train/global_step": 1}
+    batch_tokens = last["train/tokens"] // last["train/global_step"]
+    linear, schedule = plan.counts.linear, plan.schedule
+    density, average = (_share(last, f"sparsity/{name}") for name in ("density", "average_density"))
+    return {
+        "choices": choice_words(config, prunes=schedule is not None),
+        "total_params": plan.counts.total,
+        "linear_params": linear,
+        "avg_linear_params": average * linear,
+        "nonzero_linear_params": round(density * linear),
+        "sparsity": 1 - density,
+        "batch_tokens": batch_tokens,
+        "learning_rate": config.trainer.learning_rate,
+        "total_tokens": plan.num_steps * batch_tokens,
+        "steps": plan.num_steps,
+        "prune_start_step": schedule.start_step if schedule else None,
+    }
+
+
+def state_words(records: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], metrics: Path) -> str:
+    """How far a run without a summary has come, and when it was last heard of: whether it lives is not written down."""
+    if not records:
+        return "not finished: no record yet"
+    step = max(record["train/global_step"] for record in records)
+    of = f" of {figures['steps']:,}" if "steps" in figures else ""
+    heard = datetime.fromtimestamp(metrics.stat().st_mtime, UTC)
+    return f"not finished: step {step:,}{of}, last record {heard:%Y-%m-%d %H:%M} UTC"
+
+
+def distinctly_named(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of one name told apart by the folders above."""
+    named = list(runs)
+    for depth in range(2, 8):
+        taken = [run.name for run in named]
+        named = [
+            replace(run, name="/".join(run.folder.parts[-depth:])) if taken.count(run.name) > 1 else run
+            for run in named
+        ]
+    return [replace(run, figures={**run.figures, "run_name": run.name}) for run in named]
+
+
+def paired(runs: Sequence[Run]) -> list[Run]:
+    """The runs with a number for each pair, from 0 in their order: a dense twin has that of its sparse run."""
+    sizes = ("linear_params", "avg_linear_params", "total_tokens")
+    known = [
+        run.figures
+        for run in runs
+        if "prune_start_step" in run.figures and all(is_number(run.figures.get(key)) for key in sizes)
+    ]
+    sparse_of: dict[str, str] = {}
+    for figures in known:
+        if has_sparse_weights(figures) and (twin := counterpart(figures, known)):
+            sparse_of.setdefault(twin["run_name"], figures["run_name"])
+    keys = [sparse_of.get(run.name, run.name) for run in runs]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [replace(run, pair=numbers[key]) for run, key in zip(runs, keys, strict=True)]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _share(record: Mapping[str, Any], key: str) -> float:
+    """1 where the record of a dense run has no such share."""
+    return float(record[key]) if is_number(record.get(key)) else 1.0
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): finish the run again, or leave it out.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no run's summary: leave this run out.")
+    return found

@@ -1,0 +1,192 @@
+"""Each sparse run beside its dense twin, and beside the curve of all dense runs at exactly its average size.
+
+A twin's width is a whole number, so it is a little larger or smaller than N-bar; the curve, log loss linear in log N
+between dense runs, takes that out. The paper's claim (arXiv 2501.12486) is that both gaps are 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from eval.runs.law.points import check_comparable, finished_runs, positive
+from train.record.directory import run_identity
+from train.record.siblings import has_sparse_weights
+
+SEEDS = ("trainer.seed", "trainer.data_seed")
+NAMES = ("run_name", "sweep_name")
+TWIN = "model.match"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its settings by dotted key without seeds and names, and its figures. Loss in nats a token."""
+
+    settings: Mapping[str, Any]
+    seed: int
+    is_sparse: bool
+    avg_linear_params: float
+    final_linear_params: float
+    total_tokens: float
+    loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds; the deviation of one seed is not known."""
+
+    mean: float
+    std: float | None
+    num: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One sparse configuration. Gaps are sparse less dense, in nats a token: above 0 the sparse run is worse."""
+
+    settings: Mapping[str, Any]
+    """What tells it from the other sparse configurations."""
+    avg_linear_params: float
+    final_linear_params: float
+    loss: Spread
+    bits_per_byte: Spread
+    twin_linear_params: float | None
+    twin_loss: Spread | None
+    twin_gap: Spread | None
+    """Over the seeds that both sides have, each seed's difference."""
+    curve_loss: float | None
+    """Of the dense curve at `avg_linear_params`; None outside the range of the dense runs."""
+
+    @property
+    def curve_gap(self) -> float | None:
+        return None if self.curve_loss is None else self.loss.mean - self.curve_loss
+
+
+def read_runs(patterns: Sequence[str]) -> list[Run]:
+    """The finished runs that `patterns` name; a ValueError where one has no config.yaml or their losses don't compare."""
+    rows = finished_runs(patterns)
+    check_comparable(rows)
+    return [_run(Path(where), row) for where, row in rows.items()]
+
+
+def compare(runs: Sequence[Run]) -> list[Comparison]:
+    """A comparison for each sparse configuration, by average size; a ValueError where there is nothing to compare."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(run.settings), []).append(run)
+    sparse = [group for group in groups.values() if group[0].is_sparse]
+    if not sparse or len(sparse) == len(groups):
+        raise ValueError(
+            f"the runs are all {'sparse' if sparse else 'dense'}: give sparse runs and dense ones of the same data, such as "
+            "those of sweep=twin_pairs."
+        )
+    names = _differing([group[0].settings for group in sparse])
+    found = []
+    for group in sparse:
+        twins = groups.get(_key({**group[0].settings, TWIN: "average"}), [])
+        found.append(_comparison(group, twins, _rivals(group[0], runs), names))
+    return sorted(found, key=lambda comparison: -comparison.avg_linear_params)
+
+
+def curve(dense: Sequence[Run]) -> tuple[list[float], list[float]]:
+    """(linear parameters, mean loss) of dense runs, by size."""
+    sizes = sorted({run.avg_linear_params for run in dense})
+    return sizes, [statistics.fmean(run.loss for run in dense if run.avg_linear_params == size) for size in sizes]
+
+
+def curve_loss(dense: Sequence[Run], size: float) -> float | None:
+    """The loss of dense runs at `size` linear parameters, log-log between neighbours; None outside their range."""
+    sizes, losses = curve(dense)
+    if len(sizes) < 2 or not sizes[0] <= size <= sizes[-1]:
+        return None
+    return math.exp(float(np.interp(math.log(size), np.log(sizes), np.log(losses))))
+
+
+def _comparison(group: Sequence[Run], twins: Sequence[Run], dense: Sequence[Run], names: Sequence[str]) -> Comparison:
+    average = statistics.fmean(run.avg_linear_params for run in group)
+    twin_losses = {run.seed: run.loss for run in twins}
+    gaps = [run.loss - twin_losses[run.seed] for run in group if run.seed in twin_losses]
+    return Comparison(
+        settings={name: group[0].settings.get(name) for name in names},
+        avg_linear_params=average,
+        final_linear_params=group[0].final_linear_params,
+        loss=Spread.of([run.loss for run in group]),
+        bits_per_byte=Spread.of([run.bits_per_byte for run in group]),
+        twin_linear_params=twins[0].avg_linear_params if twins else None,
+        twin_loss=Spread.of(list(twin_losses.values())) if twins else None,
+        twin_gap=Spread.of(gaps) if gaps else None,
+        curve_loss=curve_loss(dense, average),
+    )
+
+
+def _rivals(sparse: Run, runs: Sequence[Run]) -> list[Run]:
+    """The dense runs of the same recipe: they differ from `sparse` in their size alone."""
+
+    def recipe(run: Run) -> str:
+        return _key(
+            {key: value for key, value in run.settings.items() if key.split(".")[0] not in ("sparsity", "model")}
+        )
+
+    return [run for run in runs if not run.is_sparse and recipe(run) == recipe(sparse)]
+
+
+def _run(summary_file: Path, row: Mapping[str, Any]) -> Run:
+    config_file = summary_file.with_name("config.yaml")
+    if not config_file.exists():
+        raise ValueError(
+            f"{summary_file} has no config.yaml beside it: give run folders, whose settings can be compared."
+        )
+    settings, where = _settings(config_file), str(summary_file)
+    return Run(
+        settings={key: value for key, value in settings.items() if key not in (*SEEDS, *NAMES)},
+        seed=settings["trainer.seed"],
+        is_sparse=has_sparse_weights(row),
+        avg_linear_params=positive(where, row, "avg_linear_params"),
+        final_linear_params=positive(where, row, "nonzero_linear_params"),
+        total_tokens=positive(where, row, "total_tokens"),
+        loss=positive(where, row, "heldout_loss"),
+        bits_per_byte=positive(where, row, "bits_per_byte"),
+    )
+
+
+def _settings(config_file: Path) -> dict[str, Any]:
+    """A run's settings by dotted key; a ValueError where this version cannot have written them."""
+    try:
+        settings = dict(_flat(run_identity(OmegaConf.load(config_file))))
+        json.dumps([settings[SEEDS[0]], settings], allow_nan=False)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{config_file} is garbled or of another version: leave this run out.") from None
+    return settings
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values of nested dicts."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same everywhere."""
+    keys = dict.fromkeys(key for one in settings for key in one)
+    return [key for key in keys if len({json.dumps(one.get(key)) for one in settings}) > 1]
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return json.dumps(dict(settings), sort_keys=True)

@@ -1,0 +1,60 @@
+"""A sweep in one picture: final loss against average linear parameters, dense runs and sparse ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Figures = Mapping[str, Any]
+MAX_LABELLED = 24
+
+
+def sweep_points(summaries: Sequence[Figures]) -> list[tuple[float, float, float]]:
+    """(average linear parameters, final training loss, sparsity) of each run whose loss is finite, the smallest first."""
+    points = [(run["avg_linear_params"], run["final_train_loss"], run["sparsity"]) for run in summaries]
+    return sorted(point for point in points if point[1] is not None and math.isfinite(point[1]))
+
+
+def draw_sweep(summaries: Sequence[Figures], path: Path, title: str) -> None:
+    """Draw finished runs from their summaries: hollow circles are dense, filled diamonds sparse, with their sparsity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
+    from train.record.table import count_text
+
+    blue, orange = "#1f5fa8", "#d1690e"
+    points = sweep_points(summaries)
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    for name, color, marker, face, chosen in (
+        ("dense", blue, "o", "white", [point for point in points if not point[2]]),
+        ("sparse, its final sparsity", orange, "D", orange, [point for point in points if point[2]]),
+    ):
+        if chosen:
+            axes.plot(
+                [point[0] for point in chosen], [point[1] for point in chosen], linestyle="none", marker=marker,
+                markersize=8, markeredgewidth=1.6, markeredgecolor=color, markerfacecolor=face, label=name,
+            )  # fmt: skip
+    for size, loss, sparsity in points:
+        if sparsity and len(points) <= MAX_LABELLED:
+            axes.annotate(
+                f"{100 * sparsity:.0f} %", (size, loss), xytext=(8, 5), textcoords="offset points", fontsize=9
+            )
+    axes.set_xlabel("average linear parameters over the run")
+    axes.set_ylabel("final training loss (nats per token)")
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value) if value > 0 else "0"))
+    axes.margins(0.12)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if points:
+        axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(path, dpi=130)
+    finally:
+        plt.close(figure)

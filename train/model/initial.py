@@ -1,0 +1,237 @@
+"""Starting from a finished model: its weights from safetensors alone, its exact zeros as masks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from conf.schema import ModelConfig
+from sparsity.compact.contents import METHOD
+from sparsity.prunable import plain_name
+from sparsity.shards import local_tensor
+from train.checkpoints.write import local_rows
+from train.model.export import full_names
+from train.model.initial_config import check_config
+from train.model.parametrisation import folded, query_folds
+from train.model.stored import Source, sources
+from train.plan.folders import model_folder
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+NOT_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
+"""What old versions of transformers stored beside the weights; it follows from config.json, which is compared."""
+
+
+class InitialWeights:
+    """A transformers folder's weights by the names that a model has for them, each file opened once.
+
+    Only safetensors files are opened: nothing of the folder is executed.
+    """
+
+    def __init__(self, folder: str, model: Any) -> None:
+        """Open a model folder.
+
+        Args:
+            folder: The folder, or a hub name.
+            model: A model of its architecture on any device: it says which stored tensors make a weight.
+
+        Raises:
+            ValueError: there are no safetensors files, one cannot be read, or they are compact.
+        """
+        self.folder = folder
+        self._files = _files(model_folder(folder, "init_from", weights=True))
+        self._open: dict[Path, Any] = {}
+        for path in sorted(set(self._files.values())):
+            self._file(path)
+        try:
+            self._sources = sources(model, self._files)
+        except ValueError as error:
+            raise ValueError(f"init_from={folder}: {error}") from None
+        unread = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        self._unread = [NOT_WEIGHTS, *(re.compile(f".*{pattern}") for pattern in unread)]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> None:
+        """Compare the folder's weights with a model's.
+
+        Args:
+            shapes: The model's parameters by their transformers names, a tied one once.
+            aliases: Other names of tied parameters, each with the name it has in `shapes`.
+
+        Raises:
+            ValueError: a weight is missing, left over, or of another shape.
+        """
+        for name, shape in shapes.items():
+            if name not in self._sources:
+                raise ValueError(
+                    f"init_from={self.folder} has no weight {name}: give a folder of the configured model."
+                )
+            if (found := self._shape(name)) != shape:
+                raise ValueError(
+                    f"init_from={self.folder} has {name} as {found}, the configured model {shape}: set the model group to "
+                    "the folder's model."
+                )
+        self._check_left_over(shapes, aliases)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read the rows start .. stop of a weight, of experts those experts; nothing else of its files is read."""
+        source = self._sources[name]
+        if source.name is not None:
+            return self._slice(source.name, start, stop)
+        experts = [torch.cat([self._slice(part) for part in parts]) for parts in source.experts[start:stop]]
+        return torch.stack(experts) if experts else torch.empty(0, *self._shape(name)[1:])
+
+    @torch.no_grad()
+    def fill(self, model: Any) -> None:
+        """Copy the weights into `model`, in its dtype and scale; of a sharded parameter this rank's rows alone."""
+        folds = query_folds(model)
+        for name, tensor in full_names(model).items():
+            local_tensor(tensor).copy_(folded(self.rows(name, *local_rows(tensor)), folds.get(name, 1.0)))
+
+    def zero_share(self, names: Iterable[str], rows_at_once: int = 1024) -> float:
+        """Return the share of exact zeros in whole weights, read piece by piece."""
+        zeros = total = 0
+        for name in names:
+            num_rows, *_ = shape = self._shape(name)
+            step = rows_at_once if len(shape) < 3 else 1
+            for start in range(0, num_rows, step):
+                piece = self.rows(name, start, min(num_rows, start + step))
+                zeros += piece.numel() - int(torch.count_nonzero(piece))
+                total += piece.numel()
+        return zeros / max(1, total)
+
+    def _check_left_over(self, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> None:
+        left = [name for name in self._sources if name not in shapes and not self._is_unread(name)]
+        # Some folders store a tied weight under both names.
+        other = [name for name in left if name not in aliases or not self._are_equal(name, aliases[name])]
+        if other:
+            more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+            raise ValueError(
+                f"init_from={self.folder} has a weight {other[0]}{more} that the configured model has not, and would lose "
+                "it: give a folder of the configured model."
+            )
+
+    def _is_unread(self, name: str) -> bool:
+        return any(pattern.fullmatch(name) for pattern in self._unread)
+
+    def _are_equal(self, name: str, other: str) -> bool:
+        if self._shape(name) != (shape := self._shape(other)):
+            return False
+        starts = range(0, shape[0], 1024)
+        return all(torch.equal(self.rows(name, at, at + 1024), self.rows(other, at, at + 1024)) for at in starts)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        source: Source = self._sources[name]
+        if source.name is not None:
+            return self._stored_shape(source.name)
+        parts = [self._stored_shape(part) for part in source.experts[0]]
+        return (len(source.experts), sum(rows for rows, *_ in parts), *parts[0][1:])
+
+    def _stored_shape(self, stored: str) -> tuple[int, ...]:
+        return tuple(self._file(self._files[stored]).get_slice(stored).get_shape())
+
+    def _slice(self, stored: str, start: int = 0, stop: int | None = None) -> Tensor:
+        try:
+            return self._file(self._files[stored]).get_slice(stored)[start:stop]
+        except SafetensorError as error:
+            raise self._unreadable(self._files[stored], error) from error
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = file = safe_open(path, framework="pt").__enter__()
+            except (SafetensorError, FileNotFoundError) as error:
+                raise self._unreadable(path, error) from error
+            if METHOD in (file.metadata() or {}):
+                raise ValueError(
+                    f"init_from={self.folder} is compact: make it plain first, `python -m eval.compact "
+                    f"model={self.folder} out=DIR expand=true`."
+                )
+        return self._open[path]
+
+    def _unreadable(self, path: Path, error: Exception) -> ValueError:
+        return ValueError(f"init_from={self.folder}: {path.name} cannot be read ({error}): copy it again.")
+
+
+def initial_weights(model: Any, folder: str, by_path: bool = False) -> InitialWeights:
+    """Open a folder's weights for `model`, whose parameters may be on any device, sharded or not.
+
+    Args:
+        model: The model to fill.
+        folder: The folder, or a hub name.
+        by_path: The model is that of `model.path`.
+
+    Raises:
+        ValueError: the folder is not of such a model: its config, or the names or shapes of its weights.
+    """
+    check_config(folder, model.config, by_path)
+    weights = InitialWeights(folder, model)
+    names = {id(param): plain_name(name) for name, param in model.named_parameters()}
+    spellings = {plain_name(name): names[id(param)] for name, param in model.named_parameters(remove_duplicate=False)}
+    aliases = {name: first for name, first in spellings.items() if name != first}
+    weights.check({name: tuple(tensor.shape) for name, tensor in full_names(model).items()}, aliases)
+    return weights
+
+
+def check_initial_model(folder: str, model: ModelConfig) -> None:
+    """Refuse a folder that is not of the model `model`, before a model is built: its config, then its weights.
+
+    Raises:
+        ValueError: says what differs, both values and the remedy.
+    """
+    from train.model.build import model_on_meta
+
+    initial_weights(model_on_meta(model), folder, model.path is not None)
+
+
+def load_initial_weights(model: Any, folder: str) -> None:
+    """Copy a transformers folder's weights into `model`, in its dtype; of a sharded parameter this rank's rows alone.
+
+    Raises:
+        ValueError: the folder is not of such a model.
+    """
+    initial_weights(model, folder).fill(model)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Which file holds each weight, those that an index forgot included."""
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = {
+                str(name): str(file)
+                for name, file in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"init_from={folder}: {INDEX} is garbled: copy it again.") from None
+        if strange := [file for file in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)]:
+            raise ValueError(
+                f"init_from={folder}: {INDEX} names {strange[0]}, which is no safetensors file of that folder: give a "
+                "folder that transformers' save_pretrained wrote."
+            )
+        stored = {name: folder / file for file in sorted(set(weight_map.values())) for name in _names(folder, file)}
+        return {**stored, **{name: folder / file for name, file in weight_map.items()}}
+    if (folder / SINGLE).is_file():
+        return dict.fromkeys(_names(folder, SINGLE), folder / SINGLE)
+    if any((folder / name).is_file() for name in PICKLES):
+        raise ValueError(
+            f"init_from={folder} holds its weights as a pickle alone (.bin), which could run code when it is read: write it "
+            "as safetensors first, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)."
+        )
+    raise ValueError(
+        f"init_from={folder} holds no {SINGLE}: give a transformers folder with safetensors, such as a run's model/."
+    )
+
+
+def _names(folder: Path, file: str) -> list[str]:
+    try:
+        with safe_open(folder / file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"init_from={folder}: {file} cannot be read ({error}): copy it again.") from error

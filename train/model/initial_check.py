@@ -1,0 +1,115 @@
+"""What must fit before a run starts from `init_from`: the model, and the tokenizer whose ids its embeddings stand for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from conf.schema import Config
+from train.plan.run import RunPlan
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None:
+    """Refuse an `init_from` that does not fit the run, and a model without a tokenizer, from configs and file headers alone.
+
+    A run that has begun is not checked: its weights come from its checkpoints.
+
+    Args:
+        config: The run's configuration.
+        plan: Its plan, whose model may be a dense twin.
+        overrides: The command line, which names what is asked for.
+
+    Raises:
+        ValueError: says what does not fit, and the remedy.
+    """
+    if not config.overwrite and (plan.run_dir / "config.yaml").exists():
+        return
+    if config.init_from is None:
+        check_tokenizer_of_path(config)
+        return
+    # Imports torch, which a launch without init_from does not pay for.
+    from train.model.initial import check_initial_model
+
+    check_initial_model(config.init_from, plan.model)
+    check_tokenizer_choice(config, overrides)
+
+
+def check_tokenizer_choice(config: Config, overrides: Iterable[str]) -> None:
+    """Refuse to train a new tokenizer under the embeddings of `init_from`, unless the command line asks for it."""
+    folder = config.init_from
+    if folder is None:
+        return
+    if config.tokenizer is None and not has_tokenizer(folder):
+        raise ValueError(
+            f"init_from={folder} holds no tokenizer, and its embeddings mean that tokenizer's ids: give the one it was "
+            "trained with, tokenizer=FOLDER_OR_NAME."
+        )
+    if config.tokenizer == "train" and not is_named("tokenizer", overrides):
+        raise ValueError(
+            f"tokenizer=train would train a new tokenizer under the embeddings of init_from={folder}: set tokenizer=null "
+            "to use the folder's, or write tokenizer=train on the command line if that is meant."
+        )
+
+
+def check_tokenizer_of_path(config: Config) -> None:
+    """Refuse a `model.path` without a tokenizer, unless another one is given."""
+    path = config.model.path
+    if path is not None and config.tokenizer is None and not has_tokenizer(path):
+        raise ValueError(
+            f"model.path={path} holds no tokenizer: give one, tokenizer=FOLDER_OR_NAME, or tokenizer=train for a new one of "
+            "the model's vocabulary size."
+        )
+
+
+def check_tokenizer(config: Config, overrides: Iterable[str]) -> None:
+    """Refuse a tokenizer with other ids than that of `init_from`; warn if the command line asks for it.
+
+    Loads both tokenizers. One process calls it.
+
+    Raises:
+        ValueError: names both and the remedy.
+    """
+    check_tokenizer_choice(config, overrides)
+    folder, chosen = config.init_from, config.tokenizer
+    if folder is None or chosen is None:
+        return
+    if chosen != "train" and has_tokenizer(folder):
+        from train.data import load_tokenizer
+
+        if load_tokenizer(chosen).get_vocab() == load_tokenizer(folder).get_vocab():
+            return
+    what = "a new one" if chosen == "train" else "another one"
+    if chosen != "train" and not has_tokenizer(folder):
+        what = "one that cannot be compared"
+    if not is_named("tokenizer", overrides):
+        raise ValueError(
+            f"tokenizer={chosen} is not the tokenizer of init_from={folder}, whose embeddings mean its own ids: set "
+            f"tokenizer=null to use the folder's, or write tokenizer={chosen} on the command line if that is meant."
+        )
+    print(
+        f"warning: tokenizer={chosen} is {what} beside that of init_from={folder}: the embeddings were trained for the "
+        "folder's ids; leave tokenizer out to use the folder's.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def has_tokenizer(spec: str) -> bool:
+    """Tell whether a folder has a tokenizer; a hub name is taken to have one, and AutoTokenizer says if it has not."""
+    folder = Path(spec).expanduser()
+    return not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def is_named(key: str, overrides: Iterable[str]) -> bool:
+    """Whether an override sets `key`."""
+    return any(item.lstrip("+").split("=", 1)[0] == key for item in overrides)
+
+
+def command_line() -> list[str]:
+    """Return the overrides that Hydra read in this process; none outside of it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []

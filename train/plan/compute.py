@@ -1,0 +1,59 @@
+"""FLOPs, days, network traffic and disk space of a run, in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.schema import ModelConfig
+from train.plan.counts import count_parameters
+from train.plan.counts import flops_per_token as flops_per_token
+
+SECONDS_PER_DAY = 86_400
+FORMULA = "tokens x (6 x linear parameters + 12 x layers x width x sequence length)"
+# An event sums int64 counts over the ranks: at most three histograms of 2^12 bins of the sample, two counts, and three
+# histograms more; for ties a count of each parameter and each rank; the kept weights of each parameter (sparsity.select).
+EVENT_COUNTS = 6 * (1 << 12) + 2
+COUNT_BYTES = 8
+REDUCED_BYTES = 4
+"""Of a gradient while it is summed over the ranks."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of the whole run: as if all weights stayed, which is what a GPU computes, and with the weights then active."""
+
+    dense: float
+    average: float
+
+
+def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length: int, total_tokens: int) -> Flops:
+    linear = count_parameters(model).linear
+    return Flops(
+        dense=total_tokens * flops_per_token(model, linear, sequence_length),
+        average=total_tokens * flops_per_token(model, avg_linear_params, sequence_length),
+    )
+
+
+def training_days(flops: float, num_devices: int, peak_tflops: float, mfu: float) -> float:
+    return flops / (num_devices * peak_tflops * 1e12 * mfu) / SECONDS_PER_DAY
+
+
+def step_network_bytes(
+    model: ModelConfig, world_size: int, compute_bytes: int, num_micro_batches: int, reshard_after_forward: bool = True
+) -> int:
+    """Bytes that one GPU receives in an optimizer step under FSDP2, with rings.
+
+    Each micro-batch gathers the weights for its forward and, with `reshard_after_forward`, again for its backward; only the
+    final norm and lm_head then stay in between. The last one reduces and scatters the gradients, in float32
+    (train.distributed.reduce_in_float32).
+    """
+    counts = count_parameters(model)
+    tail = (model.vocab_size + 1) * model.hidden_size
+    gathered = num_micro_batches * (2 * counts.total - tail if reshard_after_forward else counts.total)
+    return round((compute_bytes * gathered + REDUCED_BYTES * counts.total) * (world_size - 1) / world_size)
+
+
+def event_network_bytes(num_parameters: int, world_size: int) -> int:
+    """Bytes that one GPU receives in a prune event for the threshold of so many parameters: counts alone."""
+    num_counts = EVENT_COUNTS + 2 * num_parameters + world_size
+    return round(2 * COUNT_BYTES * num_counts * (world_size - 1) / world_size)

@@ -1,0 +1,51 @@
+"""The choice of FSDP2 to free the weights that it gathers for a forward pass, or to keep them for the backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from conf.schema import Config, ModelConfig
+from train.plan.memory import Setting, gpu_memory
+from train.plan.run import RunPlan
+
+HEADROOM = 0.1
+"""Share of a GPU's memory left free, as in a plan: for the CUDA context, NCCL's buffers and fragmentation."""
+
+
+def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroom: float = HEADROOM) -> Setting:
+    """Return how the run computes on GPUs: there the compute type is bfloat16 unless the config says otherwise.
+
+    Args:
+        config: The run.
+        plan: What follows from it for the number of processes.
+        device_bytes: Memory of one GPU; None if it is not known, and weights are then freed.
+        headroom: Share of it to leave free.
+    """
+    trainer = config.trainer
+    half = trainer.fp16 or trainer.bf16 is not False
+    setting = Setting(
+        world_size=plan.world_size,
+        micro_batch_size=plan.micro_batch_size,
+        sequence_length=plan.sequence_length,
+        compute_bytes=2 if half else 4,
+        accumulates=plan.gradient_accumulation_steps > 1,
+        gradient_checkpointing=trainer.gradient_checkpointing,
+        compiled=trainer.torch_compile,
+        fused_loss=trainer.use_liger_kernel,
+    )
+    asked = config.launch.reshard_after_forward
+    if asked == "auto":
+        budget = 0.0 if device_bytes is None else device_bytes * (1 - headroom)
+        reshards = must_reshard(plan.model, plan.num_prunable, setting, budget)
+    else:
+        reshards = asked == "true"
+    return replace(setting, reshard_after_forward=reshards)
+
+
+def must_reshard(model: ModelConfig, num_prunable: int, setting: Setting, budget_bytes: float) -> bool:
+    """Return whether a step needs the memory that freeing gathered weights between forward and backward gives.
+
+    Kept weights are gathered once a micro-batch and not twice, in one process as well: there a gather is a cast and a copy.
+    """
+    kept = gpu_memory(model, num_prunable, replace(setting, reshard_after_forward=False))
+    return kept.peak > budget_bytes

@@ -1,0 +1,238 @@
+"""Bytes on one GPU in a training step under FSDP2, in closed form.
+
+State, each parameter shared out over the ranks (full sharding, arXiv 1910.02054): weights, gradients and the two AdamW
+moments in float32, a byte for each prunable weight's mask. What a step adds follows from which tensors autograd saves
+in transformers' LLaMA and which buffers FSDP2 holds; the formulas stand where they are used. With h the width, f the
+MLP's width, kv the width of keys, c the bytes of a compute element (2 for bf16), per token and block:
+
+    2 norms:  2 (4 h + c h + c h)   the float32 input, the normalized input, the output
+    attention:  c (h + 2 kv) + c h + 4 heads   queries, keys and values; the output; its log-sum-exp (arXiv 2205.14135)
+    MLP:  4 c f   gate, its activation, up, their product
+
+A block compiled by torch.compile saves less, since it computes norms and activations again:
+
+    c (4 h + h + 2 kv + h + 3 f) + 4 heads   inputs and outputs of the norms; queries, keys, values; output; gate, up, product
+
+and a compiled loss holds the logits and their gradient in the compute type alone. Against peaks measured on a CPU in
+float32 (`tests/benchmarks/memory.py`: 10 M and 50 M parameters, plain and two FSDP2 ranks, with and without accumulation
+and checkpointing, sparse and dense) the peak is off by less than 5 %; against those of the compiled 1B in bf16 on an H200
+(docs/gpu.md) by less than 1 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from conf.schema import ModelConfig
+from train.plan.counts import count_parameters
+
+FLOAT32_BYTES = 4
+MASK_BYTES = 1
+# Elements that one pass of the pruning threshold looks at, on a GPU, and the bytes of its temporaries for each:
+# int32 keys, int64 differences and bins, three comparisons (sparsity.select, sparsity.shards.chunks).
+SELECTION_CHUNK = 1 << 22
+SELECTION_BYTES = 24
+# The most weights around the threshold that are collected, and the bytes of each one's key.
+CANDIDATE_SHARE = 1 / 32
+CANDIDATE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is computed; `fsdp` is False for a plain single process, which gathers nothing."""
+
+    world_size: int
+    micro_batch_size: int
+    sequence_length: int
+    compute_bytes: int = 2
+    accumulates: bool = False
+    """Several micro-batches a step: accelerate then keeps whole, unsharded gradients between them."""
+    gradient_checkpointing: bool = False
+    compiled: bool = False
+    """Blocks and loss compiled by torch.compile."""
+    fused_loss: bool = False
+    """Liger's cross-entropy, which never holds all logits."""
+    fsdp: bool = True
+    reshard_after_forward: bool = True
+    """FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
+    selection_chunk: int = SELECTION_CHUNK
+
+    @property
+    def num_tokens(self) -> int:
+        return self.micro_batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes on one GPU. `transients` are what each phase of a step holds beside the state and, where it holds them,
+    gradients and activations; the peak is that of the phase with the largest sum."""
+
+    weights: int
+    gradients: int
+    waiting_gradients: int
+    """Unsharded, while micro-batches accumulate."""
+    moments: int
+    masks: int
+    activations: int
+    transients: dict[str, int]
+    held: dict[str, int]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.transients, key=lambda phase: self.transients[phase] + self.held[phase])
+
+    @property
+    def transient(self) -> int:
+        """What the phase of the peak holds for itself alone."""
+        return self.transients[self.peak_phase]
+
+    @property
+    def peak(self) -> int:
+        state = self.weights + self.moments + self.masks
+        return state + self.held[self.peak_phase] + self.transients[self.peak_phase]
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of host memory that one rank holds at a time, beside what Python and its libraries take.
+
+    Weights are drawn, or read, a layer at a time (`train.model.weights`); the model is exported a file at a time
+    (`train.model.export`).
+    """
+
+    layer: int
+    """The largest of a block, the embedding and the head, whole and in float32."""
+    shard: int
+    """The rank's part of the weights: on a machine without GPUs it is in host memory too."""
+    export: int
+    """One file of the exported model, on rank 0 alone."""
+
+
+def host_memory(model: ModelConfig, world_size: int, export_dtype: str, max_shard_size: str) -> HostMemory:
+    """Return the host memory of one of `world_size` ranks."""
+    counts = count_parameters(model)
+    block = counts.linear_per_layer + 2 * model.hidden_size
+    exported = counts.total * (2 if export_dtype == "bfloat16" else FLOAT32_BYTES)
+    return HostMemory(
+        layer=FLOAT32_BYTES * max(block, model.vocab_size * model.hidden_size),
+        shard=FLOAT32_BYTES * -(-counts.total // world_size),
+        export=min(exported, parse_bytes(max_shard_size)),
+    )
+
+
+def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMemory:
+    """The memory of one of `setting.world_size` GPUs; a world of one holds everything."""
+    counts = count_parameters(model)
+    world, c, tokens = setting.world_size, setting.compute_bytes, setting.num_tokens
+    shard = -(-counts.total // world)
+    prunable = -(-num_prunable // world)
+    gradients = FLOAT32_BYTES * shard
+    # Under accelerate's no_sync FSDP2 reduces nothing until the last micro-batch: gradients of the whole model wait, in
+    # the type in which they are summed over the ranks.
+    waiting = (FLOAT32_BYTES * counts.total if setting.fsdp else gradients) if setting.accumulates else 0
+    activations = tokens * activation_bytes_per_token(model, setting)
+    one_block = tokens * block_bytes_per_token(model, c, setting.compiled)
+    recomputed = one_block if setting.gradient_checkpointing else 0
+    workspace = tokens * workspace_bytes_per_token(model, c) + recomputed
+    embedding = model.vocab_size * model.hidden_size
+    tail = embedding + model.hidden_size
+    block = counts.linear_per_layer + 2 * model.hidden_size
+    # Blocks in flight: the one computed and the next one prefetched, plus the buffer that the gather arrives in; going
+    # back also the block's gradients and the copy of them that is being reduced. Weights that are kept for the backward
+    # are all there at the loss and at its beginning; the embedding's are not needed and are counted all the same.
+    gathered_loss = c * (tail + 2 * block) if setting.fsdp else 0
+    gathered_backward = c * (tail + 4 * block) + FLOAT32_BYTES * block if setting.fsdp else 0
+    kept = c * counts.total - c * (tail + 2 * block) if setting.fsdp and not setting.reshard_after_forward else 0
+    kept = max(0, kept)
+    selection = SELECTION_BYTES * min(prunable, setting.selection_chunk) + int(
+        CANDIDATE_BYTES * CANDIDATE_SHARE * prunable
+    )
+    transients = {
+        "the loss": tokens * loss_bytes_per_token(model, setting) + gathered_loss + kept,
+        "the last block's backward": workspace + gathered_backward + kept,
+        "the first block's backward": workspace + (0 if recomputed else one_block) + gathered_backward,
+        "a prune event": selection,
+    }
+    held = {
+        "the loss": waiting + activations,
+        "the last block's backward": waiting + activations,
+        "the first block's backward": gradients + waiting,
+        "a prune event": 0,
+    }
+    return GpuMemory(
+        weights=FLOAT32_BYTES * shard,
+        gradients=gradients,
+        waiting_gradients=waiting if setting.fsdp else 0,
+        moments=2 * FLOAT32_BYTES * shard,
+        masks=MASK_BYTES * prunable,
+        activations=activations,
+        transients=transients,
+        held=held,
+    )
+
+
+def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) -> int:
+    """What autograd saves of one decoder block, see the head of this file."""
+    h, f, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
+    kv = h // heads * model.num_key_value_heads
+    if compiled:
+        return c * (4 * h + (h + 2 * kv) + h + 3 * f) + FLOAT32_BYTES * heads
+    norms = 2 * (FLOAT32_BYTES + 2 * c) * h
+    attention = c * (h + 2 * kv) + c * h + FLOAT32_BYTES * heads
+    return norms + attention + 4 * c * f
+
+
+def activation_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
+    """What autograd saves of the whole model before the loss; with checkpointing each block's input alone."""
+    c = setting.compute_bytes
+    block = c * model.hidden_size
+    if not setting.gradient_checkpointing:
+        block = block_bytes_per_token(model, c, setting.compiled)
+    return model.num_hidden_layers * block + (FLOAT32_BYTES + 2 * c) * model.hidden_size
+
+
+def loss_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
+    """Logits and cross-entropy: three float32 copies in its backward, the log-probabilities and two gradients of them.
+
+    In the forward it is the compute-type logits, their float32 copy and the log-probabilities. Liger's fused loss cuts
+    the tokens into as many chunks as the vocabulary is wider than the model, so it holds about one width per token. A
+    compiled loss holds the logits and their gradient in the compute type.
+    """
+    vocabulary = model.vocab_size
+    if setting.compiled and not setting.fused_loss:
+        return 2 * setting.compute_bytes * vocabulary
+    if setting.fused_loss:
+        vocabulary = min(vocabulary, model.hidden_size)
+    return max(3 * FLOAT32_BYTES, setting.compute_bytes + 2 * FLOAT32_BYTES) * vocabulary
+
+
+def workspace_bytes_per_token(model: ModelConfig, c: int) -> int:
+    """Gradients of activations that are alive at once in a block's backward: three of the MLP, two of the residual."""
+    return c * (3 * model.intermediate_size + 2 * model.hidden_size)
+
+
+def largest_micro_batch(
+    model: ModelConfig, num_prunable: int, setting: Setting, *, share: int, budget_bytes: float
+) -> tuple[int, GpuMemory] | None:
+    """The largest micro-batch that divides a GPU's `share` of the batch and peaks within `budget_bytes`, or None."""
+    for size in range(share, 0, -1):
+        if share % size:
+            continue
+        fitted = replace(setting, micro_batch_size=size, accumulates=size < share)
+        memory = gpu_memory(model, num_prunable, fitted)
+        if memory.peak <= budget_bytes:
+            return size, memory
+    return None
+
+
+def parse_bytes(text: str) -> int:
+    """141GB as 141e9 bytes, 80GiB as 80 x 2^30; a bare number is bytes."""
+    units = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "TiB": 1 << 40, "GiB": 1 << 30, "MiB": 1 << 20, "B": 1}
+    unit = next((name for name in sorted(units, key=len, reverse=True) if text.strip().endswith(name)), "")
+    try:
+        size = float(text.strip().removesuffix(unit)) * units.get(unit, 1)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise ValueError(f"device_memory={text} is no amount of memory: give a number with GB or GiB, like 141GB.")
+    return int(size)

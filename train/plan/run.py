@@ -1,0 +1,188 @@
+"""What a configuration means in numbers: batch, steps, tokens and the prune schedule, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.schema import Config, ModelConfig
+from sparsity.schedule import SCHEDULES, Mixed, Ramp
+from sparsity.scope import Pool, num_pruned, seen_together, target_shares
+from sparsity.window import compute_window, schedule_of_window
+from train.plan.architecture import default_length, describe, resolved
+from train.plan.counts import ParameterCounts, count_parameters
+from train.plan.names import planned_pools
+from train.plan.twin import DenseTwin, dense_twin
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run on `world_size` processes. `batch_size` counts sequences per optimizer step over all of them."""
+
+    run_dir: Path
+    world_size: int
+    num_steps: int
+    sequence_length: int
+    batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    schedule: Ramp | Mixed | None
+    """Of all prunable weights together; None where the run stays dense."""
+    pools: tuple[Pool, ...]
+    """The weights that compete with each other; none where the run stays dense."""
+    model: ModelConfig
+    """What is trained: the configured model, or its dense twin."""
+    counts: ParameterCounts
+    twin: DenseTwin | None = None
+    """How a dense twin was derived and how far off it is; None where model.match is null."""
+
+    @property
+    def architecture(self) -> str:
+        """The `model_type` of transformers."""
+        return "llama" if self.model.path is None else describe(self.model).kind
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def total_tokens(self) -> int:
+        return self.num_steps * self.batch_tokens
+
+    @property
+    def average_density(self) -> float:
+        """Mean density of the prunable weights over the run's steps."""
+        return self.schedule.average_density(self.num_steps) if self.schedule else 1.0
+
+    @property
+    def num_prunable(self) -> int:
+        return sum(pool.numel for pool in self.pools)
+
+    @property
+    def num_pruned(self) -> int:
+        """Weights that are pruned in the end."""
+        if self.schedule is None:
+            return 0
+        base = self.schedule.base
+        return sum(num_pruned(pool.numel, 1.0 - pool.final_sparsity(base)) for pool in self.pools)
+
+
+def plan_run(config: Config, world_size: int) -> RunPlan:
+    """The plan of a run; a ValueError says in one sentence what in the configuration cannot be."""
+    model = resolved(config.model)
+    sequence_length = config.data.sequence_length or default_length(model)
+    if sequence_length > model.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length={sequence_length} is longer than the model's context, "
+            f"model.max_position_embeddings={model.max_position_embeddings}: shorten the one or lengthen the other."
+        )
+    pools = planned_pools(model, config.sparsity)
+    batch_size, micro, accumulation = _split_batch(config, world_size)
+    schedule, num_steps = _schedule_and_steps(config, pools, batch_size * sequence_length)
+    twin = None
+    if model.match == "average":
+        twin = dense_twin(model, _average_linear(model, pools, schedule, num_steps))
+        model, schedule = twin.model, None
+    return RunPlan(
+        run_dir=run_directory(config),
+        world_size=world_size,
+        num_steps=num_steps,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        schedule=schedule,
+        pools=tuple(pools) if schedule else (),
+        model=model,
+        counts=count_parameters(model),
+        twin=twin,
+    )
+
+
+def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int) -> tuple[Ramp | Mixed | None, int]:
+    """The prune schedule, None for a dense run, and the number of steps, which a compute budget decides."""
+    sparsity, window, num_steps = config.sparsity, config.sparsity.window, config.trainer.max_steps
+    if (num_steps is None) == (window.budget is None):
+        raise ValueError(
+            f"trainer.max_steps={num_steps} and sparsity.window.budget={window.budget} both say how long the run is, or "
+            "neither does: set one of them, and the other to null."
+        )
+    shares = target_shares(pools, sparsity.target)
+    if not any(target for _, target in shares):
+        return None, num_steps or round(window.budget or 0)
+    kind = SCHEDULES[sparsity.schedule]
+    if num_steps is None:
+        schedule, num_steps = compute_window(
+            sparsity.target,
+            window.start,
+            window.end,
+            budget=window.budget,
+            every_steps=window.every,
+            kind=kind,
+            shares=shares,
+        )
+    else:
+        schedule = schedule_of_window(
+            sparsity.target,
+            window.start,
+            window.end,
+            of=window.of,  # type: ignore[arg-type]
+            every_steps=window.every,
+            num_steps=num_steps,
+            batch_tokens=batch_tokens,
+            kind=kind,
+            shares=shares,
+        )
+    return seen_together(schedule, pools), num_steps
+
+
+def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | Mixed | None, num_steps: int) -> float:
+    """The mean density of all linear weights: those that are never pruned count in full."""
+    if schedule is None:
+        return 1.0
+    prunable = sum(pool.numel for pool in pools)
+    return 1.0 - (1.0 - schedule.average_density(num_steps)) * prunable / count_parameters(model).linear
+
+
+def world_size_asked(config: Config, environment: Mapping[str, str]) -> int:
+    """The number of processes that the launcher says there are; a ValueError where the config wants another."""
+    local, asked = int(environment.get("LOCAL_WORLD_SIZE", "1")), config.launch.num_processes
+    if asked is not None and asked != local:
+        raise ValueError(
+            f"launch.num_processes={asked}, but {local} {'was' if local == 1 else 'were'} started on this machine: start the "
+            f"run with `python -m launch`, or give accelerate --num_processes {asked} and a config of launch/accelerate."
+        )
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def run_directory(config: Config) -> Path:
+    """runs_dir/run_name, in a sweep runs_dir/sweep_name/job; a dense twin has a name of its own."""
+    sparsity = f"{100 * config.sparsity.target:g}p" if config.sparsity.target else "dense"
+    name = config.run_name or f"{config.model.name}-{sparsity}"
+    return Path(config.runs_dir) / (f"{name}-twin" if config.model.match else name)
+
+
+def _split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
+    """(sequences per step, per micro-batch and process, micro-batches per step)."""
+    trainer = config.trainer
+    micro, accumulation = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
+    if config.batch_size is None:
+        accumulation = accumulation or 1
+        return world_size * micro * accumulation, micro, accumulation
+    if config.batch_size % world_size:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be shared by {world_size} processes: take a multiple of "
+            f"{world_size}, or another number of processes."
+        )
+    share = config.batch_size // world_size
+    if accumulation is None:
+        micro = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
+        return config.batch_size, micro, share // micro
+    if micro * accumulation != share:
+        raise ValueError(
+            f"batch_size={config.batch_size} is not {world_size} processes x "
+            f"trainer.per_device_train_batch_size={micro} x trainer.gradient_accumulation_steps={accumulation}: leave "
+            "the accumulation null and it follows, or set batch_size=null."
+        )
+    return config.batch_size, micro, accumulation

@@ -1,0 +1,170 @@
+"""A run's folder: claimed by one process at a time, and by one configuration.
+
+runs/NAME/  config.yaml  environment.json  metrics.jsonl  summary.json  report.png  model/  checkpoints/  wandb/
+           profile/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from conf.schema import Config, tokenizer_of
+from train.checkpoints.durable import write_atomically
+from train.checkpoints.layout import checkpoints, remove_leftovers
+from train.plan.disk import bytes_below, check_room
+
+NOT_PART_OF_A_RUN = (
+    "overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card", "max_skipped", "next_commands", "prompt",
+    "data.cache_dir", "data.num_workers", "trainer.save_steps",
+    "trainer.save_total_limit", "trainer.ddp_timeout", "trainer.disable_tqdm", "trainer.dataloader_num_workers",
+    "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
+    "trainer.gradient_accumulation_steps", "trainer.profile_steps", "trainer.async_save",
+)  # fmt: skip
+"""Keys that may differ when a run is started again; what a step trains on is compared with the checkpoint's."""
+
+LOCK_PATIENCE_S = 3.0
+
+
+class RunDirectory:
+    """Paths of a run, and the lock that one process holds on them while it lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.report = path / "report.png"
+        self.sample = path / "sample.txt"
+        self.model = path / "model"
+        self.checkpoints = path / "checkpoints"
+        self.wandb = path / "wandb"
+        self.profile = path / "profile"
+        self._lock = FileLock(path / ".lock")
+
+    def claim(self, config: Config, needed_bytes: int) -> dict[str, Any] | None:
+        """Lock the folder for this process, emptied with `overwrite`; the summary where its run has ended.
+
+        A ValueError says why the folder can't be had: a live process, another config, files of something else, what
+        `resume` forbids, a disk without room for `needed_bytes`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            # The ranks of a run that was killed a moment ago hold it a little longer.
+            self._lock.acquire(timeout=LOCK_PATIENCE_S)
+        except Timeout:
+            raise ValueError(
+                f"{self.path} is in use by a live process: wait for it or end it, or take another run_name."
+            ) from None
+        again = is_restart(os.environ)
+        if config.overwrite and not again:
+            self._empty()
+        elif self.config.exists():
+            if (summary := self.finished(config)) is not None:
+                return summary
+            if config.resume == "never" and not again:
+                raise ValueError(
+                    f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
+                    "anew, or resume=auto to go on with it."
+                )
+        elif any(entry.name != ".lock" for entry in self.path.iterdir()):
+            raise ValueError(
+                f"{self.path} holds files that are no run's: take another run_name, or set overwrite=true."
+            )
+        remove_leftovers(self.checkpoints)
+        if config.resume == "must" and not checkpoints(self.checkpoints):
+            raise ValueError(f"{self.path} has no checkpoint to resume from and resume=must: set resume=auto to start.")
+        check_room(self.path, needed_bytes - bytes_below(self.checkpoints))
+        return None
+
+    def is_in_use(self) -> bool:
+        """Tell whether a live process has claimed the folder."""
+        if not Path(self._lock.lock_file).exists():
+            return False
+        try:
+            with self._lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def finished(self, config: Config) -> dict[str, Any] | None:
+        """The summary where this configuration's run has ended here; a ValueError where the folder is of another one."""
+        if not self.config.exists():
+            return None
+        self._check_same(config)
+        return self._read_summary() if self.summary.exists() else None
+
+    def begin(self, config: Config) -> None:
+        """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with."""
+        if self.config.exists():
+            return
+        chosen = replace(config, tokenizer=tokenizer_of(config))
+        write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.structured(chosen)))
+
+    def _empty(self) -> None:
+        """Remove what a run writes; a file with another name stays."""
+        for file in (self.config, self.environment, self.metrics, self.summary, self.report, self.sample):
+            file.unlink(missing_ok=True)
+        for folder in (self.model, self.model.with_name("model.tmp"), self.checkpoints, self.wandb, self.profile):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _read_summary(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.summary.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{self.summary} is garbled: remove it, and the same command writes it again, or set overwrite=true."
+            ) from None
+
+    def _check_same(self, config: Config) -> None:
+        try:
+            # OmegaConf's loader knows no tags that make objects, and interpolations are not resolved.
+            # A key that a later version brought has its default here: the run began without it.
+            before = run_identity(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(self.config)))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise ValueError(
+                f"{self.config} is garbled or was not written by a run: set overwrite=true to start it anew."
+            ) from None
+        now = run_identity(config)
+        if changed := _differences(before, now):
+            raise ValueError(
+                f"{self.path} is in use by a run with another config ({'; '.join(changed)}): take another run_name, or "
+                "set overwrite=true to start it anew."
+            )
+
+
+def is_restart(environment: Mapping[str, str]) -> bool:
+    """Whether the command is repeated, by torch's agent after a failure or by SLURM: then it must not begin anew."""
+    return any(environment.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
+
+
+def run_identity(config: Any) -> dict[str, Any]:
+    """What must be the same for two commands to mean the same run."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config) if isinstance(config, Config) else config)
+    assert isinstance(plain, dict)
+    for path in NOT_PART_OF_A_RUN:
+        group, _, key = path.rpartition(".")
+        (plain[group] if group else plain).pop(key, None)
+    # Null means one of these, and a run that wrote it out is the same run.
+    plain["tokenizer"] = plain.get("tokenizer") or plain.get("init_from") or "train"
+    return {str(key): value for key, value in plain.items()}
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = list(dict.fromkeys([*before, *now]))
+        found = [_differences(before.get(key), now.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
+        return [difference for differences in found for difference in differences]
+    return [] if before == now else [f"{prefix} was {before}, is {now}"]

@@ -1,0 +1,194 @@
+"""The run's records: the same to metrics.jsonl and to wandb, one for each logged step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsity import SparsityCallback
+from train.plan.run import RunPlan
+from train.speed.throughput import Speedometer, StepClock
+
+
+class Recorder(TrainerCallback):
+    """Writes each log of the Trainer, with tokens, speed and the sparsity's figures, to metrics.jsonl and wandb.
+
+    Only the main process is given one that writes. Keys have the form group/name, by which wandb makes its panels.
+    train/tokens_per_second counts all time between two logged steps, perf/tokens_per_second that of training steps alone:
+    `clock` leaves out prune events, evaluation and saving.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        sparsity: SparsityCallback | None,
+        metrics: Path,
+        wandb_run: Any | None,
+        clock: StepClock,
+        speedometer: Speedometer,
+    ) -> None:
+        self.plan = plan
+        self.sparsity = sparsity
+        self.clock = clock
+        self.speedometer = speedometer
+        self.wandb_run = wandb_run
+        self._earlier = keep_whole_records(metrics)
+        self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run
+        self._unwritten = b""
+        self._written = {_identity(record) for record in self._earlier}
+        self._last: tuple[int, float] = (0, time.monotonic())
+        self._layers: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last = (state.global_step, time.monotonic())
+        self.clock.start()
+        for record in self._earlier:
+            if record["train/global_step"] <= state.global_step:
+                layers = {name: value for name, value in record.items() if name.startswith("layer_density/")}
+                self._layers = {name.partition("/")[2]: value for name, value in layers.items()} or self._layers
+        self._earlier = []
+
+    def sync(self) -> None:
+        """Have every record so far survive a crash of the machine: a checkpoint must not be ahead of them.
+
+        An OSError where the disk has no room for them.
+        """
+        self._flush()
+        os.fsync(self._file.fileno())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        figures = {name: value for name, value in (logs or {}).items() if not name.startswith("train_")}
+        if "loss" in figures or any(name.startswith("eval_") for name in figures):
+            self.write(self._record(state.global_step, figures))
+
+    def _record(self, step: int, figures: dict[str, float]) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "train/global_step": step,
+            "train/tokens": step * self.plan.batch_tokens,
+            **{_grouped(name): value for name, value in figures.items()},
+        }
+        if "loss" in figures:
+            before, since = self._last
+            self._last = (step, time.monotonic())
+            seconds = max(self._last[1] - since, 1e-9)
+            num_tokens = (step - before) * self.plan.batch_tokens
+            record["train/tokens_per_second"] = num_tokens / seconds
+            record |= self.speedometer.figures(num_tokens, self.clock.lap())
+        if self.sparsity is not None:
+            record |= self.sparsity.metrics(step - 1)
+            layers = self.sparsity.layer_densities()
+            if layers != self._layers:
+                self._layers = layers
+                record |= {f"layer_density/{name}": density for name, density in layers.items()}
+        return record
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write a record, unless a run that was interrupted wrote it before."""
+        if _identity(record) in self._written:
+            return
+        self._written.add(_identity(record))
+        self._unwritten += json.dumps({name: _finite(value) for name, value in record.items()}).encode() + b"\n"
+        # A full disk is a matter for the next checkpoint, which all ranks give up together.
+        with contextlib.suppress(OSError):
+            self._flush()
+        if self.wandb_run is None:
+            return
+        if any(name.startswith("layer_density/") for name in record):
+            import wandb
+
+            layers = [value for name, value in record.items() if name.startswith("layer_density/")]
+            record = {**record, "sparsity/layer_density": wandb.Histogram(layers, num_bins=20)}
+        # Counted over all processes of the run: in offline mode wandb itself would begin at 0 again after a resume.
+        self.wandb_run.log(record, step=len(self._written) - 1, commit=True)
+
+    def _flush(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def close(self) -> None:
+        """End the records where the run is interrupted."""
+        self._file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=1)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._flush()
+        self._file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.summary.update(summary)
+            self.wandb_run.finish()
+
+
+def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
+    """The records that are there; a last line that was cut off by a kill is removed from the file.
+
+    A ValueError where another line is no record.
+    """
+    if not metrics.exists():
+        return []
+    data = metrics.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(metrics, len(whole))
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        assert all("train/global_step" in record for record in records)
+    except (ValueError, TypeError, AssertionError):
+        raise ValueError(
+            f"{metrics} holds a line that is no record of a run: mend or remove the line, or set overwrite=true to start "
+            "the run anew."
+        ) from None
+    return records
+
+
+def _identity(record: dict[str, Any]) -> tuple[int, str]:
+    """A step has one record of each kind: of training, of evaluation."""
+    return record["train/global_step"], "train" if "train/loss" in record else "eval"
+
+
+def _finite(value: Any) -> Any:
+    """json has no NaN: what is not finite becomes null."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _grouped(name: str) -> str:
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+class ProgressBar(ProgressCallback):
+    """transformers' progress bar with the loss and the density behind it instead of a line for each log."""
+
+    def __init__(self, sparsity: SparsityCallback | None) -> None:
+        super().__init__()
+        self.sparsity = sparsity
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+            if not sys.stderr.isatty():
+                self.training_bar.mininterval = 15.0
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            density = self.sparsity.density if self.sparsity else 1.0
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", density=f"{density:.3f}", refresh=False)

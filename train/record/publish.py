@@ -1,0 +1,54 @@
+"""What can be done with a finished run's model folder: give it another card, upload it to the hub."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from conf.schema import CardConfig, Config
+from train.data import hub
+from train.plan.run import RunPlan
+from train.record.card import write_card
+from train.record.directory import RunDirectory
+from train.record.siblings import Figures
+
+
+def renew_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: Figures) -> None:
+    """Rewrite a finished run's card where the command gives card.* keys; a licence already in it stays unless given."""
+    readme = directory.model / "README.md"
+    if config.card == CardConfig():
+        return
+    if config.card.license is None and readme.exists():
+        before = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+        kept = {key: before.get(key) for key in ("license", "license_name", "license_link")}
+        config = replace(config, card=replace(config.card, **kept))
+    write_card(config, plan, directory, summary)
+
+
+def push_to_hub(card: CardConfig, model: Path) -> None:
+    """Upload the finished model folder where card.push_to_hub asks for it. Rank 0's work, after the summary.
+
+    A ValueError says why it did not work; the run is finished all the same.
+    """
+    if not card.push_to_hub:
+        return
+    from huggingface_hub import HfApi
+
+    assert card.hub_id is not None
+    try:
+        # A run may have been started days ago, when the hub was not there.
+        hub.is_reachable.cache_clear()
+        if not hub.is_reachable():
+            raise ConnectionError("the hub does not answer")
+        api = HfApi()
+        api.create_repo(card.hub_id, private=card.private, exist_ok=True)
+        api.upload_folder(repo_id=card.hub_id, folder_path=model, commit_message=f"Upload {model.parent.name}")
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise ValueError(
+            f"the run is finished and {model} is whole, but it was not uploaded to {card.hub_id} ({reason}): start the "
+            "same command again, it only uploads."
+        ) from None
+    print(f"uploaded {model} to https://huggingface.co/{card.hub_id}", flush=True)

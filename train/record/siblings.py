@@ -1,0 +1,116 @@
+"""The finished runs that a run is shown beside: those of its sweep, and its dense twin or the run it is the twin of."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.schema import Config
+from train.plan.run import RunPlan
+from train.record.table import cells, count_text
+
+Figures = Mapping[str, Any]
+
+TWIN_SUFFIXES = ("-small-dense", "-twin")
+"""A dense twin is called like its sparse run, with one of these behind; the first is the series'."""
+TWIN_TOLERANCE = 0.05
+"""How far, relatively, a dense run of another name may be off N-bar and still be called a match."""
+SHARE_BY_CHANCE = 1e-3
+"""A dense run may hold a few exact zeros; a larger share of them is a mask's."""
+
+
+def find_siblings(run_dir: Path, runs_dir: Path) -> list[dict[str, Any]]:
+    """Summaries of the finished runs of the same sweep folder, each under its folder's name.
+
+    Directly below `runs_dir`, where all kinds of runs lie, only this run's twin, or the run it is the twin of.
+    """
+    summaries = sorted(run_dir.parent.glob("*/summary.json"))
+    if run_dir.parent.resolve() == runs_dir.resolve():
+        name = run_dir.name
+        pair = {name + suffix for suffix in TWIN_SUFFIXES} | {name.removesuffix(suffix) for suffix in TWIN_SUFFIXES}
+        summaries = [path for path in summaries if path.parent.name in pair]
+    found = [_read_summary(path) for path in summaries if path.parent.name != run_dir.name]
+    return [summary for summary in found if summary is not None]
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    """None where another version of the project wrote something that has no line in the table."""
+    try:
+        summary = {**json.loads(path.read_text(encoding="utf-8")), "run_name": path.parent.name}
+        cells(finite(summary))
+    except (ValueError, TypeError, KeyError, OSError):
+        return None
+    return summary if summary.keys() >= {"prune_start_step", "data", "perplexity_window"} else None
+
+
+def is_sparse(figures: Figures) -> bool:
+    """Whether this run pruned."""
+    return figures["prune_start_step"] is not None
+
+
+def has_sparse_weights(figures: Figures) -> bool:
+    """Whether the finished weights are sparse: pruned by this run, or by the one whose zeros it kept."""
+    share = figures.get("sparsity")
+    holds_zeros = isinstance(share, int | float) and share > SHARE_BY_CHANCE
+    return figures.get("prune_start_step") is not None or holds_zeros
+
+
+def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
+    """The dense twin of a sparse run, or the sparse run of a dense twin, among its siblings.
+
+    By name; else the closest in linear parameters to N-bar that was trained on as many tokens, within TWIN_TOLERANCE.
+    """
+    others = [sibling for sibling in siblings if has_sparse_weights(sibling) != has_sparse_weights(own)]
+    for other in others:
+        dense, sparse = (other, own) if has_sparse_weights(own) else (own, other)
+        if dense["run_name"] in [sparse["run_name"] + suffix for suffix in TWIN_SUFFIXES]:
+            return other
+
+    def distance(other: Figures) -> float:
+        dense, sparse = (other, own) if has_sparse_weights(own) else (own, other)
+        return abs(dense["linear_params"] / sparse["avg_linear_params"] - 1)
+
+    near = [
+        other for other in others if other["total_tokens"] == own["total_tokens"] and distance(other) <= TWIN_TOLERANCE
+    ]
+    return min(near, key=distance, default=None)
+
+
+def match_words(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Figures]) -> str | None:
+    """The other half of the pair that the paper predicts to reach the same loss; None for a plain dense run.
+
+    None too for a run that kept the zeros of another: its own average leaves out what that one trained.
+    """
+    if has_sparse_weights(own) and not is_sparse(own):
+        return None
+    twin = plan.twin
+    # A derived twin may be off by its rounded width; what it was derived for is known exactly.
+    other = counterpart({**own, "linear_params": twin.target_linear_params} if twin else own, siblings)
+    if is_sparse(own):
+        own_average = count_text(own["avg_linear_params"])
+        if other is None:
+            return (
+                "none found among the finished runs; this run's command with `model.match=average` trains one of about "
+                f"{own_average} linear parameters"
+            )
+        size = count_text(other["linear_params"])
+        return f"`{other['run_name']}`, {size} linear parameters beside this run's {own_average} on average"
+    average = other["avg_linear_params"] if other else twin.target_linear_params if twin else None
+    if average is None:
+        name, suffix = own["run_name"], TWIN_SUFFIXES[0]
+        return f"`{name.removesuffix(suffix)}`, by its name" if name.endswith(suffix) else None
+    amount = " by groups" if config.sparsity.groups else f" to {100 * config.sparsity.target:g}%"
+    pruned = f"`{config.model.name}` pruned{amount}"
+    name = f"`{other['run_name']}`" if other else pruned
+    return (
+        f"{name}, {count_text(average)} linear parameters on average, "
+        f"beside this model's {count_text(own['linear_params'])}"
+    )
+
+
+def finite(row: Figures) -> dict[str, Any]:
+    """The figures, None in place of one that cannot be rounded."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}

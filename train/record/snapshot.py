@@ -1,0 +1,106 @@
+"""environment.json: with which code, in which environment and by which command each start of a run was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import Any
+
+from train.checkpoints.durable import write_atomically
+from train.distributed import World
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = (
+    "ACCELERATE_", "CUDA_", "FSDP_", "GLOO_", "HF_", "MASTER_", "NCCL_", "NVIDIA_", "OMP_", "PARALLELISM_CONFIG_",
+    "PYTHONHASHSEED", "PYTHONPATH", "PYTORCH_", "SLURM_", "TOKENIZERS_", "TORCH", "WANDB_", "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+)  # fmt: skip
+"""How the names of the variables that are written down begin; all others stay out."""
+SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH", "JWT", "COOKIE")
+"""Never written down, whatever a name begins with."""
+
+
+def write_snapshot(path: Path, world: World) -> None:
+    """Add this start to the run's environment.json. Called by rank 0 alone."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = []
+    write_atomically(path, json.dumps([*before, snapshot(os.environ, sys.argv, world)], indent=2) + "\n")
+
+
+def snapshot(environment: Mapping[str, str], command: list[str], world: World) -> dict[str, Any]:
+    """This start of a run as plain data."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": ["python", "-m", "train", *map(without_credentials, command[1:])],
+        "folder": os.getcwd(),
+        "code": code_version(ROOT),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "world_size": world.size,
+        "devices": devices(),
+        "packages": dict(sorted((str(found.metadata["Name"]), found.version) for found in distributions())),
+        "variables": kept_variables(environment),
+    }
+
+
+def kept_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What steers the run and is no secret, sorted by name."""
+    names = [name for name in environment if name.startswith(KEPT) and not is_secret(name)]
+    return {name: without_credentials(environment[name]) for name in sorted(names)}
+
+
+def is_secret(name: str) -> bool:
+    return any(word in name.upper().removeprefix("TOKENIZERS_") for word in SECRET)
+
+
+def without_credentials(text: str) -> str:
+    """URLs in `text` without the user and password that may stand in them."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
+
+
+def code_version(root: Path) -> dict[str, Any]:
+    """The package's version, and the commit it lies in with whether files differ from it; None outside a repository."""
+    try:
+        package = version("sparsellm")
+    except PackageNotFoundError:
+        package = None
+    # An environment inside somebody's repository is none of its files.
+    if not git(root, "ls-files", "train/record/snapshot.py"):
+        return {"version": package, "commit": None, "dirty": None}
+    status = git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"version": package, "commit": git(root, "rev-parse", "HEAD"), "dirty": bool(status)}
+
+
+def git(root: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def devices() -> list[str]:
+    import torch
+
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return names or [f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}"]

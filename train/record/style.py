@@ -1,0 +1,30 @@
+"""How this project's figures look: colours, light axes, counts with units on the ticks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.record.table import count_text
+
+BLUE, ORANGE, GREY = "#1f5fa8", "#d1690e", "#666666"
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def lighten(axes: Any) -> None:
+    """A faint grid, and no frame where nothing is read off."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def count_ticks(axis: Any, digits: int = 1) -> None:
+    """Ticks as counts with a unit: 2.5K, 1.0M."""
+    axis.set_major_formatter(lambda value, _: count_text(value, digits) if value else "0")

@@ -1,0 +1,86 @@
+"""The wandb run beside a run's own records: where it goes, and what it is called and found by."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import replace
+from typing import Any
+
+from conf.schema import Config
+from train.checkpoints.durable import write_atomically
+from train.plan.run import RunPlan, plan_run
+from train.record.siblings import SHARE_BY_CHANCE
+from train.record.wandb_key import has_wandb_key
+
+MAX_TAG_LENGTH = 64
+"""wandb refuses longer tags."""
+
+
+def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_sparsity: float) -> Any | None:
+    """A wandb run in the run's folder, under the same id when the run goes on: offline where no key is configured.
+
+    `values` is the configuration it shows; `initial_sparsity` is that of the weights it starts from. None where wandb is
+    off.
+    """
+    if not config.logger.wandb:
+        return None
+    import wandb
+
+    logger, run_dir = config.logger, plan.run_dir
+    mode = os.environ.get("WANDB_MODE") if logger.mode == "auto" else logger.mode
+    id_file = run_dir / "wandb" / "id.txt"
+    if not id_file.exists():
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(id_file, uuid.uuid4().hex[:8] + "\n")
+    try:
+        run = wandb.init(
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(run_dir),
+            project=logger.project,
+            entity=logger.entity,
+            group=logger.group or config.sweep_name,
+            job_type=logger.job_type or kind_of_run(plan, initial_sparsity),
+            tags=run_tags(config, plan, initial_sparsity),
+            name=config.run_name or run_dir.name,
+            config=values,
+            mode=mode or ("online" if has_wandb_key() else "offline"),  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True),
+        )
+    except Exception as error:
+        # No connection, a wrong key, a WANDB_ variable that it does not take.
+        raise ValueError(
+            f"wandb did not start ({' '.join(str(error).split())}): check the WANDB_ variables and the account, or take "
+            "logger.mode=offline or logger=none."
+        ) from error
+    run.define_metric("train/tokens")
+    for group in ("train/*", "perf/*", "eval/*", "sparsity/*", "layer_density/*"):
+        run.define_metric(group, step_metric="train/tokens")
+    return run
+
+
+def kind_of_run(plan: RunPlan, initial_sparsity: float) -> str:
+    """The job type that tells the runs of a group apart: sparse, by pruning or from the start, its `twin`, or dense."""
+    if plan.twin:
+        return "twin"
+    return "sparse" if plan.schedule or initial_sparsity > SHARE_BY_CHANCE else "dense"
+
+
+def target_sparsity(config: Config, plan: RunPlan) -> float | None:
+    """Of all prunable weights together, whatever the groups' targets are; for a twin, that of its sparse run."""
+    if plan.twin is not None:
+        plan = plan_run(replace(config, model=replace(config.model, match=None)), plan.world_size)
+    return plan.schedule.sparsity if plan.schedule else None
+
+
+def run_tags(config: Config, plan: RunPlan, initial_sparsity: float) -> list[str]:
+    """The model's name, the sparsity, and the tags of the config.
+
+    The sparsity is the target, that of the run whose twin this is, or of the zeros that are kept where nothing is pruned.
+    """
+    target = target_sparsity(config, plan)
+    level = f"sparsity-{100 * (initial_sparsity if target is None else target):.4g}"
+    of_kind = {"sparse": [level], "twin": ["twin", f"twin-of-{level}"], "dense": ["dense"]}
+    tags = [config.model.name, *of_kind[kind_of_run(plan, initial_sparsity)], *config.logger.tags]
+    return [tag[:MAX_TAG_LENGTH] for tag in dict.fromkeys(tags) if tag]

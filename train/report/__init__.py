@@ -1,1 +1,0 @@
-"""What a finished run says: summary, table line, figure, model card."""

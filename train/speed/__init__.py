@@ -1,0 +1,1 @@
+"""How fast a run is: measured, profiled, and made faster."""

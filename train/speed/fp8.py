@@ -1,0 +1,105 @@
+"""Float8 matrix products (`trainer.fp8=true`): torchao's tensorwise float8 linears in the place of the decoder's.
+
+Only the products are in float8. Weights stay the float32 parameters they were, under their names, so that masks, moments,
+checkpoints and the export know nothing of it. lm_head, whose outputs the loss needs precisely, stays in bfloat16, and so
+does what FSDP2 gathers.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from conf.schema import Config
+from train.plan.run import RunPlan
+
+MULTIPLE = 16
+"""Of every dimension of a float8 product, by the rule of torch._scaled_mm."""
+MIN_CAPABILITY = (8, 9)
+
+
+def check_fp8(config: Config, plan: RunPlan, device: torch.device, is_main: bool = True) -> None:
+    """Check that float8 can be had; warn on stderr, if `is_main`, when it will not pay.
+
+    Raises:
+        ValueError: It names what is missing.
+    """
+    if not config.trainer.fp8:
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            "trainer.fp8=true needs a GPU with float8 units and this machine has no GPU: set trainer.fp8=false."
+        )
+    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"trainer.fp8=true needs a GPU of compute capability 8.9 or higher and {name} has "
+            f"{capability[0]}.{capability[1]}: take an H100, H200, B200, L40S or RTX 4090, or set trainer.fp8=false."
+        )
+    float8_module()
+    if (tokens := plan.micro_batch_size * plan.sequence_length) % MULTIPLE:
+        raise ValueError(
+            f"trainer.fp8=true needs micro-batches of a multiple of {MULTIPLE} tokens and "
+            f"trainer.per_device_train_batch_size={plan.micro_batch_size} x data.sequence_length={plan.sequence_length} is "
+            f"{tokens}: choose another micro-batch or length."
+        )
+    if is_main and not config.trainer.torch_compile:
+        print(
+            "warning: trainer.fp8=true without trainer.torch_compile=true is slower than bf16: the casts to float8 are "
+            "kernels of their own then.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def float8_module() -> Any:
+    """Return `torchao.float8`; a ValueError names the extra if it is not installed or does not fit torch."""
+    try:
+        return import_module("torchao.float8")
+    except ImportError as error:
+        raise ValueError(
+            f"trainer.fp8=true needs torchao and it cannot be imported ({error}): pip install 'sparsellm[fp8]', or set "
+            "trainer.fp8=false."
+        ) from None
+
+
+def convert_to_fp8(model: nn.Module, emulate: bool = False) -> list[str]:
+    """Replace the linear layers of `model`, in place, by float8 ones that hold the same parameters.
+
+    Args:
+        model: A model whose output layer `get_output_embeddings` gives.
+        emulate: Compute in float32 with operands rounded to float8, which any device can.
+
+    Returns:
+        The names of the layers replaced: all but the output layer and those with a dimension that is no multiple of 16.
+
+    Raises:
+        ValueError: No layer can be replaced.
+    """
+    float8 = float8_module()
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    chosen = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output and has_fp8_shape(module)
+    ]
+    if not chosen:
+        raise ValueError(
+            f"trainer.fp8=true finds no linear layer whose inputs and outputs are multiples of {MULTIPLE}: choose another "
+            "model.hidden_size, or set trainer.fp8=false."
+        )
+    names = set(chosen)
+    float8.convert_to_float8_training(
+        model,
+        config=float8.Float8LinearConfig(emulate=emulate),
+        module_filter_fn=lambda module, name: name in names,
+    )
+    return chosen
+
+
+def has_fp8_shape(linear: nn.Linear) -> bool:
+    return linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0

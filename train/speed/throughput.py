@@ -1,0 +1,135 @@
+"""How fast a run trains: tokens a second, FLOP/s as a share of the device's peak, waiting for data, memory.
+
+The clock never waits for the device: on a GPU, pauses are marked by events in its stream, which are read when a step is
+logged, when the host has waited for the loss anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train.plan.counts import flops_per_token
+from train.plan.devices import Precision, peak_tflops
+from train.plan.run import RunPlan
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Seconds since the lap before: of training steps, and among them those that the host waited for data."""
+
+    train_seconds: float
+    data_wait_seconds: float
+
+
+class StepClock:
+    """Time of training steps between two logged ones, without prune events, evaluation and saving.
+
+    Args:
+        device: The device that trains.
+        is_read: False on a rank that logs nothing: its clock then does nothing.
+    """
+
+    def __init__(self, device: torch.device, is_read: bool = True) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._is_read = is_read
+        self._since = time.perf_counter()
+        self._pauses: list[tuple[Any, Any]] = []
+        self._data_wait = 0.0
+
+    def start(self) -> None:
+        """Begin a lap now and forget what came before."""
+        self._since, self._pauses, self._data_wait = time.perf_counter(), [], 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what happens inside out of the lap's training time."""
+        if not self._is_read:
+            yield
+            return
+        begin = self._mark()
+        try:
+            yield
+        finally:
+            self._pauses.append((begin, self._mark()))
+
+    @contextlib.contextmanager
+    def wait_for_data(self) -> Iterator[None]:
+        """Count what happens inside as waiting for data."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._data_wait += time.perf_counter() - begin
+
+    def lap(self) -> Lap:
+        """Return the lap's times and begin the next; on a GPU, waits for the last pause to be over."""
+        now = time.perf_counter()
+        paused = sum(self._seconds(*pause) for pause in self._pauses)
+        found = Lap(max(now - self._since - paused, 1e-9), self._data_wait)
+        self._since, self._pauses, self._data_wait = now, [], 0.0
+        return found
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        if not self._on_gpu:
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+@dataclass(frozen=True)
+class Speedometer:
+    """The figures perf/... of a run. `peak` is one device's in 1e12 FLOP/s, None if it is not known."""
+
+    flops_per_token: float
+    num_devices: int
+    device: torch.device
+    peak: float | None = None
+
+    def figures(self, num_tokens: int, lap: Lap) -> dict[str, float]:
+        """Return what a logged step says of the `num_tokens` since the one before.
+
+        On a CPU that is tokens a second and the time waiting for data.
+        """
+        rate = num_tokens / lap.train_seconds
+        found = {"perf/tokens_per_second": rate, "perf/data_wait_seconds": lap.data_wait_seconds}
+        if self.device.type != "cuda":
+            return found
+        tflops = rate * self.flops_per_token / self.num_devices / 1e12
+        found |= {"perf/tokens_per_second_per_gpu": rate / self.num_devices, "perf/tflops": tflops}
+        if self.peak is not None:
+            found["perf/mfu"] = tflops / self.peak
+        found["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
+        found["perf/peak_reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / GIB
+        return found
+
+
+def speedometer(plan: RunPlan, device: torch.device, precision: Precision) -> Speedometer:
+    """Return the run's speedometer; warn on stderr about a GPU whose peak is not known, and log no MFU."""
+    flops = flops_per_token(plan.model, plan.counts.linear, plan.sequence_length)
+    peak = None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = peak_tflops(name, precision)
+        if peak is None:
+            print(
+                f"warning: {name} has no {precision} peak in train/plan/devices.py: perf/mfu is not logged, perf/tflops is.",
+                file=sys.stderr,
+                flush=True,
+            )
+    return Speedometer(flops, plan.world_size, device, peak)
