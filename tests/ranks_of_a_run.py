@@ -27,7 +27,7 @@ def _train(overrides: list[str]) -> None:
     from train.distributed import join_world
     from train.faults.heartbeat import Heartbeat
     from train.faults.preempt import Preemption
-    from train.plan import plan_run
+    from train.plan.run import plan_run
     from train.run import run
 
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))

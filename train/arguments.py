@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from conf.schema import Config, TrainerConfig
 from conf.schema.trainer import OWN_KEYS
-from train.plan.run import RunPlan
+from train.plan.run import RunPlan, decay_length
 
 SET_HERE = {
     "output_dir", "overwrite_output_dir", "report_to", "fsdp", "fsdp_config", "deepspeed", "use_cpu",
@@ -30,6 +30,10 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     """TrainingArguments for this run; a ValueError names a key that they do not have."""
     values = asdict(config.trainer)
     extra = values.pop("extra")
+    if values["decay_steps"] is not None:
+        values["lr_scheduler_kwargs"] = {
+            **values["lr_scheduler_kwargs"], "num_decay_steps": decay_length(values["decay_steps"], plan.num_steps)
+        }  # fmt: skip
     for name in OWN_KEYS:
         del values[name]
     check_extra(extra)

@@ -22,6 +22,7 @@ from sparsity.prunable import own_linear_weights
 from sparsity.schedule import schedule_record
 from sparsity.shards import local_values, rank_layout
 from train.arguments import check_recipe, training_arguments
+from train.branch import begin_branch
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
 from train.checkpoints.write import parameters_of
@@ -38,6 +39,7 @@ from train.model.export import export_model
 from train.model.initial import initial_weights
 from train.model.initial_check import check_start, check_tokenizer, command_line
 from train.model.weights import allocate, draw_weights
+from train.plan.branch import branch_words
 from train.plan.disk import run_bytes
 from train.plan.folders import is_at_hand
 from train.plan.names import dense_words
@@ -57,7 +59,7 @@ from train.speed.compiled import compile_by_blocks
 from train.speed.fp8 import check_fp8, convert_to_fp8
 from train.speed.profiler import StepProfiler
 from train.speed.throughput import StepClock, speedometer
-from train.trainer import PretrainingTrainer, RunState
+from train.trainer import KeepSteps, PretrainingTrainer, RunState
 
 SETUP_ERRORS = (ImportError,)
 """Beside a user's errors: transformers raises it for a library that a setting needs."""
@@ -95,7 +97,9 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         prunable = prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense)
         shapes = {name: param.shape for name, param in parameters_of(model).items()}
     fingerprint = world.on_main(data_fingerprint, data.folder)
-    resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world)
+    branch = world.on_main(begin_branch, config, plan, directory, identity(plan), data.folder, data.tokenizer)
+    branch_step = None if branch is None else branch.step
+    resume_from = checkpoint_to_resume(directory, identity(plan), data.folder, world, branch_step)
     with user_errors(quiet=not world.is_main):
         fill = filling(config, plan, model, tokenizer, resume_from)
         initial_sparsity = world.on_main(inherited_sparsity, config, model, list(prunable))
@@ -106,11 +110,12 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     world.on_main(lambda: len(keep_whole_records(directory.metrics)))
     world.on_main(write_snapshot, directory.environment, world)
 
-    sparsity = sparsity_callback(config, plan)
+    sparsity = sparsity_callback(config, plan, branch)
     clock = StepClock(world.device, is_read=world.is_main)
     if sparsity is not None:
         sparsity.clock = clock
     recorder = profiler = None
+    keeper = KeepSteps(config.trainer.keep_steps) if config.trainer.keep_steps else None
     if world.is_main:
         profiler = make_profiler(config, directory, clock)
         recorder = make_recorder(config, plan, directory, sparsity, initial_sparsity, clock, world.device)
@@ -120,7 +125,9 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             sparsity=sparsity,
             run_state=RunState(
                 identity=identity(plan),
-                carried={"data": fingerprint},
+                carried={"data": fingerprint, "tokenizer": data.tokenizer},
+                branch_step=branch_step,
+                keep_steps=tuple(config.trainer.keep_steps),
                 before_save=recorder.sync if recorder else lambda: None,
             ),
             guard=StepGuard(world, preemption, config.max_skipped),
@@ -135,12 +142,14 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             train_dataset=Blocks(TokenStream(data.folder, "train"), plan.sequence_length),
             eval_dataset=[],
             data_collator=default_data_collator,
-            callbacks=[callback for callback in (profiler, sparsity, recorder) if callback is not None],
+            callbacks=[callback for callback in (keeper, profiler, sparsity, recorder) if callback is not None],
         )
     show_progress(trainer, sparsity)
     fsdp_version = 2 if trainer.is_fsdp_enabled else 0
     sharding = "FSDP2" if fsdp_version else "no sharding"
     say(world, opening_words(config, plan, data, world.size, sharding, dense_words(shapes, prunable)))
+    if branch is not None:
+        say(world, f"  {branch_words(branch)}")
     if resume_from is not None:
         say(world, f"  resumed from {resume_from}")
     try:
@@ -173,6 +182,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         train_seconds=trainer.train_seconds,
         seconds=trainer.earlier_seconds + time.monotonic() - started,
     )
+    if branch is not None:
+        summary["branch"] = {"run": Path(branch.run).name, "step": branch.step, "trunk": branch.trunk}
     if recorder is not None:
         finish(config, plan, directory, recorder, summary)
     world.on_main(push_to_hub, config.card, directory.model)

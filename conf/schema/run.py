@@ -71,6 +71,8 @@ class Config:
     """Sequences per optimizer step over all processes, kept whatever the number of devices."""
     init_from: str | None = None
     """A transformers folder or hub name to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
+    branch_from: str | None = None
+    """RUN or RUN@STEP: begin at that run's checkpoint, the newest without a step, with what this config changes."""
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient norm are not finite, before the run stops."""
     tokenizer: str | None = None

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsity.compact.bitmask import expand_tensor
 from sparsity.compact.contents import BITMASK, METHOD, VERSION, Stored, check_version
+from sparsity.compact.experts import stacking_of, stacks, with_bitmasks
 from sparsity.compact.files import check_file
 from sparsity.compact.linear import sparse_linears_
 
@@ -101,12 +102,19 @@ class CompactLoader(HfQuantizer):
                     self.sparse_names.append(tensor.name)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        return [*weight_conversions, *expansions(self.sparse_names, weight_conversions)]
+        renamed = {name: _renamed(name, deepcopy(list(weight_conversions))) for name in self.sparse_names}
+        stacked = {name for name in renamed.values() if any(stacks(c, name) for c in weight_conversions)}
+        expanding = [
+            with_bitmasks(conversion) if any(stacks(conversion, name) for name in stacked) else conversion
+            for conversion in weight_conversions
+        ]
+        left = [name for name, new in renamed.items() if new not in stacked]
+        return [*expanding, *expansions(left, weight_conversions)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         # What save_pretrained would otherwise have to undo.
         used = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [conversion for conversion in used if not _expands(conversion)]
+        model._weight_conversions = [stacking_of(conversion) for conversion in used if not _expands(conversion)]
         # transformers 5.17 leaves the file's type where a base model's names differ from the file's.
         for name, param in model.named_parameters():
             if param.dtype != self.dtypes.get(name, param.dtype) and param.device.type != "meta":

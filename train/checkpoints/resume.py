@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.layout import STATE, newest_whole
+from train.checkpoints.layout import STATE, newest_whole, step_of
 from train.data.files import sha256_of
 from train.data.index import INDEX, read_index
 from train.data.pack import SPLITS
@@ -16,17 +16,20 @@ from train.record.directory import RunDirectory
 
 
 def checkpoint_to_resume(
-    directory: RunDirectory, identity: dict[str, Any], data_folder: str, world: World
+    directory: RunDirectory, identity: dict[str, Any], data_folder: str, world: World, branch_step: int | None = None
 ) -> Path | None:
-    """The newest whole checkpoint of the run, or None; damaged ones are named in a warning. Collective.
+    """Return the newest whole checkpoint of the run, or None; damaged ones are named in a warning. Collective.
 
-    RunStopped where it is of other steps, or of data that has changed since.
+    That of `branch_step` is another run's, which was compared when this one branched.
+
+    Raises:
+        RunStopped: It is of other steps, or of data that has changed since.
     """
     folder, warnings = newest_whole(directory.checkpoints, world)
     if world.is_main:
         for warning in warnings:
             print(f"warning: {warning}.", file=sys.stderr, flush=True)
-    if folder is not None:
+    if folder is not None and step_of(folder) != branch_step:
         world.on_main(check_is_of_this_run, folder, identity, data_folder)
     return folder
 

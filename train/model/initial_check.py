@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from conf.schema import Config
+from train.plan.branch import check_branch, run_folder
 from train.plan.run import RunPlan
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -26,6 +27,11 @@ def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None
         ValueError: says what does not fit, and the remedy.
     """
     if not config.overwrite and (plan.run_dir / "config.yaml").exists():
+        return
+    if config.branch_from is not None:
+        if run_folder(config).resolve() == plan.run_dir.resolve():
+            raise ValueError(f"branch_from={config.branch_from} is this run's own folder: give another run_name.")
+        check_branch(config, plan.num_steps, plan.pools, plan.schedule)
         return
     if config.init_from is None:
         check_tokenizer_of_path(config)

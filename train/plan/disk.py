@@ -24,6 +24,7 @@ def export_bytes(model: ModelConfig, dtype: str) -> int:
 def run_bytes(config: Config, plan: RunPlan) -> int:
     """The final model and the checkpoints that stand at a time: those kept and the one being written."""
     kept = 0 if config.trainer.save_strategy == "no" else config.trainer.save_total_limit + 1
+    kept += len(config.trainer.keep_steps)
     checkpoints = kept * checkpoint_bytes(plan.model, plan.counts.linear if plan.schedule else 0)
     return checkpoints + export_bytes(plan.model, config.export.dtype) + ROOM_FOR_SMALL_FILES
 

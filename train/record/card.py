@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from conf.schema import Config, tokenizer_of
 from train.checkpoints.durable import write_atomically
 from train.plan.architecture import describe
+from train.plan.branch import branch_words, read_branch
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
 from train.record.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
@@ -228,7 +229,9 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     )
     decay = "".join(f", {key} {value}" for key, value in optim.lr_scheduler_kwargs.items())
     num_final = min(steps, max(2, round(SHARE_OF_FINAL_STEPS * steps)))
+    branch = read_branch(plan.run_dir)
     lines = {
+        **({"Branch": branch_words(branch)} if branch else {}),
         **_parametrisation(config),
         "Training steps": f"{steps:,}",
         "Batch size": f"{own['batch_tokens']:,} tokens ({own['batch_tokens'] // length:,} sequences x {length:,})",
