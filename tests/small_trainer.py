@@ -45,6 +45,7 @@ def small_trainer(
     sparsity: SparsityCallback | None = None,
     kind: type[PretrainingTrainer] = PretrainingTrainer,
     async_save: bool = False,
+    uses_muon: bool = False,
     **changes: Any,
 ) -> PretrainingTrainer:
     """Four steps of two micro-batches of two rows, nothing saved, every step logged; `changes` are TrainingArguments."""
@@ -74,4 +75,5 @@ def small_trainer(
         data_collator=default_data_collator,
         callbacks=[sparsity] if sparsity else [],
         async_save=async_save,
+        uses_muon=uses_muon,
     )

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from conf.compose import composed
-from tests.interrupted import tensors_of
+from tests.interrupted import records_of, tensors_of
 from tests.ranks_of_a_run import train_on_ranks
 from tests.tiny_run import tiny, write_text
+from train.branch import check_same_tokenizer
 from train.model.initial_check import check_start
-from train.plan.branch import parse_branch, planned_steps, read_branch
+from train.plan.branch import check_branch, check_steps_alike, parse_branch, planned_steps, read_branch
 from train.plan.run import plan_run
 
 pytestmark = pytest.mark.timeout(900)
-CLOCK = ("tokens_per_second", "data_wait")
 SPARSE = (
     "sparsity.target=0.5", "sparsity.window.start=2", "sparsity.window.end=6", "sparsity.window.every=2", "logger=none",
     "trainer.save_steps=4", "trainer.save_total_limit=3",
@@ -37,11 +37,6 @@ def folder(tmp_path_factory) -> Path:
     write_text(folder / "text.jsonl")
     train_on_ranks(1, command(folder, "parent"))
     return folder
-
-
-def records_of(run: Path) -> list[dict]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if not key.endswith(CLOCK)} for record in records]
 
 
 def summary_of(run: Path) -> dict:
@@ -99,7 +94,7 @@ def test_a_finished_run_is_extended_and_what_changed_is_written_down(folder):
 
 def test_masks_and_average_density_go_on_under_another_schedule(folder):
     parent, child = folder / "runs" / "parent", folder / "runs" / "sparser"
-    changes = ["sparsity.target=0.8", "sparsity.window.start=8", "sparsity.window.end=10"]
+    changes = ["sparsity.target=0.8", "sparsity.window.start=8", "sparsity.window.end=11", "sparsity.window.every=1"]
     train_on_ranks(1, command(folder, "sparser", f"branch_from={parent}@8", *changes))
     found = summary_of(child)
     linear = found["linear_params"]
@@ -132,17 +127,16 @@ def test_what_does_not_fit_is_said_before_anything_starts(folder):
             check_start(config, plan_run(config, 1), [])
 
 
-def test_another_batch_or_tokenizer_ends_the_start_in_a_sentence(folder, tmp_path):
+def test_another_batch_or_tokenizer_is_refused(folder):
     parent = folder / "runs" / "parent"
-    write_text(tmp_path / "other.jsonl")
-    with open(tmp_path / "other.jsonl", "a") as file:
-        file.write(json.dumps({"text": "entirely other words " * 50}) + "\n")
-    for change, words in (
-        ("batch_size=4", "has batch_size=8 and this run batch_size=4"),
-        (f"data.path={tmp_path}/other.jsonl", "was trained with the tokenizer"),
-    ):
-        with pytest.raises(AssertionError, match=words):
-            train_on_ranks(1, command(folder, "other", f"branch_from={parent}@8", "overwrite=true", change))
+    config = composed("train", command(folder, "new", f"branch_from={parent}@8"))
+    branch = check_branch(config, 12, (), None)
+    check_steps_alike(config, branch, {"batch_size": 8, "sequence_length": 32})
+    with pytest.raises(ValueError, match="has batch_size=8 and this run batch_size=4"):
+        check_steps_alike(config, branch, {"batch_size": 4, "sequence_length": 32})
+    check_same_tokenizer(config, "/cache/tokenizers/a", "/elsewhere/tokenizers/a")
+    with pytest.raises(ValueError, match="set tokenizer=/cache/tokenizers/a"):
+        check_same_tokenizer(config, "/cache/tokenizers/a", "/cache/tokenizers/b")
 
 
 def test_a_branch_point_is_a_run_and_a_step():

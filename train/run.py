@@ -21,7 +21,7 @@ from sparsity import SparsityCallback, prunable_parameters
 from sparsity.prunable import own_linear_weights
 from sparsity.schedule import schedule_record
 from sparsity.shards import local_values, rank_layout
-from train.arguments import check_recipe, training_arguments
+from train.arguments import MUON, check_recipe, training_arguments
 from train.branch import begin_branch
 from train.checkpoints.durable import write_atomically
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
@@ -134,6 +134,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
             heartbeat=heartbeat,
             clock=clock,
             async_save=config.trainer.async_save,
+            uses_muon=config.trainer.optim == MUON,
             batch_size=plan.batch_size,
             fill=fill if wants_fsdp() else None,
             evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),

@@ -31,6 +31,7 @@ from train.faults.stop import RunStopped
 from train.losses import StepLosses
 from train.model.attention import attend_over_whole_blocks
 from train.model.weights import shard_and_allocate
+from train.muon import make_muon
 from train.pruning import RunSparsity
 from train.speed.throughput import StepClock
 
@@ -81,6 +82,7 @@ class PretrainingTrainer(Trainer):
         fill: Callable[[nn.Module], Any] | None = None,
         clock: StepClock | None = None,
         async_save: bool = False,
+        uses_muon: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -101,6 +103,7 @@ class PretrainingTrainer(Trainer):
         if self._background is not None:
             guard.has_save_failed = self._background.has_failed
         self.batch_size = batch_size
+        self.uses_muon = uses_muon
         self.fill = fill
         """Gives a sharded skeleton its weights; None for a model that has them."""
         self.model_accepts_loss_kwargs = False
@@ -149,6 +152,9 @@ class PretrainingTrainer(Trainer):
             shard_and_allocate(self.accelerator, self._module)
             self.fill(self._module)
             self.fill = None
+        if self.uses_muon and self.optimizer is None:
+            self.optimizer = make_muon(self._module, self.args)
+            return self.optimizer
         return super().create_optimizer(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

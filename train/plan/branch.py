@@ -145,7 +145,7 @@ def check_branch(config: Config, num_steps: int, pools: tuple[Pool, ...], schedu
     return Branch(
         run=str(parent),
         step=step,
-        trunk=inner.trunk if inner else str(parent),
+        trunk=inner.trunk if inner else str(parent.resolve()),
         changes=tuple(f"{key} was {old}, is {new}" for key, (old, new) in changes.items()),
         is_sparse=state["sparsity"] is not None,
     )
