@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,33 @@ CLOSED_OUTPUT_CODE = 141
 def typed(cfg: DictConfig) -> Any:
     """The dataclass behind a composed config, checked; a ValueError says what is wrong."""
     return checked(cfg)
+
+
+def overrides_of(module: str, words: str, examples: str, arguments: Sequence[str]) -> list[str]:
+    """Return the key=value arguments of `python -m module`; on --help, print the help and exit.
+
+    Args:
+        module: Name of the command's module.
+        words: What the command does, in a sentence.
+        examples: Commands with what they give, and where the keys are.
+        arguments: The command line after the module.
+
+    Raises:
+        ValueError: The command has no such option.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        usage="%(prog)s key=value ...",
+        description=words,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
+    found, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no option of python -m {module}: give key=value, or --help.")
+    return list(found.overrides)
 
 
 @contextmanager

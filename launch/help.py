@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -84,8 +84,10 @@ def key_lines(kind: Any) -> list[str]:
     for field in fields(kind):
         if is_dataclass(hints[field.name]):
             continue
-        default = "" if field.default is MISSING or field.default == "???" else f" = {_plain(field.default)}"
+        default = f" = {text}" if (text := default_of(field)) else ""
         lines.append(f"  {field.name + default:40} {documents.get(field.name, '')}".rstrip())
+        methods = kind.METHODS.get(field.name) if hasattr(kind, "METHODS") else None
+        lines += [f"      {line}" for line in methods.help_lines()] if methods else []
     return lines
 
 
@@ -97,6 +99,11 @@ def documented_keys(kind: Any) -> Iterator[tuple[str, str]]:
         for statement, below in pairwise(body):
             if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):
                 yield statement.target.id, " ".join(ast.literal_eval(below.value).split())  # type: ignore[union-attr]
+
+
+def default_of(field: Field[Any]) -> str:
+    """Return a key's default as yaml has it; nothing for a key that must be given or that is a list or a dictionary."""
+    return "" if field.default is MISSING or field.default == "???" else _plain(field.default)
 
 
 def _plain(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from launch.run import exit_code
 from launch.sweep import Job, Sweep, key_of
 from train.plan.run import run_directory
 from train.record.directory import RunDirectory
+from train.record.read import SUMMARY, read_summary
 from train.record.table import markdown
 
 FIGURE = "sweep.png"
@@ -45,10 +45,7 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
 
 def close_search(folder: Path) -> int:
     """Print a search's finished runs, the lowest held-out loss first, draw them, and tell the best; its exit code."""
-    found = [
-        {**json.loads(path.read_text(encoding="utf-8")), "run_name": path.parent.name}
-        for path in folder.glob("*/summary.json")
-    ]
+    found = [read_summary(path) for path in folder.glob(f"*/{SUMMARY}")]
     if not found:
         print(f"error: no trial of {folder} finished; their words are above.", file=sys.stderr, flush=True)
         return 1
@@ -65,9 +62,7 @@ def close_search(folder: Path) -> int:
 def summary_of(job: Job) -> dict[str, Any] | None:
     """A finished run's figures under its name in the sweep."""
     path = RunDirectory(run_directory(job.config)).summary
-    if not path.exists():
-        return None
-    return {**json.loads(path.read_text(encoding="utf-8")), "run_name": path.parent.name}
+    return read_summary(path) if path.exists() else None
 
 
 def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | None]) -> str:

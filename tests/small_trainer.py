@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator, set_seed
 
 from sparsity import SparsityCallback
+from train.data.collate import collate_documents
+from train.data.stream import NOT_PREDICTED, positions_within
 from train.distributed import World
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
@@ -36,6 +39,17 @@ def random_rows(num_rows: int, length: int = LENGTH, vocab_size: int = VOCABULAR
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
+def document_rows(num_rows: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of `random_rows` in which the documents differ in number and length from row to row."""
+    rows = []
+    for number, row in enumerate(random_rows(num_rows)):
+        starts = np.arange(3 + number % 7, LENGTH, 5 + number % 3)
+        labels = row["labels"].clone()
+        labels[[0, *starts]] = NOT_PREDICTED
+        rows.append({**row, "labels": labels, "position_ids": positions_within(starts, LENGTH)})
+    return rows
+
+
 def small_trainer(
     folder: Path,
     *,
@@ -46,6 +60,7 @@ def small_trainer(
     kind: type[PretrainingTrainer] = PretrainingTrainer,
     async_save: bool = False,
     uses_muon: bool = False,
+    by_document: bool = False,
     **changes: Any,
 ) -> PretrainingTrainer:
     """Four steps of two micro-batches of two rows, nothing saved, every step logged; `changes` are TrainingArguments."""
@@ -72,8 +87,9 @@ def small_trainer(
         model=model,
         args=arguments,
         train_dataset=rows or random_rows(64),
-        data_collator=default_data_collator,
+        data_collator=collate_documents if by_document else default_data_collator,
         callbacks=[sparsity] if sparsity else [],
         async_save=async_save,
         uses_muon=uses_muon,
+        by_document=by_document,
     )

@@ -262,6 +262,8 @@ def test_a_variant_that_cannot_run_is_a_result_with_the_reason():
     assert throughput.measure(work, missing, "cpu", 1.0).skipped
     found = throughput.measure(work, throughput.Variant("chunked", loss="chunked", compiled=False), "cpu", 1.0)
     plain = throughput.measure(work, throughput.Variant("plain", compiled=False), "cpu", 1.0)
+    by_document = throughput.measure(work, throughput.Variant("", attention="document", compiled=False), "cpu", 1.0)
+    assert by_document.skipped is None
     assert (found.skipped, plain.skipped) == (None, None)
     assert found.last_loss == pytest.approx(plain.last_loss, rel=1e-3)
     assert found.tokens_per_second > 0

@@ -14,8 +14,9 @@ from tests.interrupted import records_of, tensors_of
 from tests.ranks_of_a_run import train_on_ranks
 from tests.tiny_run import tiny, write_text
 from train.branch import check_same_tokenizer
+from train.checkpoints.branch import check_branch, check_steps_alike
 from train.model.initial_check import check_start
-from train.plan.branch import check_branch, check_steps_alike, parse_branch, planned_steps, read_branch
+from train.plan.branch import parse_branch, planned_steps, read_branch
 from train.plan.run import plan_run
 
 pytestmark = pytest.mark.timeout(900)
@@ -130,7 +131,7 @@ def test_what_does_not_fit_is_said_before_anything_starts(folder):
 def test_another_batch_or_tokenizer_is_refused(folder):
     parent = folder / "runs" / "parent"
     config = composed("train", command(folder, "new", f"branch_from={parent}@8"))
-    branch = check_branch(config, 12, (), None)
+    branch = check_branch(config, plan_run(config, 1))
     check_steps_alike(config, branch, {"batch_size": 8, "sequence_length": 32})
     with pytest.raises(ValueError, match="has batch_size=8 and this run batch_size=4"):
         check_steps_alike(config, branch, {"batch_size": 4, "sequence_length": 32})

@@ -20,11 +20,11 @@ from transformers.quantizers import auto
 import sparsity.compact.folder as folder_module
 from conf.schema import ModelConfig
 from eval.compact import main
+from sparsity.common.safetensors_header import Entry, format_header, read_header
 from sparsity.compact import METHOD, compact_folder, expand_folder
 from sparsity.compact.bitmask import BLOCK, bitmask_bytes, compress, expand, expand_on_device
 from sparsity.compact.contents import BITMASK, Stored, read_contents
 from sparsity.compact.files import compact_file, expand_file
-from sparsity.compact.header import Entry, format_header, read_header
 from sparsity.compact.loading import expansions
 from sparsity.prunable import own_linear_weights
 from tests.benchmarks.common import EXACT_MEMORY, in_process
@@ -469,13 +469,13 @@ def test_a_mistake_is_said_in_one_sentence(folders, tmp_path, capsys, monkeypatc
 
 def test_a_full_disk_is_found_before_anything_is_written(folders, tmp_path, monkeypatch):
     def disk(free: int) -> None:
-        monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(0, 0, free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(0, 0, free))
 
     needed = sum(path.stat().st_size for path in folders["compact"].glob("*.safetensors"))
     disk(needed // 2)
-    with pytest.raises(ValueError, match=r"its disk has 0\.00 GB free"):
+    with pytest.raises(ValueError, match=r"has 0\.00 GB free and the result needs"):
         compact_folder(folders["plain"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"its disk has 0\.00 GB free"):
+    with pytest.raises(ValueError, match=r"has 0\.00 GB free and the result needs"):
         expand_folder(folders["compact"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
     # Less than the dense model, but enough for the compact one.

@@ -155,10 +155,11 @@ def test_what_the_steps_are_expected_to_take_fits_into_five_minutes(tmp_path, ma
     assert len({one.name for one in steps}) == len(steps)
 
 
-def test_claim_is_not_offered_yet(capsys):
+def test_only_commands_that_train_runs_of_their_own_choice_take_overrides(capsys):
+    assert parse(["claim", "--budget", "9", "optim.learning_rate=0.004"]).overrides == ["optim.learning_rate=0.004"]
     with pytest.raises(SystemExit):
-        parse(["claim"])
-    assert "claim is not available yet" in capsys.readouterr().err
+        parse(["check", "optim.learning_rate=0.004"])
+    assert "optim.learning_rate=0.004 is an override of a run, which check does not take" in capsys.readouterr().err
 
 
 def test_the_run_of_the_1b_has_three_events_before_its_end(tmp_path):
@@ -215,7 +216,11 @@ def test_the_kernels_of_a_trace_are_added_up():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("command", "only", "files"),
-    [("check", "1B", {"check.json", "check.log"}), ("bench", "tokens", {"bench.json", "bench.log", "throughput.json"})],
+    [
+        ("check", "1B", {"check.json", "check.log"}),
+        ("bench", "tokens", {"bench.json", "bench.log", "throughput.json"}),
+        ("claim", "80p-seed0", {"claim.json", "claim.log"}),
+    ],
 )
 def test_a_rehearsal_runs_steps_of_the_command_on_the_cpu(tmp_path, command, only, files):
     done = subprocess.run(
@@ -226,7 +231,12 @@ def test_a_rehearsal_runs_steps_of_the_command_on_the_cpu(tmp_path, command, onl
     assert {path.name for path in tmp_path.iterdir()} - {"trace.json.gz"} == files
     written = json.loads((tmp_path / f"{command}.json").read_text())
     assert written["rehearsal"] is True
-    assert [one["outcome"] for one in written["steps"]] == ["passed"]
+    assert {one["outcome"] for one in written["steps"]} == {"passed"}
+    if command == "claim":
+        sparse, dense = sorted(written["steps"], key=lambda one: one["name"])
+        assert sparse["figures"]["summary"]["sparsity"] == pytest.approx(0.8, abs=1e-4)
+        assert dense["figures"]["summary"]["linear_params"] < sparse["figures"]["summary"]["linear_params"]
+        assert "recipe: authors" in sparse["figures"]["config"]
     if command == "bench":
         rows = json.loads((tmp_path / "throughput.json").read_text())
         assert any(row["tokens_per_second"] > 0 for row in rows)

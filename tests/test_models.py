@@ -211,7 +211,7 @@ def test_a_hub_name_is_read_from_the_hubs_cache(folders, tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("train.data.hub.is_reachable", lambda: False)
+    monkeypatch.setattr("train.plan.hub.is_reachable", lambda: False)
     config = composed("train", ["model=hf", "model.path=some/tiny-qwen3", "init_from=some/tiny-qwen3"])
     plan = plan_run(config, 1)
     assert plan.model.name == "tiny-qwen3"

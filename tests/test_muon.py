@@ -96,7 +96,7 @@ def test_pruned_weights_gradients_and_momenta_are_exactly_zero(tmp_path):
     seen = []
 
     def look(*_: object) -> None:
-        for param, shard in zip(callback._parameters.values(), callback.shards, strict=True):
+        for param, shard in zip(callback.pruner.parameters.values(), callback.shards, strict=True):
             momentum = state_holder(trainer.optimizer).state[param]
             tensors = [param, *(value for value in momentum.values() if value.shape == param.shape)]
             seen.append(all(int((tensor.detach().view(-1)[~shard.mask] != 0).sum()) == 0 for tensor in tensors))

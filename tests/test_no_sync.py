@@ -19,14 +19,16 @@ WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", 
 """Operations whose result the host needs before it can go on."""
 
 
-def waits_in_quiet_steps(folder: Path, fsdp: bool, whole_blocks: bool = True) -> dict[str, int]:
+def waits_in_quiet_steps(
+    folder: Path, fsdp: bool, whole_blocks: bool = True, by_document: bool = False
+) -> dict[str, int]:
     """How often each of WAITING runs in the quiet steps of a sparse run, decided as on a GPU."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": str(fsdp).lower(), "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
     }  # fmt: skip
     from sparsity import Geometric, SparsityCallback
-    from tests.small_trainer import small_trainer
+    from tests.small_trainer import document_rows, small_trainer
     from train import trainer as trainers
     from train.distributed import join_world
 
@@ -35,8 +37,9 @@ def waits_in_quiet_steps(folder: Path, fsdp: bool, whole_blocks: bool = True) ->
     if not whole_blocks:
         trainers.attend_over_whole_blocks = lambda model: None
     trainer = small_trainer(
-        folder, world=join_world(60), max_steps=4, logging_steps=4, sparsity=SparsityCallback(Geometric(0.5, 0, 0, 1))
-    )
+        folder, world=join_world(60), max_steps=4, logging_steps=4, sparsity=SparsityCallback(Geometric(0.5, 0, 0, 1)),
+        by_document=by_document, rows=document_rows(64) if by_document else None,
+    )  # fmt: skip
     waits: Counter[str] = Counter()
 
     class Listening(TorchDispatchMode):

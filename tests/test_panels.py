@@ -10,7 +10,7 @@ from eval.runs.page.curves import curves, final_layers, layer_rows, record_point
 from eval.runs.page.law import fit_runs
 from eval.runs.page.page import row
 from eval.runs.page.panels import PANELS, TABLE
-from eval.runs.page.runs import read_runs
+from eval.runs.run import read_runs
 from tests.panel_runs import write_run, write_sweep
 from train.record.table import COLUMNS
 

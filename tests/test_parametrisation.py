@@ -35,7 +35,8 @@ from train.plan.twin import dense_twin
 
 # A module's first test waits for several launches.
 pytestmark = pytest.mark.timeout(900)
-AUTHORS = ("model.init=authors", "model.query_scale=folded")
+AUTHORS = ("recipe=authors",)
+"""Their weights, query scale and documents."""
 IDS = torch.arange(24).view(2, 12) % 61
 CPU = torch.device("cpu")
 ONE = World(0, 1, CPU)
@@ -140,7 +141,7 @@ def test_the_exported_model_is_plain_has_the_trained_models_logits_and_its_zeros
     model = build_model(folded_config(head_dim, init="authors", attn_implementation=attention), tokenizer, seed=0)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(model)
-    callback.prune(0.85)
+    callback.pruner.prune(0.85)
     export_model(model, tokenizer, tmp_path / "model", dtype="float32", max_shard_size="20KB", world=ONE)
     assert "query" not in (tmp_path / "model" / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=attention)
@@ -190,8 +191,8 @@ def test_the_threshold_compares_the_folded_weights(tokenizer):
         model = build_model(config, tokenizer, seed=0)
         callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
         callback.bind(model)
-        callback.prune(0.5)
-        found = callback.layer_densities()
+        callback.pruner.prune(0.5)
+        found = callback.pruner.layer_densities()
         kept[config.query_scale] = found["model.layers.0.self_attn.q_proj.weight"]
         assert found["model.layers.0.self_attn.k_proj.weight"] > 0.4
     assert kept["standard"] > 0.4
@@ -240,7 +241,7 @@ def test_card_and_plan_name_the_parametrisation():
     config, _ = compose_run(*AUTHORS)
     words = choice_words(config, prunes=True)
     assert ["model.init=authors" in words[0], "model.query_scale=folded" in words[1]] == [True, True]
-    assert len(choice_words(replace(config, init_from="model"), prunes=True)) == 1
+    assert len(choice_words(replace(config, init_from="model"), prunes=True)) == len(words) - 1
     done = run_command(["launch.plan", "experiment=demo", *AUTHORS])
     assert "model.query_scale=folded" in done.stdout, done.stderr
     assert "model.init=authors" in done.stdout
@@ -280,7 +281,8 @@ def test_eval_of_the_exported_model_gives_the_runs_own_figures(folder, authors):
     for name in ("perplexity", "bits_per_byte"):
         assert figures[name] == pytest.approx(summary[name], rel=1e-5)
     assert figures["zero_linear_params"] == summary["linear_params"] - summary["nonzero_linear_params"]
-    assert len(summary["choices"]) == 2
+    assert len(summary["choices"]) == 5
+    assert summary["eval_overrides"]["data.attention"] == "document"
 
 
 def test_one_process_trains_what_two_train(folder, authors):

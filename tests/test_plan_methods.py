@@ -154,7 +154,7 @@ def test_a_mistake_is_one_sentence(overrides, message):
 
 
 def test_pools_hold_each_parameter_once():
-    sizes = {"a.mlp": 10, "a.attn": 20, "b.mlp": 30, "head": 5}
+    sizes = {"a.mlp": (10,), "a.attn": (20,), "b.mlp": (30,), "head": (5,)}
     groups = [Group(("*.mlp",), 0.9)]
     assert [pool.names for pool in make_pools(sizes)] == [tuple(sizes)]
     assert [pool.names for pool in make_pools(sizes, "uniform", groups)] == [

@@ -18,6 +18,10 @@ from train.faults.stop import RunStopped
 from train.plan.run import plan_run, world_size_asked
 from train.record.wandb_key import check_wandb
 
+USAGE = """accelerate launch --config_file launch/accelerate/cpu.yaml -m train experiment=demo [key=value ...]
+python -m train experiment=demo [key=value ...]                       one process alone
+One process of a run. python -m launch starts as many as the machine has devices for; python -m launch --help lists the keys."""
+
 schema.register()
 
 
@@ -68,6 +72,9 @@ def train(cfg: DictConfig) -> None:
 
 
 def run_process() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(USAGE)
+        return
     keep_writing()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Without the agent's number a rank that starts while the agent dies would not notice.

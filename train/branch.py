@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 
 from conf.schema import Config
+from sparsity.common.files import sync, write_atomically
 from train.checkpoints import layout
-from train.checkpoints.durable import sync_folder, write_atomically
+from train.checkpoints.branch import check_branch, check_steps_alike
 from train.checkpoints.resume import check_data
-from train.plan.branch import BRANCH, Branch, branch_text, branch_words, check_branch, check_steps_alike, read_branch
+from train.plan.branch import BRANCH, Branch, branch_text, branch_words, read_branch
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
 
@@ -44,7 +45,7 @@ def begin_branch(
         return None
     if directory.config.exists():
         return read_branch(directory.path)
-    branch = check_branch(config, plan.num_steps, plan.pools, plan.schedule)
+    branch = check_branch(config, plan)
     check_steps_alike(config, branch, identity)
     source = layout.folder_of(Path(branch.run) / "checkpoints", branch.step)
     state = json.loads((source / layout.STATE).read_text(encoding="utf-8"))
@@ -86,7 +87,7 @@ def take_over_checkpoint(source: Path, checkpoints: Path) -> Path:
             f"{source} was removed or damaged while it was taken over ({problem}): branch from another step."
         )
     aside.rename(folder)
-    sync_folder(checkpoints)
+    sync(checkpoints)
     return folder
 
 

@@ -48,6 +48,10 @@ class RunSparsity(SparsityCallback):
             zeros = {name: numel - saved["kept"][name] for name, numel in numels.items()}
             self.load_state({**saved, "inherited": zeros}, step)
 
+    def move_at(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.pause():
+            return super().move_at(*args, **kwargs)
+
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         with _stopping():
             super().on_train_begin(*args, **kwargs)
@@ -77,9 +81,11 @@ def sparsity_callback(config: Config, plan: RunPlan, branch: Branch | None = Non
         keep_zeros=keep_zeros,
         score=sparsity.score,
         factors=sparsity.factors,
+        normalize=sparsity.normalize,
         scope=sparsity.scope,
         groups=pruned_groups(sparsity),
         pattern=sparsity.pattern,
+        update=sparsity.make_update(),
         seed=config.trainer.seed,
         report=False,
         **patterns,

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from train.data.collate import document_ends
+from train.data.stream import heldout_starts, positions_within
 from train.distributed import World
+
+if TYPE_CHECKING:
+    from train.data import PreparedData
 
 ROWS_AT_A_TIME = 64
 """Positions whose logits are turned into float32 together: 8 MB for a vocabulary of 32,000."""
@@ -41,11 +47,29 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Where the documents of a text begin, if a model is to read each of them without those before it."""
+
+    starts: NDArray[np.integer]
+    """Places in the text, in order."""
+    bos: int | None
+    """The token that every document begins with, if there is one."""
+
+    def within(self, window: Window) -> NDArray[np.integer]:
+        """Return the starts in the window, counted from its beginning."""
+        first, last = np.searchsorted(self.starts, [window.start, window.stop])
+        return self.starts[first:last] - window.start
+
+
+@dataclass(frozen=True)
 class Score:
     """Negative log-likelihood of a token stream, in nats.
 
     The stream is cut into disjoint windows. `window_nats` leaves out each window's first token, which has no context,
     and the remainder that fills no window; `nats` scores every token but the very first of the stream.
+
+    By document, `window_nats` leaves out each document's first token too. In `nats` such a token costs nothing if it is
+    always bos, and is then not counted; else it costs as much as a guess among the whole vocabulary.
     """
 
     window: int
@@ -69,6 +93,12 @@ class Score:
         return self.nats / math.log(2) / num_bytes
 
 
+def heldout_documents(prepared: PreparedData) -> Documents | None:
+    """Return where the documents of `heldout_tokens` begin; None if the run reads on from one to the next."""
+    starts = heldout_starts(prepared)
+    return None if starts is None else Documents(starts, prepared.bos)
+
+
 def perplexity(nats: float, count: int) -> float:
     """exp of the nats per token or word; infinite where a float cannot hold it."""
     return math.exp(nats / count) if nats / count < 700 else math.inf
@@ -87,9 +117,25 @@ def score_stream(
     window: int,
     batch_size: int,
     world: World,
+    documents: Documents | None = None,
     show_progress: bool = False,
 ) -> Score:
-    """Score `tokens` [n], which begin with a separator, in disjoint windows shared out over the ranks. Collective."""
+    """Score `tokens` [n], which begin with a separator, in disjoint windows shared out over the ranks.
+
+    Collective: every rank of `world` calls it.
+
+    Args:
+        model: A causal language model; with `documents`, one that `train.model.attention.attend_within_documents` prepared.
+        tokens: The text.
+        window: Tokens that the model reads at a time.
+        batch_size: Windows at a time on each rank.
+        world: The ranks.
+        documents: Where documents begin, to read each by itself; None to read on from one to the next.
+        show_progress: Show a bar on rank 0.
+
+    Returns:
+        The score, on every rank.
+    """
     nats = token_nats(
         model,
         tokens,
@@ -97,16 +143,24 @@ def score_stream(
         width=window,
         batch_size=batch_size,
         world=world,
+        documents=documents,
         progress="held-out" if show_progress else None,
     )
     num_windows = len(tokens) // window
-    inside = nats[: num_windows * window].reshape(num_windows, window)[:, 1:]
+    predicted = np.ones(len(tokens), dtype=bool)
+    certain = 0
+    if documents is not None:
+        predicted[documents.starts] = False
+        certain = len(documents.starts) if documents.bos is not None else 0
+    shape = (num_windows, window)
+    inside = nats[: num_windows * window].reshape(shape)[:, 1:]
+    counted = predicted[: num_windows * window].reshape(shape)[:, 1:]
     return Score(
         window=window,
         num_windows=num_windows,
-        num_window_tokens=inside.size,
-        window_nats=float(inside.sum()),
-        num_tokens=len(tokens) - 1,
+        num_window_tokens=int(counted.sum()),
+        window_nats=float(inside.sum() if documents is None else inside[counted].sum()),
+        num_tokens=len(tokens) - 1 - certain,
         nats=float(nats.sum()),
     )
 
@@ -119,6 +173,7 @@ def token_nats(
     width: int,
     batch_size: int,
     world: World,
+    documents: Documents | None = None,
     progress: str | None = None,
 ) -> NDArray[np.float64]:
     """The nats of each token [n] in the window that scores it, 0 where none does; on every rank. Collective.
@@ -140,7 +195,7 @@ def token_nats(
     )
     for begin in rounds:
         mine = windows[begin : begin + per_round][world.rank :: world.size]
-        losses = _losses(model, tokens, mine, (batch_size, width), world.device)
+        losses = _losses(model, tokens, mine, (batch_size, width), world.device, documents)
         for window, row in zip(mine, losses, strict=False):
             nats[window.first : window.stop] = row[window.scored]
     model.train(was_training)
@@ -155,6 +210,7 @@ def _losses(
     windows: Sequence[Window],
     shape: tuple[int, int],
     device: torch.device,
+    documents: Documents | None,
 ) -> NDArray[np.float32]:
     """The nats of what follows each input position [batch_size, width]; 0 where that is not scored."""
     inputs = torch.zeros(shape, dtype=torch.int64)
@@ -164,7 +220,14 @@ def _losses(
         inputs[row, : window.num_inputs] = torch.from_numpy(tokens[window.start : window.stop - 1].astype(np.int64))
         targets[row, window.scored] = torch.from_numpy(tokens[window.first : window.stop].astype(np.int64))
     unscored = min((window.scored.start for window in windows), default=0)
-    options = {}
+    options: dict[str, Any] = {}
+    starts = [] if documents is None else [documents.within(window) for window in windows]
+    if documents is not None:
+        positions = torch.arange(shape[1]).repeat(shape[0], 1)
+        for row, places in enumerate(starts):
+            positions[row] = positions_within(places[places < shape[1]], shape[1])
+        options["position_ids"] = positions.to(device)
+        options["cu_seq_lens_q"] = document_ends(positions).to(device)
     if unscored and _can_leave_out_logits(model):
         options["logits_to_keep"] = shape[1] - unscored
     logits = model(input_ids=inputs.to(device), use_cache=False, **options).logits
@@ -173,6 +236,10 @@ def _losses(
     losses[:, -logits.shape[1] :] = (
         _cross_entropy(logits.flatten(0, 1), targets.to(device).flatten()).cpu().view_as(targets)
     )
+    for row, places in enumerate(starts):
+        # What predicts a document's first token is the document before, which the model must not be asked about.
+        guess = 0.0 if documents is None or documents.bos is not None else math.log(logits.shape[-1])
+        losses[row, places[places > 0] - 1] = guess
     return losses.numpy()
 
 

@@ -20,7 +20,7 @@ from train.checkpoints import layout
 from train.checkpoints.background import BackgroundWriter
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
-from train.checkpoints.write import optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.clipping import clip_replicas_alike_, has_replicas
 from train.data.sampler import PermutationSampler
 from train.distributed import World, check_fsdp2, check_ranks_gather_alike, reduce_in_float32, set_group_timeouts
@@ -29,7 +29,7 @@ from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import start_unheeding
 from train.faults.stop import RunStopped
 from train.losses import StepLosses
-from train.model.attention import attend_over_whole_blocks
+from train.model.attention import attend_over_whole_blocks, attend_within_documents
 from train.model.weights import shard_and_allocate
 from train.muon import make_muon
 from train.pruning import RunSparsity
@@ -66,7 +66,9 @@ class KeepSteps(TrainerCallback):
 class PretrainingTrainer(Trainer):
     """A Trainer that decays every parameter, keeps each step's loss on the device, and writes our checkpoints.
 
-    Blocks all have the same length, so the mean of the micro-batches' losses is the loss of the step.
+    Blocks all have the same length, so the mean of the micro-batches' losses is the loss of the step. By document, where the
+    starts of documents are not predicted, the loss of the step is the mean over all predicted tokens of its micro-batches
+    and ranks.
     """
 
     def __init__(
@@ -83,10 +85,12 @@ class PretrainingTrainer(Trainer):
         clock: StepClock | None = None,
         async_save: bool = False,
         uses_muon: bool = False,
+        by_document: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        attend_over_whole_blocks(cast(PreTrainedModel, self.model))
+        attend = attend_within_documents if by_document else attend_over_whole_blocks
+        attend(cast(PreTrainedModel, self.model))
         check_fsdp2(self.accelerator)
         reduce_in_float32(self.accelerator)
         set_group_timeouts(world, self.args.ddp_timeout)
@@ -106,7 +110,8 @@ class PretrainingTrainer(Trainer):
         self.uses_muon = uses_muon
         self.fill = fill
         """Gives a sharded skeleton its weights; None for a model that has them."""
-        self.model_accepts_loss_kwargs = False
+        # Counting the predicted tokens of a step costs a small gather; packed blocks all have the same number.
+        self.model_accepts_loss_kwargs = self.args.average_tokens_across_devices = by_document
         self.train_seconds = 0.0
         """Spent in training, those before a resume included."""
         self.earlier_seconds = 0.0
@@ -275,15 +280,17 @@ class PretrainingTrainer(Trainer):
         }
         write = write_checkpoint if self._background is None else self._background.write_checkpoint
         write(
-            root,
-            step,
-            self.world,
-            tensors,
-            pieces,
-            state,
-            self.state.save_to_json,
-            before=self.run_state.before_save,
-            after=lambda: layout.prune(root, self.args.save_total_limit or 1, step, self.run_state.keep_steps),
+            Checkpoint(
+                root,
+                step,
+                self.world,
+                tensors,
+                pieces,
+                state,
+                self.state.save_to_json,
+                before=self.run_state.before_save,
+                after=lambda: layout.remove_old(root, self.args.save_total_limit or 1, step, self.run_state.keep_steps),
+            )
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

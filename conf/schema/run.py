@@ -78,6 +78,9 @@ class Config:
     tokenizer: str | None = None
     """A hub name, a local folder, a SentencePiece .model file, or `train`: a BPE of the model's vocabulary size. Null is
     the tokenizer of `init_from`, else that of `model.path`, else `train`."""
+    recipe: str = "plain"
+    """`plain`, or `authors`: weights, query scale and documents as the paper's authors have them. conf/recipe has what they
+    set; any of it can be set apart."""
     prompt: str = "The "
     """Start of the sample that the finished model writes."""
     next_commands: list[str] = field(default_factory=list)
@@ -98,6 +101,13 @@ class Config:
             self.data.source != "wikitext",
             "data=wikitext is a test text, for `python -m eval`: train on data=text, fineweb_edu or pydocs.",
         )
+        attention = self.model.attn_implementation
+        check(
+            self.data.attention == "causal" or attention in (None, "sdpa"),
+            f"data.attention=document chooses attention itself and model.attn_implementation={attention} would be ignored: "
+            "leave model.attn_implementation null.",
+        )
+        check_choice("recipe", self.recipe, ("plain", "authors"))
         check_choice("resume", self.resume, ("auto", "never", "must"))
         check(self.max_skipped >= 0, f"max_skipped={self.max_skipped} must be at least 0.")
         check(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")

@@ -7,14 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from conf.cli import user_errors
+from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import CompactConfig
+from sparsity.common.text import bytes_text
 
 if TYPE_CHECKING:
     from sparsity.compact import Folder
 
-USAGE = """python -m eval.compact model=DIR out=DIR2                  kept weights and one bit a weight, bit for bit
+EXAMPLES = """python -m eval.compact model=DIR out=DIR2                  kept weights and one bit a weight, bit for bit
 python -m eval.compact model=DIR out=DIR2 dtype=bfloat16   rounded first: what a float32 model is usually run in
 python -m eval.compact model=DIR2 out=DIR3 expand=true     a plain folder again, for those who load it without sparsellm
     ... format=json                                        the figures for a script
@@ -62,7 +63,7 @@ def figures(folder: Folder, is_compact: bool) -> dict[str, Any]:
 def figures_text(found: dict[str, Any]) -> str:
     before, after = found["model_bytes"], found["out_bytes"]
     change = f"{before / after:.2f} times smaller" if after < before else f"{after / before:.2f} times as large"
-    lines = [f"{found['model']} ({_size(before)}) -> {found['out']} ({_size(after)}): {change}"]
+    lines = [f"{found['model']} ({bytes_text(before)}) -> {found['out']} ({bytes_text(after)}): {change}"]
     dense = found["num_tensors"] - found["num_sparse_tensors"]
     if found["num_sparse_tensors"]:
         lines.append(
@@ -79,18 +80,14 @@ def figures_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _size(num_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} bytes"
-
-
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return
     with user_errors():
-        config: CompactConfig = composed("compact", arguments)
+        overrides = overrides_of(
+            "eval.compact",
+            "Write a sparse model's folder in fewer bytes.",
+            EXAMPLES,
+            arguments,
+        )
+        config: CompactConfig = composed("compact", overrides)
         found = figures(convert(config), not config.expand)
         print(json.dumps(found, indent=2) if config.format == "json" else figures_text(found))

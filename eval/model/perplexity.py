@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from conf.cli import user_errors
@@ -23,7 +24,8 @@ from eval.model.zeros import count_zeros
 from train.data import PreparedData, heldout_tokens, load_tokenizer, prepare, unigram_bits_per_byte
 from train.data.tokenizer import vocabulary_of
 from train.distributed import World
-from train.scoring import perplexity, score_stream, token_nats
+from train.model.attention import attend_within_documents
+from train.scoring import heldout_documents, perplexity, score_stream, token_nats
 
 USUAL_WINDOW = 2048
 LOGITS_AT_A_TIME = 1 << 26
@@ -198,9 +200,12 @@ def wikitext_figures(model: nn.Module, text: WikiTokens, request: Request, strid
 
 def heldout_figures(model: nn.Module, data: PreparedData, request: Request, world: World) -> dict[str, Any]:
     """What the run itself reported of its held-out split, and the bar of a unigram model. Collective."""
+    if data.by_document:
+        attend_within_documents(cast(PreTrainedModel, model))
     score = score_stream(
         model,
         heldout_tokens(data),
+        documents=heldout_documents(data),
         window=request.window,
         batch_size=request.batch_size,
         world=world,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsity.common.safetensors_header import Entry, Header, checked_shape, parse_json, read_header
 from sparsity.compact.bitmask import bitmask_bytes
-from sparsity.compact.header import Entry, Header, checked_shape, parse_json, read_header
 
 VERSION = 1
 METHOD = "sparsellm-compact"

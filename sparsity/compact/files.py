@@ -12,9 +12,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from sparsity.common.safetensors_header import Entry, Header, format_header, read_header
 from sparsity.compact.bitmask import BLOCK, bitmask_bytes, check_bitmask, compress, expand
 from sparsity.compact.contents import BITMASK, METHOD, Stored, format_contents, is_compact, read_contents, start_crc32
-from sparsity.compact.header import Entry, Header, format_header, read_header
 
 Progress = Callable[[int], object]
 """Called with numbers of bytes of dense data that are done."""

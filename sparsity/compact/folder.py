@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsity.common.files import check_room, folder_aside, free_bytes
+from sparsity.common.safetensors_header import parse_json, read_header
 from sparsity.compact.contents import BITMASK, METHOD, VERSION, Stored, check_version, read_contents
 from sparsity.compact.files import FLOATS, Progress, check_plain, compact_file, expand_file
-from sparsity.compact.header import parse_json, read_header
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ROOM_FOR_SMALL_FILES = 1 << 20
@@ -77,9 +76,9 @@ def compact_folder(
     _check_index(files, {path.name: list(header.entries) for path, header in headers.items()})
     # No tensor grows by more than its name, so the exact size matters only where room is short.
     room = 2 * files.num_bytes if final in ("F32", "F64") else files.num_bytes
-    if _free_bytes(out) < room + ROOM_FOR_SMALL_FILES:
+    if free_bytes(out) < room + ROOM_FOR_SMALL_FILES:
         room = sum(tensor.stored_bytes for path in files.paths for tensor in compact_file(path, None, final))
-    check_room(out, room)
+    _check_room(out, room)
     config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}
     if dtype is not None:
         config.update({key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"dtype": dtype})
@@ -107,7 +106,7 @@ def expand_folder(source: str | Path, out: str | Path, progress: Callable[[int],
     if left := {path.name for path in source.glob("*.safetensors")} - set(files.names):
         raise ValueError(f"{source} holds {min(left)}, which its index does not name: copy the folder again.")
     dense_bytes = sum(tensor.dense_bytes for tensors in contents.values() for tensor in tensors)
-    check_room(out, dense_bytes)
+    _check_room(out, dense_bytes)
     del config["quantization_config"]
     done = progress(dense_bytes) if progress else int
     return _converted(
@@ -166,14 +165,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_table(folder / CONFIG)
 
 
-def check_room(out: Path, num_bytes: int) -> None:
-    """Refuse a result that does not fit on its disk."""
-    free, needed = _free_bytes(out), num_bytes + ROOM_FOR_SMALL_FILES
-    if free < needed:
-        raise ValueError(
-            f"{out} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: free some space, or give a "
-            "folder on another disk."
-        )
+def _check_room(out: Path, num_bytes: int) -> None:
+    check_room(out, num_bytes + ROOM_FOR_SMALL_FILES, "the result", "or give a folder on another disk")
 
 
 def _converted(
@@ -187,7 +180,7 @@ def _converted(
 ) -> Folder:
     result = Folder(source, out, source_bytes=files.num_bytes)
     weight_map, total_size = {}, 0
-    with _written_aside(out) as aside:
+    with folder_aside(out) as aside:
         for path in files.paths:
             stored = convert(path, aside / path.name)
             result.tensors += stored
@@ -201,23 +194,6 @@ def _converted(
         _write_table(aside / CONFIG, config)
         result.not_copied = _copy_others(source, aside, {*files.names, INDEX, CONFIG})
     return result
-
-
-@contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name in the end, and is removed where that fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    aside.mkdir()
-    try:
-        yield aside
-        for path in aside.rglob("*"):
-            _sync(path)
-        _sync(aside)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync(out.parent)
 
 
 def _copy_others(source: Path, target: Path, done: set[str]) -> list[str]:
@@ -276,11 +252,6 @@ def _checked_dtype(dtype: str | None) -> str | None:
     return FLOATS[dtype] if dtype else None
 
 
-def _free_bytes(out: Path) -> int:
-    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    return shutil.disk_usage(place).free
-
-
 def _read_table(path: Path) -> dict[str, Any]:
     try:
         table = parse_json(path.read_bytes())
@@ -293,11 +264,3 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 def _write_table(path: Path, table: dict[str, Any]) -> None:
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsity.compact.packed import Packed, pack, unpack
-from sparsity.shards import kernels_for
+from sparsity.devices import kernels_for
 
 MOST_VECTORS = 8
 """The kernel reads the matrix once a vector; beyond this number a tile is unpacked for all of them."""
@@ -31,13 +31,14 @@ class SparseLinear(nn.Module):
     bases: Tensor
     starts: Tensor
     counts: Tensor
+    scales: Tensor | None
     bias: Tensor | None
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = packed.columns, packed.counts.numel()
         self.num_chunks = packed.num_chunks
-        for name in ("values", "offsets", "bases", "starts", "counts"):
+        for name in ("values", "offsets", "bases", "starts", "counts", "scales"):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -49,7 +50,14 @@ class SparseLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         return Packed(
-            self.values, self.offsets, self.bases, self.starts, self.counts, self.in_features, self.num_chunks
+            self.values,
+            self.offsets,
+            self.bases,
+            self.starts,
+            self.counts,
+            self.in_features,
+            self.num_chunks,
+            self.scales,
         )
 
     @property
@@ -70,9 +78,9 @@ class SparseLinear(nn.Module):
             return found.view(*x.shape[:-1], self.out_features)
         rows = max(1, TILE // max(1, self.in_features))
         if self.out_features <= rows:
-            return F.linear(x, self.dense(), self.bias)
+            return F.linear(x, self.dense().to(x.dtype), self.bias)
         tiles = [
-            F.linear(x, unpack(self.packed, first, min(first + rows, self.out_features)))
+            F.linear(x, unpack(self.packed, first, min(first + rows, self.out_features)).to(x.dtype))
             for first in range(0, self.out_features, rows)
         ]
         found = torch.cat(tiles, -1)

@@ -15,7 +15,7 @@ chunks to span less than 256 columns stores columns instead of distances, and no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,11 +37,14 @@ class Packed:
     counts: Tensor
     columns: int
     num_chunks: int
+    scales: Tensor | None = None
+    """Of int8 values: what those of each row are multiplied by, float32."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.nbytes for t in (self.values, self.offsets, self.bases, self.starts, self.counts))
+        tensors = (self.values, self.offsets, self.bases, self.starts, self.counts, self.scales)
+        return sum(t.nbytes for t in tensors if t is not None)
 
 
 def pack(weight: Tensor) -> Packed:
@@ -98,6 +101,16 @@ def pack(weight: Tensor) -> Packed:
     )  # fmt: skip
 
 
+def rounded(packed: Packed) -> Packed:
+    """Return `packed` with int8 values and a scale for each row, its largest magnitude over 127."""
+    row = torch.repeat_interleave(packed.starts.diff().long())
+    most = torch.zeros(packed.counts.numel(), device=row.device)
+    most.scatter_reduce_(0, row, packed.values.abs().amax(1).float(), "amax")
+    scales = most / 127
+    values = (packed.values.float() / scales.clamp_min(1e-30)[row, None]).round().to(torch.int8)
+    return replace(packed, values=values, scales=scales)
+
+
 def _places(number: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
     """Group and lane of each weight by its number in its row."""
     group = number // lanes
@@ -130,4 +143,5 @@ def unpack(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
     place = torch.where(is_filler, num_weights, (row - first)[:, None] * packed.columns + column)
     out = torch.zeros(num_weights + 1, dtype=packed.values.dtype, device=word.device)
     out[place] = packed.values[start:stop]
-    return out[:num_weights].view(last - first, packed.columns)
+    dense = out[:num_weights].view(last - first, packed.columns)
+    return dense if packed.scales is None else dense * packed.scales[first:last, None]

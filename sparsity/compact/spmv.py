@@ -1,7 +1,7 @@
 """A sparse matrix times a few vectors in one Triton kernel. Importing this needs Triton.
 
-The matrix is a `Packed` (`sparsity.compact.packed`). Every kept weight is read once, in vectors of 16 bytes, and no pruned one
-is visited. `TRITON_INTERPRET=1` runs the kernel on a CPU.
+The matrix is a `Packed` (`sparsity.compact.packed`). Every kept weight is read once for all vectors, 8 at a time, and no pruned
+one is visited. `TRITON_INTERPRET=1` runs the kernel on a CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparsity.compact.packed import Packed
 
@@ -24,6 +25,8 @@ class Shape(NamedTuple):
     num_warps: int
 
 
+EARLY = False
+"""Whether kernels start before the one ahead of them ends: Hopper GPUs and later can."""
 MANY_CHUNKS = 1 << 13
 """From so many on there is work for all of a GPU's warps, a chunk each, if half a row is read at once."""
 
@@ -42,20 +45,23 @@ def shape_for(num_rows: int, num_chunks: int) -> Shape:
 
 @triton.jit
 def multiply(  # type: ignore[no-untyped-def]
-    values, offsets, bases, starts, x, bias, y, num_vectors, num_rows, num_columns, num_chunks,
-    HAS_BASES: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr,
+    values, offsets, bases, starts, scales, x, bias, y, num_vectors, num_rows, num_columns, num_chunks,
+    HAS_BASES: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y[batch, row] of `ROWS` rows and one vector; products are summed in float32, always in the same order."""
-    # Vectors first: programs that run together read the same weights.
-    batch = (tl.program_id(0) % num_vectors).to(tl.int64)
-    row = tl.program_id(0) // num_vectors * ROWS + tl.arange(0, ROWS)
+    """y[vector, row] of `ROWS` rows and all vectors; products are summed in float32, always in the same order."""
+    if EARLY:
+        gdc_launch_dependents()
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.load(starts + row, mask=row < num_rows, other=0)
     stop = tl.load(starts + row + 1, mask=row < num_rows, other=0)
     # Lanes come first: among dimensions of equal contiguity Triton gives a warp the first.
     start, lanes = start[None, None, :], ((stop - start) // num_chunks)[None, None, :]
     lane, slot = tl.arange(0, 32)[:, None, None], tl.arange(0, 8)[None, None, None, :]
-    x += batch * num_columns
-    total = tl.zeros([32, CHUNKS, ROWS], tl.float32)
+    vector = tl.arange(0, VECTORS)
+    # Vectors that are missing to a power of two repeat the last one.
+    read = (tl.minimum(vector, num_vectors - 1) * num_columns)[None, None, None, None, :]
+    total = tl.zeros([32, CHUNKS, ROWS, VECTORS], tl.float32)
     for step in range(STEPS):
         chunk = (step * CHUNKS + tl.arange(0, CHUNKS))[None, :, None]
         is_there = ((lane < lanes) & (chunk < num_chunks))[:, :, :, None]
@@ -67,15 +73,25 @@ def multiply(  # type: ignore[no-untyped-def]
             group = (row.to(tl.int64)[None, None, :] * num_chunks + chunk)[:, :, :, None] * 8 + slot
             group = tl.broadcast_to(group, [32, CHUNKS, ROWS, 8])
             column += tl.load(bases + group, mask=is_there, other=0).to(tl.uint32)
+        if EARLY:
+            # Only x may come from the kernel before; the weights of the first step are on their way by now.
+            gdc_wait()
         # Where no weight is, the column is 0. Unsigned: a signed sum would cost a second addition of 64 bits.
-        total += tl.sum(value.to(tl.float32) * tl.load(x + column).to(tl.float32), 3)
+        found = tl.load(x + (column[:, :, :, :, None] + read)).to(tl.float32)
+        total += tl.sum(value.to(tl.float32)[:, :, :, :, None] * found, 3)
     result = tl.sum(tl.sum(total, 0), 0)
+    if HAS_SCALES:
+        result *= tl.load(scales + row, mask=row < num_rows, other=0)[:, None]
     if HAS_BIAS:
-        result += tl.load(bias + row, mask=row < num_rows, other=0).to(tl.float32)
-    tl.store(y + batch * num_rows + row, result.to(y.dtype.element_ty), mask=row < num_rows)
+        result += tl.load(bias + row, mask=row < num_rows, other=0).to(tl.float32)[:, None]
+    place = vector[None, :].to(tl.int64) * num_rows + row[:, None]
+    is_there = (vector < num_vectors)[None, :] & (row < num_rows)[:, None]
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=is_there)
 
 
-def spmv(packed: Packed, x: Tensor, bias: Tensor | None = None, shape: Shape | None = None) -> Tensor:
+def spmv(
+    packed: Packed, x: Tensor, bias: Tensor | None = None, shape: Shape | None = None, early: bool | None = None
+) -> Tensor:
     """Return `x @ W.T + bias` for the few vectors x [batch, columns].
 
     Args:
@@ -83,6 +99,7 @@ def spmv(packed: Packed, x: Tensor, bias: Tensor | None = None, shape: Shape | N
         x: Vectors on W's device, in any floating-point type; the result has the same.
         bias: One number a row.
         shape: How the work is split; the default is `shape_for`.
+        early: Start before the kernel ahead in the stream ends, and read weights until it does; the default is `EARLY`.
 
     Raises:
         ValueError: x is no matrix of W's columns.
@@ -96,10 +113,14 @@ def spmv(packed: Packed, x: Tensor, bias: Tensor | None = None, shape: Shape | N
     if packed.values.numel() == 0:
         return y.copy_(y.new_zeros(()) if bias is None else bias)
     shape = shape or shape_for(num_rows, packed.num_chunks)
+    early = EARLY if early is None else early
+    options = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):
-        multiply[(len(x) * triton.cdiv(num_rows, shape.rows),)](
-            packed.values, packed.offsets, packed.bases, packed.starts, x.contiguous(), y if bias is None else bias, y,
-            len(x), num_rows, packed.columns, packed.num_chunks, HAS_BASES=packed.bases.numel() > 0, HAS_BIAS=bias is not None,
-            ROWS=shape.rows, CHUNKS=shape.chunks, STEPS=triton.cdiv(packed.num_chunks, shape.chunks), num_warps=shape.num_warps,
+        multiply[(triton.cdiv(num_rows, shape.rows),)](
+            packed.values, packed.offsets, packed.bases, packed.starts, packed.scales if packed.scales is not None else y,
+            x.contiguous(), bias if bias is not None else y, y, len(x), num_rows, packed.columns, packed.num_chunks,
+            HAS_BASES=packed.bases.numel() > 0, HAS_SCALES=packed.scales is not None, HAS_BIAS=bias is not None,
+            VECTORS=triton.next_power_of_2(len(x)), ROWS=shape.rows, CHUNKS=shape.chunks,
+            STEPS=triton.cdiv(packed.num_chunks, shape.chunks), EARLY=early, num_warps=shape.num_warps, **options,
         )  # fmt: skip
     return y

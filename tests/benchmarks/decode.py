@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 from sparsity.compact.linear import SparseLinear, sparse_linears_
 from sparsity.compact.packed import Packed, pack
 from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
+from tests.benchmarks.decoder import Decoder, make_sparse_
 from tests.benchmarks.event import ONE_B, TINY, Size, copy_bandwidth
 
 Call = Callable[[], Any]
@@ -41,7 +43,6 @@ GOALS = {("2048 x 8192", 0.2): 2.5, ("32000 x 2048", 0.2): 2.5, ("2048 x 8192", 
 TOKENS_GOAL, MEMORY_GOAL = 2.0, 0.85e9
 MORE_THAN_CACHES = 150_000_000
 """Bytes of weights that take turns; an H200's L2 has 60 MB."""
-CACHE_LENGTH = 256
 
 
 class Rows:
@@ -113,8 +114,8 @@ def turns(nbytes: int, device: str) -> int:
 
 def copies(packed: Packed, count: int) -> list[Packed]:
     def copy() -> Packed:
-        parts = (packed.values, packed.offsets, packed.bases, packed.starts, packed.counts)
-        return Packed(*(part.clone() for part in parts), packed.columns, packed.num_chunks)
+        parts = {name: part.clone() for name, part in vars(packed).items() if isinstance(part, Tensor)}
+        return replace(packed, **parts)
 
     return [packed, *(copy() for _ in range(count - 1))]
 
@@ -223,74 +224,6 @@ def queue_timer(device: str) -> Callable[[], float]:
 # --- the model ---
 
 
-class Block(nn.Module):
-    """A decoder block for one token, with a cache of fixed length; projections that share their input are one layer."""
-
-    def __init__(self, size: Size, head: int, **kwargs: Any) -> None:
-        super().__init__()
-        hidden, self.heads, self.head = size.hidden, size.hidden // head, head
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False, **kwargs)
-        self.out = nn.Linear(hidden, hidden, bias=False, **kwargs)
-        self.gate_up = nn.Linear(hidden, 2 * size.mlp, bias=False, **kwargs)
-        self.down = nn.Linear(size.mlp, hidden, bias=False, **kwargs)
-        self.register_buffer("norms", torch.ones(2, hidden, **kwargs))
-        self.register_buffer("cache", torch.zeros(2, self.heads, CACHE_LENGTH, head, **kwargs))
-
-    def forward(self, x: Tensor, position: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        found = self.qkv(F.rms_norm(x, x.shape[-1:], self.norms[0], 1e-5)).view(3, self.heads, 1, self.head)
-        rotated = found[:2] * turn[0] + found[:2].view(2, self.heads, 1, 2, -1).flip(-2).view_as(found[:2]) * turn[1]
-        self.cache[0].index_copy_(1, position, rotated[1])
-        self.cache[1].index_copy_(1, position, found[2])
-        mixed = F.scaled_dot_product_attention(rotated[0][None], self.cache[0][None], self.cache[1][None], mask)
-        x = x + self.out(mixed.reshape(1, -1))
-        gate, up = self.gate_up(F.rms_norm(x, x.shape[-1:], self.norms[1], 1e-5)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
-
-
-class Decoder(nn.Module):
-    """A Llama of random weights whose step takes its last token to the next, with nothing read by the host."""
-
-    def __init__(self, size: Size, head: int, device: str) -> None:
-        super().__init__()
-        kwargs: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-        self.embedding = nn.Embedding(size.vocabulary, size.hidden, **kwargs)
-        self.blocks = nn.ModuleList(Block(size, head, **kwargs) for _ in range(size.layers))
-        self.lm_head = nn.Linear(size.hidden, size.vocabulary, bias=False, **kwargs)
-        self.register_buffer("norm", torch.ones(size.hidden, **kwargs))
-        angles = torch.arange(CACHE_LENGTH)[:, None] / 10_000 ** (torch.arange(0, head, 2) / head)
-        for name, values in (("cosines", [angles.cos()] * 2), ("sines", [-angles.sin(), angles.sin()])):
-            self.register_buffer(name, torch.cat(values, -1).to(**kwargs))
-        self.register_buffer("position", torch.zeros(1, dtype=torch.int64, device=device))
-        self.register_buffer("token", torch.zeros(1, dtype=torch.int64, device=device))
-        self.register_buffer("places", torch.arange(CACHE_LENGTH, device=device))
-
-    def step(self) -> None:
-        mask = torch.zeros(CACHE_LENGTH, dtype=self.norm.dtype, device=self.norm.device)
-        mask = mask.masked_fill_(self.places > self.position, -torch.inf)[None, None, None]
-        turn = self.cosines[self.position], self.sines[self.position]
-        x = self.embedding(self.token)
-        for block in self.blocks:
-            x = block(x, self.position, turn, mask)
-        logits = self.lm_head(F.rms_norm(x, x.shape[-1:], self.norm, 1e-5))
-        self.token.copy_(logits.argmax(-1))
-        self.position.copy_((self.position + 1) % CACHE_LENGTH)
-
-    def linear_calls(self) -> list[Call]:
-        """Every linear layer once, in order, each on an input of its own size."""
-        found = [m for m in self.modules() if isinstance(m, (nn.Linear, SparseLinear))]
-        inputs = {
-            n: torch.randn(1, n, device=self.norm.device).to(self.norm.dtype) for n in {m.in_features for m in found}
-        }
-        return [lambda m=m: m(inputs[m.in_features]) for m in found]  # type: ignore[misc]
-
-
-@torch.no_grad()
-def make_sparse_(model: nn.Module, density: float) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.masked_fill_(torch.rand_like(module.weight, dtype=torch.float32) >= density, 0)
-
-
 @torch.no_grad()
 def measure_model(rows: Rows, size: Size, head: int, device: str, bandwidth: float) -> None:
     torch.manual_seed(0)
@@ -301,8 +234,7 @@ def measure_model(rows: Rows, size: Size, head: int, device: str, bandwidth: flo
     dense_bytes, dense_memory = weight_bytes(model), allocated(device) - before - cache
     dense_step, dense_linear, dense_tokens = time_model(model, device)
     names = sparse_linears_(model)
-    model.position.zero_()
-    model.token.zero_()
+    model.start_anew()
     nbytes, memory = weight_bytes(model), allocated(device) - before - cache
     step, linear, tokens = time_model(model, device)
     same = sum(int(a == b) for a, b in zip(tokens, dense_tokens, strict=True))

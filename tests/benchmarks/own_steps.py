@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from tests.benchmarks.fsdp import shard
+from train.data.collate import document_ends
+from train.model.attention import attend_within_documents
 
 if TYPE_CHECKING:
     from tests.benchmarks.throughput import Variant, Workload
@@ -47,6 +49,8 @@ class Training:
             # The parameters alone: the rotary table stays in float32.
             for param in self.model.parameters():
                 param.data = param.data.to(torch.bfloat16)
+        if variant.attention == "document":
+            attend_within_documents(self.model)
         if variant.fp8:
             use_float8(self.model)
         if variant.compiled is True:
@@ -115,7 +119,7 @@ class Training:
 
         self.callback = SparsityCallback(Geometric(1 - DENSITY, 0, 0, 1), report=False)
         self.callback.bind(self.model)
-        self.callback.prune(DENSITY, self.optimizer)
+        self.callback.pruner.prune(DENSITY, self.optimizer)
 
     def after_update(self) -> None:
         """What the callback does after each update."""
@@ -144,6 +148,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.loss_of = model, loss_of
         self.mask: Any = flex_mask(work, device) if variant.attention == "flex_attention" else None
+        self.documents = document_batch(work, device) if variant.attention == "document" else {}
         self.by_transformers = variant.attention.startswith(("eager", "flash_attention"))
 
     def hidden(self, tokens: Tensor) -> Tensor:
@@ -153,9 +158,12 @@ class Objective(nn.Module):
             return inner(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
         values = inner.embed_tokens(tokens)
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        positions, ends = self.documents.get("position_ids", positions), self.documents.get("cu_seq_lens_q")
         rotary = inner.rotary_emb(values, position_ids=positions)
         for block in inner.layers:
-            values = block(values, attention_mask=self.mask, position_ids=positions, position_embeddings=rotary)
+            values = block(
+                values, attention_mask=self.mask, position_ids=positions, position_embeddings=rotary, cu_seq_lens_q=ends
+            )
         return inner.norm(values)  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -163,6 +171,20 @@ class Objective(nn.Module):
         # As in runs: the last position of a block has no target.
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
         return self.loss_of(hidden.flatten(0, 1), targets.flatten())
+
+
+def document_batch(work: Workload, device: str) -> dict[str, Tensor]:
+    """Positions and ends of documents with 5 to 2,500 tokens, some 500 on average, in a micro-batch."""
+    lengths = [5, 60, 2500, 150, 700, 20, 400, 300, 90, 1000]
+    ends = [sum(lengths[: count + 1]) for count in range(len(lengths))]
+    every = work.batch * work.length
+    starts = torch.tensor([turn * ends[-1] + end for turn in range(every // ends[-1] + 1) for end in ends])
+    flat = torch.arange(every)
+    begins = torch.zeros(every, dtype=torch.int64)
+    cuts = torch.cat([starts[starts < every], flat[:: work.length]])
+    begins[cuts] = cuts
+    positions = (flat - begins.cummax(0).values).view(work.batch, work.length)
+    return {"position_ids": positions.to(device), "cu_seq_lens_q": document_ends(positions).to(device)}
 
 
 def flex_mask(work: Workload, device: str) -> Any:

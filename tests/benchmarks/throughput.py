@@ -79,7 +79,8 @@ class Variant:
     """One way to train.
 
     `attention`: eager, sdpa (torch chooses), a backend of `own_steps.BACKENDS`, flash_attention_2 or _3, flex_attention,
-    or `best`; `loss`: a name in `own_steps.LOSSES`; `precision`: autocast, fsdp2 (casts each unit's weights, as runs do),
+    document (as runs with data.attention=document, over documents of mixed lengths) or `best`; `loss`: a name in
+    `own_steps.LOSSES`; `precision`: autocast, fsdp2 (casts each unit's weights, as runs do),
     or copies (a bf16 model beside float32 weights); `compiled`: nothing, each block, or the model as a whole;
     `batch_factor`: sequences in a micro-batch over those of the workload; `accumulation`: micro-batches of an update;
     `trained_by`: the loop of this benchmark, or the code of somebody else, for which most other settings say nothing.
@@ -114,6 +115,7 @@ TELLING = (
     replace(LARGE, name="FSDP2, batch x2, flash", attention="flash"),
     replace(TUNED, name="FSDP2, batch x2, best, 80 % sparse", sparse=True),
     replace(TUNED, name="FSDP2, batch x2, best, fp8", fp8=True),
+    replace(LARGE, name="FSDP2, batch x2, by document", attention="document"),
     replace(TUNED, name="FSDP2, batch x1, best", batch_factor=1),
     AS_RUNS,
     replace(TUNED, name="bf16 copies, batch x2, best", precision="copies"),
@@ -356,7 +358,8 @@ def measure_together(
         free_memory(device)
         if (result.skipped or "").startswith("OutOfMemoryError"):
             largest = max(1, chosen.batch_factor // 2)
-        if result.skipped is None and chosen.trained_by == "loop" and not (chosen.fp8 or chosen.sparse):
+        is_plain = chosen.trained_by == "loop" and chosen.attention != "document" and not (chosen.fp8 or chosen.sparse)
+        if result.skipped is None and is_plain:
             found[variant.name] = (result.tokens_per_second, chosen)
         yield result
     if trace is not None and found:

@@ -2,6 +2,11 @@
 
     python -m tests.gpu check [--rehearse]     correctness: tests, demo, interruption, 30 steps of the 1B; 5 minutes at most
     python -m tests.gpu bench [--rehearse]     speed: event, tokens a second, profile, memory; 5 minutes at most
+    python -m tests.gpu rates [--rehearse]     learning rate of the claim's runs, by recipe; 3 minutes at most
+    python -m tests.gpu claim [--rehearse]     the paper's claim: sparse runs and their dense twins; 9 minutes at most
+
+`claim` and `rates` take overrides of their runs as well (optim.learning_rate=0.004). They read the docstrings that this
+Python has; `data=text data.path=FOLDER` gives them more, such as the folder that `python -m tests.gpu.docstrings` writes.
 
 Prints a line for each step as it ends. The results are in $OUT (without it, in runs/gpu): COMMAND.json, written again after
 each step, and COMMAND.log with the end of what each step printed. Exits with 1 unless every step that ran passed.
@@ -16,15 +21,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.gpu import bench, check
+from tests.gpu import bench, check, claim
 from tests.gpu.runner import ROOT, Step, run_steps
 
-COMMANDS: dict[str, Callable[[Path, Path, bool], list[Step]]] = {"check": check.steps, "bench": bench.steps}
-BUDGET_S = 300.0
-PARALLEL = 10
+
+@dataclass(frozen=True)
+class Command:
+    """The steps of a command, the seconds that they may take together, and how many run at a time."""
+
+    steps: Callable[[Path, Path, bool, Sequence[str]], list[Step]]
+    budget_s: float = 300.0
+    parallel: int = 10
+    takes_overrides: bool = False
+
+
+COMMANDS = {
+    "check": Command(check.steps),
+    "bench": Command(bench.steps),
+    "rates": Command(claim.rates_steps, budget_s=180.0, parallel=6, takes_overrides=True),
+    "claim": Command(claim.claim_steps, budget_s=530.0, parallel=6, takes_overrides=True),
+}
 REHEARSAL_BUDGET_S = 1800.0
 """A rehearsal takes minutes on an idle machine; on a busy one it is not to be cut short."""
 REHEARSAL_PARALLEL = 2
@@ -56,19 +75,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=[*COMMANDS, "claim"], metavar="check|bench")
+    parser.add_argument("command", choices=[*COMMANDS], metavar="|".join(COMMANDS))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run of claim and rates")
     parser.add_argument("--rehearse", action="store_true", help="the same steps at a tiny size on the CPU")
     parser.add_argument("--only", default="", help="only the steps whose name contains this")
     parser.add_argument(
-        "--budget", type=float, help=f"seconds for all steps ({BUDGET_S:.0f}, in a rehearsal {REHEARSAL_BUDGET_S:.0f})"
+        "--budget",
+        type=float,
+        help="seconds for all steps; without it what the command says above, or 1,800 in a rehearsal",
     )
     parser.add_argument("--parallel", type=int, default=None, help="steps at a time, where a step need not be alone")
     parser.add_argument("--list", action="store_true", help="print the steps and the seconds they are expected to take")
-    options = parser.parse_args(arguments)
-    if options.command == "claim":
+    options = parser.parse_intermixed_args(arguments)
+    if options.overrides and not COMMANDS[options.command].takes_overrides:
         parser.error(
-            "claim is not available yet: it compares sparse and dense runs under the authors' settings, which this version "
-            "does not have; use check or bench."
+            f"{options.overrides[0]} is an override of a run, which {options.command} does not take: leave it out."
         )
     return options
 
@@ -78,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu").resolve()
     with tempfile.TemporaryDirectory(prefix="sparsellm-gpu-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
-        steps = COMMANDS[options.command](work, output, options.rehearse)
+        command = COMMANDS[options.command]
+        steps = command.steps(work, output, options.rehearse, options.overrides)
         steps = [step for step in steps if options.only in step.name]
         if options.rehearse:
             steps = [replace(step, timeout_s=REHEARSAL_PATIENCE * step.timeout_s) for step in steps]
@@ -94,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (work / "output").mkdir()
         results = run_steps(
             options.command, steps, output, details=details, work=work / "output",
-            budget_s=options.budget or (REHEARSAL_BUDGET_S if options.rehearse else BUDGET_S),
-            parallel=options.parallel or (REHEARSAL_PARALLEL if options.rehearse else PARALLEL),
+            budget_s=options.budget or (REHEARSAL_BUDGET_S if options.rehearse else command.budget_s),
+            parallel=options.parallel or (REHEARSAL_PARALLEL if options.rehearse else command.parallel),
             environment=environment(options.rehearse, work),
         )  # fmt: skip
     outcomes = ("passed", "failed", "timed out", "not run")

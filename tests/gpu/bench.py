@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.gpu.check import MORE_CORES
@@ -24,7 +25,7 @@ def benchmark(name: str, output: Path, *arguments: str) -> tuple[str, ...]:
     return (PYTHON, "-m", f"tests.benchmarks.{name}", *arguments, "--output", str(output / f"{name}.json"))
 
 
-def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
+def steps(work: Path, output: Path, rehearse: bool, more: Sequence[str] = ()) -> list[Step]:
     """All alone on the device: the event, decoding, the variants with a profile of the best, a user's run, masking."""
     tiny = ("--rehearse",) if rehearse else ()
     seconds = REHEARSED_SECONDS if rehearse else VARIANT_SECONDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.gpu.runner import ROOT, Step
@@ -52,7 +53,7 @@ def demo(work: Path, rehearse: bool) -> Step:
     return Step("demo", tuple(command), expected_s=60, timeout_s=180, says="tokens a second")
 
 
-def steps(work: Path, output: Path, rehearse: bool) -> list[Step]:
+def steps(work: Path, output: Path, rehearse: bool, more: Sequence[str] = ()) -> list[Step]:
     """Cheap and telling steps first: the device, then all tests beside the demo, then the 1B alone."""
     tiny = ("--rehearse",) if rehearse else ()
     if rehearse:

@@ -13,13 +13,13 @@ STEPS, QUIET_FROM, QUIET_TO = 10, 3, 9
 """The run's steps, and between which step ends torch raises; the last one logs."""
 
 
-def train_in_silence(folder: Path, compiled: bool) -> dict[str, Any]:
+def train_in_silence(folder: Path, compiled: bool, by_document: bool = False) -> dict[str, Any]:
     """How many steps ran while torch raised at host syncs, and the loss."""
     import torch
     from transformers import TrainerCallback
 
     from sparsity import Geometric, SparsityCallback
-    from tests.small_trainer import small_trainer
+    from tests.small_trainer import document_rows, small_trainer
     from train.distributed import join_world
 
     quiet: list[int] = []
@@ -33,7 +33,8 @@ def train_in_silence(folder: Path, compiled: bool) -> dict[str, Any]:
 
     trainer = small_trainer(
         folder, world=join_world(60), bf16=True, max_steps=STEPS, logging_steps=STEPS, torch_compile=compiled,
-        sparsity=SparsityCallback(Geometric(0.5, 0, 0, 1)),
+        sparsity=SparsityCallback(Geometric(0.5, 0, 0, 1)), by_document=by_document,
+        rows=document_rows(64) if by_document else None,
     )  # fmt: skip
     trainer.add_callback(Silence())
     trainer.train()
@@ -42,9 +43,10 @@ def train_in_silence(folder: Path, compiled: bool) -> dict[str, Any]:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("by_document", [False, True], ids=["whole blocks", "by document"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_steps_between_logs_make_the_host_wait_for_nothing(tmp_path, compiled):
-    found = in_own_process(train_in_silence, tmp_path, compiled)
+def test_steps_between_logs_make_the_host_wait_for_nothing(tmp_path, compiled, by_document):
+    found = in_own_process(train_in_silence, tmp_path, compiled, by_document)
     assert found["quiet"] == list(range(QUIET_FROM + 1, QUIET_TO + 1))
     # The logarithm of the vocabulary: nothing is learnt from random rows.
     assert found["losses"][0] == pytest.approx(4.85, abs=0.1)

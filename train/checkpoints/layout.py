@@ -12,13 +12,12 @@ and json alone: nothing here can execute code when it is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.checkpoints.durable import remove_folder
+from sparsity.common.files import remove_folder, sha256_of
 from train.faults.stop import RunStopped
 
 if TYPE_CHECKING:
@@ -69,11 +68,6 @@ def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     return None
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_sums(text: str) -> dict[str, str]:
     """Names and sha256 sums, in sha256sum's format; a ValueError where the text is anything else or is cut off."""
     lines = text.split("\n")
@@ -117,8 +111,8 @@ def remove_leftovers(root: Path) -> None:
             remove_folder(folder)
 
 
-def prune(root: Path, keep: int, newest: int, keep_steps: Sequence[int] = ()) -> Sequence[Path]:
-    """Remove all checkpoints but the newest `keep` up to step `newest`, never the last one; return those removed.
+def remove_old(root: Path, keep: int, newest: int, keep_steps: Sequence[int] = ()) -> Sequence[Path]:
+    """Remove all checkpoints up to step `newest` but the last `keep`; return those removed.
 
     Those of `keep_steps` stay and are not counted.
     """

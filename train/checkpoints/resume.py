@@ -7,16 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsity.common.files import sha256_of
 from train.checkpoints.layout import STATE, newest_whole, step_of
-from train.data.files import sha256_of
 from train.data.index import INDEX, read_index
 from train.data.pack import SPLITS
 from train.distributed import World
-from train.record.directory import RunDirectory
 
 
 def checkpoint_to_resume(
-    directory: RunDirectory, identity: dict[str, Any], data_folder: str, world: World, branch_step: int | None = None
+    root: Path, identity: dict[str, Any], data_folder: str, world: World, branch_step: int | None = None
 ) -> Path | None:
     """Return the newest whole checkpoint of the run, or None; damaged ones are named in a warning. Collective.
 
@@ -25,7 +24,7 @@ def checkpoint_to_resume(
     Raises:
         RunStopped: It is of other steps, or of data that has changed since.
     """
-    folder, warnings = newest_whole(directory.checkpoints, world)
+    folder, warnings = newest_whole(root, world)
     if world.is_main:
         for warning in warnings:
             print(f"warning: {warning}.", file=sys.stderr, flush=True)
@@ -50,7 +49,7 @@ def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: st
 def data_fingerprint(folder: str) -> dict[str, Any]:
     """The sha256 of the prepared data's index, which holds that of every file, and each file's size and time."""
     index = read_index(folder)
-    names = [part[split]["file"] for part in index["parts"] for split in SPLITS]
+    names = [part[split][kind] for part in index["parts"] for split in SPLITS for kind in ("file", "starts")]
     stats = {name: Path(folder, name).stat() for name in names}
     times = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return {"index": sha256_of(Path(folder, INDEX)), "files": times}
@@ -64,7 +63,12 @@ def check_data(before: dict[str, Any], folder: str) -> None:
             f"The training data has changed since the run began ({folder} has another index): restore the data, or set "
             "overwrite=true to start anew."
         )
-    sums = {part[split]["file"]: part[split]["sha256"] for part in read_index(folder)["parts"] for split in SPLITS}
+    sums = {
+        part[split][name]: part[split][sha256]
+        for part in read_index(folder)["parts"]
+        for split in SPLITS
+        for name, sha256 in (("file", "sha256"), ("starts", "starts_sha256"))
+    }
     for name, state in now["files"].items():
         if state != before["files"].get(name) and sha256_of(Path(folder, name)) != sums[name]:
             raise ValueError(

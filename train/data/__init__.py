@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from train.data.pipeline import PreparedData, SplitCounts, prepare
     from train.data.sampler import PermutationSampler
-    from train.data.stream import Blocks, TokenStream, heldout_tokens, training_blocks
+    from train.data.stream import Blocks, TokenStream, heldout_starts, heldout_tokens, training_blocks
     from train.data.tokenizer import load_tokenizer
     from train.data.unigram import unigram_bits_per_byte
 
@@ -21,6 +21,7 @@ __all__ = [
     "PreparedData",
     "SplitCounts",
     "TokenStream",
+    "heldout_starts",
     "heldout_tokens",
     "load_tokenizer",
     "prepare",
@@ -34,6 +35,7 @@ _HOME = {
     "PreparedData": "pipeline",
     "SplitCounts": "pipeline",
     "TokenStream": "stream",
+    "heldout_starts": "stream",
     "heldout_tokens": "stream",
     "load_tokenizer": "tokenizer",
     "prepare": "pipeline",

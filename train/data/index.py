@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from train.data.files import aside
-from train.data.pack import SPLITS, Job, id_dtype
+from sparsity.common.files import aside
+from train.data.pack import SPLITS, STARTS_DTYPE, Job, id_dtype
 
 INDEX = "index.json"
 COUNTS = "counts.npy"
@@ -20,7 +20,8 @@ def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
     """Sum up the parts, all of them done: counts.npy (training tokens by id), and last index.json.
 
     Keys: dtype, vocab_size, separator, tokenizer (hash of its files); splits: num_documents, num_tokens and num_bytes
-    (UTF-8) of `train` and `heldout`; parts: for each split the file's name, its counts and its sha256.
+    (UTF-8) of `train` and `heldout`; parts: for each split the names of the files of ids and of documents' starts, their
+    counts and their sha256.
     """
     records = [json.loads(job.sidecar.read_text(encoding="utf-8")) for job in jobs]
     vocab_size = jobs[0].vocab_size
@@ -43,7 +44,10 @@ def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
         "tokenizer": tokenizer_key,
         "splits": totals,
         "parts": [
-            {split: {"file": job.tokens(split).name, **record[split]} for split in SPLITS}
+            {
+                split: {"file": job.tokens(split).name, "starts": job.starts(split).name, **record[split]}
+                for split in SPLITS
+            }
             for job, record in zip(jobs, records, strict=True)
         ],
     }
@@ -70,6 +74,10 @@ def is_complete(folder: Path) -> bool:
     width = np.dtype(index["dtype"]).itemsize
     records = [part[split] for part in index["parts"] for split in SPLITS]
     try:
-        return all((folder / one["file"]).stat().st_size == one["num_tokens"] * width for one in records)
-    except FileNotFoundError:
+        return all(
+            (folder / one["file"]).stat().st_size == one["num_tokens"] * width
+            and (folder / one["starts"]).stat().st_size == one["num_documents"] * STARTS_DTYPE.itemsize
+            for one in records
+        )
+    except (FileNotFoundError, KeyError):
         return False

@@ -1,4 +1,4 @@
-"""Documents to ids: every document's tokens and a separator, one file for each part and split."""
+"""Documents to ids: every document's tokens between its bos and eos, two files for each part and split."""
 
 from __future__ import annotations
 
@@ -15,16 +15,39 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sparsity.common.files import aside
 from train.data.documents import read_documents
-from train.data.files import aside
 from train.data.parts import Part
 from train.data.split import is_heldout
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 BATCH_BYTES = 1 << 20
+FAST = "tokenizer.json"
+
+STARTS_DTYPE = np.dtype("<u8")
+"""Of the positions at which a part's documents begin."""
 
 Encode = Callable[[list[str]], Iterable[list[int]]]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is put around a document's tokens, and how many are kept; None for what is not there."""
+
+    bos: int | None
+    eos: int | None
+    max_tokens: int | None = None
+
+    def around(self, tokens: list[int]) -> list[int]:
+        """Return the document's ids as they are stored."""
+        begin = [] if self.bos is None else [self.bos]
+        end = [] if self.eos is None else [self.eos]
+        return [*begin, *tokens, *end][: self.max_tokens]
+
+    def num_kept(self, num_tokens: int) -> int:
+        """Return how many of a document's own tokens are stored."""
+        return num_tokens if self.max_tokens is None else min(num_tokens, self.max_tokens - (self.bos is not None))
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,8 @@ class Job:
     tokenizer: str
     """Folder of the tokenizer."""
     separator: int
+    """The id that ends a document where `frame` has an eos."""
+    frame: Frame
     vocab_size: int
 
     @property
@@ -52,6 +77,9 @@ class Job:
     def tokens(self, split: str) -> Path:
         return Path(self.folder, f"part-{self.index:05}.{split}.bin")
 
+    def starts(self, split: str) -> Path:
+        return Path(self.folder, f"part-{self.index:05}.{split}.starts.bin")
+
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
     """Two bytes an id where they hold the vocabulary, else four; little-endian on every machine."""
@@ -64,28 +92,36 @@ def is_done(job: Job) -> bool:
         record = json.loads(job.sidecar.read_text(encoding="utf-8"))
         width = id_dtype(job.vocab_size).itemsize
         sizes = {split: record[split]["num_tokens"] * width for split in SPLITS}
-        return job.counts.exists() and all(job.tokens(split).stat().st_size == sizes[split] for split in SPLITS)
+        starts = {split: record[split]["num_documents"] * STARTS_DTYPE.itemsize for split in SPLITS}
+        return (
+            job.counts.exists()
+            and all(job.tokens(split).stat().st_size == sizes[split] for split in SPLITS)
+            and all(job.starts(split).stat().st_size == starts[split] for split in SPLITS)
+        )
     except (OSError, ValueError, KeyError):
         return False
 
 
 def pack(job: Job) -> None:
-    """Tokenize a part: write its ids by split, its training counts by id, and last the sidecar that tells of them."""
+    """Tokenize a part: write ids and starts by split, the training counts by id, and last the sidecar with their sizes."""
     encode = encoder(job.tokenizer)
     dtype = id_dtype(job.vocab_size)
     record: dict[str, dict[str, Any]] = {
         split: {"num_documents": 0, "num_tokens": 0, "num_bytes": 0} for split in SPLITS
     }
     counts = np.zeros(job.vocab_size, np.int64)
+    starts: dict[str, list[int]] = {split: [] for split in SPLITS}
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(aside(job.tokens(split))) for split in SPLITS}
         files = {split: stack.enter_context(open(outputs[split], "wb")) for split in SPLITS}
         hashes = {split: hashlib.sha256() for split in SPLITS}
         for side, texts, num_bytes in _batches(read_documents(job.part, job.text_field), job.heldout_share):
             ids: list[int] = []
-            for tokens in encode(texts):
-                ids += tokens
-                ids.append(job.separator)
+            for text, tokens in zip(texts, encode(texts), strict=True):
+                starts[side].append(record[side]["num_tokens"] + len(ids))
+                ids += job.frame.around(tokens)
+                if (kept := job.frame.num_kept(len(tokens))) < len(tokens):
+                    num_bytes -= len(text.encode()) - kept_bytes(job.tokenizer, text, tokens, kept)
             array = np.array(ids, dtype)
             files[side].write(array.data)
             hashes[side].update(array.data)
@@ -96,6 +132,10 @@ def pack(job: Job) -> None:
             record[side]["num_bytes"] += num_bytes
     for split in SPLITS:
         record[split]["sha256"] = hashes[split].hexdigest()
+        array = np.array(starts[split], STARTS_DTYPE)
+        record[split]["starts_sha256"] = hashlib.sha256(array.data).hexdigest()
+        with aside(job.starts(split)) as partial:
+            array.tofile(partial)
     with aside(job.counts) as partial, open(partial, "wb") as file:
         np.save(file, counts)
     with aside(job.sidecar) as partial:
@@ -127,20 +167,37 @@ def encoder(folder: str) -> Encode:
     """
     if multiprocessing.parent_process() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    file = Path(folder, "tokenizer.json")
-    if not file.exists():
+    if not Path(folder, FAST).exists():
         return _slow_encoder(folder)
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
+    tokenizer = _fast_tokenizer(folder)
 
     def encode(texts: list[str]) -> Iterable[list[int]]:
         return (encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
     return encode
+
+
+@lru_cache(maxsize=1)
+def _fast_tokenizer(folder: str) -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(folder, FAST)))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def kept_bytes(folder: str, text: str, tokens: list[int], num_kept: int) -> int:
+    """Return the UTF-8 bytes of `text` that its first `num_kept` tokens stand for."""
+    if num_kept == 0:
+        return 0
+    if not Path(folder, FAST).exists():
+        from train.data.tokenizer import load_tokenizer
+
+        return len(load_tokenizer(folder).decode(tokens[:num_kept]).encode())
+    end = _fast_tokenizer(folder).encode(text, add_special_tokens=False).offsets[num_kept - 1][1]
+    return len(text[:end].encode())
 
 
 def _slow_encoder(folder: str) -> Encode:

@@ -3,7 +3,8 @@
     cache_dir/documents/KEY/    jsonl of a source that has no files of its own
     cache_dir/bpe/KEY/          tokenizer.json of a trained tokenizer
     cache_dir/tokenizers/KEY/   a transformers folder
-    cache_dir/tokens/KEY/       part-00000.{train,heldout}.bin .counts.npy .json, ..., counts.npy, index.json
+    cache_dir/tokens/KEY/       part-00000.{train,heldout}.bin .{train,heldout}.starts.bin .counts.npy .json, ...,
+                                counts.npy, index.json
 
 A key is a hash of everything that what lies under it depends on.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +22,19 @@ from train.data.corpus import Corpus, find_corpus
 from train.data.documents import read_documents
 from train.data.files import build_once, digest, lock, publish, sha256_of_all
 from train.data.index import is_complete, read_index, write_index
-from train.data.pack import Job, is_done, pack
+from train.data.pack import Frame, Job, is_done, pack
 from train.data.parts import Part
 from train.data.pool import Progress, parallel
 from train.data.split import is_heldout
-from train.data.tokenizer import check_vocabulary, load_tokenizer, separator_of, train_bpe, vocabulary_of, wrap_bpe
+from train.data.tokenizer import (
+    bos_of,
+    check_vocabulary,
+    load_tokenizer,
+    separator_of,
+    train_bpe,
+    vocabulary_of,
+    wrap_bpe,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +42,9 @@ if TYPE_CHECKING:
     from conf.schema import DataConfig
 
 FORMAT = 2
-"""Goes into every key; raise it when the same input should give other bytes."""
+"""Goes into a trained tokenizer's key; raise it when the same input should give other bytes."""
+TOKENS_FORMAT = 3
+"""Goes into the tokens' key in the same way."""
 BPE_BYTES = 50_000_000
 BPE_PARTS = 256
 
@@ -42,9 +53,9 @@ BPE_PARTS = 256
 class SplitCounts:
     num_documents: int
     num_tokens: int
-    """Separators counted."""
+    """Bos and eos counted."""
     num_bytes: int
-    """UTF-8 bytes of the documents' text."""
+    """UTF-8 bytes of the documents' text, as far as its tokens were kept."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +68,14 @@ class PreparedData:
     vocab_size: int
     """The tokenizer's: one more than its largest id."""
     separator: int
-    """The id behind every document."""
+    """The id that ends a document, and that a text without a beginning is scored after."""
     sequence_length: int
     train: SplitCounts
     heldout: SplitCounts
+    bos: int | None = None
+    """The id that begins every document, if there is one."""
+    by_document: bool = False
+    """Whether a document is read and scored without those before it in its block: data.attention=document."""
 
     @property
     def num_blocks(self) -> int:
@@ -93,9 +108,15 @@ def prepare(
         loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, vocab_size, tokenizer)
     separator, size = separator_of(loaded, tokenizer), vocabulary_of(loaded)
+    frame = Frame(
+        bos=bos_of(loaded, tokenizer) if config.bos else None,
+        eos=separator if config.eos else None,
+        max_tokens=config.max_document_tokens,
+    )
     tokenizer_folder, tokenizer_key = _save_tokenizer(loaded, root)
 
-    folder = root / "tokens" / digest([FORMAT, corpus.key, config.heldout_share, tokenizer_key, separator])
+    key = digest([TOKENS_FORMAT, corpus.key, config.heldout_share, tokenizer_key, separator, astuple(frame)])
+    folder = root / "tokens" / key
     job = partial(
         Job,
         folder=str(folder),
@@ -103,6 +124,7 @@ def prepare(
         heldout_share=config.heldout_share,
         tokenizer=str(tokenizer_folder),
         separator=separator,
+        frame=frame,
         vocab_size=size,
     )
     with lock(folder):
@@ -119,6 +141,8 @@ def prepare(
         sequence_length=sequence_length,
         train=SplitCounts(**splits["train"]),
         heldout=SplitCounts(**splits["heldout"]),
+        bos=frame.bos,
+        by_document=config.attention == "document",
     )
     _check_enough(prepared, config, length_key)
     return prepared

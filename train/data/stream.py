@@ -10,10 +10,15 @@ import torch
 from torch.utils.data import Dataset
 
 from train.data.index import read_index
+from train.data.pack import STARTS_DTYPE
 
 if TYPE_CHECKING:
     from train.data.pack import Split
     from train.data.pipeline import PreparedData
+
+
+NOT_PREDICTED = -100
+"""The label of a token that no loss is taken of, in torch and transformers."""
 
 
 class TokenStream:
@@ -28,8 +33,9 @@ class TokenStream:
         records = [part[split] for part in index["parts"] if part[split]["num_tokens"]]
         self.dtype = np.dtype(index["dtype"])
         self.paths = [str(Path(folder, record["file"])) for record in records]
+        self.start_paths = [str(Path(folder, record["starts"])) for record in records]
         self.starts = np.cumsum([0] + [record["num_tokens"] for record in records])
-        self._maps: dict[int, np.memmap[Any, Any]] = {}
+        self._maps: dict[str, np.memmap[Any, Any]] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -42,16 +48,27 @@ class TokenStream:
         part = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
             offset, end = int(self.starts[part]), min(stop, int(self.starts[part + 1]))
-            pieces.append(self._map(part)[start - offset : end - offset])
+            pieces.append(self._map(self.paths[part], self.dtype)[start - offset : end - offset])
             start, part = end, part + 1
         if not pieces:
             return np.empty(0, self.dtype)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _map(self, part: int) -> np.memmap[Any, Any]:
-        if part not in self._maps:
-            self._maps[part] = np.memmap(self.paths[part], self.dtype, mode="r")
-        return self._maps[part]
+    def document_starts(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Return the positions in start..stop-1 at which documents begin, in order."""
+        pieces = []
+        part = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while part < len(self.paths) and self.starts[part] < stop:
+            offset, begins = int(self.starts[part]), self._map(self.start_paths[part], STARTS_DTYPE)
+            first, last = np.searchsorted(begins, [max(0, start - offset), stop - offset])
+            pieces.append(begins[first:last].astype(np.int64) + offset)
+            part += 1
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def _map(self, path: str, dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
+        if path not in self._maps:
+            self._maps[path] = np.memmap(path, dtype, mode="r")
+        return self._maps[path]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
@@ -78,9 +95,44 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
+class DocumentBlocks(Blocks):
+    """The same blocks for attention within documents: also `position_ids`, which count from 0 in each document.
+
+    A document that goes over the end of a block is read on in the next one as a document of its own, from position 0. The
+    label at a document's start is -100: it is not predicted from the document before. So is the block's first label, which
+    nothing in the block predicts.
+    """
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = super().__getitem__(index)
+        first = index * self.sequence_length
+        starts = self.stream.document_starts(first, first + self.sequence_length) - first
+        labels = block["labels"].clone()
+        labels[starts] = NOT_PREDICTED
+        labels[0] = NOT_PREDICTED
+        return block | {"labels": labels, "position_ids": positions_within(starts, self.sequence_length)}
+
+
+def positions_within(starts: np.ndarray[Any, Any], length: int) -> torch.Tensor:
+    """Return the position of each of `length` tokens in its document [length]; documents begin at 0 and at `starts`."""
+    places = torch.arange(length)
+    begins = torch.zeros(length, dtype=torch.int64)
+    begins[starts] = places[starts]
+    return places - begins.cummax(0).values
+
+
 def training_blocks(prepared: PreparedData) -> Blocks:
     """The training split in blocks of the length it was prepared for."""
-    return Blocks(TokenStream(prepared.folder, "train"), prepared.sequence_length)
+    kind = DocumentBlocks if prepared.by_document else Blocks
+    return kind(TokenStream(prepared.folder, "train"), prepared.sequence_length)
+
+
+def heldout_starts(prepared: PreparedData) -> np.ndarray[Any, Any] | None:
+    """Return the places in `heldout_tokens` at which documents begin; None if documents are read one after another."""
+    if not prepared.by_document:
+        return None
+    stream = TokenStream(prepared.folder, "heldout")
+    return 1 + stream.document_starts(0, len(stream))
 
 
 def heldout_tokens(prepared: PreparedData) -> np.ndarray[Any, Any]:

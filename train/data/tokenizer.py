@@ -155,6 +155,13 @@ def separator_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
     raise ValueError(f"tokenizer={spec} has no eos or bos token to end documents with: set its eos_token.")
 
 
+def bos_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
+    """Return the id that begins a document under data.bos=true."""
+    if tokenizer.bos_token_id is None:
+        raise ValueError(f"data.bos=true needs a bos token and tokenizer={spec} has none: set data.bos=false.")
+    return int(tokenizer.bos_token_id)
+
+
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest id."""
     return max(tokenizer.get_vocab().values()) + 1

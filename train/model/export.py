@@ -11,8 +11,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sparsity.common.files import publish_folder, write_atomically
 from sparsity.prunable import plain_name
-from train.checkpoints.durable import publish_folder, write_atomically
 from train.checkpoints.tensorfile import write_tensors
 from train.distributed import World
 from train.model.parametrisation import query_folds, unfolded

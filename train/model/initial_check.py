@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from conf.schema import Config
-from train.plan.branch import check_branch, run_folder
+from train.checkpoints.branch import check_branch
+from train.plan.branch import run_folder
 from train.plan.run import RunPlan
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -31,7 +32,7 @@ def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None
     if config.branch_from is not None:
         if run_folder(config).resolve() == plan.run_dir.resolve():
             raise ValueError(f"branch_from={config.branch_from} is this run's own folder: give another run_name.")
-        check_branch(config, plan.num_steps, plan.pools, plan.schedule)
+        check_branch(config, plan)
         return
     if config.init_from is None:
         check_tokenizer_of_path(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from conf.schema import Config, ModelConfig
@@ -32,13 +31,3 @@ def run_bytes(config: Config, plan: RunPlan) -> int:
 def bytes_below(folder: Path) -> int:
     """What lies in `folder` now; 0 where there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def check_room(path: Path, needed: int) -> None:
-    """Refuse a run whose files don't fit on the disk that holds `path`."""
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise ValueError(
-            f"{path} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB for its model and checkpoints: "
-            "free some space, lower trainer.save_total_limit, or choose another runs_dir."
-        )

@@ -45,7 +45,7 @@ def is_at_hand(spec: str) -> bool:
 def _from_hub(name: str, key: str, weights: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    from train.data import hub
+    from train.plan import hub
 
     offline = not hub.is_reachable()
     try:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from conf.schema import Config, PlanConfig
+from sparsity.registry import name_of
 from train.plan.assumed import memory_of, peak_of
 from train.plan.choices import choice_words
 from train.plan.compute import (
@@ -27,7 +28,9 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
     row = table_row(config, plan)
     num_prunable = plan.num_prunable
     setting = run_setting(config, plan, parse_bytes(memory_of(request)), request.memory_headroom)
-    flops = training_flops(plan.model, row["avg_linear_params"], plan.sequence_length, plan.total_tokens)
+    flops = training_flops(
+        plan.model, row["avg_linear_params"] + plan.extra_linear, plan.sequence_length, plan.total_tokens
+    )
     days = training_days(flops.dense, plan.world_size, peak_of(request), request.mfu)
     twin = plan.twin
     return {
@@ -94,7 +97,9 @@ def _schedule(config: Config, plan: RunPlan) -> dict[str, Any]:
         return {"steps": plan.num_steps, "prune_start_step": None, "prune_end_step": None}
     return {
         "steps": plan.num_steps,
-        "kind": schedule.kind,
+        "kind": name_of(schedule),
+        "update": config.sparsity.update,
+        "normalize": config.sparsity.normalize,
         "scope": config.sparsity.scope,
         "pattern": config.sparsity.pattern,
         "score": config.sparsity.score,

@@ -23,8 +23,8 @@ def planned_pools(model: ModelConfig, sparsity: SparsityConfig) -> list[Pool]:
     """Which weights compete, and their targets; a ValueError names what the group `sparsity` cannot mean for `model`."""
     shapes = prunable_shapes(model, sparsity)
     pools = make_pools(
-        {name: math.prod(shape) for name, shape in shapes.items()},
-        sparsity.scope,  # type: ignore[arg-type]
+        shapes,
+        sparsity.scope,
         pruned_groups(sparsity),
     )
     check_factor_names(shapes, sparsity.factors)

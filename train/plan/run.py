@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import Config, ModelConfig
+from sparsity.pattern import parse_pattern
 from sparsity.schedule import SCHEDULES, Mixed, Ramp
-from sparsity.scope import Pool, num_pruned, seen_together, target_shares
+from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
+from sparsity.update import Update
 from sparsity.window import compute_window, schedule_of_window
 from train.plan.architecture import default_length, describe, resolved
 from train.plan.branch import planned_steps
@@ -32,9 +34,15 @@ class RunPlan:
     """Of all prunable weights together; None where the run stays dense."""
     pools: tuple[Pool, ...]
     """The weights that compete with each other; none where the run stays dense."""
+    scope: Scope
+    """What shares out among the pools what is pruned."""
+    update: Update
+    """Whether pruned weights may come back."""
     model: ModelConfig
     """What is trained: the configured model, or its dense twin."""
     counts: ParameterCounts
+    target_sparsity: float | None
+    """Of all prunable weights together in the end; a twin has that of its sparse run, a dense run none."""
     twin: DenseTwin | None = None
     """How a dense twin was derived and how far off it is; None where model.match is null."""
 
@@ -57,6 +65,12 @@ class RunPlan:
         return self.schedule.average_density(self.num_steps) if self.schedule else 1.0
 
     @property
+    def extra_linear(self) -> float:
+        """Linear weights, on average over the steps, whose work comes on top of the active ones': dense gradients."""
+        extra = self.update.extra_compute(self.schedule, self.num_steps) if self.schedule else 0.0
+        return extra / self.num_steps * self.num_prunable
+
+    @property
     def num_prunable(self) -> int:
         return sum(pool.numel for pool in self.pools)
 
@@ -66,7 +80,7 @@ class RunPlan:
         if self.schedule is None:
             return 0
         base = self.schedule.base
-        return sum(num_pruned(pool.numel, 1.0 - pool.final_sparsity(base)) for pool in self.pools)
+        return sum(self.scope.counts(self.pools, base, base.end_step))
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
@@ -81,6 +95,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     pools = planned_pools(model, config.sparsity)
     batch_size, micro, accumulation = _split_batch(config, world_size)
     schedule, num_steps = _schedule_and_steps(config, pools, batch_size * sequence_length)
+    target_sparsity = schedule.sparsity if schedule else None
     twin = None
     if model.match == "average":
         twin = dense_twin(model, _average_linear(model, pools, schedule, num_steps))
@@ -95,8 +110,11 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         gradient_accumulation_steps=accumulation,
         schedule=schedule,
         pools=tuple(pools) if schedule else (),
+        scope=SCOPES.find(config.sparsity.scope),
+        update=config.sparsity.make_update(),
         model=model,
         counts=count_parameters(model),
+        target_sparsity=target_sparsity,
         twin=twin,
     )
 
@@ -113,7 +131,7 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
     shares = target_shares(pools, sparsity.target)
     if not any(target for _, target in shares):
         return None, num_steps or round(window.budget or 0)
-    kind = SCHEDULES[sparsity.schedule]
+    kind = SCHEDULES.find(sparsity.schedule)
     if num_steps is None:
         schedule, num_steps = compute_window(
             sparsity.target,
@@ -137,6 +155,7 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
             shares=shares,
         )
     _check_window_and_decay(config, schedule, num_steps)
+    config.sparsity.make_update().check(schedule, parse_pattern(sparsity.pattern))
     return seen_together(schedule, pools), num_steps
 
 

@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from train.plan.series import card_cells, half_up, short_count, short_float
+from sparsity.common.text import bytes_text, count_text, half_up, power_text
+from train.plan.series import card_cells
 
 HEADINGS = (
     ("", "model"),
@@ -45,12 +46,21 @@ def series_text(rows: Sequence[dict[str, Any]]) -> str:
             half_up(row["average_density_card"], 4),
             half_up(row["dense_equivalent_steps"], 1),
             f"{row['batch_tokens_true']:,}",
-            short_count(row["total_tokens_true"], 1),
+            count_text(row["total_tokens_true"], 1),
         )
         for row in rows
     ]
     below = align([*DENSITY_HEADINGS, *density])
-    return "\n".join([*_ruled(lines), "", *textwrap.wrap(NOTE, MAX_COLUMNS), "", *_ruled(below)])
+    note = textwrap.wrap(f"{NOTE} {_recipes(rows)}", MAX_COLUMNS)
+    return "\n".join([*_ruled(lines), "", *note, "", *_ruled(below)])
+
+
+def _recipes(rows: Sequence[dict[str, Any]]) -> str:
+    """Say by which recipe the runs train."""
+    recipes = {row["recipe"] for row in rows}
+    if len(recipes) == 1:
+        return f"Trained by recipe={recipes.pop()}."
+    return "By recipe: " + ", ".join(f"{row['model']} {row['recipe']}" for row in rows) + "."
 
 
 def run_text(plan: dict[str, Any]) -> str:
@@ -84,14 +94,6 @@ def align(rows: Sequence[tuple[str, ...]], gap: int = 2) -> list[str]:
         .rstrip()
         for row in rows
     ]
-
-
-def bytes_text(size: float) -> str:
-    """Decimal units, as device memory is sold: 4,819,525,632 as 4.82 GB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{half_up(size / scale, 2)} {unit}"
-    return f"{size:.0f} B"
 
 
 def _twin(twin: dict[str, Any]) -> list[tuple[str, str]]:
@@ -131,6 +133,7 @@ def _method(schedule: dict[str, Any]) -> str:
     return (
         f"{schedule['pattern']}, by {schedule['score']}, {schedule['scope']}: "
         f"{'one threshold' if thresholds == 1 else f'{thresholds} thresholds'}"
+        + (f", update {schedule['update']}" if schedule["update"] != "shrink" else "")
     )
 
 
@@ -158,9 +161,9 @@ def _batch(plan: dict[str, Any]) -> list[tuple[str, str]]:
 def _compute(plan: dict[str, Any]) -> list[tuple[str, str]]:
     compute = plan["compute"]
     return [
-        ("training FLOPs", f"{short_float(_round(compute['training_flops_dense']))} dense"),
+        ("training FLOPs", f"{power_text(_round(compute['training_flops_dense']))} dense"),
         ("", f"= {compute['formula']}"),
-        ("", f"{short_float(_round(compute['training_flops_average']))} by average density"),
+        ("", f"{power_text(_round(compute['training_flops_average']))} by average density"),
         ("time", f"{compute['days']:.3g} days, {compute['seconds_per_step']:.3g} s a step"),
         ("", f"at mfu={compute['mfu']:g}, assumed, of {_peak(compute)}"),
         ("", "GPUs compute masked weights too, so the time follows the dense FLOPs"),

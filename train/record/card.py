@@ -10,14 +10,19 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from conf.schema import Config, tokenizer_of
-from train.checkpoints.durable import write_atomically
+from sparsity.common.files import write_atomically
+from sparsity.common.text import count_text, finite_text, half_up, percent_text, power_text
+from sparsity.pattern import UNSTRUCTURED, parse_pattern
+from sparsity.registry import label_of
+from sparsity.scope import SCOPES
+from sparsity.score import SCORES
 from train.plan.architecture import describe
 from train.plan.branch import branch_words, read_branch
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
 from train.record.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
 from train.record.summary import SHARE_OF_FINAL_STEPS
-from train.record.table import count_text, half_up, markdown, percent_text, rate_text
+from train.record.table import markdown
 from train.record.terms import (
     BIBTEX,
     PAPER,
@@ -29,12 +34,6 @@ from train.record.terms import (
     tokenizer_terms,
     tokenizer_words,
 )
-
-CURVES = {
-    "geometric": "each time the same share of the weights that are left",
-    "cubic": "fewer each time, by a cubic (Zhu and Gupta 2017)",
-    "linear": "each time the same number of weights",
-}
 
 
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:
@@ -82,7 +81,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
     ]
     kind = ["sparse"] if has_sparse_weights(summary) else ["dense"]
     if is_sparse(summary):
-        kind += ["pruning", f"{config.sparsity.score}-pruning"]
+        kind += ["pruning", f"{config.sparsity.score.replace(':', '-')}-pruning"]
     return ModelCardData(
         language=source.language,
         license=config.card.license,
@@ -163,14 +162,15 @@ def _sparsity(config: Config, own: Figures) -> str:
     targets = [f"{100 * group.target:g}% of {_patterns(group.include)}" for group in sparsity.groups]
     rest = "the rest of " if targets else ""
     amounts = ", ".join([*targets, f"{100 * sparsity.target:g}% of {rest}{pruned}"])
-    where = "unstructured" if sparsity.pattern == "unstructured" else f"{sparsity.pattern} along the inputs"
-    ranking = "lowest magnitude first" if sparsity.score == "magnitude" else "in random order"
+    pattern, score, scope = parse_pattern(sparsity.pattern), SCORES.find(sparsity.score), SCOPES.find(sparsity.scope)
+    where = UNSTRUCTURED if pattern is None else label_of(pattern)
+    ranking = label_of(score)
+    if sparsity.normalize != "none":
+        ranking += f", divided by the {sparsity.normalize} norm of its parameter"
     ranking += "".join(f", that of `{pattern}` times {factor:g}" for pattern, factor in sparsity.factors.items())
-    if sparsity.scope == "uniform":
-        ranking += ", every layer to its target"
-    elif sparsity.score == "magnitude":
-        ranking += ", one threshold for " + ("each group" if targets else "all")
-    return f"{amounts}, {where}, {ranking}; a pruned weight never comes back"
+    if score.has_values or not scope.compares_parameters:
+        ranking += ", " + label_of(scope) + (" of a group" if targets and scope.compares_parameters else "")
+    return f"{amounts}, {where}, {ranking}; {label_of(sparsity.make_update())}"
 
 
 def _patterns(patterns: Sequence[str]) -> str:
@@ -193,24 +193,24 @@ def _figures(own: Figures) -> str:
         ("---", "---", "---"),
         (
             "Perplexity",
-            _number(own["perplexity"], 2),
+            finite_text(own["perplexity"], 2),
             "exp of the held-out loss: per token of this model's tokenizer, in disjoint windows of "
             f"{own['perplexity_window']} tokens, each scored without the text before it",
         ),
         (
             "Held-out loss",
-            _number(own["heldout_loss"], 4),
+            finite_text(own["heldout_loss"], 4),
             "nats per token, the mean over all full windows without the first token of each",
         ),
         (
             "Bits per byte",
-            _number(own["bits_per_byte"], 4),
+            finite_text(own["bits_per_byte"], 4),
             f"all {own['heldout_tokens']:,} tokens in the same windows, over the {own['heldout_bytes']:,} bytes of the "
             "text in UTF-8; compares models with different tokenizers",
         ),
         (
             "Bits per byte, unigram",
-            _number(own["unigram_bits_per_byte"], 4),
+            finite_text(own["unigram_bits_per_byte"], 4),
             "the same for a model that guesses tokens by their frequency in the training data",
         ),
     ]
@@ -235,23 +235,23 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
         **_parametrisation(config),
         "Training steps": f"{steps:,}",
         "Batch size": f"{own['batch_tokens']:,} tokens ({own['batch_tokens'] // length:,} sequences x {length:,})",
-        "Learning rate": f"{rate_text(own['learning_rate'])} at its peak, warm-up over {warmup}, then "
+        "Learning rate": f"{power_text(own['learning_rate'])} at its peak, warm-up over {warmup}, then "
         f"`{optim.lr_scheduler_type}`{decay}",
         "Optimizer": f"`{optim.optim}`, betas {optim.adam_beta1:g} and {optim.adam_beta2:g}, eps "
-        f"{rate_text(optim.adam_epsilon)}, weight decay {optim.weight_decay:g}, gradient norm clipped at "
+        f"{power_text(optim.adam_epsilon)}, weight decay {optim.weight_decay:g}, gradient norm clipped at "
         f"{optim.max_grad_norm:g}",
         "Total training tokens": f"{own['total_tokens']:,} ({count_text(own['total_tokens'], 1)}), steps x batch size",
-        "Final training loss": f"{_number(own['final_train_loss'], 4)} ± {_number(own['final_train_loss_std'], 4)} "
+        "Final training loss": f"{finite_text(own['final_train_loss'], 4)} ± {finite_text(own['final_train_loss_std'], 4)} "
         f"nats per token: mean ± population standard deviation of the batch losses of the last {num_final:,} steps, "
         "1% of the run and at least 2",
     }
     if is_sparse(own):
         start, end, every = own["prune_start_step"], own["prune_end_step"], own["prune_every_steps"]
-        kind = plan.schedule.kind if plan.schedule else "geometric"
+        curve = f", {label_of(plan.schedule)}" if plan.schedule else ""
         lines |= {
             "Pruning start step": f"{start:,}, counted from 0; weights go before the step is trained",
             "Pruning end step": f"{end:,}",
-            "Pruning interval": f"every {every:,} steps, {(end - start) // every + 1:,} times in all, {CURVES[kind]}"
+            "Pruning interval": f"every {every:,} steps, {(end - start) // every + 1:,} times in all{curve}"
             if end > start
             else "all at once",
         }
@@ -275,6 +275,13 @@ def _parametrisation(config: Config) -> dict[str, str]:
             "trained, and pruned, sqrt(head size) times smaller than in these files, with no scale in attention "
             "(`model.query_scale=folded`)"
         )
+    if words := [
+        *(["begin with bos"] if config.data.bos else []),
+        *([] if config.data.eos else ["end without eos"]),
+        *([f"are cut at {limit:,} tokens"] if (limit := config.data.max_document_tokens) else []),
+        *(["are read without attention to the documents before"] if config.data.attention == "document" else []),
+    ]:
+        lines["Documents"] = "; ".join(words)
     return lines
 
 
@@ -349,10 +356,6 @@ def _bullets(lines: Mapping[str, str]) -> str:
 
 def _count(count: int) -> str:
     return f"{count:,} ({count_text(count)})"
-
-
-def _number(value: float, digits: int) -> str:
-    return half_up(value, digits) if math.isfinite(value) else "not finite"
 
 
 def write_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: Figures) -> None:

@@ -6,7 +6,6 @@ runs/NAME/  config.yaml  environment.json  metrics.jsonl  summary.json  report.p
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,10 +17,11 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from conf.schema import Config, tokenizer_of
-from train.checkpoints.durable import write_atomically
+from sparsity.common.files import check_room, write_atomically
 from train.checkpoints.layout import checkpoints, remove_leftovers
 from train.plan.branch import BRANCH
-from train.plan.disk import bytes_below, check_room
+from train.plan.disk import bytes_below
+from train.record.read import CONFIG, METRICS, SAMPLE, SUMMARY, read_summary
 
 NOT_PART_OF_A_RUN = (
     "overwrite", "resume", "dry_run", "launch", "logger", "runs_dir", "card", "max_skipped", "next_commands", "prompt",
@@ -40,13 +40,13 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
+        self.config = path / CONFIG
         self.branch = path / BRANCH
         self.environment = path / "environment.json"
-        self.metrics = path / "metrics.jsonl"
-        self.summary = path / "summary.json"
+        self.metrics = path / METRICS
+        self.summary = path / SUMMARY
         self.report = path / "report.png"
-        self.sample = path / "sample.txt"
+        self.sample = path / SAMPLE
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
         self.wandb = path / "wandb"
@@ -78,14 +78,17 @@ class RunDirectory:
                     f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
                     "anew, or resume=auto to go on with it."
                 )
-        elif any(entry.name != ".lock" for entry in self.path.iterdir()):
+        elif any(entry.name != ".lock" and entry.suffix != ".partial" for entry in self.path.iterdir()):
             raise ValueError(
                 f"{self.path} holds files that are no run's: take another run_name, or set overwrite=true."
             )
         remove_leftovers(self.checkpoints)
         if config.resume == "must" and not checkpoints(self.checkpoints):
             raise ValueError(f"{self.path} has no checkpoint to resume from and resume=must: set resume=auto to start.")
-        check_room(self.path, needed_bytes - bytes_below(self.checkpoints))
+        check_room(
+            self.path, needed_bytes - bytes_below(self.checkpoints), "the run",
+            "lower trainer.save_total_limit, or choose another runs_dir",
+        )  # fmt: skip
         return None
 
     def is_in_use(self) -> bool:
@@ -122,13 +125,15 @@ class RunDirectory:
         """Remove what a run writes; a file with another name stays."""
         for file in (self.config, self.branch, self.environment, self.metrics, self.summary, self.report, self.sample):
             file.unlink(missing_ok=True)
+        for partial in self.path.glob(".*.partial"):
+            partial.unlink()
         for folder in (self.model, self.model.with_name("model.tmp"), self.checkpoints, self.wandb, self.profile):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _read_summary(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.summary.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+            return read_summary(self.summary)
+        except ValueError:
             raise ValueError(
                 f"{self.summary} is garbled: remove it, and the same command writes it again, or set overwrite=true."
             ) from None

@@ -93,7 +93,7 @@ class Recorder(TrainerCallback):
             record |= self.speedometer.figures(num_tokens, self.clock.lap())
         if self.sparsity is not None:
             record |= self.sparsity.metrics(step - 1)
-            layers = self.sparsity.layer_densities()
+            layers = self.sparsity.pruner.layer_densities()
             if layers != self._layers:
                 self._layers = layers
                 record |= {f"layer_density/{name}": density for name, density in layers.items()}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
+from sparsity.common.text import count_text
 from train.plan.run import RunPlan
-from train.record.table import cells, count_text
+from train.record.read import SUMMARY, read_summary
+from train.record.table import cells
 
 Figures = Mapping[str, Any]
 
@@ -27,7 +28,7 @@ def find_siblings(run_dir: Path, runs_dir: Path) -> list[dict[str, Any]]:
 
     Directly below `runs_dir`, where all kinds of runs lie, only this run's twin, or the run it is the twin of.
     """
-    summaries = sorted(run_dir.parent.glob("*/summary.json"))
+    summaries = sorted(run_dir.parent.glob(f"*/{SUMMARY}"))
     if run_dir.parent.resolve() == runs_dir.resolve():
         name = run_dir.name
         pair = {name + suffix for suffix in TWIN_SUFFIXES} | {name.removesuffix(suffix) for suffix in TWIN_SUFFIXES}
@@ -39,7 +40,7 @@ def find_siblings(run_dir: Path, runs_dir: Path) -> list[dict[str, Any]]:
 def _read_summary(path: Path) -> dict[str, Any] | None:
     """None where another version of the project wrote something that has no line in the table."""
     try:
-        summary = {**json.loads(path.read_text(encoding="utf-8")), "run_name": path.parent.name}
+        summary = read_summary(path)
         cells(finite(summary))
     except (ValueError, TypeError, KeyError, OSError):
         return None

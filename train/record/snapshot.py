@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.durable import write_atomically
+from sparsity.common.files import write_atomically
 from train.distributed import World
 
 ROOT = Path(__file__).resolve().parents[2]

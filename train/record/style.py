@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.record.table import count_text
+from sparsity.common.text import count_text
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#d1690e", "#666666"
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from conf.schema import Config
+from sparsity.prunable import own_linear_weights
+from sparsity.shards import local_values, rank_layout
 from train.plan.choices import choice_words
 from train.plan.run import RunPlan
 from train.scoring import Score
@@ -23,6 +26,14 @@ def final_loss(step_losses: Tensor) -> tuple[float, float]:
     return float(final.mean()), float(final.std(correction=0))
 
 
+@torch.no_grad()
+def count_nonzero_linear(model: nn.Module) -> int:
+    """Weights of the linear layers that are not exactly 0, over all shards. Collective over the shard group."""
+    weights = list(own_linear_weights(model).values())
+    counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights])
+    return int(rank_layout(weights).sum_counts(counts).sum())
+
+
 def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
     """What `python -m eval` has to be told, beside model and data, to score the same text in the same windows."""
     usual = {
@@ -31,6 +42,10 @@ def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
         "text_field": "text",
         "heldout_share": 0.01,
         "max_documents": None,
+        "bos": False,
+        "eos": True,
+        "max_document_tokens": None,
+        "attention": "causal",
         "cache_dir": os.environ.get("SPARSELLM_CACHE", "~/.cache/sparsellm"),
     }
     own = {key: getattr(config.data, key) for key in usual}

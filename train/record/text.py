@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from conf.schema import Config
+from sparsity.common.text import count_text, half_up
+from sparsity.registry import name_of
 from sparsity.schedule import Mixed, Ramp
 from train.data import PreparedData
 from train.plan.choices import choice_words
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
-from train.record.table import count_text, half_up, markdown
+from train.record.table import markdown
 
 
 def opening_words(
@@ -59,7 +61,7 @@ def _events(schedule: Ramp | Mixed) -> str:
     if schedule.num_events == 1:
         return f"in one event before step {schedule.start_step}"
     return (
-        f"in {schedule.num_events} events ({schedule.kind}), steps {schedule.start_step} to {schedule.end_step}, one every "
+        f"in {schedule.num_events} events ({name_of(schedule)}), steps {schedule.start_step} to {schedule.end_step}, one every "
         f"{schedule.every_steps}"
     )
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import uuid
-from dataclasses import replace
 from typing import Any
 
 from conf.schema import Config
-from train.checkpoints.durable import write_atomically
-from train.plan.run import RunPlan, plan_run
+from sparsity.common.files import write_atomically
+from train.plan.run import RunPlan
 from train.record.siblings import SHARE_BY_CHANCE
 from train.record.wandb_key import has_wandb_key
 
@@ -67,20 +66,13 @@ def kind_of_run(plan: RunPlan, initial_sparsity: float) -> str:
     return "sparse" if plan.schedule or initial_sparsity > SHARE_BY_CHANCE else "dense"
 
 
-def target_sparsity(config: Config, plan: RunPlan) -> float | None:
-    """Of all prunable weights together, whatever the groups' targets are; for a twin, that of its sparse run."""
-    if plan.twin is not None:
-        plan = plan_run(replace(config, model=replace(config.model, match=None)), plan.world_size)
-    return plan.schedule.sparsity if plan.schedule else None
-
-
 def run_tags(config: Config, plan: RunPlan, initial_sparsity: float) -> list[str]:
     """The model's name, the sparsity, and the tags of the config.
 
     The sparsity is the target, that of the run whose twin this is, or of the zeros that are kept where nothing is pruned.
     """
-    target = target_sparsity(config, plan)
-    level = f"sparsity-{100 * (initial_sparsity if target is None else target):.4g}"
+    target = initial_sparsity if plan.target_sparsity is None else plan.target_sparsity
+    level = f"sparsity-{100 * target:.4g}"
     of_kind = {"sparse": [level], "twin": ["twin", f"twin-of-{level}"], "dense": ["dense"]}
     tags = [config.model.name, *of_kind[kind_of_run(plan, initial_sparsity)], *config.logger.tags]
     return [tag[:MAX_TAG_LENGTH] for tag in dict.fromkeys(tags) if tag]

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from eval.runs.law.law import COEFFICIENTS, FORMULAS, Form
 from eval.runs.law.lbfgs import Array
-from train.record.table import count_text
+from sparsity.common.text import count_text
 
 LEVEL = 0.05
 """Sizes, or token counts, closer than this relative difference count as one."""

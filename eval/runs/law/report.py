@@ -16,9 +16,9 @@ from eval.runs.law.identifiable import SAME_TOKENS, tokens_follow
 from eval.runs.law.law import FLOPS_PER_PARAM_TOKEN, FORMULAS, Form, Law
 from eval.runs.law.lbfgs import Array
 from eval.runs.law.points import Points
+from sparsity.common.text import count_text
 from train.plan.run import plan_run
 from train.plan.series import table_row
-from train.record.table import count_text
 
 MIN_TRUNKS = 5
 """Below so many independent runs a resample of whole trunks says nothing of the spread."""

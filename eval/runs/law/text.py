@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from eval.runs.law.law import COEFFICIENTS
-from train.record.table import count_text
+from sparsity.common.text import count_text
 
 SIDES = ("average", "final")
 PATH_NOTE = (

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.runs.page.panels import Panel
-from eval.runs.page.runs import Run, is_number
+from eval.runs.run import Run
+from train.record.read import is_number
 
 MAX_POINTS = 400
 """Points of a curve; of a longer one the extremes of equal stretches are drawn, so that no spike is lost."""

@@ -13,9 +13,10 @@ from typing import Any
 from eval.runs.page.curves import Curve, layer_rows
 from eval.runs.page.law import FittedLaw
 from eval.runs.page.panels import Panel
-from eval.runs.page.runs import Run, is_number
+from eval.runs.run import Run
+from sparsity.common.text import half_up
+from train.record.read import is_number
 from train.record.style import count_ticks, lighten, pyplot
-from train.record.table import half_up
 
 PAIR_COLORS = ("#1f5fa8", "#d1690e", "#1a7f5a", "#a83279", "#6b4fbb", "#8a6d00", "#0e8199", "#b3261e")
 """Of a sparse run and its dense twin; the page has a lighter set of the same hues for the dark."""

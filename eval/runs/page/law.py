@@ -12,8 +12,9 @@ from eval.runs.law.fit import Fit, check_exponents, check_hessian, fit_law
 from eval.runs.law.law import FORMULAS, Form
 from eval.runs.law.points import Points, read_points
 from eval.runs.law.text import number_text
-from eval.runs.page.runs import Run
-from train.record.table import count_text
+from eval.runs.run import Run
+from sparsity.common.text import count_text
+from train.record.read import SUMMARY
 
 FORMS: tuple[Form, ...] = ("nd", "n", "power")
 
@@ -37,7 +38,7 @@ class FittedLaw:
 
 def fit_runs(runs: Sequence[Run], loss: str, form: str) -> tuple[FittedLaw | None, str]:
     """(law, why there is no law, or no richer one) of the finished runs; `form` is one of FORMS, or auto."""
-    finished = [str(run.folder / "summary.json") for run in runs if run.is_finished]
+    finished = [str(run.folder / SUMMARY) for run in runs if run.is_finished]
     if not finished:
         return None, "No law: no run is finished."
     try:

@@ -17,9 +17,10 @@ from eval.runs.page.curves import Curve, curves, final_layers
 from eval.runs.page.draw import PAIR_COLORS, Picture, draw_curves, draw_layers
 from eval.runs.page.law import FittedLaw, fit_runs
 from eval.runs.page.panels import PANELS, SECTIONS, Panel
-from eval.runs.page.runs import Run
+from eval.runs.run import Run
+from sparsity.common.text import half_up
 from train.record.siblings import finite
-from train.record.table import COLUMNS, cells, half_up
+from train.record.table import COLUMNS, cells
 
 HERE = Path(__file__).parent
 SIGNIFICANT_DIGITS = 6

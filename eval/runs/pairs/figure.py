@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.runs.pairs.comparison import Comparison, Run, curve
+from eval.runs.pairs.comparison import Comparison, Trial, curve
 from eval.runs.pairs.text import label, usual_settings
 
 
-def draw_pairs(runs: Sequence[Run], comparisons: Sequence[Comparison], file: Path) -> None:
+def draw_pairs(runs: Sequence[Trial], comparisons: Sequence[Comparison], file: Path) -> None:
     """Left the losses, every seed a mark; right each configuration's gaps to its twin and to the dense curve."""
     import matplotlib
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from eval.runs.pairs.comparison import Comparison, Spread
-from train.record.table import count_text, half_up
+from sparsity.common.text import count_text, half_up, markdown_table
 
 HEAD = (
     "Sparse run", "Seeds", "N-bar", "Final", "Loss", "Bits per byte", "Twin", "Twin's loss", "Gap to twin",
@@ -61,17 +61,9 @@ def spread_text(spread: Spread, sign: bool = False) -> str:
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """An aligned Markdown table, and what its columns are."""
     usual = usual_settings(comparisons)
-    rows = [list(HEAD), *(cells(comparison, usual) for comparison in comparisons)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join(
         [
-            lines[0],
-            rule,
-            *lines[1:],
+            markdown_table(HEAD, [cells(comparison, usual) for comparison in comparisons]),
             "",
             "Held-out nats a token, mean ± sample standard deviation over seeds. A gap is sparse less dense: above 0 the "
             "sparse run is worse. To the twin it is the mean of each seed's difference; to the curve of the dense runs it is "

@@ -1,0 +1,106 @@
+"""The command `sparsellm`: one name for the modules that a user runs.
+
+`sparsellm launch ...` is `python -m launch ...`, and so on for every command. Nothing is imported before the command is
+known, so that `sparsellm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Command:
+    """A module with its line in the help."""
+
+    module: str
+    summary: str
+    config: str
+    """The yaml at the top of conf/ whose keys the command takes; completion reads it."""
+
+
+COMMANDS = {
+    "launch": Command("launch", "Start a run on this machine's devices; with -m a sweep", "train"),
+    "plan": Command("launch.plan", "Print what a run will cost before it runs", "plan"),
+    "train": Command("train", "Be one process of a run; accelerate launch starts several", "train"),
+    "data": Command("train.data", "Turn text into tokens before any GPU is taken", "train"),
+    "eval": Command("eval", "Score a finished model on text", "eval"),
+    "compact": Command("eval.compact", "Write a sparse model's folder in fewer bytes", "compact"),
+    "compare": Command("eval.pairs", "Compare sparse runs with their dense twins", "pairs"),
+    "law": Command("eval.scaling_law", "Fit the scaling law of finished runs", "scaling_law"),
+    "report": Command("eval.report", "Show runs side by side on one HTML page", "report"),
+    "dashboard": Command("launch.dashboard", "Show runs side by side in wandb", "dashboard"),
+}
+
+SHELLS = ("bash", "zsh")
+USAGE = """\
+usage: sparsellm COMMAND [key=value ...]
+
+{commands}
+
+  sparsellm COMMAND --help      the command's keys, with examples
+  sparsellm completion bash     a script that completes commands and keys; also zsh:
+                                source <(sparsellm completion bash)
+
+`python -m MODULE` runs the same command without the script: {modules}.
+"""
+
+
+def usage() -> str:
+    """Return the text of `sparsellm --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return USAGE.format(
+        commands="\n".join(lines), modules=", ".join(command.module for command in COMMANDS.values())
+    ).rstrip()
+
+
+def completion_script(shell: str) -> str:
+    """Return what a shell sources to complete `sparsellm`.
+
+    Raises:
+        ValueError: There is no script for the shell.
+    """
+    if shell not in SHELLS:
+        raise ValueError(f"completion {shell}: there is no such script; give one of {', '.join(SHELLS)}.")
+    script = Path(__file__).with_name("completion.bash").read_text(encoding="utf-8")
+    # zsh runs bash's completions through a module of its own.
+    return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script
+
+
+def run(module: str, name: str, arguments: list[str]) -> None:
+    """Run a module as `python -m` does, with these arguments."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def main() -> None:
+    """Run the command that the command line names; an unknown one ends with a sentence and exit code 2."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+    elif name == "completion":
+        try:
+            print(completion_script(arguments[0] if arguments else "bash"))
+        except ValueError as error:
+            _refuse(str(error))
+    elif name == "complete":
+        from launch.completion import completions
+
+        print("\n".join(completions(arguments)))
+    elif name in COMMANDS:
+        run(COMMANDS[name].module, f"sparsellm {name}", arguments)
+    else:
+        _refuse(f"sparsellm {name}: there is no such command; give one of {', '.join(COMMANDS)}.")
+
+
+def _refuse(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

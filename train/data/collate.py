@@ -1,0 +1,31 @@
+"""Blocks to a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEAST_ENDS = 32
+
+
+def collate_documents(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack the rows of `DocumentBlocks`, and say where documents begin in all rows one after another.
+
+    `cu_seq_lens_q`, transformers' name for it, is int32 [power of two + 1]: 0, the end of each document, and the number of
+    tokens until the end. It is made here, on the host, and has few different lengths: attention on a GPU then waits for
+    nothing, and a compiled block is seldom compiled again.
+    """
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return batch | {"cu_seq_lens_q": document_ends(batch["position_ids"])}
+
+
+def document_ends(position_ids: Tensor) -> Tensor:
+    """Return int32 [1 + power of two]: the places of position 0 in the flattened rows, then the number of all tokens."""
+    starts = np.flatnonzero(position_ids.numpy() == 0)
+    room = max(LEAST_ENDS, 1 << (len(starts) - 1).bit_length())
+    ends = torch.full((1 + room,), position_ids.numel(), dtype=torch.int32)
+    ends[: len(starts)] = torch.from_numpy(starts)
+    return ends
