@@ -14,7 +14,8 @@ from conf.cli import user_errors
 from conf.schema import Config, tokenizer_of
 from sparsity import SparsityCallback
 from sparsity.schedule import schedule_record
-from train.arguments import check_recipe, training_arguments
+from train.arguments import MUON, check_recipe, training_arguments
+from train.checkpoints.write import parameters_of
 from train.data import Blocks, PreparedData, prepare, training_blocks, unigram_bits_per_byte
 from train.data.collate import collate_documents
 from train.data.mixture import MixtureBlocks, mixture_blocks
@@ -28,7 +29,9 @@ from train.faults.stop import RunStopped
 from train.model.build import build_skeleton, model_on_meta
 from train.model.export import export_model
 from train.model.weights import allocate
+from train.plan.branch import branch_figures, branch_words
 from train.plan.disk import run_bytes
+from train.plan.names import dense_words
 from train.plan.run import RunPlan
 from train.pruning import sparsity_callback
 from train.record.directory import RunDirectory
@@ -44,7 +47,7 @@ from train.speed.fp8 import check_fp8, convert_to_fp8
 from train.speed.profiler import StepProfiler
 from train.speed.throughput import StepClock, speedometer
 from train.start import Start, check_beginning, find_start, identity
-from train.trainer import PretrainingTrainer, RunState
+from train.trainer import KeepSteps, PretrainingTrainer, RunState
 
 SETUP_ERRORS = (ImportError,)
 """Beside a user's errors: transformers raises it for a library that a setting needs."""
@@ -69,7 +72,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
     sets = world.on_main(prepare_sets, config, data)
     model, tokenizer, blocks = build(config, plan, data, arguments, world)
-    start = find_start(config, plan, directory, data.folder, model, tokenizer, world)
+    start = find_start(config, plan, directory, data, model, tokenizer, world)
     if not wants_fsdp():
         with user_errors(quiet=not world.is_main):
             allocate(model, world.device)
@@ -84,7 +87,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         config, plan, directory, data, blocks, model, arguments, start, evaluation, world, guard, heartbeat
     )
     sharding = "FSDP2" if trainer.is_fsdp_enabled else "no sharding"
-    say(world, opening_words(config, plan, data, world.size, sharding))
+    shapes = {name: param.shape for name, param in parameters_of(model).items()}
+    say(world, opening_words(config, plan, data, world.size, sharding, dense_words(shapes, start.prunable)))
     train(trainer, recorder, start, world)
 
     if not config.eval.is_empty and trainer.evaluated_step != trainer.state.global_step:
@@ -115,6 +119,8 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         train_seconds=trainer.train_seconds,
         seconds=trainer.earlier_seconds + time.monotonic() - started,
     )
+    if start.branch is not None:
+        summary["branch"] = branch_figures(start.branch)
     if recorder is not None:
         finish(config, plan, directory, recorder, summary)
     world.on_main(push_to_hub, config.card, directory.model)
@@ -177,11 +183,12 @@ def make_trainer(
     heartbeat: Heartbeat,
 ) -> tuple[PretrainingTrainer, Recorder | None]:
     """Return the trainer with its callbacks, and on rank 0 the recorder. Collective."""
-    sparsity = sparsity_callback(config, plan)
+    sparsity = sparsity_callback(config, plan, start.branch)
     clock = StepClock(world.device, is_read=world.is_main)
     if sparsity is not None:
         sparsity.clock = clock
     recorder = profiler = None
+    keeper = KeepSteps(config.trainer.keep_steps) if config.trainer.keep_steps else None
     if world.is_main:
         profiler = make_profiler(config, directory, clock)
         recorder = make_recorder(config, plan, directory, sparsity, start.sparsity, clock, world.device)
@@ -193,13 +200,16 @@ def make_trainer(
             sparsity=sparsity,
             run_state=RunState(
                 identity=identity(plan),
-                carried={"data": start.fingerprint},
+                carried={"data": start.fingerprint, "tokenizer": data.tokenizer},
+                branch_step=start.branch_step,
+                keep_steps=tuple(config.trainer.keep_steps),
                 before_save=recorder.sync if recorder else lambda: None,
             ),
             guard=guard,
             heartbeat=heartbeat,
             clock=clock,
             async_save=config.trainer.async_save,
+            uses_muon=config.trainer.optim == MUON,
             batch_size=plan.batch_size,
             fill=start.fill if wants_fsdp() else None,
             evaluator=evaluation,
@@ -209,7 +219,7 @@ def make_trainer(
             eval_dataset=[],
             data_collator=collate_documents if data.by_document else default_data_collator,
             by_document=data.by_document,
-            callbacks=[callback for callback in (profiler, sparsity, recorder) if callback is not None],
+            callbacks=[callback for callback in (keeper, profiler, sparsity, recorder) if callback is not None],
         )
     show_progress(trainer, sparsity)
     return trainer, recorder
@@ -217,6 +227,8 @@ def make_trainer(
 
 def train(trainer: PretrainingTrainer, recorder: Recorder | None, start: Start, world: World) -> None:
     """Train from the start or from the checkpoint; close the records if the run ends early. Collective."""
+    if start.branch is not None:
+        say(world, f"  {branch_words(start.branch)}")
     if start.checkpoint is not None:
         say(world, f"  resumed from {start.checkpoint}")
     try:

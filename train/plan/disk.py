@@ -23,6 +23,7 @@ def export_bytes(model: ModelConfig, dtype: str) -> int:
 def run_bytes(config: Config, plan: RunPlan) -> int:
     """Return the bytes of the final model and of the checkpoints: those kept and the one being written."""
     kept = 0 if config.trainer.save_strategy == "no" else config.trainer.save_total_limit + 1
+    kept += len(config.trainer.keep_steps)
     checkpoints = kept * checkpoint_bytes(
         plan.model, plan.counts.linear if plan.schedule else 0, plan.update.state_bytes
     )

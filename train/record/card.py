@@ -16,12 +16,24 @@ from sparsity.pattern import UNSTRUCTURED, parse_pattern
 from sparsity.registry import label_of
 from sparsity.scope import SCOPES
 from sparsity.score import SCORES
+from train.plan.architecture import describe
+from train.plan.branch import branch_words, read_branch
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
 from train.record.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
 from train.record.summary import SHARE_OF_FINAL_STEPS
 from train.record.table import markdown
-from train.record.terms import BIBTEX, PAPER, PAPER_URL, licence_words, source_of, tokenizer_terms, tokenizer_words
+from train.record.terms import (
+    BIBTEX,
+    PAPER,
+    PAPER_URL,
+    base_model_terms,
+    licence_words,
+    public_name,
+    source_of,
+    tokenizer_terms,
+    tokenizer_words,
+)
 
 
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:
@@ -34,7 +46,7 @@ def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequenc
     """
     own = {**summary, "run_name": plan.run_dir.name}
     sections = [
-        f"# {own['run_name']}\n\n{_opening(own)}",
+        f"# {own['run_name']}\n\n{_opening(config, plan, own)}",
         f"## Model\n\n{_model(config, plan, own)}",
         f"## Figures\n\n{_figures(own)}",
         f"## Training\n\n{_training(config, plan, own, siblings)}",
@@ -80,7 +92,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
         license_link=config.card.license_link,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["sparsellm", "llama", *kind, "arxiv:2501.12486"],
+        tags=["sparsellm", plan.architecture, *kind, "arxiv:2501.12486"],
         datasets=[source.hub_id] if source.hub_id else None,
         metrics=["perplexity"] if results else None,
         model_name=plan.run_dir.name,
@@ -88,7 +100,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
     )
 
 
-def _opening(own: Figures) -> str:
+def _opening(config: Config, plan: RunPlan, own: Figures) -> str:
     zeros = f"{percent_text(own['sparsity'])} of the weights in its linear layers are exactly zero"
     outcome = (
         f"pruned on the way: {zeros}"
@@ -97,8 +109,12 @@ def _opening(own: Figures) -> str:
         if has_sparse_weights(own)
         else "dense: nothing was pruned"
     )
+    start = "pre-trained from scratch"
+    if config.init_from is not None:
+        start = f"trained on from the weights of `{public_name(config.init_from)}`"
+    what = "LLaMA" if plan.model.path is None else f"model of the architecture `{plan.architecture}`"
     return (
-        f"A LLaMA of {count_text(own['total_params'])} parameters, pre-trained from scratch and {outcome}. Trained by "
+        f"A {what} of {count_text(own['total_params'])} parameters, {start} and {outcome}. Trained by "
         f"sparsellm, an implementation of [{PAPER.split(':')[0]}]({PAPER_URL}), in a run of its own: it is none of the "
         "checkpoints published with the paper."
     )
@@ -106,10 +122,12 @@ def _opening(own: Figures) -> str:
 
 def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     model = plan.model
+    width = model.hidden_size if model.path is None else describe(model).attention_width
+    architecture = "LLaMA" if model.path is None else plan.architecture
     shape = [
         f"`{model.name}`: {model.num_hidden_layers} layers",
         f"hidden size {model.hidden_size}",
-        f"{model.num_attention_heads} heads of {model.hidden_size // model.num_attention_heads}",
+        f"{model.num_attention_heads} heads of {width // model.num_attention_heads}",
         f"{model.num_key_value_heads} key-value heads",
         f"MLP {model.intermediate_size}",
         f"context {model.max_position_embeddings}",
@@ -118,7 +136,7 @@ def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     ]
     head = "lm_head is the embedding and not counted" if model.tie_word_embeddings else "lm_head counted, embedding not"
     lines = {
-        "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, LLaMA architecture",
+        "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, {architecture} architecture",
         "Shape": ", ".join(shape),
         "Sparsity configuration": _sparsity(config, own),
         "Training data": _data(config),
@@ -214,7 +232,9 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     )
     decay = "".join(f", {key} {value}" for key, value in optim.lr_scheduler_kwargs.items())
     num_final = min(steps, max(2, round(SHARE_OF_FINAL_STEPS * steps)))
+    branch = read_branch(plan.run_dir)
     lines = {
+        **({"Branch": branch_words(branch)} if branch else {}),
         **_parametrisation(config),
         "Training steps": f"{steps:,}",
         "Batch size": f"{own['batch_tokens']:,} tokens ({own['batch_tokens'] // length:,} sequences x {length:,})",
@@ -335,9 +355,11 @@ def _limits(own: Figures) -> str:
 
 
 def _terms(config: Config) -> str:
+    base = {} if config.init_from is None else {"Model it started from": base_model_terms(config.init_from)}
     return _bullets(
         {
             "Licence of this model": licence_words(config.card),
+            **base,
             "Training data": source_of(config.data).terms,
             "Tokenizer": tokenizer_terms(tokenizer_of(config)),
         }

@@ -111,6 +111,12 @@ def tokenizer_terms(tokenizer: str) -> str:
     return f"`{public_name(tokenizer)}` is under its publisher's terms; for LLaMA 2's tokenizer, that is {llama_2}."
 
 
+def base_model_terms(init_from: str) -> str:
+    return (
+        f"`{public_name(init_from)}` is under its publisher's terms, which go with weights that are trained on from it."
+    )
+
+
 def licence_words(card: CardConfig) -> str:
     """Return the model's own licence; if none was chosen, say so and how to choose one."""
     if card.license is None:
