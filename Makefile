@@ -7,14 +7,14 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-cluster test-kernels check format bench bench-all gpu-check gpu-bench gpu-claim torture clean
+.PHONY: demo test test-cluster test-kernels check format docs bench bench-all gpu-check gpu-bench gpu-claim torture clean
 .DEFAULT_GOAL := demo
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 was found: install one, or give make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs]'
 	touch $@
 
 demo: $(READY)
@@ -27,7 +27,7 @@ test: $(READY)
 test-cluster: $(READY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -qq --yes --no-install-recommends slurm-wlm munge iproute2 chromium >/dev/null; fi
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,slurm,search,eval]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs,slurm,search,eval]'
 	$(BIN)/python -m pytest -q -m cluster
 
 # The GPU's kernels on a CPU, in Triton's interpreter. torch for GPUs brings a Triton of its own; torch for CPUs needs none.
@@ -43,6 +43,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site lands in site/; a link that leads nowhere is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks

@@ -16,6 +16,13 @@ from conf.compose import check_arguments, prepared
 from train.faults.process import die_with_parent, end_process_after
 
 COLLECTIVES_TIMEOUT_S = 1800
+EXAMPLES = """python -m eval model=DIR data=wikitext data.path=wiki.test.raw      perplexity four ways, bits per byte, zeros
+python -m eval model=DIR data=pydocs                                  a run's own held-out figures
+python -m eval model=DIR tasks=[hellaswag]                            tasks of lm-evaluation-harness
+    ... tokenizer=FOLDER dtype=bfloat16 window=2048 stride=512 batch_size=8
+    ... format=json                                                   the figures for a script
+accelerate launch --config_file launch/accelerate/gpus.yaml -m eval ...  a model that one GPU cannot hold
+Keys: conf/eval.yaml, EvalConfig in conf/schema/evaluation.py."""
 
 schema.register()
 
@@ -49,6 +56,8 @@ def main(cfg: DictConfig) -> None:
 
 
 def run_process() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        cli.overrides_of("eval", "Score a finished model on text.", EXAMPLES, ["--help"])
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     cli.hush_other_ranks()

@@ -7,22 +7,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.cli import user_errors
+from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import PairsConfig
 
+EXAMPLES = """python -m eval.pairs runs=runs/SWEEP                   a table, and its figure pairs.png
+    ... figure=FILE                                    the figure elsewhere; null draws none
+    ... format=json                                    the figures for a script
+Keys: conf/pairs.yaml, PairsConfig in conf/schema/pairs.py."""
+
 
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(__doc__)
-        return
     with user_errors():
-        config: PairsConfig = composed("pairs", arguments)
-        from eval.runs.pairs.comparison import compare, read_runs
+        overrides = overrides_of("eval.pairs", "Compare sparse runs with their dense twins.", EXAMPLES, arguments)
+        config: PairsConfig = composed("pairs", overrides)
+        from eval.runs.pairs.comparison import compare, read_trials
         from eval.runs.pairs.figure import draw_pairs
         from eval.runs.pairs.text import as_json, markdown
 
-        runs = read_runs(config.runs)
+        runs = read_trials(config.runs)
         comparisons = compare(runs)
         if config.figure:
             Path(config.figure).parent.mkdir(parents=True, exist_ok=True)

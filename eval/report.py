@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.cli import user_errors
+from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import ReportConfig
 
-USAGE = """python -m eval.report runs=runs/SWEEP                           report.html, and its figures in report/
+EXAMPLES = """python -m eval.report runs=runs/SWEEP                           report.html, and its figures in report/
 python -m eval.report runs=[runs/a,runs/b*] page=levels.html title="Five levels"
     ... loss=final_train_loss                                   against average parameters, instead of heldout_loss
     ... form=n                                                  the law, as for python -m eval.scaling_law; auto tries all
@@ -19,13 +19,11 @@ conf/report.yaml, ReportConfig in conf/schema/report.py."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return
     with user_errors():
-        config: ReportConfig = composed("report", arguments)
+        overrides = overrides_of("eval.report", "Show runs side by side on one HTML page.", EXAMPLES, arguments)
+        config: ReportConfig = composed("report", overrides)
         from eval.runs.page.page import write_page
-        from eval.runs.page.runs import read_runs
+        from eval.runs.run import read_runs
 
         page = Path(config.page)
         write_page(config, read_runs(config.runs), page)

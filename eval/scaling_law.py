@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.cli import user_errors
+from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import ScalingLawConfig
 
-USAGE = """python -m eval.scaling_law runs=runs/SWEEP                     fit L = E + A / N^alpha + B / D^beta
+EXAMPLES = """python -m eval.scaling_law runs=runs/SWEEP                     fit L = E + A / N^alpha + B / D^beta
 python -m eval.scaling_law runs=[runs/a,runs/b*,points.csv] form=n  runs on equally many tokens: L = E + A / N^alpha
     ... predict.experiment=NAME [predict.overrides=[sparsity.target=0.6]]    the loss of a planned run
     ... predict.avg_linear_params=4.5e8 predict.total_tokens=2e11            the same, from numbers
@@ -22,11 +22,9 @@ ScalingLawConfig in conf/schema/law.py."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return
     with user_errors():
-        config: ScalingLawConfig = composed("scaling_law", arguments)
+        overrides = overrides_of("eval.scaling_law", "Fit the scaling law of finished runs.", EXAMPLES, arguments)
+        config: ScalingLawConfig = composed("scaling_law", overrides)
         from eval.runs.law.figure import draw_laws
         from eval.runs.law.points import read_points
         from eval.runs.law.report import report

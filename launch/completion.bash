@@ -1,11 +1,22 @@
-# Completion of `python -m launch ...` in bash:  source launch/completion.bash
-# Hydra completes scripts and programs; this hands it the words behind `-m launch`.
-_complete_launch() {
-    [[ $COMP_LINE == *"-m launch "* ]] || return
-    local line="launch ${COMP_LINE#*-m launch }"
-    local choices
-    choices=$(COMP_LINE=$line COMP_POINT=${#line} "${COMP_WORDS[0]}" -m launch --shell-completion query=bash 2>/dev/null)
-    COMPREPLY=($(compgen -o default -W "$choices" -- "${COMP_WORDS[COMP_CWORD]}"))
+# Completion of `sparsellm ...` and of its modules, `python -m launch ...`, in bash:  source <(sparsellm completion bash)
+_complete_sparsellm() {
+    local words=() line=${COMP_LINE:0:COMP_POINT} command
+    case $line in
+        *"-m launch.plan "*) command=(python -m launch.console); words=(plan); line=${line#*-m launch.plan } ;;
+        *"-m launch "*) command=(python -m launch.console); words=(launch); line=${line#*-m launch } ;;
+        *sparsellm\ *) command=(sparsellm); line=${line#*sparsellm } ;;
+        *) return ;;
+    esac
+    [[ ${command[0]} == python ]] && command[0]=${COMP_WORDS[0]}
+    local typed
+    read -ra typed <<< "$line"
+    words+=("${typed[@]}")
+    # A blank at the end begins a new word.
+    [[ $line == "" || $line == *" " ]] && words+=("")
+    local IFS=$'\n'
+    COMPREPLY=($("${command[@]}" complete "${words[@]}" 2>/dev/null))
+    # A shell that breaks words at = replaces what follows it.
+    local last=${words[${#words[@]} - 1]}
+    if [[ $last == *=* && $COMP_WORDBREAKS == *=* ]]; then COMPREPLY=("${COMPREPLY[@]#"${last%%=*}="}"); fi
 }
-COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
-complete -o nospace -o default -F _complete_launch python python3 .venv/bin/python
+complete -o nospace -o default -F _complete_sparsellm sparsellm python python3 .venv/bin/python .venv/bin/sparsellm

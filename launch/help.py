@@ -1,11 +1,11 @@
-"""`python -m launch --help`: what can be run, and with a group's name what can be chosen and set in it."""
+"""`python -m launch --help`: the groups, and with a group's name its choices and keys."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -33,7 +33,11 @@ python -m launch.plan experiment=NAME tells what a run will cost. docs/clusters.
 
 
 def help_text(group: str | None = None) -> str:
-    """The overview, or a group's choices and keys; a ValueError where there is no such group."""
+    """Return the overview, or a group's choices and keys.
+
+    Raises:
+        ValueError: There is no such group.
+    """
     groups = sorted(folder.relative_to(CONF).as_posix() for folder in [*CONF.glob("*/"), *CONF.glob("hydra/*/")])
     groups = [name for name in groups if list((CONF / name).glob("*.yaml"))]
     kinds = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
@@ -58,14 +62,14 @@ def summary(name: str, kinds: dict[str, Any]) -> str:
 
 
 def choice_lines(folder: Path) -> list[str]:
-    """Each yaml's name with the sentence that it opens with."""
+    """Return each yaml's name with its opening sentence."""
     files = sorted(folder.glob("*.yaml"))
     width = max(len(file.stem) for file in files)
     return [f"  {file.stem:{width}}  {opening(file)}" for file in files]
 
 
 def opening(file: Path) -> str:
-    """The comment that a yaml opens with, up to its first command."""
+    """Return the opening comment of a yaml, up to its first command."""
     words: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package"):
@@ -77,20 +81,22 @@ def opening(file: Path) -> str:
 
 
 def key_lines(kind: Any) -> list[str]:
-    """Each key with its default and what its class says about it."""
+    """Return each key with its default and its class's words about it."""
     documents = dict(documented_keys(kind))
     hints = get_type_hints(kind)
     lines = []
     for field in fields(kind):
         if is_dataclass(hints[field.name]):
             continue
-        default = "" if field.default is MISSING or field.default == "???" else f" = {_plain(field.default)}"
+        default = f" = {text}" if (text := default_of(field)) else ""
         lines.append(f"  {field.name + default:40} {documents.get(field.name, '')}".rstrip())
+        methods = kind.METHODS.get(field.name) if hasattr(kind, "METHODS") else None
+        lines += [f"      {line}" for line in methods.help_lines()] if methods else []
     return lines
 
 
 def documented_keys(kind: Any) -> Iterator[tuple[str, str]]:
-    """(key, the string below it), of the class and of those it extends."""
+    """Yield (key, the string below it), of the class and of those it extends."""
     bases: list[Any] = [base for base in kind.__mro__ if is_dataclass(base)]
     for base in reversed(bases):
         (body,) = (node.body for node in ast.parse(inspect.getsource(base)).body if isinstance(node, ast.ClassDef))
@@ -99,8 +105,13 @@ def documented_keys(kind: Any) -> Iterator[tuple[str, str]]:
                 yield statement.target.id, " ".join(ast.literal_eval(below.value).split())  # type: ignore[union-attr]
 
 
+def default_of(field: Field[Any]) -> str:
+    """Return a key's default as yaml has it; nothing for a key that must be given or that is a list or a dictionary."""
+    return "" if field.default is MISSING or field.default == "???" else _plain(field.default)
+
+
 def _plain(value: Any) -> str:
-    """A default as yaml has it."""
+    """Return a default as yaml writes it."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return f"{value:g}" if isinstance(value, float) else str(value)

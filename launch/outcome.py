@@ -1,8 +1,7 @@
-"""What a sweep came to: the jobs that failed with the commands that run them again, a table and a figure."""
+"""Sweep results: a table and a figure of the finished jobs, and the commands that resume the others."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from launch.run import exit_code
 from launch.sweep import Job, Sweep, key_of
 from train.plan.run import run_directory
 from train.record.directory import RunDirectory
+from train.record.read import SUMMARY, read_summary
 from train.record.table import markdown
 
 FIGURE = "sweep.png"
@@ -45,10 +45,7 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
 
 def close_search(folder: Path) -> int:
     """Print a search's finished runs, the lowest held-out loss first, draw them, and tell the best; its exit code."""
-    found = [
-        {**json.loads(path.read_text(encoding="utf-8")), "run_name": path.parent.name}
-        for path in folder.glob("*/summary.json")
-    ]
+    found = [read_summary(path) for path in folder.glob(f"*/{SUMMARY}")]
     if not found:
         print(f"error: no trial of {folder} finished; their words are above.", file=sys.stderr, flush=True)
         return 1
@@ -63,15 +60,13 @@ def close_search(folder: Path) -> int:
 
 
 def summary_of(job: Job) -> dict[str, Any] | None:
-    """A finished run's figures under its name in the sweep."""
+    """Return a finished run's figures under its name in the sweep."""
     path = RunDirectory(run_directory(job.config)).summary
-    if not path.exists():
-        return None
-    return {**json.loads(path.read_text(encoding="utf-8")), "run_name": path.parent.name}
+    return read_summary(path) if path.exists() else None
 
 
 def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | None]) -> str:
-    """One line for the sweep, one for each job that is not finished with the command that goes on with it alone."""
+    """Return one line for the sweep and one for each job that is not finished, with the command that resumes this job."""
     same = "" if failed[0].config.overwrite else "the same command runs these alone, and "
     lines = [
         f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; {same}each has its own command:"
@@ -85,5 +80,5 @@ def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | Non
 
 
 def again(job: Job) -> str:
-    """The command that goes on with a job that was begun: what it has done is kept."""
+    """Return the command that resumes a job."""
     return shlex.join(["python", "-m", "launch", *(item for item in job.overrides if key_of(item) != "overwrite")])

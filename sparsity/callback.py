@@ -3,40 +3,87 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sparsity.order import move_to_the_end
 from sparsity.pruner import Pruner
-from sparsity.resume import STATE_KEY, masks_from_weights, surviving_zeros
+from sparsity.resume import STATE_KEY, check_masks, check_zeros, mask_state, restore_from_weights, state_for_trainer
+from sparsity.rules import rule_for
 from sparsity.schedule import Schedule
+from sparsity.shards import ParameterShard
 from sparsity.wrappers import check_weights_are_in_reach
 
 
-class SparsityCallback(Pruner, TrainerCallback):
+class SparsityCallback(TrainerCallback):
     """Prunes the smallest weights before the steps that the schedule names, and keeps them at exactly 0.
 
-    `choices` are those of `Pruner`: scope, groups, pattern, score, factors, seed, include, requires_dense. With
-    `keep_zeros` a run that starts from a sparse model keeps its zeros, and events prune only beyond them; with `Fixed()`
-    as schedule that is all. Figures go into the Trainer's log history and, with `report` and a running wandb run, to
-    wandb. Draws from no global random generator and leaves survivors untouched: with a sparsity of 0 a run equals one
-    without the callback to the last bit.
+    Its `pruner` holds the masks; the callback decides when it acts. Draws from no global random generator and leaves
+    survivors untouched: with a sparsity of 0 a run equals one without the callback to the last bit. It makes itself the last
+    of the Trainer's callbacks, so that what another one writes into pruned weights is 0 again before it is evaluated, saved
+    or left at the end. A Trainer takes one of them.
 
-    It makes itself the last of the Trainer's callbacks, so that what another one writes into pruned weights is 0 again
-    before it is evaluated, saved or left at the end. A Trainer takes one of them.
+    Collective: every rank calls it alike. An event's collectives sum counts over the shard group and compare a hash over
+    replicas.
 
-    Every rank runs it alike; an event's collectives sum counts over the shard group and compare a hash over replicas.
+    Args:
+        schedule: How the density falls, and before which steps; with `Fixed()` only the model's zeros are kept.
+        report: Put the figures into the Trainer's log history and into wandb, if a run is open there.
+        keep_zeros: Keep the zeros of a model that is sparse already; events then prune beyond them.
+        choices: Those of `Pruner`: scope, groups, pattern, score, factors, seed, include, requires_dense.
+
+    Raises:
+        ValueError: says which choices do not go together.
     """
 
     def __init__(self, schedule: Schedule, *, report: bool = True, keep_zeros: bool = False, **choices: Any) -> None:
-        super().__init__(schedule, **choices)
+        self.pruner = Pruner(schedule, **choices)
+        self.rule = rule_for(self.pruner)
         self.report = report
-        self.keep_zeros = keep_zeros or not self._events
+        self.keep_zeros = keep_zeros or not self.pruner.events
         self._density_sum = 0.0
         self._num_steps = 0
         self._is_loaded = False
+        if keep_zeros and self.pruner.choices.update.lets_return:
+            raise ValueError(
+                f"keep_zeros=True keeps the zeros of a sparse model, and update={self.pruner.choices.update.name} lets pruned "
+                "weights return: start from a dense model, or take update=shrink."
+            )
+
+    # --- figures ---
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that it was given."""
+        return self.pruner.schedule
+
+    @property
+    def shards(self) -> list[ParameterShard]:
+        """The pruner's shards with their masks, once training has begun."""
+        return self.pruner.shards
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Kept weights of each prunable parameter, over all ranks."""
+        return self.pruner.kept
+
+    @property
+    def num_prunable(self) -> int:
+        """Weights of all prunable parameters."""
+        return self.pruner.num_prunable
+
+    @property
+    def threshold(self) -> float | None:
+        """The pruner's threshold."""
+        return self.pruner.threshold
+
+    @property
+    def density(self) -> float:
+        """Share of the prunable weights that is kept now."""
+        return self.pruner.density
 
     @property
     def average_density(self) -> float:
@@ -44,27 +91,31 @@ class SparsityCallback(Pruner, TrainerCallback):
         return self._density_sum / self._num_steps if self._num_steps else 1.0
 
     def metrics(self, step: int) -> dict[str, float]:
-        """The figures to log while `step` is the last step that ran."""
+        """Return the figures to log while `step` is the last step that ran."""
         figures = {
             "sparsity/density": self.density,
-            "sparsity/target_density": self.target_density(step),
+            "sparsity/target_density": self.pruner.target_density(step),
             "sparsity/average_density": self.average_density,
             "sparsity/nonzero_linear_params": float(sum(self.kept.values())),
         }
         return figures if self.threshold is None else {**figures, "sparsity/threshold": self.threshold}
 
+    # --- a run ---
+
     def bind(self, model: nn.Module) -> None:
-        super().bind(model)
+        """Bind the pruner to a prepared model and count steps from 0."""
+        self.pruner.bind(model)
         self._density_sum, self._num_steps = 0.0, 0
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def prune_at(self, step: int, optimizer: Any = None) -> None:
+        """Change the masks before `step` trains. Collective over all ranks."""
+        self.rule.act(step, optimizer)
+
+    def move_at(self, step: int, optimizer: Any = None) -> None:
+        """Move the masks by the gradients of `step`. Collective over all ranks."""
+        self.rule.move(step, optimizer)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if getattr(state, "_has_sparsity_callback", False):
             raise ValueError(
                 "This Trainer has two SparsityCallbacks, which would share one state and one density: give one of them all "
@@ -73,80 +124,72 @@ class SparsityCallback(Pruner, TrainerCallback):
         # Each train() makes a new TrainerState, and only its fields are saved.
         state._has_sparsity_callback = True  # type: ignore[attr-defined]
         move_to_the_end(self)
-        assert model is not None
         check_weights_are_in_reach(model, args)
+        self.rule.prepare(state.max_steps)
         if self._is_loaded:
             self._is_loaded = False
+            self.rule.check_restored(kwargs.get("optimizer"))
             return
-        if self._events and max(self._events) > state.max_steps - 1:
+        events = self.pruner.events
+        if events and max(events) > state.max_steps - 1:
             raise ValueError(
-                f"The prune window ends at step {max(self._events)}, outside a run of {state.max_steps} steps: end the "
+                f"The prune window ends at step {max(events)}, outside a run of {state.max_steps} steps: end the "
                 "window earlier or train longer."
             )
-        if self._events and args.load_best_model_at_end:
+        if events and args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end=True would bring back the weights of a checkpoint before the last prune event: set it "
                 "to False, and load the checkpoint you want yourself."
             )
         self.bind(model)
         if state.global_step > 0:
-            self._restore(state.global_step, state.stateful_callbacks.get(STATE_KEY))  # type: ignore[union-attr]
+            self.restore(state.global_step, state.stateful_callbacks.get(STATE_KEY))  # type: ignore[union-attr]
+            self.rule.check_restored(kwargs.get("optimizer"))
             return
-        self.check_adapters()
+        self.pruner.check_adapters()
         if self.keep_zeros:
-            self.inherit()
+            self.pruner.inherit()
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.global_step in self._events:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self.rule.acts_before(state.global_step):
             self.prune_at(state.global_step, optimizer)
+        self.rule.begin_step(state.global_step)
         self._density_sum += self.density
         self._num_steps += 1
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        self.after_update(optimizer)
+        if self.rule.moves_after_backward(state.global_step):
+            self.move_at(state.global_step, optimizer)
+            # Without gradients an optimizer updates nothing, not even its counters.
+            for param in model.parameters():
+                param.grad = None
+        self.rule.before_update(optimizer)
+
+    def on_optimizer_step(
+        self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        self.rule.after_update(optimizer)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._before_others_look(state, control, model)
+        """Zero pruned weights, whoever wrote to them, before evaluating, saving or stopping."""
+        if control.should_evaluate or control.should_save or control.should_training_stop:
+            self._zero_again(model)
+        if control.should_save:
+            assert isinstance(state.stateful_callbacks, dict)
+            saved = {**self.state(), **state_for_trainer(self.pruner, state.global_step)}
+            state.stateful_callbacks[STATE_KEY] = saved
 
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._before_others_look(state, control, model)
+    on_epoch_end = on_step_end
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._zero_again(model)
+        self.pruner.unbind()
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not self.report or not self._num_steps:
             return
         figures = self.metrics(max(0, state.global_step - 1))
@@ -156,75 +199,45 @@ class SparsityCallback(Pruner, TrainerCallback):
         if wandb is not None and wandb.run is not None and state.is_world_process_zero:
             wandb.log({**figures, "train/global_step": state.global_step})
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._zero_again(model)
-        self.unbind()
+    def _zero_again(self, model: nn.Module | None) -> None:
+        if model is not None:
+            self.pruner.follow(model)
+        self.pruner.zero_pruned()
 
-    # --- checkpoints that carry masks ---
+    # --- checkpoints ---
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the masks of `shards`: plain numbers, the same on every rank."""
-        return {
-            "density_sum": self._density_sum,
-            "num_steps": self._num_steps,
-            "threshold": self.threshold,
-            "inherited": dict(self.inherited),
-            "kept": dict(self.kept),
-        }
+        """Return what a checkpoint holds beside the masks of `shards`: plain numbers, the same on every rank."""
+        return {"density_sum": self._density_sum, "num_steps": self._num_steps, **mask_state(self.pruner)}
 
-    def load_state(self, state: dict[str, Any], global_step: int) -> None:
-        """Go on at `global_step` from `state`, once `bind` was called and the saved masks were written into `shards`.
+    def load_state(self, state: Mapping[str, Any], global_step: int) -> None:
+        """Resume at `global_step` from `state`, after `bind` and once the saved masks are in `shards`.
 
-        A ValueError says what disagrees, see `check_masks`. The next on_train_begin then leaves everything as it is.
-        Collective.
+        The next on_train_begin then leaves everything as it is. Collective: over the shard group.
+
+        Raises:
+            ValueError: see `sparsity.resume.check_masks`.
         """
-        self.check_masks(state["kept"], state["inherited"], global_step)
-        self.threshold = state["threshold"]
+        check_masks(self.pruner, state, global_step)
         self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
         self._is_loaded = True
 
-    def _before_others_look(self, state: TrainerState, control: TrainerControl, model: nn.Module | None) -> None:
-        """Re-zero pruned weights before evaluating, saving or stopping, whoever wrote to them."""
-        if control.should_evaluate or control.should_save or control.should_training_stop:
-            self._zero_again(model)
-        self._leave_state(state, control)
+    def restore(self, global_step: int, saved: Mapping[str, Any] | None) -> None:
+        """Resume at `global_step` from a checkpoint that holds weights alone, after `bind`.
 
-    def _zero_again(self, model: nn.Module | None) -> None:
-        if model is not None:
-            self.follow(model)
-        self.zero_pruned()
+        Without `saved`, what `on_step_end` left in the Trainer's state at that step, every zero is a pruned weight, and
+        their number must be the schedule's. Collective: over the shard group.
 
-    def _leave_state(self, state: TrainerState, control: TrainerControl) -> None:
-        """Put what tells masks from zeros into the state that the Trainer saves with its checkpoint. Collective."""
-        if not control.should_save:
-            return
-        self._refresh()
-        surviving = surviving_zeros(self._shards, self._layout) if self.density < 1 else {}
-        assert isinstance(state.stateful_callbacks, dict)
-        state.stateful_callbacks[STATE_KEY] = {**self.state(), "step": state.global_step, "surviving_zeros": surviving}
-
-    def _restore(self, global_step: int, saved: dict[str, Any] | None) -> None:
-        """Take the masks of a resumed run from its zeros, and refuse weights that are not as sparse as they must be.
-
-        `saved` is what `_leave_state` left. Without it every zero is a pruned weight, and their number must be the
-        schedule's.
+        Raises:
+            ValueError: The weights are not as sparse as they must be.
         """
         if saved is not None and saved["step"] == global_step:
-            if sum(saved["kept"].values()) < self.num_prunable:
-                masks_from_weights(self._shards, saved["surviving_zeros"] or {})
-            self.load_state(saved, global_step)
-            self._is_loaded = False
+            restore_from_weights(self.pruner, saved, global_step)
+            self._density_sum, self._num_steps = saved["density_sum"], saved["num_steps"]
             return
-        self.check_zeros(global_step, more=self.keep_zeros)
+        check_zeros(self.pruner, global_step, allow_more=self.keep_zeros)
         if self.keep_zeros:
-            self.note_inherited()
+            self.pruner.note_inherited()
         self._num_steps = global_step
-        average = self.overall.average_density(global_step) if self._events else self.density
+        average = self.pruner.overall.average_density(global_step) if self.pruner.events else self.density
         self._density_sum = average * global_step

@@ -9,6 +9,15 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from sparsity.registry import name_of
+
+if TYPE_CHECKING:
+    from sparsity.scope import Scope
+    from sparsity.score import Score
+
+NORMS = ("none", "l2", "rms")
 
 
 def factor_of(name: str, factors: Mapping[str, float]) -> float:
@@ -16,12 +25,14 @@ def factor_of(name: str, factors: Mapping[str, float]) -> float:
     return next((_as_float32(factor) for pattern, factor in factors.items() if fnmatchcase(name, pattern)), 1.0)
 
 
-def check_factors(factors: Mapping[str, float], score: str, scope: str) -> None:
-    """Refuse factors that are no positive float32, or that the score or the scope ignores.
+def check_factors(factors: Mapping[str, float], score: Score, scope: Scope, normalize: str = "none") -> None:
+    """Refuse factors that are no positive float32, and factors and norms that the score or the scope ignores.
 
     Raises:
         ValueError: says which factor or choice, the rule and the remedy.
     """
+    if normalize not in NORMS:
+        raise ValueError(f"normalize={normalize} is not known: choose one of {', '.join(NORMS)}.")
     for pattern, factor in factors.items():
         rounded = _as_float32(factor)
         if not (math.isfinite(rounded) and rounded > 0):
@@ -29,16 +40,18 @@ def check_factors(factors: Mapping[str, float], score: str, scope: str) -> None:
                 f"The factor {factor} of {pattern!r} in factors is not a positive number that float32 can hold: give one, "
                 "such as 0.0625, or name the parameters in requires_dense to keep them."
             )
-    if factors and score != "magnitude":
-        raise ValueError(
-            f"factors have no effect with score={score}, which does not look at the weights: leave them out, or take "
-            "score=magnitude."
-        )
-    if factors and scope == "uniform":
-        raise ValueError(
-            "factors have no effect with scope=uniform, which compares a weight only with those of its own parameter: leave "
-            "them out, or take scope=global."
-        )
+    given = {"factors have": bool(factors), f"normalize={normalize} has": normalize != "none"}
+    for words in (words for words, is_given in given.items() if is_given):
+        if not score.has_values:
+            raise ValueError(
+                f"{words} no effect with score={name_of(score)}, which does not look at the weights: leave them out, or take "
+                "score=magnitude."
+            )
+        if not scope.compares_parameters:
+            raise ValueError(
+                f"{words} no effect with scope={name_of(scope)}, which compares a weight only with those of its own "
+                "parameter: leave them out, or take scope=global."
+            )
 
 
 def check_factor_names(names: Iterable[str], factors: Mapping[str, float]) -> None:

@@ -6,17 +6,16 @@ chosen, never multiplied: a product with the mask would leave -0.0 and keep NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from sparsity.scan import count_mask
-from sparsity.shards import ParameterShard, RankLayout, kernels_for, local_tensor, local_values, shard_offset, to_device
+from sparsity.devices import kernels_for
+from sparsity.shards import ParameterShard, RankLayout, local_tensor, local_values, shard_offset, to_device
 
 _AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -28,7 +27,7 @@ def make_shards(parameters: dict[str, Tensor]) -> list[ParameterShard]:
         check_can_prune(name, param)
         values = local_values(param)
         mask = torch.ones(values.numel(), dtype=torch.bool, device=values.device)
-        shards.append(ParameterShard(name, values, mask, shard_offset(param), param.numel()))
+        shards.append(ParameterShard(name, values, mask, shard_offset(param), param.numel(), tuple(param.shape)))
     return shards
 
 
@@ -88,6 +87,15 @@ def states_of(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
     ]
 
 
+def flat_states_of(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
+    """Return flat views [local numel] of the states that have the shape of `param`, by name."""
+    return {
+        name: local_values(state)
+        for name, state in optimizer.state.get(param, {}).items()
+        if isinstance(state, Tensor) and state.shape == param.shape and state.is_floating_point()
+    }
+
+
 def zero_pruned_state_(optimizer: torch.optim.Optimizer, param: Tensor, mask: Tensor) -> None:
     """Write 0 into every state of `param` where the mask is False."""
     zero_all_pruned_([(mask, states_of(optimizer, param))])
@@ -107,20 +115,12 @@ def leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def mask_gradients(parameters: Iterable[tuple[Tensor, ParameterShard]]) -> list[RemovableHandle]:
-    """Make pruned gradients exactly 0, NaN included, as soon as they are accumulated, so before any clipping.
-
-    Under FSDP2 the hook sees the reduced gradient of the shard. Returns the hooks' handles.
-    """
-
-    def hook_for(shard: ParameterShard) -> Callable[[Tensor], None]:
-        def hook(param: Tensor) -> None:
-            if param.grad is not None:
-                zero_pruned_(param.grad, shard.mask)
-
-        return hook
-
-    return [param.register_post_accumulate_grad_hook(hook_for(shard)) for param, shard in parameters]
+def count_mask(shards: Sequence[ParameterShard]) -> Tensor:
+    """Return the kept weights of each local shard, int64 [shards]."""
+    if (launches := kernels_for(shards[0].mask.device)) is not None:
+        counts: Tensor = launches.count_kept(shards)
+        return counts
+    return torch.stack([torch.count_nonzero(shard.mask) for shard in shards])
 
 
 def count_kept(shards: Sequence[ParameterShard], layout: RankLayout) -> Tensor:

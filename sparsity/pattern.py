@@ -25,6 +25,14 @@ class NofM:
         return f"{self.kept}:{self.block}"
 
     @property
+    def name(self) -> str:
+        return str(self)
+
+    @property
+    def label(self) -> str:
+        return f"{self} along the inputs"
+
+    @property
     def sparsity(self) -> float:
         return 1 - self.kept / self.block
 

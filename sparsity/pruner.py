@@ -2,114 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from sparsity.choices import Choices
 from sparsity.collapse import all_zero_names, refuse_all_zero
-from sparsity.factors import check_factor_names, check_factors
+from sparsity.event import count_overfull_blocks, prune_pool_
+from sparsity.factors import check_factor_names, factor_of
+from sparsity.gradients import STATE as GRADIENT_STATE
 from sparsity.mask import (
     check_replicas_agree,
     count_kept,
-    count_nonzero_pruned,
+    flat_states_of,
     leaves_zeros,
     make_shards,
-    mask_gradients,
     masks_from_zeros,
     state_holder,
     states_of,
     zero_all_pruned_,
+    zero_pruned_,
 )
+from sparsity.norms import inverse_norms
 from sparsity.notices import frozen_notice, left_out_notice, warn_on_rank_0
-from sparsity.pattern import UNSTRUCTURED, parse_pattern
 from sparsity.prunable import check_pattern, left_out, own_linear_weights, plain_name, prunable_parameters
-from sparsity.prune import count_overfull_blocks, prune_pool_
+from sparsity.registry import name_of
 from sparsity.schedule import Ramp, Schedule
-from sparsity.scope import Group, Pool, ScopeName, make_pools, num_pruned, seen_together
-from sparsity.score import ScoreName, magnitude_of_key, scaled, score_named
+from sparsity.scope import Pool, make_pools, seen_together
+from sparsity.score import Score, magnitude_of_key, scaled
 from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layout
 
 
 class Pruner:
     """Masks on a model's prunable parameters, and how they come about.
 
-    How many weights go follows from `schedule`; which compete, from `scope` and `groups` (`sparsity.scope`); where they
-    may go, from `pattern` (`sparsity.pattern`); what ranks them, from `score` (`sparsity.score`), multiplied by `factors`,
-    {name pattern: factor} (`sparsity.factors`). `include` and `requires_dense` are name patterns, see
-    `prunable_parameters`. A ValueError says which choices do not go together.
+    Args:
+        schedule: How many weights go, and before which steps.
+        choices: Those of `sparsity.choices.Choices`.
+
+    Raises:
+        ValueError: says which choices do not go together.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        score: ScoreName = "magnitude",
-        factors: Mapping[str, float] | None = None,
-        scope: ScopeName = "global",
-        groups: Sequence[Group] = (),
-        pattern: str = UNSTRUCTURED,
-        include: Sequence[str] | None = None,
-        requires_dense: Sequence[str] = (),
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, schedule: Schedule, **choices: Any) -> None:
+        self.choices = Choices(schedule, **choices)
         self.schedule = schedule
-        self.factors = dict(factors or {})
-        self.score = scaled(score_named(score, seed), self.factors)
-        self.scope = scope
-        self.groups = groups
-        self.pattern = parse_pattern(pattern)
-        self.include = include
-        self.requires_dense = requires_dense
+        self.events = self.choices.events
         self.inherited: dict[str, int] = {}
         """Weights of each prunable parameter that were zero when the run began and are kept so."""
         self.threshold: float | None = None
-        """The largest magnitude that the last event pruned, times the factor of its parameter if it has one; None before the
-        first event and for other scores."""
+        """The largest score that the last event pruned, times the factor of its parameter if it has one; None before the
+        first event and for scores that are no numbers."""
         self.kept: dict[str, int] = {}
         """Kept weights of each prunable parameter, over all ranks."""
         self.num_prunable = 0
         self.overall = schedule
-        """The schedule of all prunable weights together, where groups have targets of their own."""
-        self._has_magnitudes = score == "magnitude"
-        self._events = frozenset(schedule.events())
-        self._parameters: dict[str, Tensor] = {}
-        self._shards: list[ParameterShard] = []
-        self._pools: list[Pool] = []
-        self._layout = RankLayout()
+        """The schedule of all prunable weights together, if groups have targets of their own."""
+        self.shards: list[ParameterShard] = []
+        """The local shards with their masks, after `bind`."""
+        self.pools: list[Pool] = []
+        """The weights that compete, after `bind`."""
+        self.layout = RankLayout()
+        """Which ranks share out the parameters, after `bind`."""
+        self.parameters: dict[str, Tensor] = {}
+        """The prunable parameters by name, after `bind`."""
+        self.on_gradient: Callable[[ParameterShard, Tensor], bool] | None = None
+        """Called with each gradient before it is masked; what it returns says whether to mask it."""
         self._has_frozen = False
         self._hooks: list[RemovableHandle] = []
         self._updates_leave_zeros = False
         """Known of the optimizer, and of its states under these masks."""
-        self._check_choices(score)
-
-    def _check_choices(self, score: str) -> None:
-        make_pools({}, self.scope)
-        check_factors(self.factors, score, self.scope)
-        if self.groups and not isinstance(self.schedule, Ramp):
-            raise ValueError(
-                f"groups need a schedule that can end at their own targets, not {type(self.schedule).__name__}: choose one "
-                "of sparsity.schedule, such as Geometric."
-            )
-        if not self._events:
-            chosen = {
-                "scope": self.scope,
-                "pattern": str(self.pattern or UNSTRUCTURED),
-                "score": score,
-                "factors": str(self.factors),
-            }
-            usual = ("global", UNSTRUCTURED, "magnitude", "{}")
-            for (key, value), default in zip(chosen.items(), usual, strict=True):
-                if value != default:
-                    raise ValueError(
-                        f"{key}={value} has no effect with {type(self.schedule).__name__}(), which keeps the zeros there are "
-                        "and prunes nothing: leave it out, or choose a schedule with events."
-                    )
-        if self.pattern is not None:
-            for sparsity in (1 - self.schedule.density(max(self._events)), *(group.sparsity for group in self.groups)):
-                self.pattern.check_sparsity(sparsity)
 
     @property
     def density(self) -> float:
@@ -126,50 +93,58 @@ class Pruner:
         inherited = self.num_inherited / self.num_prunable if self.num_prunable else 0.0
         return min(self.overall.density(step), 1.0 - inherited)
 
-    @property
-    def shards(self) -> list[ParameterShard]:
-        """The local shards with their masks, after `bind`."""
-        return self._shards
-
     def layer_densities(self) -> dict[str, float]:
         """Share kept of each prunable parameter."""
-        return {name: self.kept[name] / param.numel() for name, param in self._parameters.items()}
+        return {name: self.kept[name] / param.numel() for name, param in self.parameters.items()}
 
     def bind(self, model: nn.Module) -> None:
         """Find the prunable parameters of a prepared model and mask their gradients from now on."""
         self.unbind()
         self.threshold, self.inherited = None, {}
-        self._parameters = prunable_parameters(model, self.include, self.requires_dense)
-        if self.pattern is not None:
-            check_pattern(model, self._parameters, self.pattern)
-        check_factor_names(self._parameters, self.factors)
+        self.parameters = prunable_parameters(model, self.choices.include, self.choices.requires_dense)
+        if self.choices.pattern is not None:
+            check_pattern(model, self.parameters, self.choices.pattern)
+        check_factor_names(self.parameters, self.choices.factors)
         self._say_what_is_pruned(model)
-        self.kept = {name: param.numel() for name, param in self._parameters.items()}
+        self.kept = {name: param.numel() for name, param in self.parameters.items()}
         self.num_prunable = sum(self.kept.values())
-        self._pools = make_pools(self.kept, self.scope, self.groups)
+        shapes = {name: tuple(param.shape) for name, param in self.parameters.items()}
+        self.pools = make_pools(shapes, self.choices.scope, self.choices.groups)
         if isinstance(self.schedule, Ramp):
-            self.overall = seen_together(self.schedule, self._pools)
-        self._layout = rank_layout(list(self._parameters.values()))
-        self._shards = make_shards(self._parameters)
+            self.overall = seen_together(self.schedule, self.pools)
+        self.layout = rank_layout(list(self.parameters.values()))
+        self.shards = make_shards(self.parameters)
         self._updates_leave_zeros = False
-        self._hooks = mask_gradients(zip(self._parameters.values(), self._shards, strict=True))
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(partial(self._mask_gradient, shard))
+            for param, shard in zip(self.parameters.values(), self.shards, strict=True)
+        ]
+
+    def _mask_gradient(self, shard: ParameterShard, param: Tensor) -> None:
+        """Make pruned gradients exactly 0, NaN included, as soon as they are accumulated, so before any clipping.
+
+        Under FSDP2 the gradient is the shard's, summed over the ranks.
+        """
+        if param.grad is not None and (self.on_gradient is None or self.on_gradient(shard, param.grad)):
+            zero_pruned_(param.grad, shard.mask)
 
     def _say_what_is_pruned(self, model: nn.Module) -> None:
         linear = own_linear_weights(model)
         self._has_frozen = any(not weight.requires_grad for weight in linear.values())
-        rest = [] if self.include is not None else left_out(model, self._parameters, self.requires_dense)
-        for notice in (frozen_notice(self._parameters, linear), left_out_notice(rest)):
+        choices = self.choices
+        rest = [] if choices.include is not None else left_out(model, self.parameters, choices.requires_dense)
+        for notice in (frozen_notice(self.parameters, linear), left_out_notice(rest)):
             if notice is not None:
                 warn_on_rank_0(notice)
 
     def unbind(self) -> None:
-        """Gradients are masked no more."""
+        """Stop masking gradients."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def inherit(self) -> None:
-        """Take the masks over from the model's exact zeros. Collective."""
+        """Take the model's exact zeros as masks, and keep them whatever the schedule says. Collective."""
         self.take_masks_from_zeros()
         self.note_inherited()
         for name in (name for name, kept in self.kept.items() if not kept):
@@ -183,61 +158,126 @@ class Pruner:
         An adapter's second matrix begins at 0 and stays far smaller than the first, so magnitude prunes it first even
         after some steps. Collective: over the shard group.
         """
-        removes = not self._events or any(pool.num_pruned(self.schedule, max(self._events)) for pool in self._pools)
-        if self._has_frozen and self._has_magnitudes and removes:
-            refuse_all_zero(all_zero_names(self._shards, self._layout), "when training begins beside frozen weights")
+        removes = not self.events or any(self.scheduled(max(self.events)))
+        if self._has_frozen and self.choices.score.is_zero_first and removes:
+            refuse_all_zero(all_zero_names(self.shards, self.layout), "when training begins beside frozen weights")
 
     def note_inherited(self) -> None:
-        """What is pruned now is kept so, whatever the schedule says."""
-        self.inherited = {name: self._parameters[name].numel() - kept for name, kept in self.kept.items()}
+        """Keep the current zeros whatever the schedule says."""
+        self.inherited = {name: self.parameters[name].numel() - kept for name, kept in self.kept.items()}
 
     def take_masks_from_zeros(self) -> None:
-        """What is exactly 0 is pruned; a ValueError where the pattern has no room for it. Collective."""
-        masks_from_zeros(self._shards)
-        self._count()
-        self._check_blocks()
+        """Take every exact 0 as pruned; raise a ValueError if the pattern has no room for it. Collective."""
+        masks_from_zeros(self.shards)
+        self.recount()
+        self.check_blocks()
+
+    def scheduled(self, step: int) -> list[int]:
+        """Return how many weights each pool has lost while `step` trains; step -1 is before the run."""
+        return self.choices.scope.counts(self.pools, self.schedule, step)
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
-        """The event before `step`: prune each pool to its density there. Collective over all ranks."""
-        self._prune([pool.num_pruned(self.schedule, step) for pool in self._pools], optimizer)
+        """Run the event before `step`: prune each pool to its density there. Collective over all ranks."""
+        self.prune_to(self.scheduled(step), optimizer)
 
     def prune(self, density: float, optimizer: Any = None) -> None:
         """Prune each pool to `density`: round((1 - density) x N) of its N weights. Collective over all ranks."""
-        self._prune([num_pruned(pool.numel, density) for pool in self._pools], optimizer)
+        before = [self.num_pruned(pool) for pool in self.pools]
+        self.prune_to(self.choices.scope.allocate(self.pools, [density] * len(self.pools), before), optimizer)
 
-    def _prune(self, counts: Sequence[int], optimizer: Any) -> None:
-        """Prune the pools to as many weights as `counts` says; one that has already lost as many stays as it is."""
-        self._refresh()
+    def prune_to(
+        self, counts: Sequence[int], optimizer: Any = None, before_zeroing: Callable[[], None] | None = None
+    ) -> None:
+        """Prune the pools to as many weights as `counts` says; one that has already lost as many stays as it is.
+
+        Collective over all ranks.
+
+        Args:
+            counts: How many weights each pool has lost afterwards.
+            optimizer: Its states of pruned weights are zeroed, if it is given.
+            before_zeroing: Called between the choice of masks and the zeroing of weights.
+        """
+        self.refresh()
         before = dict(self.kept)
         keys = []
-        for pool, count in zip(self._pools, counts, strict=True):
-            if count > self._num_pruned(pool):
-                members = set(pool.names)
-                shards = [shard for shard in self._shards if shard.name in members]
-                if self._has_magnitudes:
-                    whole = [shard for shard in shards if before[shard.name] == shard.full_numel]
-                    refuse_all_zero(all_zero_names(whole, self._layout), "at its first prune event")
-                threshold = prune_pool_(shards, count, pattern=self.pattern, score=self.score, layout=self._layout)
-                assert threshold is not None
-                keys.append(threshold.key)
+        with self.event_score(optimizer) as score:
+            for pool, count in zip(self.pools, counts, strict=True):
+                if count > self.num_pruned(pool):
+                    shards = self.shards_of(pool)
+                    if score.is_zero_first:
+                        whole = [shard for shard in shards if before[shard.name] == shard.full_numel]
+                        refuse_all_zero(all_zero_names(whole, self.layout), "at its first prune event")
+                    threshold = prune_pool_(
+                        shards, count, pattern=self.choices.pattern, score=score, layout=self.layout
+                    )
+                    assert threshold is not None
+                    keys.append(threshold.key)
         if not keys:
             return
-        check_replicas_agree(self._shards, self._layout)
+        if before_zeroing is not None:
+            before_zeroing()
+        self.masks_changed(optimizer)
+        for name in (name for name, kept in self.kept.items() if before[name] and not kept):
+            warn_on_rank_0(f"{name} has lost its last weight; name it in requires_dense, or take scope=uniform.")
+        if self.choices.score.has_values:
+            self.threshold = magnitude_of_key(max(keys))
+
+    def masks_changed(self, optimizer: Any = None) -> None:
+        """Zero what is pruned and count what is kept after masks were changed. Collective over all ranks."""
+        check_replicas_agree(self.shards, self.layout)
         counted = self._start_count()
         # Before the host waits for the counts, so that the device has work meanwhile.
         self.zero_pruned(optimizer)
         self._end_count(counted)
-        for name in (name for name, kept in self.kept.items() if before[name] and not kept):
-            warn_on_rank_0(f"{name} has lost its last weight; name it in requires_dense, or take scope=uniform.")
-        if self._has_magnitudes:
-            self.threshold = magnitude_of_key(max(keys))
+
+    def restore_all(self) -> None:
+        """Let every weight return, at the value it has: 0 for a pruned one."""
+        for shard in self.shards:
+            shard.mask.fill_(True)
+        self.kept = {name: param.numel() for name, param in self.parameters.items()}
+
+    def shards_of(self, pool: Pool) -> list[ParameterShard]:
+        """Return the local shards of a pool."""
+        members = set(pool.names)
+        return [shard for shard in self.shards if shard.name in members]
+
+    @contextmanager
+    def event_score(self, optimizer: Any) -> Iterator[Score]:
+        """Give the score of one event, with its factors; the shards hold what it needs meanwhile. Collective."""
+        choices = self.choices
+        if choices.score.needs:
+            self._lend(choices.score, optimizer)
+        factors = choices.factors
+        if choices.normalize != "none":
+            norms = inverse_norms(self.shards, choices.score, choices.normalize, self.layout)
+            factors = {name: factor_of(name, factors) * norm for name, norm in norms.items()}
+        try:
+            yield scaled(choices.score, factors)
+        finally:
+            for shard in self.shards:
+                shard.state, shard.gradient = {}, None
+
+    def _lend(self, score: Score, optimizer: Any) -> None:
+        """Put what a score needs into the shards."""
+        if optimizer is None:
+            raise ValueError(f"score={name_of(score)} needs the optimizer: prune with one.")
+        for param, shard in zip(self.parameters.values(), self.shards, strict=True):
+            shard.state = flat_states_of(state_holder(optimizer), param)
+            shard.gradient = shard.state.pop(GRADIENT_STATE, None)
+            state_holder(optimizer).state.get(param, {}).pop(GRADIENT_STATE, None)
+            if "gradient" in score.needs and shard.gradient is None:
+                raise ValueError(
+                    f"score={name_of(score)} needs the gradient of the step before the event, and there is none of "
+                    f"{shard.name}: the first event must be after step 0, and a Trainer that resumes at an event under FSDP2 "
+                    "must be started with `python -m launch`."
+                )
 
     def zero_pruned(self, optimizer: Any = None) -> None:
         """Write 0 into every pruned weight, and into its states in `optimizer`."""
         holder = None if optimizer is None else state_holder(optimizer)
         zero_all_pruned_(
             (shard.mask, [param, *(states_of(holder, param) if holder is not None else ())])
-            for param, shard in zip(self._parameters.values(), self._shards, strict=True)
+            for param, shard in zip(self.parameters.values(), self.shards, strict=True)
         )
         if holder is not None:
             self._updates_leave_zeros = leaves_zeros(holder)
@@ -248,104 +288,54 @@ class Pruner:
         Raises:
             ValueError: A pruned parameter is gone or has another shape.
         """
-        if any(isinstance(param, DTensor) for param in self._parameters.values()):
+        if any(isinstance(param, DTensor) for param in self.parameters.values()):
             return  # FSDP2 itself shows other tensors between a forward and the next resharding.
         now = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
-        for name, param in self._parameters.items():
+        for name, param in self.parameters.items():
             found = now.get(name)
             if found is None or found.shape != param.shape:
                 raise ValueError(
                     f"{name} is not in the model any more with the shape {list(param.shape)}: it was replaced during training, "
                     "so it cannot be kept sparse; replace it after training, or name it in requires_dense."
                 )
-            self._parameters[name] = found
+            self.parameters[name] = found
 
     def after_update(self, optimizer: Any = None) -> None:
-        """Have every pruned weight at 0 after an update of `optimizer`.
+        """Zero the pruned weights after an update of `optimizer`, unless the update leaves them at 0 by itself.
 
-        Where its updates leave zeros by themselves (`sparsity.mask.leaves_zeros`) weights and states are gone through
-        once under the same masks, and no more: reading masks and weights at every step is not free.
+        `sparsity.mask.leaves_zeros` knows such optimizers. For them weights and states are zeroed once under the same
+        masks: reading masks and weights at every step is not free.
         """
         if optimizer is None or not self._updates_leave_zeros:
             self.zero_pruned(optimizer)
 
-    def check_masks(self, kept: dict[str, int], inherited: dict[str, int], global_step: int) -> None:
-        """Take masks that were written into `shards` for those before step `global_step`; a ValueError where they aren't.
-
-        It says what disagrees: the masks with the counts `kept`, the weights with the masks, or the number pruned with the
-        schedule and what was `inherited`. Collective.
-        """
-        self._count()
-        for name in dict.fromkeys([*self.kept, *kept]):
-            found, saved = self.kept.get(name), kept.get(name)
-            if found != saved:
-                raise ValueError(
-                    f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks, "
-                    "is of another model, or the Trainer could not load it (its log then names missing keys); resume from "
-                    "another checkpoint."
-                )
-        alive = count_nonzero_pruned(self._shards, self._layout)
-        if alive:
+    def check_blocks(self) -> None:
+        """Raise a ValueError if blocks of the pattern have lost more weights than it lets go. Collective."""
+        pattern = self.choices.pattern
+        if pattern is not None and (overfull := count_overfull_blocks(self.shards, pattern, self.layout)):
             raise ValueError(
-                f"The checkpoint has {alive:,} weights that its masks prune but that are not 0: it is damaged or was "
-                "edited; resume from another checkpoint."
-            )
-        for pool in self._pools:
-            scheduled = pool.num_pruned(self.schedule, global_step - 1)
-            scheduled = max(scheduled, sum(inherited.get(name, 0) for name in pool.names))
-            if self._num_pruned(pool) != scheduled:
-                raise ValueError(
-                    f"The checkpoint has {self._num_pruned(pool):,} pruned weights{self._of(pool)} where the schedule prunes "
-                    f"{scheduled:,} before step {global_step}: it is of another schedule; resume from another checkpoint."
-                )
-        self._check_blocks()
-        self.inherited = dict(inherited)
-
-    def check_zeros(self, global_step: int, *, more: bool) -> None:
-        """Take the zeros of a run before step `global_step` for its masks; a ValueError where they are not as many as
-        the schedule has pruned, or `more`. Collective."""
-        counts = [pool.num_pruned(self.schedule, global_step - 1) for pool in self._pools]
-        if sum(counts) or more:
-            self.take_masks_from_zeros()
-        for pool, count in zip(self._pools, counts, strict=True):
-            found = self._num_pruned(pool)
-            if found < count or (found > count and not more):
-                raise ValueError(
-                    f"The checkpoint has {found:,} zero weights{self._of(pool)} where {count:,} are pruned after step "
-                    f"{global_step - 1}: it is not of this run, lost its masks, or kept a weight of exactly 0; resume from "
-                    "another one."
-                )
-
-    def _check_blocks(self) -> None:
-        if self.pattern is not None and (overfull := count_overfull_blocks(self._shards, self.pattern, self._layout)):
-            raise ValueError(
-                f"{overfull:,} blocks of {self.pattern.block} weights have more than "
-                f"{self.pattern.block - self.pattern.kept} zeros, so pattern={self.pattern} cannot end at its sparsity: "
+                f"{overfull:,} blocks of {pattern.block} weights have more than "
+                f"{pattern.block - pattern.kept} zeros, so pattern={pattern} cannot end at its sparsity: "
                 "start from a dense model or one of this pattern, or take pattern=unstructured."
             )
 
-    def _of(self, pool: Pool) -> str:
-        """Which weights, in the words of an error."""
-        if len(self._pools) == 1:
-            return ""
-        return f" in {pool.names[0]}" + (f" and {len(pool.names) - 1} others" if len(pool.names) > 1 else "")
-
-    def _num_pruned(self, pool: Pool) -> int:
+    def num_pruned(self, pool: Pool) -> int:
+        """Return how many weights of a pool are pruned now."""
         return pool.numel - sum(self.kept[name] for name in pool.names)
 
-    def _refresh(self) -> None:
-        """FSDP2 may have put the shards into new memory since they were last looked at."""
-        for param, shard in zip(self._parameters.values(), self._shards, strict=True):
+    def refresh(self) -> None:
+        """Look the shards up anew: FSDP2 may have put them into other memory."""
+        for param, shard in zip(self.parameters.values(), self.shards, strict=True):
             shard.values = local_values(param)
 
-    def _count(self) -> None:
-        """Called wherever masks have changed. Collective."""
+    def recount(self) -> None:
+        """Count the kept weights after masks were changed from outside. Collective."""
         self._end_count(self._start_count())
 
     def _start_count(self) -> Tensor:
         """Kept weights of each parameter, not waited for. Collective."""
         self._updates_leave_zeros = False
-        return count_kept(self._shards, self._layout)
+        return count_kept(self.shards, self.layout)
 
     def _end_count(self, counts: Tensor) -> None:
-        self.kept = dict(zip(self._parameters, counts.tolist(), strict=True))
+        self.kept = dict(zip(self.parameters, counts.tolist(), strict=True))

@@ -1,25 +1,125 @@
-"""Masks out of a checkpoint that holds only weights: its zeros, told apart by what the callback left in the Trainer's
-state."""
+"""Masks of a resumed run: saved, restored and checked.
+
+`python -m train` saves masks beside the weights, and `check_masks` verifies them. A plain Trainer's checkpoint holds weights
+alone: `state_for_trainer` leaves in trainer_state.json what tells pruned weights from weights that are 0 by chance, and
+`restore_from_weights` rebuilds the masks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sparsity.mask import masks_from_zeros
+from sparsity.mask import count_nonzero_pruned, masks_from_zeros
+from sparsity.pruner import Pruner
+from sparsity.scope import Pool
 from sparsity.shards import ParameterShard, RankLayout
 
 STATE_KEY = "sparsity"
-"""Where trainer_state.json has it: `stateful_callbacks`, under a name that is no callback's class."""
+"""The key of this state in trainer_state.json, under `stateful_callbacks`; no callback's class has this name."""
 MAX_LISTED = 1 << 20
 
 
-def surviving_zeros(shards: Sequence[ParameterShard], layout: RankLayout) -> dict[str, list[int]] | None:
-    """Flat indices in the full tensors of kept weights that are exactly 0 by chance: nearly always none.
+def mask_state(pruner: Pruner) -> dict[str, Any]:
+    """Return what a checkpoint holds beside the masks of `pruner.shards`: plain numbers, the same on every rank."""
+    return {"threshold": pruner.threshold, "inherited": dict(pruner.inherited), "kept": dict(pruner.kept)}
 
-    None where they are more than `MAX_LISTED`, too many to be listed. Collective over the shard group.
+
+def check_masks(pruner: Pruner, state: Mapping[str, Any], global_step: int) -> None:
+    """Take the masks that were written into `pruner.shards` as those before step `global_step`.
+
+    Collective: over the shard group.
+
+    Args:
+        pruner: Bound to the model, with the saved masks in its shards.
+        state: What `mask_state` returned when they were saved.
+        global_step: The next step to train.
+
+    Raises:
+        ValueError: The masks do not have the saved counts, the weights do not fit the masks, or the number pruned is not
+            the schedule's and what was inherited.
+    """
+    kept, inherited = state["kept"], state["inherited"]
+    pruner.recount()
+    for name in dict.fromkeys([*pruner.kept, *kept]):
+        found, saved = pruner.kept.get(name), kept.get(name)
+        if found != saved:
+            raise ValueError(
+                f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks, "
+                "is of another model, or the Trainer could not load it (its log then names missing keys); resume from "
+                "another checkpoint."
+            )
+    alive = count_nonzero_pruned(pruner.shards, pruner.layout)
+    if alive:
+        raise ValueError(
+            f"The checkpoint has {alive:,} weights that its masks prune but that are not 0: it is damaged or was "
+            "edited; resume from another checkpoint."
+        )
+    for pool, count in zip(pruner.pools, pruner.scheduled(global_step - 1), strict=True):
+        scheduled = max(count, sum(inherited.get(name, 0) for name in pool.names))
+        if pruner.num_pruned(pool) != scheduled:
+            raise ValueError(
+                f"The checkpoint has {pruner.num_pruned(pool):,} pruned weights{_where(pool, pruner)} where the schedule "
+                f"prunes {scheduled:,} before step {global_step}: it is of another schedule; resume from another checkpoint."
+            )
+    pruner.check_blocks()
+    pruner.inherited = dict(inherited)
+    pruner.threshold = state["threshold"]
+
+
+def check_zeros(pruner: Pruner, global_step: int, *, allow_more: bool) -> None:
+    """Rebuild the masks before step `global_step` from zeros.
+
+    Collective: over the shard group.
+
+    Args:
+        pruner: Bound to the model.
+        global_step: The next step to train.
+        allow_more: Accept more zeros than the schedule has pruned.
+
+    Raises:
+        ValueError: The number of zeros is not the schedule's.
+    """
+    counts = pruner.scheduled(global_step - 1)
+    if sum(counts) or allow_more:
+        pruner.take_masks_from_zeros()
+    for pool, count in zip(pruner.pools, counts, strict=True):
+        found = pruner.num_pruned(pool)
+        if found < count or (found > count and not allow_more):
+            raise ValueError(
+                f"The checkpoint has {found:,} zero weights{_where(pool, pruner)} where {count:,} are pruned after step "
+                f"{global_step - 1}: it is not of this run, lost its masks, or kept a weight of exactly 0; resume from "
+                "another one."
+            )
+
+
+def state_for_trainer(pruner: Pruner, step: int) -> dict[str, Any]:
+    """Return what tells pruned weights from other zeros in a checkpoint of weights alone. Collective over the shard group."""
+    pruner.refresh()
+    surviving = surviving_zeros(pruner.shards, pruner.layout) if pruner.density < 1 else {}
+    return {**mask_state(pruner), "step": step, "surviving_zeros": surviving}
+
+
+def restore_from_weights(pruner: Pruner, saved: Mapping[str, Any], global_step: int) -> None:
+    """Rebuild and check the masks from a checkpoint's zeros and what `state_for_trainer` returned with it.
+
+    Collective: over the shard group.
+
+    Raises:
+        ValueError: see `check_masks`.
+    """
+    if sum(saved["kept"].values()) < pruner.num_prunable:
+        masks_from_weights(pruner.shards, saved["surviving_zeros"] or {})
+    check_masks(pruner, saved, global_step)
+
+
+def surviving_zeros(shards: Sequence[ParameterShard], layout: RankLayout) -> dict[str, list[int]] | None:
+    """Return the flat indices in the full tensors of kept weights that are exactly 0 by chance: nearly always none.
+
+    None if there are more than `MAX_LISTED`. Collective over the shard group.
     """
     local = [torch.nonzero((shard.values == 0) & shard.mask).view(-1) + shard.offset for shard in shards]
     count = layout.sum_counts(torch.tensor([sum(map(len, local))], device=shards[0].mask.device))
@@ -35,10 +135,17 @@ def surviving_zeros(shards: Sequence[ParameterShard], layout: RankLayout) -> dic
 
 
 def masks_from_weights(shards: Sequence[ParameterShard], surviving: Mapping[str, Sequence[int]]) -> None:
-    """What is exactly 0 is pruned, but for the `surviving` flat indices of each parameter."""
+    """Take every exact 0 as pruned but for the `surviving` flat indices of each parameter."""
     masks_from_zeros(shards)
     for shard in shards:
         indices = (
             torch.tensor(surviving.get(shard.name, ()), dtype=torch.int64, device=shard.mask.device) - shard.offset
         )
         shard.mask[indices[(indices >= 0) & (indices < len(shard.mask))]] = True
+
+
+def _where(pool: Pool, pruner: Pruner) -> str:
+    """Which weights, in the words of an error."""
+    if len(pruner.pools) == 1:
+        return ""
+    return f" in {pool.names[0]}" + (f" and {len(pool.names) - 1} others" if len(pool.names) > 1 else "")

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
+
+from sparsity.registry import Method, Registry, name_of
 
 DEFAULT_EVERY_STEPS = 100
 
@@ -79,10 +81,11 @@ class Staircase:
 
 
 @dataclass(frozen=True)
-class Ramp(Staircase):
+class Ramp(Staircase, Method):
     """A staircase down to the density 1 - sparsity, by its subclass's curve."""
 
-    kind: ClassVar[str]
+    events_per_phase = 1
+    """The number of events is 1 and a multiple of this."""
 
     sparsity: float
     start_step: int
@@ -93,6 +96,11 @@ class Ramp(Staircase):
     def kept(sparsity: float, progress: float) -> float:
         """Share kept once `progress`, in (0, 1], of the events are done; 1 - sparsity at 1."""
         raise NotImplementedError
+
+    @classmethod
+    def kept_after(cls, sparsity: float, event: int, num_events: int) -> float:
+        """Share kept after event number `event` of `num_events`, counted from 0."""
+        return 1.0 - sparsity if event == num_events - 1 else cls.kept(sparsity, (event + 1) / num_events)
 
     @classmethod
     def over(cls, sparsity: float, start_step: int, end_step: int, every_steps: int) -> Self:
@@ -121,9 +129,7 @@ class Ramp(Staircase):
             )
 
     def density_after(self, event: int) -> float:
-        if event == self.num_events - 1:
-            return 1.0 - self.sparsity
-        return self.kept(self.sparsity, (event + 1) / self.num_events)
+        return self.kept_after(self.sparsity, event, self.num_events)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,8 @@ class Geometric(Ramp):
     The schedule of "The Journey Matters" (arXiv 2501.12486).
     """
 
-    kind = "geometric"
+    name = "geometric"
+    label = "each time the same share of the weights that are left"
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
@@ -147,7 +154,8 @@ class Cubic(Ramp):
     The curve of Zhu and Gupta (arXiv 1710.01878) from a dense model, without their first step, which prunes nothing.
     """
 
-    kind = "cubic"
+    name = "cubic"
+    label = "fewer each time, by a cubic (Zhu and Gupta 2017)"
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
@@ -158,7 +166,8 @@ class Cubic(Ramp):
 class Linear(Ramp):
     """Each event removes the same number of weights: event k of n leaves 1 - sparsity (k + 1) / n."""
 
-    kind = "linear"
+    name = "linear"
+    label = "each time the same number of weights"
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
@@ -169,7 +178,8 @@ class Linear(Ramp):
 class OneShot(Ramp):
     """All at once: one event, at start_step."""
 
-    kind = "one_shot"
+    name = "one_shot"
+    label = "all at once"
 
     end_step: int = field(init=False, default=0)
     every_steps: int = field(init=False, default=1)
@@ -191,13 +201,38 @@ class OneShot(Ramp):
 class Constant(OneShot):
     """Sparse from initialization: the masks of the full sparsity are there before the first step trains."""
 
-    kind = "constant"
+    name = "constant"
+    label = "all at once, before the first step"
 
     start_step: int = field(init=False, default=0)
 
     @classmethod
     def over(cls, sparsity: float, start_step: int, end_step: int, every_steps: int) -> Self:
         return cls(sparsity)
+
+
+@dataclass(frozen=True)
+class Alternating(Ramp):
+    """Sparse and dense phases in turn: events 0, 2, 4 ... leave 1 - sparsity, those between them everything.
+
+    The phases of AC/DC (arXiv 2106.12379). Each lasts `every_steps`; the last event begins the sparse phase that stays.
+    """
+
+    name = "alternating"
+    label = "sparse and dense phases in turn"
+    events_per_phase = 2
+
+    @classmethod
+    def kept_after(cls, sparsity: float, event: int, num_events: int) -> float:
+        return 1.0 if event % 2 else 1.0 - sparsity
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_events % 2 == 0:
+            raise ValueError(
+                f"The prune window from {self.start_step} to {self.end_step} has {self.num_events} phases of "
+                f"{self.every_steps} steps and would end dense: end it {self.every_steps} steps earlier or later."
+            )
 
 
 @dataclass(frozen=True)
@@ -216,14 +251,19 @@ class Mixed(Staircase):
         object.__setattr__(self, "sparsity", math.fsum(share * sparsity for share, sparsity in self.shares))
 
     @property
-    def kind(self) -> str:
-        return self.base.kind
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def label(self) -> str:
+        return self.base.label
 
     def density_after(self, event: int) -> float:
-        progress = (event + 1) / self.num_events
-        if progress == 1:
+        if event == self.num_events - 1:
             return 1.0 - self.sparsity
-        return math.fsum(share * self.base.kept(sparsity, progress) for share, sparsity in self.shares)
+        return math.fsum(
+            share * self.base.kept_after(sparsity, event, self.num_events) for share, sparsity in self.shares
+        )
 
 
 @dataclass(frozen=True)
@@ -240,14 +280,16 @@ class Fixed:
         return 1.0
 
 
-SCHEDULES: dict[str, type[Ramp]] = {
-    schedule.kind: schedule for schedule in (Geometric, Cubic, Linear, OneShot, Constant)
-}
+SCHEDULES: Registry[type[Ramp]] = Registry(
+    "schedule",
+    {schedule.name: schedule for schedule in (Geometric, Cubic, Linear, OneShot, Constant, Alternating)},
+    Ramp,
+)
 
 
 def schedule_record(schedule: Ramp | Mixed) -> dict[str, Any]:
     """The schedule as plain data: its kind and its fields."""
-    return {"kind": schedule.kind, **asdict(schedule)}
+    return {"kind": name_of(schedule), **asdict(schedule)}
 
 
 def _divisor_hint(schedule: Ramp) -> str:

@@ -1,20 +1,20 @@
-"""Which weights compete with each other: pools, each with one threshold and a target of its own.
+"""Which weights compete with each other: pools, each with one threshold, and how many weights each of them loses.
 
-A pool is all prunable weights (global), one layer (uniform), or a group named by patterns; how many weights of it are
-pruned at a density follows from its size alone. Nothing but the standard library is needed here, so that a plan and a
-run count alike.
+A pool is all prunable weights, one parameter, or a group named by patterns. A scope forms the pools and shares out what an
+event prunes. Nothing but the standard library is needed here, so that a plan and a run count alike.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from functools import lru_cache
+from typing import Any
 
+from sparsity.registry import Method, Registry
 from sparsity.schedule import Mixed, Ramp, Schedule
-
-ScopeName = Literal["global", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,25 @@ class Group:
 
 @dataclass(frozen=True)
 class Pool:
-    """Parameters that share one threshold. They follow the schedule, to `sparsity` where it is not None."""
+    """Parameters that share one threshold. They follow the schedule, to `sparsity` if it is not None."""
 
     names: tuple[str, ...]
     numel: int
     sparsity: float | None = None
+    group: int = 0
+    """The number of its group: pools of one group share a target."""
+    shape: tuple[int, ...] = ()
+    """The parameter's shape in a pool of one."""
 
-    def num_pruned(self, schedule: Schedule, step: int) -> int:
-        """How many of its weights are pruned while `step` trains; step -1 is before the run."""
-        return num_pruned(self.numel, self._own(schedule).density(step)) if step >= 0 else 0
+    def density(self, schedule: Schedule, step: int) -> float:
+        """Return the share of its group's weights that the schedule keeps while `step` trains; step -1 is before the run."""
+        return self.own(schedule).density(step) if step >= 0 else 1.0
 
     def final_sparsity(self, schedule: Ramp) -> float:
         return schedule.sparsity if self.sparsity is None else self.sparsity
 
-    def _own(self, schedule: Schedule) -> Schedule:
+    def own(self, schedule: Schedule) -> Schedule:
+        """Return the schedule to this pool's own target."""
         if self.sparsity is None:
             return schedule
         assert isinstance(schedule, Ramp)
@@ -51,32 +56,162 @@ class Pool:
 
 
 def num_pruned(numel: int, density: float) -> int:
-    """round((1 - density) x numel): the number of weights that a pool has lost at a density."""
+    """Return round((1 - density) x numel): the number of weights that a pool has lost at a density."""
     return round((1.0 - density) * numel)
 
 
-def make_pools(sizes: Mapping[str, int], scope: ScopeName = "global", groups: Sequence[Group] = ()) -> list[Pool]:
-    """The pools of prunable parameters, given as {name: number of weights}; each parameter is in exactly one.
+class Scope(Method):
+    """Which weights compete. Extend it and return the pools' names from `split`."""
 
-    `global` makes one pool of each group and one of the rest, `uniform` one of each parameter. A ValueError names a
-    pattern that matches no prunable parameter, and a parameter that two groups claim.
+    compares_parameters: bool = True
+    """Whether weights of different parameters compete, so that factors and norms mean something."""
+    is_even: bool = True
+    """Whether every layer may end at the share of its group, as a pattern demands."""
+
+    def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return the parameters of each pool of a group, which has the parameters `names`."""
+        raise NotImplementedError
+
+    def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
+        """Return how many weights each pool has lost at the density of its group, after it had lost as many as `before`."""
+        return [num_pruned(pool.numel, density) for pool, density in zip(pools, densities, strict=True)]
+
+    def counts(self, pools: Sequence[Pool], schedule: Schedule, step: int) -> list[int]:
+        """Return how many weights each pool has lost while `step` trains; step -1 is before the run."""
+        return self.allocate(pools, [pool.density(schedule, step) for pool in pools], [0] * len(pools))
+
+
+class Global(Scope):
+    """One threshold for all weights, or for each group: layers end at densities of their own."""
+
+    name = "global"
+    label = "one threshold for all"
+
+    def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        return [tuple(names)]
+
+
+class Uniform(Scope):
+    """A threshold for each parameter: every layer ends at its target."""
+
+    name = "uniform"
+    label = "every layer to its target"
+    compares_parameters = False
+
+    def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        return [(name,) for name in names]
+
+
+class Erk(Uniform):
+    """A threshold for each parameter, small ones kept denser: densities in proportion to (inputs + outputs) / weights.
+
+    Erdos-Renyi-Kernel (Evci et al. 2020, arXiv 1911.11134), at most 1. The counts of a group add up to exactly what the
+    schedule prunes of it, and none falls from one event to the next.
     """
-    if scope not in get_args(ScopeName):
-        raise ValueError(f"scope={scope} is not known: choose {' or '.join(get_args(ScopeName))}.")
-    _check_groups(sizes, groups)
-    owners = {name: next((group for group in groups if group.matches(name)), None) for name in sizes}
+
+    name = "erk"
+    label = "every layer to a target by its shape (Erdos-Renyi-Kernel)"
+    is_even = False
+
+    def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
+        counts = [0] * len(pools)
+        for group in dict.fromkeys(pool.group for pool in pools):
+            members = [number for number, pool in enumerate(pools) if pool.group == group]
+            own = erk_counts(
+                [pools[number].shape for number in members],
+                densities[members[0]],
+                [before[number] for number in members],
+            )
+            for number, count in zip(members, own, strict=True):
+                counts[number] = count
+        return counts
+
+    def counts(self, pools: Sequence[Pool], schedule: Schedule, step: int) -> list[int]:
+        done = [event for event in schedule.events() if event <= step]
+        return list(_erk_table(self, tuple(pools), schedule)[done[-1]]) if done else [0] * len(pools)
+
+
+@lru_cache(maxsize=4)
+def _erk_table(scope: Erk, pools: tuple[Pool, ...], schedule: Any) -> dict[int, list[int]]:
+    counts, table = [0] * len(pools), {}
+    for event in schedule.events():
+        counts = scope.allocate(pools, [pool.density(schedule, event) for pool in pools], counts)
+        table[event] = counts
+    return table
+
+
+def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[float]:
+    """Return each parameter's density by Erdos-Renyi-Kernel, so that all of them together have `density`.
+
+    Args:
+        shapes: [out, in], or [expert, out, in], whose matrices count one by one.
+        density: Share of all weights that is kept.
+    """
+    numels = [math.prod(shape) for shape in shapes]
+    raw = [sum(shape[-2:]) / math.prod(shape[-2:]) for shape in shapes]
+    dense: set[int] = set()
+    while len(dense) < len(shapes):
+        left = [number for number in range(len(shapes)) if number not in dense]
+        budget = density * sum(numels) - sum(numels[number] for number in dense)
+        scale = budget / math.fsum(raw[number] * numels[number] for number in left)
+        full = {number for number in left if raw[number] * scale > 1}
+        if not full:
+            return [1.0 if number in dense else raw[number] * scale for number in range(len(shapes))]
+        dense |= full
+    return [1.0] * len(shapes)
+
+
+def erk_counts(shapes: Sequence[tuple[int, ...]], density: float, before: Sequence[int]) -> list[int]:
+    """Return how many weights of each parameter are pruned: whole numbers near `erk_densities` with the sum of the schedule.
+
+    What is to be pruned beyond `before` is shared out by what each parameter lacks, the rest by the largest remainders.
+    """
+    numels = [math.prod(shape) for shape in shapes]
+    more = num_pruned(sum(numels), density) - sum(before)
+    wanted = [(1 - own) * numel for own, numel in zip(erk_densities(shapes, density), numels, strict=True)]
+    lacks = [max(0.0, want - had) for want, had in zip(wanted, before, strict=True)]
+    gains = [math.floor(lack) for lack in lacks]
+    order = sorted(range(len(shapes)), key=lambda number: (gains[number] - lacks[number], number))
+    for number in order:
+        if sum(gains) < more and before[number] + gains[number] < numels[number]:
+            gains[number] += 1
+    for number in reversed(order):
+        gains[number] -= min(gains[number], max(0, sum(gains) - more))
+    return [had + gain for had, gain in zip(before, gains, strict=True)]
+
+
+SCOPES: Registry[Scope] = Registry("scope", {scope.name: scope for scope in (Global(), Uniform(), Erk())}, Scope)
+
+
+def make_pools(
+    shapes: Mapping[str, Sequence[int]], scope: str | Scope = "global", groups: Sequence[Group] = ()
+) -> list[Pool]:
+    """Return the pools of prunable parameters; each parameter is in exactly one.
+
+    Args:
+        shapes: The parameters' shapes by name.
+        scope: What forms pools of each group, and of the parameters in no group.
+        groups: Parameters with targets of their own.
+
+    Raises:
+        ValueError: names a pattern that matches no prunable parameter, or a parameter that two groups claim.
+    """
+    scope = SCOPES.find(scope)
+    _check_groups(shapes, groups)
+    owners = {name: next((group for group in groups if group.matches(name)), None) for name in shapes}
     pools = []
-    for group in (*groups, None):
+    for number, group in enumerate((*groups, None)):
         names = tuple(name for name, owner in owners.items() if owner is group)
         sparsity = None if group is None else group.sparsity
-        for members in [names] if scope == "global" else [(name,) for name in names]:
-            if members:
-                pools.append(Pool(members, sum(sizes[name] for name in members), sparsity))
+        for members in scope.split(names) if names else ():
+            numel = sum(math.prod(shapes[name]) for name in members)
+            shape = tuple(shapes[members[0]]) if len(members) == 1 else ()
+            pools.append(Pool(members, numel, sparsity, number, shape))
     return pools
 
 
 def target_shares(pools: Sequence[Pool], sparsity: float) -> tuple[tuple[float, float], ...]:
-    """(share of all weights, final sparsity) of each different target; `sparsity` is that of pools without their own."""
+    """Return (share of all weights, final sparsity) of each target; `sparsity` is that of pools without their own."""
     numels: dict[float, int] = {}
     for pool in pools:
         target = sparsity if pool.sparsity is None else pool.sparsity
@@ -86,12 +221,12 @@ def target_shares(pools: Sequence[Pool], sparsity: float) -> tuple[tuple[float, 
 
 
 def seen_together(schedule: Ramp, pools: Sequence[Pool]) -> Ramp | Mixed:
-    """The schedule of all pools' weights taken together: `schedule` itself where all end with its own sparsity."""
+    """Return the schedule of all pools' weights taken together: `schedule` itself if all end with its own sparsity."""
     shares = target_shares(pools, schedule.sparsity)
     return schedule if {sparsity for _, sparsity in shares} <= {schedule.sparsity} else Mixed(schedule, shares)
 
 
-def _check_groups(sizes: Mapping[str, int], groups: Sequence[Group]) -> None:
+def _check_groups(names: Mapping[str, object], groups: Sequence[Group]) -> None:
     for group in groups:
         if not 0 <= group.sparsity < 1:
             raise ValueError(
@@ -99,12 +234,12 @@ def _check_groups(sizes: Mapping[str, int], groups: Sequence[Group]) -> None:
                 "weights to remove."
             )
         for pattern in group.include:
-            if not any(fnmatchcase(name, pattern) for name in sizes):
+            if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
                     f"The pattern {pattern!r} in groups matches no prunable parameter: patterns are compared with names "
-                    f"like {next(iter(sizes), '')!r}, * matches anything."
+                    f"like {next(iter(names), '')!r}, * matches anything."
                 )
-    for name in sizes:
+    for name in names:
         claims = [group for group in groups if group.matches(name)]
         if len(claims) > 1:
             raise ValueError(

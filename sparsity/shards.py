@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from types import ModuleType
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -16,10 +13,12 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 @dataclass
 class ParameterShard:
-    """The local part of one prunable parameter and its mask.
+    """The local part of one prunable parameter, its mask and its place in the full tensor.
 
     `values` [local numel] is a flat view of the parameter: in-place work on it changes the weight. `mask` [local numel]
-    is True where the weight is kept. Both cover the flat indices offset .. offset + local numel of the full tensor.
+    is True where the weight is kept. Both cover the flat indices offset .. offset + local numel of the full tensor, which has
+    `full_numel` elements in the shape `shape`. `gradient` [local numel] and `state`, {name: [local numel]}, are there during
+    an event whose score needs them.
     """
 
     name: str
@@ -27,6 +26,28 @@ class ParameterShard:
     mask: Tensor
     offset: int
     full_numel: int
+    shape: tuple[int, ...] = ()
+    gradient: Tensor | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    stride: int = 1
+    """Distance in the full tensor from one of `values` to the next: 1 but in samples."""
+
+    def index(self, part: slice) -> Tensor:
+        """Return the flat indices in the full tensor, int64, of a slice of the local weights."""
+        places = torch.arange(part.start, part.stop, device=self.values.device)
+        return self.offset + (places if self.stride == 1 else places * self.stride)
+
+    def every(self, start: int, stride: int) -> ParameterShard:
+        """Return every `stride`-th local weight from `start` on, as a shard."""
+        return replace(
+            self,
+            values=self.values[start::stride],
+            mask=self.mask[start::stride],
+            offset=self.offset + start,
+            gradient=None if self.gradient is None else self.gradient[start::stride],
+            state={name: values[start::stride] for name, values in self.state.items()},
+            stride=stride,
+        )
 
 
 @dataclass(frozen=True)
@@ -67,30 +88,6 @@ class RankLayout:
 def to_device(counts: Sequence[int], device: torch.device) -> Tensor:
     """Int64 on a device, without waiting for it: the driver has taken pageable memory when the call returns."""
     return torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
-
-
-def kernels_for(device: torch.device) -> ModuleType | None:
-    """`sparsity.launches` for a GPU; None on other devices and where Triton is not installed or cannot run."""
-    return _launches(device) if _is_gpu(device) else None
-
-
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-@cache
-def _launches(device: torch.device) -> ModuleType | None:
-    """The module, after a kernel has run: Triton needs a C compiler and Python's headers only then."""
-    try:
-        from sparsity import launches
-
-        launches.zero_(torch.zeros(1, device=device), torch.zeros(1, dtype=torch.bool, device=device))
-    except ImportError:
-        return None
-    except Exception as error:
-        warnings.warn(f"Triton cannot run here, so masks take torch's slower operations: {error}", stacklevel=3)
-        return None
-    return launches
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

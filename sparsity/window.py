@@ -23,7 +23,7 @@ def mean_window_density(kind: type[Ramp], shares: Shares, num_events: int) -> fl
     if num_events < 2:
         return 1.0
     return math.fsum(
-        share * kind.kept(sparsity, (event + 1) / num_events)
+        share * kind.kept_after(sparsity, event, num_events)
         for share, sparsity in shares
         for event in range(num_events - 1)
     ) / (num_events - 1)
@@ -65,13 +65,13 @@ def compute_window(
             compute = num_steps / (start + (end - start) / mean + (1 - end) / final_density)
         window = (end - start) * compute / mean
         every = every_steps or min(DEFAULT_EVERY_STEPS, max(1, int(window // DEFAULT_NUM_INTERVALS)))
-        num_events = round(window / every) + 1
+        num_events = round(window / every / kind.events_per_phase) * kind.events_per_phase + 1
     start_step = round(start * compute / every) * every
     end_step = start_step + (num_events - 1) * every
     if num_steps is None:
         num_steps = max(end_step + round((1 - end) * compute / final_density), end_step + 1)
     while end_step > num_steps - 1 and end_step > start_step:
-        end_step -= every
+        end_step -= every * kind.events_per_phase
     if every_steps and end > start and (end_step == start_step or (start > 0 and start_step == 0)):
         raise ValueError(
             f"every={every_steps} steps between events is too long for a window from {start:g} to {end:g} of the compute, "
@@ -113,18 +113,19 @@ def schedule_of_window(
     first, last = round(start / scale), round(end / scale)
     if of == "tokens":
         every_steps = every_steps or max(1, min(DEFAULT_EVERY_STEPS, (last - first) // 7))
-        last = first + round((last - first) / every_steps) * every_steps
+        phase = every_steps * kind.events_per_phase
+        last = first + round((last - first) / phase) * phase
     elif of == "steps" and (start, end) != (first, last):
         raise ValueError(f"The prune window from {start} to {end} is not in whole steps: give whole numbers.")
-    schedule = kind.over(sparsity, first, last, every_steps or _interval(last - first))
+    schedule = kind.over(sparsity, first, last, every_steps or _interval(last - first, kind.events_per_phase))
     schedule.check_fits(num_steps)
     return schedule
 
 
-def _interval(window: int) -> int:
+def _interval(window: int, events_per_phase: int) -> int:
     """The longest interval of at most 100 steps that divides the window into at least 7, that is 8 events."""
     longest = max(1, min(DEFAULT_EVERY_STEPS, window // 7))
-    interval = next(n for n in range(longest, 0, -1) if window % n == 0)
+    interval = next(n for n in range(longest, 0, -1) if n == 1 or window % (n * events_per_phase) == 0)
     if interval * 10 < longest:
         raise ValueError(
             f"The prune window of {window} steps has no divisor near {longest} to prune by: give sparsity.window.every, or "

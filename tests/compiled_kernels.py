@@ -88,7 +88,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launc
             launches.ZERO,
         )
         own = {"tensor": "*i32" if name == "32 bits" else "*i16", "mask": "*i8", "numel": "i32"}
-        del constants["DTYPE"], constants["ALIGNED"]
+        del constants["DTYPE"]
         yield (
             _name(kernels.zero_one, f"{name} {mode}", aligned),
             kernels.zero_one,

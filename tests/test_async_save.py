@@ -26,7 +26,7 @@ from tests.small_trainer import small_trainer
 from tests.test_checkpoint import ALONE, world_here, write_trainer_state
 from train.checkpoints import layout, write
 from train.checkpoints.background import BackgroundWriter
-from train.checkpoints.write import Pieces, write_checkpoint
+from train.checkpoints.write import Checkpoint, Pieces, write_checkpoint
 from train.distributed import World
 from train.faults.stop import RunStopped
 
@@ -61,8 +61,8 @@ def save(save_: Callable[..., Any], root: Path, step: int, weight: torch.Tensor,
     pieces = Pieces(list(range(world.size)), {"w": size})
     tensors = {"model/w": weight[world.rank * size : (world.rank + 1) * size]}
     state = {"shapes": {"w": list(weight.shape)}, "carried": {"a": [1, 2]}}
-    after = lambda: layout.prune(root, 1, step)  # noqa: E731
-    save_(root, step, world, tensors, pieces, state, write_trainer_state, after=after)
+    after = lambda: layout.remove_old(root, 1, step)  # noqa: E731
+    save_(Checkpoint(root, step, world, tensors, pieces, state, write_trainer_state, after=after))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_ends_the_run_within_steps_and_not_at_the_next_save(
     stopped, step, left = run_ranks(train_on_a_full_disk, 2, tmp_path)[0]
     assert "checkpoint-20 could not be saved" in stopped
     assert "No space left on device" in stopped
-    assert "checkpoint-10 is whole, the same command goes on from it" in stopped
+    assert "checkpoint-10 is whole, the same command resumes from it" in stopped
     assert 20 <= step < NO_MORE_SAVES
     assert left == ["checkpoint-10"]
 

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import ModelCard, metadata_load
 from hydra import compose, initialize_config_module
 
-import train.run
+import train.record.finish
 from conf import cli, schema
 from conf.schema import CardConfig, Config
 from sparsity.prunable import linear_weights
@@ -387,11 +387,11 @@ def test_the_card_is_there_before_the_run_counts_as_finished(finished, monkeypat
         raise OSError("disk full")
 
     for name in ("write_sample", "read_records", "draw_report", "closing_words"):
-        monkeypatch.setattr(train.run, name, lambda *_: "")
-    monkeypatch.setattr(train.run, "write_card", no_card)
+        monkeypatch.setattr(train.record.finish, name, lambda *_: "")
+    monkeypatch.setattr(train.record.finish, "write_card", no_card)
     recorder: Any = SimpleNamespace(finish=lambda summary: None)
     with pytest.raises(OSError, match="disk full"):
-        train.run.finish(config, plan, directory, recorder, summary)
+        train.record.finish.finish(config, plan, directory, recorder, summary)
     assert not directory.summary.exists()
 
 
@@ -402,10 +402,10 @@ def test_a_model_that_cannot_write_a_sample_is_finished_all_the_same(finished, m
         raise RuntimeError("probability tensor contains nan")
 
     for name in ("read_records", "draw_report", "closing_words", "write_card"):
-        monkeypatch.setattr(train.run, name, lambda *_: "")
-    monkeypatch.setattr(train.run, "write_sample", no_sample)
+        monkeypatch.setattr(train.record.finish, name, lambda *_: "")
+    monkeypatch.setattr(train.record.finish, "write_sample", no_sample)
     recorder: Any = SimpleNamespace(finish=lambda summary: None)
-    train.run.finish(config, plan, directory, recorder, summary)
+    train.record.finish.finish(config, plan, directory, recorder, summary)
     assert directory.summary.exists()
     assert "warning: the sample could not be made: probability tensor contains nan" in capsys.readouterr().err
 

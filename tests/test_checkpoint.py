@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsity.callback import SparsityCallback
+from sparsity.common.files import sha256_of
 from sparsity.mask import pack_mask, unpack_mask
 from sparsity.schedule import Geometric
 from sparsity.shards import ParameterShard
@@ -18,7 +19,7 @@ from tests.distributed import run_ranks
 from train.checkpoints import layout
 from train.checkpoints.read import CheckpointReader, load_masks
 from train.checkpoints.tensorfile import file_bytes, write_tensors
-from train.checkpoints.write import Pieces, write_checkpoint
+from train.checkpoints.write import Checkpoint, Pieces, write_checkpoint
 from train.distributed import World
 from train.faults.stop import RunStopped
 
@@ -33,7 +34,7 @@ def save(root: Path, step: int, size: int = 7, world: World = ALONE) -> Path:
     start, stop = pieces.of("w", world.rank, len(WEIGHT)) or (0, 0)
     tensors = {"model/w": WEIGHT[start:stop], "mask/w": pack_mask(MASK[start:stop].reshape(-1))}
     state = {"shapes": {"w": [7, 3]}}
-    return write_checkpoint(root, step, world, tensors, pieces, state, write_trainer_state)
+    return write_checkpoint(Checkpoint(root, step, world, tensors, pieces, state, write_trainer_state))
 
 
 def write_trainer_state(path: str) -> None:
@@ -67,7 +68,7 @@ def test_safetensors_reads_what_is_written_here(tmp_path):
     }
     path = tmp_path / "file.safetensors"
     digest = write_tensors(path, tensors)
-    assert digest == layout.sha256_of(path)
+    assert digest == sha256_of(path)
     assert path.stat().st_size == file_bytes(tensors)
     found = load_file(path)
     assert found.keys() == tensors.keys()
@@ -130,7 +131,7 @@ def test_no_whole_checkpoint_left_is_an_error_that_names_overwrite(tmp_path):
 def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
     for step in (5, 10, 15, 20):
         save(tmp_path, step)
-    layout.prune(tmp_path, keep, newest=20)
+    layout.remove_old(tmp_path, keep, newest=20)
     assert [layout.step_of(folder) for folder in layout.checkpoints(tmp_path)] == left
 
 
@@ -161,9 +162,9 @@ def fail_on_the_second_rank(root: Path) -> str:
 
 def test_a_checkpoint_without_masks_is_refused(tmp_path):
     tensors = {"model/w": WEIGHT}
-    folder = write_checkpoint(tmp_path, 5, ALONE, tensors, Pieces([0], {"w": 7}), {}, write_trainer_state)
+    folder = write_checkpoint(Checkpoint(tmp_path, 5, ALONE, tensors, Pieces([0], {"w": 7}), {}, write_trainer_state))
     shard = ParameterShard("w", WEIGHT.clone().view(-1), torch.ones(21, dtype=torch.bool), 0, 21)
-    with pytest.raises(ValueError, match="has no mask of w: going on from it would train a dense model"):
+    with pytest.raises(ValueError, match="has no mask of w: resuming from it would train a dense model"):
         load_masks(CheckpointReader(folder), [shard], lambda name: 3)
 
 
@@ -173,7 +174,7 @@ def pruned_callback() -> tuple[torch.nn.Linear, SparsityCallback]:
     layer = torch.nn.Linear(8, 8, bias=False)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1), include=["weight"])
     callback.bind(layer)
-    callback.prune(0.5)
+    callback.pruner.prune(0.5)
     return layer, callback
 
 

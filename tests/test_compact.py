@@ -20,11 +20,11 @@ from transformers.quantizers import auto
 import sparsity.compact.folder as folder_module
 from conf.schema import ModelConfig
 from eval.compact import main
+from sparsity.common.safetensors_header import Entry, format_header, read_header
 from sparsity.compact import METHOD, compact_folder, expand_folder
 from sparsity.compact.bitmask import BLOCK, bitmask_bytes, compress, expand, expand_on_device
 from sparsity.compact.contents import BITMASK, Stored, read_contents
 from sparsity.compact.files import compact_file, expand_file
-from sparsity.compact.header import Entry, format_header, read_header
 from sparsity.compact.loading import expansions
 from sparsity.prunable import own_linear_weights
 from tests.benchmarks.common import EXACT_MEMORY, in_process
@@ -291,9 +291,9 @@ def test_a_config_of_another_model_or_a_newer_version_is_refused(folders, tmp_pa
     place.write_text(json.dumps({**config, "intermediate_size": 64}))
     with pytest.raises(ValueError, match=r"\(56, 32\) in the file and \(64, 32\) in the model"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "compact")
-    place.write_text(json.dumps({**config, "quantization_config": {"quant_method": METHOD, "version": 2}}))
+    place.write_text(json.dumps({**config, "quantization_config": {"quant_method": METHOD, "version": 3}}))
     for load in (AutoModelForCausalLM.from_pretrained, lambda folder: expand_folder(folder, tmp_path / "out")):
-        with pytest.raises(ValueError, match="version 2 of the compact format where this reads 1"):
+        with pytest.raises(ValueError, match="version 3 of the compact format where this reads 1 and 2"):
             load(tmp_path / "compact")
 
 
@@ -304,7 +304,7 @@ def test_a_model_that_merges_a_sparse_tensor_while_loading_is_refused():
     renaming = WeightRenaming("^old", "new")
     assert expansions([], [merge]) == []
     [conversion] = expansions(["old.weight"], [renaming, merge])
-    assert conversion.rename_source_key("new.weight") == ("new.weight", conversion.source_patterns[1])
+    assert conversion.rename_source_key("new.weight") == ("new.weight", conversion.source_patterns[-1])
     assert conversion.rename_source_key("new.weight.bitmask") == ("new.weight", conversion.source_patterns[0])
     assert conversion.rename_source_key("newxweight") == ("newxweight", None)
     with pytest.raises(ValueError, match="merged or split while it is loaded"):
@@ -469,13 +469,13 @@ def test_a_mistake_is_said_in_one_sentence(folders, tmp_path, capsys, monkeypatc
 
 def test_a_full_disk_is_found_before_anything_is_written(folders, tmp_path, monkeypatch):
     def disk(free: int) -> None:
-        monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(0, 0, free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(0, 0, free))
 
     needed = sum(path.stat().st_size for path in folders["compact"].glob("*.safetensors"))
     disk(needed // 2)
-    with pytest.raises(ValueError, match=r"its disk has 0\.00 GB free"):
+    with pytest.raises(ValueError, match=r"has 0\.00 GB free and the result needs"):
         compact_folder(folders["plain"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"its disk has 0\.00 GB free"):
+    with pytest.raises(ValueError, match=r"has 0\.00 GB free and the result needs"):
         expand_folder(folders["compact"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
     # Less than the dense model, but enough for the compact one.

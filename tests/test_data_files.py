@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sparsity.common.files import aside
 from train.data import files
-from train.data.files import aside, build_once, sha256_of_all
+from train.data.files import build_once, sha256_of_all
 
 
 def test_a_file_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.commands import ROOT, quiet_environment
 from tests.test_checkpoint import ALONE, write_trainer_state
 from tests.test_directory import config_of
 from train.checkpoints import layout
-from train.checkpoints.write import Pieces, write_checkpoint
+from train.checkpoints.write import Checkpoint, Pieces, write_checkpoint
 from train.faults.stop import RunStopped
 from train.record.directory import RunDirectory
 
@@ -25,7 +25,9 @@ def save(root: Path, step: int, num_weights: int) -> str:
     """The words that end the saving of a checkpoint of `num_weights`, empty where it was saved."""
     tensors = {"model/w": torch.ones(num_weights, 1)}
     try:
-        write_checkpoint(root, step, ALONE, tensors, Pieces([0], {"w": num_weights}), {}, write_trainer_state)
+        write_checkpoint(
+            Checkpoint(root, step, ALONE, tensors, Pieces([0], {"w": num_weights}), {}, write_trainer_state)
+        )
     except RunStopped as stopped:
         return str(stopped)
     return ""
@@ -79,7 +81,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_how_much_was_needed(fo
     assert 400_000 < needed < 401_000
     assert "No space left on device" in found["large"]
     assert "free some space" in found["large"]
-    assert "checkpoint-5 is whole, the same command goes on from it" in found["large"]
+    assert "checkpoint-5 is whole, the same command resumes from it" in found["large"]
     assert found["left"] == ["checkpoint-5"]
     assert found["damage"] is None
 

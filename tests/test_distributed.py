@@ -34,7 +34,7 @@ def make_model(kind: str) -> nn.Module:
 
 def full_masks(callback: SparsityCallback) -> list[torch.Tensor]:
     masks = []
-    for param, shard in zip(callback._parameters.values(), callback._shards, strict=True):
+    for param, shard in zip(callback.pruner.parameters.values(), callback.shards, strict=True):
         if isinstance(param, DTensor):
             local = shard.mask.view(param.to_local().shape)
             dtensor = DTensor.from_local(
@@ -62,7 +62,7 @@ def prune_through(kind: str, layout: str, score: str = "magnitude") -> list[list
     callback.bind(model)
     masks = []
     for density in DENSITIES:
-        callback.prune(density)
+        callback.pruner.prune(density)
         masks.append(full_masks(callback))
         for param, mask in zip(model.parameters(), masks[-1], strict=True):
             full = param.full_tensor() if isinstance(param, DTensor) else param
@@ -106,7 +106,7 @@ def globally_smallest() -> bool:
     fully_shard(model)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(model)
-    callback.prune(0.3)
+    callback.pruner.prune(0.3)
     kept = torch.cat([mask.view(-1) for mask in full_masks(callback)])
     num_pruned = round(0.7 * before.numel())
     assert set(torch.sort(before, stable=True).indices[:num_pruned].tolist()) == set(
@@ -123,9 +123,9 @@ def disagree() -> str:
     model = make_model("normal")
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(model)
-    callback._shards[0].mask[dist.get_rank()] = False
+    callback.shards[0].mask[dist.get_rank()] = False
     try:
-        check_replicas_agree(callback._shards, callback._layout)
+        check_replicas_agree(callback.shards, callback.pruner.layout)
     except RuntimeError as error:
         return str(error)
     return ""
@@ -152,7 +152,7 @@ def count_traffic(columns: int) -> int:
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(model)
     dist.all_reduce = counting
-    callback.prune(0.5)
+    callback.pruner.prune(0.5)
     dist.all_reduce = all_reduce
     return sum(sent)
 

@@ -132,8 +132,8 @@ def prune_experts(sharded: bool) -> list[torch.Tensor]:
         fully_shard(model)
     callback = SparsityCallback(Geometric(0.8, 0, 0, 1))
     callback.bind(model)
-    callback.prune(0.5)
-    callback.prune(0.2)
+    callback.pruner.prune(0.5)
+    callback.pruner.prune(0.2)
     counted = count_zeros(model)
     assert (counted.num_weights, counted.num_zeros) == (WEIGHTS, round(0.8 * WEIGHTS))
     if sharded and dist.get_world_size() == 3:
@@ -157,16 +157,16 @@ def resume_experts(folder: str) -> list[torch.Tensor]:
     fully_shard(model)
     callback = SparsityCallback(Geometric(0.8, 0, 0, 1))
     callback.bind(model)
-    callback.prune(0.2)
+    callback.pruner.prune(0.2)
     expert = model.get_parameter("model.layers.0.mlp.experts.down_proj")
     assert isinstance(expert, DTensor)
     from sparsity.resume import surviving_zeros
 
     before = full_masks(callback)
-    saved = {**callback.state(), "step": 1, "surviving_zeros": surviving_zeros(callback.shards, callback._layout)}
+    saved = {**callback.state(), "step": 1, "surviving_zeros": surviving_zeros(callback.shards, callback.pruner.layout)}
     resumed = SparsityCallback(Geometric(0.8, 0, 0, 1))
     resumed.bind(model)
-    resumed._restore(1, saved)
+    resumed.restore(1, saved)
     assert all(torch.equal(a, b) for a, b in zip(before, full_masks(resumed), strict=True))
     return before
 

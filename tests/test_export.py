@@ -42,7 +42,7 @@ def export_shards(folder: str, dtype: str, tied: bool) -> tuple[torch.Tensor, in
     fully_shard(model)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(model)
-    callback.prune(0.3)
+    callback.pruner.prune(0.3)
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     export_model(model, tokenizer, Path(folder) / "model", dtype=dtype, max_shard_size="20KB", world=world)
     with torch.no_grad():

@@ -118,12 +118,12 @@ def test_the_threshold_is_in_units_of_the_product():
     model = Pair()
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1), factors={"*q_proj*": 0.0625})
     callback.bind(model)
-    callback.prune(0.5)
+    callback.pruner.prune(0.5)
     assert model.q_proj.weight.tolist() == [[0.0, 0.0, 24.0, 40.0]]
     # 24 / 16 lies between 1 and 2.
     assert model.up.weight.tolist() == [[0.0, 0.0, 2.0, 3.0]]
     assert callback.threshold == 1.0
-    callback.prune(0.375)
+    callback.pruner.prune(0.375)
     assert model.q_proj.weight.tolist() == [[0.0, 0.0, 0.0, 40.0]]
     assert callback.threshold == 1.5
 
@@ -213,7 +213,7 @@ def pruned_shards(dtype: str) -> dict[str, Tensor]:
     callback = SparsityCallback(Geometric(0.8, 0, 0, 1), factors={"q_proj*": 0.0625, "k_proj*": 4.7})
     callback.bind(model)
     for density in (0.7, 0.5, 0.2):
-        callback.prune(density)
+        callback.pruner.prune(density)
     return {name: full_tensor(param.detach()) for name, param in model.named_parameters()}
 
 

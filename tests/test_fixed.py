@@ -121,4 +121,4 @@ def test_a_parameter_of_zeros_alone_is_pointed_out():
     callback = SparsityCallback(Fixed())
     callback.bind(layer)
     with pytest.warns(UserWarning, match="weight is all zeros and stays so; name it in requires_dense"):
-        callback.inherit()
+        callback.pruner.inherit()

@@ -48,7 +48,7 @@ def kill_survivors(callback: SparsityCallback) -> None:
 def resume_on_two_ranks() -> dict[str, Any]:
     model = sharded_model()
     callback = bound(model)
-    callback.prune(0.5)
+    callback.pruner.prune(0.5)
     kill_survivors(callback)
     state = TrainerState(global_step=1)
     callback.on_step_end(None, state, TrainerControl(should_save=False))
@@ -58,7 +58,7 @@ def resume_on_two_ranks() -> dict[str, Any]:
     found: dict[str, Any] = {"listed": sum(map(len, saved["surviving_zeros"].values()))}
 
     resumed = bound(model)
-    resumed._restore(1, saved)
+    resumed.restore(1, saved)
     found["same masks"] = all(
         torch.equal(*masks) for masks in zip(full_masks(callback), full_masks(resumed), strict=True)
     )
@@ -66,7 +66,7 @@ def resume_on_two_ranks() -> dict[str, Any]:
 
     def refusal(saved: dict[str, Any] | None) -> str:
         try:
-            bound(model)._restore(1, saved)
+            bound(model).restore(1, saved)
         except ValueError as error:
             return str(error)
         return ""

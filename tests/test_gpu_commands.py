@@ -156,7 +156,7 @@ def test_what_the_steps_are_expected_to_take_fits_into_five_minutes(tmp_path, ma
 
 
 def test_only_commands_that_train_runs_of_their_own_choice_take_overrides(capsys):
-    assert parse(["claim", "optim.learning_rate=0.004"]).overrides == ["optim.learning_rate=0.004"]
+    assert parse(["claim", "--budget", "9", "optim.learning_rate=0.004"]).overrides == ["optim.learning_rate=0.004"]
     with pytest.raises(SystemExit):
         parse(["check", "optim.learning_rate=0.004"])
     assert "optim.learning_rate=0.004 is an override of a run, which check does not take" in capsys.readouterr().err

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,19 +45,3 @@ def test_the_command_prints_a_group_and_refuses_another(tmp_path: Path):
     done = run_command(["launch", "--help", "sweeps"], cwd=tmp_path)
     assert done.returncode == 2
     assert "there is no such group; choose one of data" in done.stderr
-
-
-def test_bash_completes_groups_and_keys():
-    """As bash calls it: the words so far, and the choices for the last one."""
-    script = """
-        source launch/completion.bash
-        COMP_LINE="$PYTHON -m launch experiment=demo model=llama2_1b_1"
-        COMP_WORDS=("$PYTHON" -m launch experiment=demo model=llama2_1b_1); COMP_CWORD=4
-        _complete_launch
-        echo "${COMPREPLY[@]}"
-    """
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True,
-        timeout=120, check=True,
-    )  # fmt: skip
-    assert done.stdout.split() == [f"model=llama2_1b_{width}" for width in (1216, 1536, 1728, 1920)]

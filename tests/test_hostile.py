@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conf.compose import composed
 from conf.schema import Config
 from eval.model.load import load_whole, model_config
+from sparsity.common.files import sha256_of
 from tests.test_run import tiny
 from train.checkpoints import layout
 from train.checkpoints.read import CheckpointReader
@@ -213,7 +214,7 @@ def test_a_pickle_in_the_place_of_a_checkpoints_tensors_is_not_loaded(tmp_path, 
     (folder / layout.STATE).write_text(json.dumps(state))
     (folder / layout.TRAINER_STATE).write_text("{}")
     names = (layout.STATE, layout.TRAINER_STATE, layout.rank_file(0))
-    (folder / layout.SUMS).write_text("".join(f"{layout.sha256_of(folder / name)}  {name}\n" for name in names))
+    (folder / layout.SUMS).write_text("".join(f"{sha256_of(folder / name)}  {name}\n" for name in names))
     assert layout.damage(folder) is None
     with pytest.raises(Exception, match=r"[Hh]eader"):
         CheckpointReader(folder).rows("model", "w", 0, 7)

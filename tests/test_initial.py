@@ -68,12 +68,12 @@ def test_events_prune_only_beyond_the_zeros_that_were_inherited(schedule, expect
         model.lm_head.weight.view(-1)[::2] = 0
     callback = SparsityCallback(schedule, include=["lm_head.weight"], keep_zeros=True)
     callback.bind(model)
-    callback.inherit()
+    callback.pruner.inherit()
     assert callback.density == 0.5
     densities = []
     for step in range(6):
         if step in schedule.events() and schedule.density(step) < callback.density:
-            callback.prune(schedule.density(step))
+            callback.pruner.prune(schedule.density(step))
         densities.append(callback.density)
     assert densities == sorted(densities, reverse=True)
     assert densities[-1] == pytest.approx(expected, abs=1e-3)

@@ -14,9 +14,13 @@ import pytest
 import torch
 
 import sparsity
-from sparsity import Geometric, SparsityCallback, narrow, scan, select, shards
+from sparsity import Geometric, SparsityCallback, devices
 from sparsity.mask import mask_hash, zero_all_pruned_, zero_pruned_
 from sparsity.score import magnitude
+from sparsity.select import prune_smallest_, search
+from sparsity.select.inside import Tagged
+from sparsity.select.torch_passes import TorchPasses
+from sparsity.select.triton_passes import TritonPasses, radix_select
 from tests.kernel_oracles import (
     DTYPES,
     KINDS,
@@ -37,9 +41,9 @@ def launches(monkeypatch):
     """The launches, which every pass on `DEVICE` takes from now on."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
     if DEVICE == "cpu":
-        monkeypatch.setattr(shards, "_is_gpu", lambda device: True)
-        monkeypatch.setattr(shards, "_launches", lambda device: interpreted_launches())
-    return shards.kernels_for(torch.device(DEVICE))
+        monkeypatch.setattr(devices, "_is_gpu", lambda device: True)
+        monkeypatch.setattr(devices, "_launches", lambda device: interpreted_launches())
+    return devices.kernels_for(torch.device(DEVICE))
 
 
 @cache
@@ -153,7 +157,7 @@ def test_digits_of_several_ranks_end_at_the_keys_of_a_sort(launches, kind, dtype
         inside = ordered[(ordered >= lo) & (ordered < hi)]
         for rank in (1, len(inside) // 2 + 1, len(inside)):
             ranks = torch.tensor([rank, len(inside)], device=DEVICE)
-            found, shift = narrow.radix_select(launches, keys, lo, hi, ranks, spacing_bits)
+            found, shift = radix_select(launches, keys, lo, hi, ranks, spacing_bits)
             assert shift == spacing_bits
             for one, (offset, below, held) in zip((rank, len(inside)), found.tolist(), strict=True):
                 key = int(inside[one - 1])
@@ -166,7 +170,8 @@ def test_a_bracket_holds_the_keys_of_both_ranks_and_little_more(launches, dtype)
     ordered = np.sort(np.concatenate([keys_of(tensor) for tensor in tensors_of("normal", dtype)]))
     keys, spacing_bits = torch.from_numpy(ordered.astype(np.int32)).to(DEVICE), 16 if dtype == "bfloat16" else 0
     for first, last in ((1, 1), (4_000, 4_100), (9_000, len(ordered))):
-        (lo, hi), below, num_inside = narrow.find_bracket(launches, keys, (first, last), spacing_bits)
+        passes = TritonPasses(shards_on(DEVICE, tensors_of("normal", dtype)), magnitude, launches)
+        (lo, hi), below, num_inside = passes.find_bracket(keys, (first, last))
         assert lo <= ordered[first - 1] <= ordered[last - 1] < hi
         assert lo % (1 << spacing_bits) == hi % (1 << spacing_bits) == 0
         assert below == int((ordered < lo).sum())
@@ -179,14 +184,15 @@ def test_a_range_without_the_key_and_a_buffer_too_small_are_told(launches):
     tensors = [torch.arange(1.0, 10_001.0)]
     mine = shards_on(DEVICE, tensors)
     lo, hi = (int(key) for key in keys_of(torch.tensor([1_000.0, 3_000.0])))
-    found = narrow.collect_and_find(launches, mine, 2_000, lo, hi, 4_000, 0)
+    passes = TritonPasses(mine, magnitude, launches)
+    found = passes.collect_and_find(2_000, lo, hi, 4_000)
     assert found[:3] == (999, 2_000, (int(keys_of(torch.tensor([2_000.0]))[0]), 1_999, 1))
-    assert isinstance(found[3], scan.Tagged)
+    assert isinstance(found[3], Tagged)
     for k in (999, 3_000):
-        assert narrow.collect_and_find(launches, mine, k, lo, hi, 4_000, 0)[:3] == (999, 2_000, None)
-    below, num_inside, key, inside = narrow.collect_and_find(launches, mine, 2_000, lo, hi, 1_500, 0)
+        assert passes.collect_and_find(k, lo, hi, 4_000)[:3] == (999, 2_000, None)
+    below, num_inside, key, inside = passes.collect_and_find(2_000, lo, hi, 1_500)
     assert (below, num_inside, key) == (999, 2_000, None)
-    assert isinstance(inside, scan.Streamed)
+    assert inside is passes
 
 
 @pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
@@ -222,7 +228,7 @@ def test_the_sample_is_every_nth_weight(launches, dtype, offset):
     mine = shards_on(DEVICE, tensors, offset)
     for stride in (7, 4_001):
         expected = keys_of(torch.cat([tensor.float() for tensor in tensors]))[::stride]
-        assert select._sample(mine, stride, magnitude).tolist() == expected.tolist()
+        assert TritonPasses(mine, magnitude, launches).sample(stride).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("mode", ["store", "change", "rewrite"])
@@ -249,9 +255,9 @@ def test_kernels_prune_what_the_cpu_prunes(launches, monkeypatch, kind, dtype, o
         shard.mask.fill_(True)
     for num_pruned in (1, 5_001):
         with monkeypatch.context() as patched:
-            patched.setattr(shards, "_is_gpu", lambda device: False)
-            threshold = select.prune_smallest_(theirs, num_pruned)
-        assert select.prune_smallest_(mine, num_pruned) == threshold
+            patched.setattr(devices, "_is_gpu", lambda device: False)
+            threshold = prune_smallest_(theirs, num_pruned)
+        assert prune_smallest_(mine, num_pruned) == threshold
         for a, b in zip(mine, theirs, strict=True):
             assert torch.equal(a.mask.cpu(), b.mask)
             a.values.masked_fill_(~a.mask, 0)
@@ -260,18 +266,18 @@ def test_kernels_prune_what_the_cpu_prunes(launches, monkeypatch, kind, dtype, o
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sample_that_misleads_and_too_many_keys_cost_kernels_no_exactness(launches, monkeypatch, dtype):
-    monkeypatch.setattr(select, "SAMPLE_SIZE", 64)
-    monkeypatch.setattr(select, "SAMPLE_SHARE", 0.0)
-    monkeypatch.setattr(select, "SAMPLE_SIGMAS", 0.0)
-    monkeypatch.setattr(select, "MIN_CANDIDATES", 10)
-    monkeypatch.setattr(select, "CANDIDATE_SHARE", 0.0)
+    monkeypatch.setattr(search, "SAMPLE_SIZE", 64)
+    monkeypatch.setattr(search, "SAMPLE_SHARE", 0.0)
+    monkeypatch.setattr(search, "SAMPLE_SIGMAS", 0.0)
+    monkeypatch.setattr(search, "MIN_CANDIDATES", 10)
+    monkeypatch.setattr(search, "CANDIDATE_SHARE", 0.0)
     tensors = [tensor.nan_to_num(nan=1.0) for tensor in tensors_of("ties" if dtype == "float32" else "normal", dtype)]
     magnitudes = torch.cat([tensor.double().abs() for tensor in tensors])
     for num_pruned in (50, 9_000):
         mine = shards_on(DEVICE, tensors)
         for shard in mine:
             shard.mask.fill_(True)
-        select.prune_smallest_(mine, num_pruned)
+        prune_smallest_(mine, num_pruned)
         expected = torch.ones(len(magnitudes), dtype=torch.bool)
         expected[torch.sort(magnitudes, stable=True).indices[:num_pruned]] = False
         assert torch.equal(torch.cat([shard.mask.cpu() for shard in mine]), expected)
@@ -286,9 +292,9 @@ def test_an_event_on_kernels_is_the_cpus_to_the_last_bit(launches, monkeypatch, 
     events[1].bind(theirs)
     for density in (0.9, 0.2):
         with monkeypatch.context() as patched:
-            patched.setattr(shards, "_is_gpu", lambda device: False)
-            events[1].prune(density, of_theirs)
-        events[0].prune(density, of_mine)
+            patched.setattr(devices, "_is_gpu", lambda device: False)
+            events[1].pruner.prune(density, of_theirs)
+        events[0].pruner.prune(density, of_mine)
         assert events[0].kept == events[1].kept
         assert events[0].threshold == events[1].threshold
         for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
@@ -320,10 +326,10 @@ def test_where_triton_cannot_run_masks_take_torchs_operations_with_a_warning(mon
     broken.zero_ = mock.Mock(side_effect=RuntimeError("Failed to find C compiler"))
     monkeypatch.setitem(sys.modules, "sparsity.launches", broken)
     monkeypatch.setattr(sparsity, "launches", broken, raising=False)
-    monkeypatch.setattr(shards, "_is_gpu", lambda device: True)
-    monkeypatch.setattr(shards, "_launches", cache(shards._launches.__wrapped__))
+    monkeypatch.setattr(devices, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(devices, "_launches", cache(devices._launches.__wrapped__))
     with pytest.warns(UserWarning, match="Triton cannot run here.*: Failed to find C compiler"):
-        assert shards.kernels_for(torch.device("cpu")) is None
+        assert devices.kernels_for(torch.device("cpu")) is None
     gradient = torch.tensor([1.0, float("nan")])
     zero_pruned_(gradient, torch.tensor([True, False]))
     assert gradient.tolist() == [1.0, 0.0]
@@ -365,15 +371,16 @@ def test_the_host_waits_as_often_in_an_event_of_many_parameters_as_in_one_of_few
         event = SparsityCallback(Geometric(0.8, 0, 0, 1), report=False)
         event.bind(model)
         for density in (0.9, 0.5):
-            reads = host_reads(launches, monkeypatch, partial(event.prune, density, optimizer))
+            reads = host_reads(launches, monkeypatch, partial(event.pruner.prune, density, optimizer))
             assert 3 <= len(reads) <= most
 
 
 def test_a_pass_in_torch_waits_once_for_all_its_chunks(monkeypatch):
     mine = shards_on(DEVICE, tensors_of("ties", "float32"))
     with HostReads() as reads:
-        scan._collect_in_torch(mine, magnitude, 1_000, 1 << 30, 10_000)
-        scan._keep_after_ties_in_torch(mine[0], magnitude, 1_048_576_000, 5)
+        passes = TorchPasses(mine, magnitude)
+        passes.collect(1_000, 1 << 30, 10_000)
+        passes.keep_after_ties_(0, 1_048_576_000, 5)
     assert reads.found == ["tolist"]
 
 

@@ -11,7 +11,6 @@ from sparsity import SparsityCallback
 from sparsity.mask import (
     leaves_zeros,
     make_shards,
-    mask_gradients,
     mask_hash,
     masks_from_zeros,
     zero_all_pruned_,
@@ -59,10 +58,9 @@ def test_a_mask_of_another_size_is_refused():
 
 def test_a_nan_gradient_of_a_pruned_weight_vanishes_before_clipping():
     layer = nn.Linear(3, 2, bias=False)
-    parameters = prunable_parameters(layer)
-    shards = make_shards(parameters)
-    shards[0].mask[1] = False
-    mask_gradients(zip(parameters.values(), shards, strict=True))
+    callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
+    callback.bind(layer)
+    callback.shards[0].mask[1] = False
     (layer.weight * torch.tensor([[1.0, float("nan"), 2.0], [1.0, 1.0, 1.0]])).sum().backward()
     assert layer.weight.grad[0].tolist() == [1.0, 0.0, 2.0]
     assert torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0).isfinite()
@@ -92,7 +90,7 @@ def test_masked_adamw_equals_a_reference_that_trains_only_the_survivors():
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(layer)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.1)
-    callback.prune(0.5, optimizer)
+    callback.pruner.prune(0.5, optimizer)
     mask = (layer.weight != 0).detach()
 
     survivors = nn.Parameter(start[mask].clone())
@@ -120,7 +118,7 @@ def test_each_event_prunes_exactly_k_and_nothing_comes_back():
     pruned_before = torch.zeros(13 * 7 + 7 * 5, dtype=torch.bool)
     for step in range(50):
         if step in schedule.events():
-            callback.prune(schedule.density(step), optimizer)
+            callback.pruner.prune(schedule.density(step), optimizer)
         model(torch.randn(8, 13)).pow(2).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -137,7 +135,7 @@ def test_an_optimizer_that_mixes_weights_cannot_bring_one_back():
     callback = SparsityCallback(Geometric(0.75, 0, 0, 1))
     callback.bind(model)
     optimizer = torch.optim.Muon(model.parameters(), lr=0.1)
-    callback.prune(0.25, optimizer)
+    callback.pruner.prune(0.25, optimizer)
     for _ in range(3):
         model(torch.randn(8, 12)).pow(2).mean().backward()
         optimizer.step()
@@ -162,9 +160,9 @@ def test_adam_leaves_zeros_by_itself_once_its_states_are_zero(kind, options, dty
         optimizer.step()
         if step == 2:
             # Without the optimizer: its moments are those of a dense model.
-            callback.prune(0.5)
+            callback.pruner.prune(0.5)
         if step == 5:
-            callback.prune(0.25, optimizer)
+            callback.pruner.prune(0.25, optimizer)
         with mock.patch("sparsity.pruner.zero_all_pruned_") as zero:
             zero.side_effect = zero_all_pruned_
             callback.on_optimizer_step(None, None, None, optimizer=optimizer)
@@ -196,7 +194,7 @@ def test_what_is_evaluated_or_left_is_sparse_whoever_wrote_to_the_weights(moment
     layer = nn.Linear(4, 4, bias=False)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1), report=False)
     callback.bind(layer)
-    callback.prune(0.5)
+    callback.pruner.prune(0.5)
     with torch.no_grad():
         layer.weight.add_(1.0)
     getattr(callback, moment)(None, TrainerState(), TrainerControl(**{flag: True}))
@@ -207,7 +205,7 @@ def test_binding_again_forgets_the_run_before():
     layer = nn.Linear(4, 4, bias=False)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(layer)
-    callback.prune(0.5)
+    callback.pruner.prune(0.5)
     callback.bind(layer)
     assert (callback.threshold, callback.density, callback.average_density) == (None, 1.0, 1.0)
     layer(torch.ones(4)).sum().backward()
@@ -215,7 +213,7 @@ def test_binding_again_forgets_the_run_before():
 
 
 def test_an_unknown_score_is_refused():
-    with pytest.raises(ValueError, match="score=Magnitude is not known: choose magnitude or random"):
+    with pytest.raises(ValueError, match="score=Magnitude is not known: choose one of magnitude, random, or"):
         SparsityCallback(Geometric(0.5, 0, 0, 1), score="Magnitude")
 
 

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf.compose import composed
-from eval.runs.pairs.comparison import compare, curve_loss, read_runs
+from eval.runs.pairs.comparison import compare, curve_loss, read_trials
 from eval.runs.pairs.text import cells, markdown, usual_settings
 from tests.commands import run_command
 
@@ -48,7 +48,7 @@ def sweep(tmp_path):
 
 
 def test_gap_to_the_twin_is_the_mean_of_each_seeds_difference(sweep):
-    most = compare(read_runs([str(sweep)]))[-1]
+    most = compare(read_trials([str(sweep)]))[-1]
     assert most.settings == {"sparsity.target": 0.8}
     assert most.twin_gap is not None
     assert most.twin_gap.num == 3
@@ -58,7 +58,7 @@ def test_gap_to_the_twin_is_the_mean_of_each_seeds_difference(sweep):
 
 
 def test_a_single_seed_has_no_spread(sweep):
-    least = compare(read_runs([str(sweep)]))[0]
+    least = compare(read_trials([str(sweep)]))[0]
     assert least.settings == {"sparsity.target": 0.4}
     assert least.twin_gap is not None
     assert (least.twin_gap.num, least.twin_gap.std) == (1, None)
@@ -67,7 +67,7 @@ def test_a_single_seed_has_no_spread(sweep):
 
 def test_a_name_leaves_out_what_is_as_usual_but_never_the_first_key(sweep):
     write_run(sweep / "late", 3.3, 110.0, "sparsity.target=0.8", "sparsity.window={start:0.5,end:1}")
-    comparisons = compare(read_runs([str(sweep)]))
+    comparisons = compare(read_trials([str(sweep)]))
     usual = usual_settings(comparisons)
     assert usual == {"sparsity.window.start": 0.25, "sparsity.window.end": 0.75}
     names = [cells(comparison, usual)[0] for comparison in comparisons]
@@ -76,7 +76,7 @@ def test_a_name_leaves_out_what_is_as_usual_but_never_the_first_key(sweep):
 
 
 def test_dense_curve_is_read_at_n_bar_and_leaves_out_other_recipes(sweep):
-    least, most = compare(read_runs([str(sweep)]))
+    least, most = compare(read_trials([str(sweep)]))
     share = math.log(400 / 110) / math.log(420 / 110)
     expected = math.exp((1 - share) * math.log(3.02) + share * math.log(2.8))
     assert least.curve_loss == pytest.approx(expected)
@@ -85,7 +85,9 @@ def test_dense_curve_is_read_at_n_bar_and_leaves_out_other_recipes(sweep):
 
 
 def test_curve_goes_through_the_dense_runs(sweep):
-    dense = [run for run in read_runs([str(sweep)]) if not run.is_sparse and run.settings["trainer.learning_rate"] < 1]
+    dense = [
+        run for run in read_trials([str(sweep)]) if not run.is_sparse and run.settings["trainer.learning_rate"] < 1
+    ]
     assert curve_loss(dense, 420.0) == pytest.approx(2.8)
     assert curve_loss(dense, 601.0) is None
 
@@ -110,29 +112,29 @@ def test_command_prints_a_table_and_draws_it(sweep):
 )
 def test_what_cannot_be_compared_is_refused(sweep, names, words):
     with pytest.raises(ValueError, match=words):
-        compare(read_runs([str(sweep / name) for name in names]))
+        compare(read_trials([str(sweep / name) for name in names]))
 
 
 def test_a_run_without_its_config_is_refused(sweep):
     (sweep / "s40" / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"no config\.yaml beside it"):
-        read_runs([str(sweep)])
+        read_trials([str(sweep)])
 
 
 @pytest.mark.parametrize(
     ("figures", "words"),
     [
         ({"heldout_loss": None}, r"s80-1/summary\.json has no figure heldout_loss: leave this run out"),
-        ({"heldout_loss": math.nan}, "has heldout_loss=nan, which is no finite number above 0"),
+        ({"heldout_loss": math.nan}, "has heldout_loss=nan, which is not a finite number above 0"),
         ({"bits_per_byte": "many"}, "has bits_per_byte=many, which is no number"),
-        ({"avg_linear_params": 0}, "has avg_linear_params=0, which is no finite number above 0"),
+        ({"avg_linear_params": 0}, "has avg_linear_params=0, which is not a finite number above 0"),
     ],
 )
 def test_a_run_without_its_figures_is_refused_by_name(sweep, figures, words):
     file = sweep / "s80-1" / "summary.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **figures}))
     with pytest.raises(ValueError, match=words):
-        read_runs([str(sweep)])
+        read_trials([str(sweep)])
 
 
 @pytest.mark.parametrize(
@@ -141,4 +143,4 @@ def test_a_run_without_its_figures_is_refused_by_name(sweep, figures, words):
 def test_a_config_that_is_garbled_or_of_another_version_is_refused_by_name(sweep, text):
     (sweep / "s40" / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"s40/config\.yaml is garbled or of another version: leave this run out"):
-        read_runs([str(sweep)])
+        read_trials([str(sweep)])

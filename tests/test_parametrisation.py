@@ -141,7 +141,7 @@ def test_the_exported_model_is_plain_has_the_trained_models_logits_and_its_zeros
     model = build_model(folded_config(head_dim, init="authors", attn_implementation=attention), tokenizer, seed=0)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(model)
-    callback.prune(0.85)
+    callback.pruner.prune(0.85)
     export_model(model, tokenizer, tmp_path / "model", dtype="float32", max_shard_size="20KB", world=ONE)
     assert "query" not in (tmp_path / "model" / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=attention)
@@ -191,8 +191,8 @@ def test_the_threshold_compares_the_folded_weights(tokenizer):
         model = build_model(config, tokenizer, seed=0)
         callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
         callback.bind(model)
-        callback.prune(0.5)
-        found = callback.layer_densities()
+        callback.pruner.prune(0.5)
+        found = callback.pruner.layer_densities()
         kept[config.query_scale] = found["model.layers.0.self_attn.q_proj.weight"]
         assert found["model.layers.0.self_attn.k_proj.weight"] > 0.4
     assert kept["standard"] > 0.4

@@ -13,9 +13,9 @@ from torch.sparse._semi_structured_conversions import (
 from transformers.pytorch_utils import Conv1D
 
 from sparsity import Constant, Geometric, OneShot, SparsityCallback
+from sparsity.event import _take_by_block, candidates, prune_pool_
 from sparsity.pattern import NofM, parse_pattern
-from sparsity.prune import _take_by_block, candidates, prune_pool_
-from sparsity.score import magnitude, random
+from sparsity.score import Random, magnitude
 from sparsity.shards import ParameterShard
 from tests.kernel_oracles import HostReads
 
@@ -46,7 +46,7 @@ def test_what_was_pruned_before_goes_before_a_survivor_that_is_zero():
     assert candidates(shard, NofM(2, 4), magnitude).tolist() == [False, False, True, True]
 
 
-@pytest.mark.parametrize("score", [magnitude, random(1)], ids=["magnitude", "random"])
+@pytest.mark.parametrize("score", [magnitude, Random(1)], ids=["magnitude", "random"])
 def test_a_window_takes_the_smallest_candidates_of_all_blocks_and_ends_with_the_pattern(score):
     torch.manual_seed(0)
     weights = torch.randn(6, 8)
@@ -151,4 +151,4 @@ def test_zeros_that_leave_the_pattern_no_room_are_refused():
     callback = SparsityCallback(Constant(0.5), pattern="2:4", keep_zeros=True)
     callback.bind(layer)
     with pytest.raises(ValueError, match="1 blocks of 4 weights have more than 2 zeros"):
-        callback.inherit()
+        callback.pruner.inherit()

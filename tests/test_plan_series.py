@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from launch.plan.request import read_request
+from sparsity.common.text import count_text, half_up, power_text
 from train.plan.run import plan_run
-from train.plan.series import COLUMNS, card_batch_tokens, card_cells, half_up, short_count, short_float, table_row
+from train.plan.series import COLUMNS, card_batch_tokens, card_cells, table_row
+from train.record.read import measured_loss
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "table.csv"
 MEASURED = ("final_train_loss", "final_train_loss_std", "perplexity")
@@ -99,10 +101,9 @@ def test_loss_is_filled_in_only_from_the_very_run(tmp_path):
     summary = {"steps": plan.num_steps, "total_tokens": plan.total_tokens, "linear_params": plan.counts.linear}
     summary |= {"final_train_loss": 3.5, "final_train_loss_std": 0.1, "perplexity": 20.0}
     (plan.run_dir / "summary.json").write_text(json.dumps(summary))
-    row = table_row(config, plan)
-    assert (row["final_train_loss"], row["final_train_loss_std"], row["perplexity"]) == (3.5, 0.1, None)
+    assert measured_loss(plan) == {"final_train_loss": 3.5, "final_train_loss_std": 0.1}
     (plan.run_dir / "summary.json").write_text(json.dumps({**summary, "steps": 5}))
-    assert table_row(config, plan)["final_train_loss"] is None
+    assert measured_loss(plan) == {"final_train_loss": None, "final_train_loss_std": None}
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.125, "0.13"), (0.375, "0.38"), (20.0, "20.00"), (0.124, "0.12")])
@@ -111,8 +112,8 @@ def test_halves_are_rounded_up(value, text):
 
 
 def test_numbers_are_shortened_as_on_the_cards():
-    assert [short_count(n, 2) for n in (875_060_928, 57_940_480, 626_688)] == ["0.88B", "57.94M", "626.69k"]
-    assert [short_float(x) for x in (3e-4, 6.4e-3, 1.0)] == ["3e-4", "6.4e-3", "1e0"]
+    assert [count_text(n) for n in (875_060_928, 57_940_480, 626_688)] == ["0.88B", "57.94M", "626.69K"]
+    assert [power_text(x) for x in (3e-4, 6.4e-3, 1.0)] == ["3e-4", "6.4e-3", "1e0"]
     assert [card_batch_tokens(n) for n in (8_388_608, 1_048_576, 524_288)] == [8_000_000, 1_000_000, 524_288]
 
 

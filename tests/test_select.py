@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsity import scan
 from sparsity.schedule import Geometric
-from sparsity.score import key_spacing_bits, magnitude, magnitude_of_key, random
-from sparsity.select import find_bin, prune_smallest_, share_ties
+from sparsity.score import Random, key_spacing_bits, magnitude, magnitude_of_key
+from sparsity.select import prune_smallest_
+from sparsity.select.histograms import find_bin
+from sparsity.select.inside import Collected, Counted
+from sparsity.select.numpy_passes import NumpyPasses
+from sparsity.select.search import share_ties
+from sparsity.select.torch_passes import TorchPasses
 from sparsity.shards import ParameterShard
 
 
@@ -98,8 +102,8 @@ def test_a_sample_that_misleads_costs_time_but_not_exactness(monkeypatch):
     weights = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
     weights[:100] = 1e-30
     for size in (1, 3, 1 << 18):
-        monkeypatch.setattr("sparsity.select.SAMPLE_SIZE", size)
-        monkeypatch.setattr("sparsity.select.SAMPLE_SIGMAS", 0.0)
+        monkeypatch.setattr("sparsity.select.search.SAMPLE_SIZE", size)
+        monkeypatch.setattr("sparsity.select.search.SAMPLE_SIGMAS", 0.0)
         for num_pruned in (50, 101, 25_000, 49_999):
             shards = whole([weights])
             prune_smallest_(shards, num_pruned)
@@ -107,8 +111,8 @@ def test_a_sample_that_misleads_costs_time_but_not_exactness(monkeypatch):
 
 
 def test_candidates_past_the_limit_are_streamed(monkeypatch):
-    monkeypatch.setattr("sparsity.select.MIN_CANDIDATES", 10)
-    monkeypatch.setattr("sparsity.select.CANDIDATE_SHARE", 0.0)
+    monkeypatch.setattr("sparsity.select.search.MIN_CANDIDATES", 10)
+    monkeypatch.setattr("sparsity.select.search.CANDIDATE_SHARE", 0.0)
     weights = torch.randn(5_000, generator=torch.Generator().manual_seed(0))
     shards = whole([weights])
     prune_smallest_(shards, 2_345)
@@ -124,11 +128,11 @@ def test_keys_that_were_collected_counted_or_streamed_answer_alike(dtype):
     lo = tie = int(magnitude(whole([torch.tensor([0.5])])[0], slice(0, 1)))
     for num_keys in (40, 1 << 10):
         hi = lo + (num_keys << spacing)
-        below, num_inside, inside = scan.collect(shards, magnitude, lo, hi, 130_000)
-        streamed = scan.Streamed(shards, magnitude)
-        in_torch = scan._collect_in_torch(shards, magnitude, lo, hi, 130_000)
-        assert isinstance(inside, scan.Counted if num_keys == 40 else scan.Collected)
-        assert isinstance(in_torch[2], scan.Collected)
+        below, num_inside, inside = NumpyPasses(shards, magnitude).collect(lo, hi, 130_000)
+        streamed = NumpyPasses(shards, magnitude)
+        in_torch = TorchPasses(shards, magnitude).collect(lo, hi, 130_000)
+        assert isinstance(inside, Counted if num_keys == 40 else Collected)
+        assert isinstance(in_torch[2], Collected)
         assert (below, num_inside) == in_torch[:2]
         assert below == sum(int((shard.values.abs() < 0.5).sum()) for shard in shards)
         for other in (streamed, in_torch[2]):
@@ -217,7 +221,7 @@ def test_random_scores_depend_on_the_full_index_alone():
     values = torch.ones(1000)
     full = ParameterShard("w", values, torch.ones(1000, dtype=torch.bool), 0, 1000)
     late = ParameterShard("w", values[600:], torch.ones(400, dtype=torch.bool), 600, 1000)
-    score = random(seed=3)
+    score = Random(seed=3)
     assert torch.equal(score(full, slice(600, 1000)), score(late, slice(0, 400)))
     assert not torch.equal(score(full, slice(0, 400)), score(late, slice(0, 400)))
     huge = ParameterShard("w", values, torch.ones(1000, dtype=torch.bool), 2**40, 2**41)
@@ -227,10 +231,10 @@ def test_random_scores_depend_on_the_full_index_alone():
 def test_random_scores_prune_evenly_and_never_bring_back():
     values = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
     shards = whole([values[:20_000], values[20_000:]])
-    prune_smallest_(shards, 10_000, score=random(0))
+    prune_smallest_(shards, 10_000, score=Random(0))
     first = torch.cat([shard.mask.clone() for shard in shards])
     assert abs(int((~shards[0].mask).sum()) - 5_000) < 300
-    prune_smallest_(shards, 20_000, score=random(0))
+    prune_smallest_(shards, 20_000, score=Random(0))
     second = torch.cat([shard.mask for shard in shards])
     assert int((~second).sum()) == 20_000
     assert not (second & ~first).any()

@@ -71,7 +71,7 @@ def test_prune_events_evaluation_and_saving_are_pauses(watch, monkeypatch):
     clock = StepClock(CPU)
     clock.start()
     later: Any = lambda *args, **kwargs: watch.pass_seconds(7.0)  # noqa: E731
-    monkeypatch.setattr("sparsity.pruner.Pruner.prune_at", later)
+    monkeypatch.setattr("sparsity.callback.SparsityCallback.prune_at", later)
     callback = RunSparsity.__new__(RunSparsity)
     callback.clock = clock
     callback.prune_at(3)

@@ -1,12 +1,7 @@
 """One run: from a config to figures and a final model."""
 
-import sys
 from pathlib import Path
 
-if (
-    sys.argv[:1] == ["-m"]
-    and not sys.flags.safe_path
-    and Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]
-):
-    # `python -m` looks in the current folder first: a user's own train.py or conf/ would be taken for ours.
-    sys.path.append(sys.path.pop(0))
+# Run by its path: before it has run, an import may find a user's file.
+_FIRST = Path(__file__).resolve().parents[1] / "sparsity" / "common" / "own_first.py"
+exec(compile(_FIRST.read_bytes(), _FIRST, "exec"), {"__file__": str(_FIRST)})

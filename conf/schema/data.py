@@ -1,4 +1,4 @@
-"""The group `data`: what it is trained on."""
+"""The group `data`: the text to train on."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class DataConfig:
     heldout_share: float = 0.01
     """Share of the documents, picked by a hash of their text, that is never trained on."""
     sequence_length: int | None = None
-    """Tokens in a block; the model's context where it is null."""
+    """Tokens in a block; null takes the model's context."""
     bos: bool = False
     """Begin each document with the tokenizer's bos token; for `tokens`, that it is there."""
     eos: bool = True
@@ -92,7 +92,7 @@ class DataConfig:
     """`causal` attends over the whole block, also to the documents before; `document` only within a document."""
     max_documents: int | None = None
     num_workers: int | None = None
-    """Processes that tokenize; all cores where it is null."""
+    """Processes that tokenize; null takes all cores."""
     cache_dir: str = MISSING
 
     def __post_init__(self) -> None:

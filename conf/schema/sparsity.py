@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from conf.schema.checks import check, check_choice
 from sparsity.factors import check_factors
 from sparsity.pattern import parse_pattern
 from sparsity.schedule import SCHEDULES
+from sparsity.scope import SCOPES
+from sparsity.score import SCORES
+from sparsity.update import UPDATES, Moving, Update
 
 
 @dataclass
@@ -58,23 +62,43 @@ class GroupConfig:
 
 
 @dataclass
+class MovesConfig:
+    """When masks move, for updates that let weights return: set, rigl, ste."""
+
+    share: float = 0.3
+    """Share of the kept weights that set and rigl replace at first; it falls to 0 by a cosine."""
+    every: int = 100
+    """Steps between moves."""
+    end: float = 0.75
+    """Share of the run's steps after which masks stay as they are."""
+
+
+@dataclass
 class SparsityConfig:
     """How much is pruned, when, and what."""
 
+    METHODS: ClassVar = {"schedule": SCHEDULES, "score": SCORES, "scope": SCOPES, "update": UPDATES}
+    """Where help finds what there is to choose."""
+
     target: float = 0.0
     schedule: str = "geometric"
-    """How the density falls inside the window: geometric, cubic, linear, one_shot, or constant from the start."""
+    """How the density falls inside the window."""
     window: WindowConfig = field(default_factory=WindowConfig)
     score: str = "magnitude"
-    """What ranks a weight: its magnitude, or random as the control."""
+    """What ranks a weight."""
     factors: dict[str, float] = field(default_factory=dict)
     """Name patterns of parameters and what their scores are multiplied by, such as {'*q_proj*': 0.0625}."""
+    normalize: str = "none"
+    """Divide each parameter's scores by a norm of theirs: none, l2 or rms."""
     scope: str = "global"
-    """Which weights compete: all (one threshold), or those of each parameter (uniform: every layer to the target)."""
+    """Which weights compete."""
     groups: list[GroupConfig] = field(default_factory=list)
     """Parameters with targets of their own; what no group names follows `target`."""
     pattern: str = "unstructured"
     """Where weights may go: anywhere, or N:M, "2:4": 2 of every 4 consecutive inputs stay."""
+    update: str = "shrink"
+    """Whether pruned weights may come back."""
+    moves: MovesConfig = field(default_factory=MovesConfig)
     include: list[str] | None = None
     """Name patterns (`*` matches anything) of the parameters to prune; every linear layer's weight where it is null."""
     requires_dense: list[str] = field(default_factory=list)
@@ -85,11 +109,12 @@ class SparsityConfig:
             0 <= self.target < 1,
             f"sparsity.target={self.target} is outside [0, 1): give the share of weights to remove, 0.8 for 80 %.",
         )
-        check_choice("sparsity.score", self.score, ("magnitude", "random"))
-        check_choice("sparsity.scope", self.scope, ("global", "uniform"))
-        check_factors(self.factors, self.score, self.scope)
-        check_choice("sparsity.schedule", self.schedule, tuple(SCHEDULES))
+        score = SCORES.find(self.score, "sparsity.score")
+        scope = SCOPES.find(self.scope, "sparsity.scope")
+        check_factors(self.factors, score, scope, self.normalize)
+        SCHEDULES.find(self.schedule, "sparsity.schedule")
         parse_pattern(self.pattern)
+        self.make_update()
         window = self.window
         check(
             self.schedule != "one_shot" or window.start == window.end,
@@ -106,3 +131,17 @@ class SparsityConfig:
             f"sparsity.window.every={window.every} has no effect with sparsity.schedule={self.schedule}, which prunes once: "
             "leave it null.",
         )
+
+    def make_update(self) -> Update:
+        """Return the update with its moves; a ValueError says which of them cannot be."""
+        update, moves = UPDATES.find(self.update, "sparsity.update"), self.moves
+        if isinstance(update, Moving):
+            return replace(update, share=moves.share, every_steps=moves.every, end=moves.end)
+        for key, value in (("share", moves.share), ("every", moves.every), ("end", moves.end)):
+            usual = getattr(MovesConfig, key)
+            check(
+                value == usual,
+                f"sparsity.moves.{key}={value} has no effect with sparsity.update={self.update}, whose masks do not move: "
+                f"leave it at {usual}, or take update=set, rigl or ste.",
+            )
+        return update

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
-from train.record.table import count_text, half_up, percent_text
+from sparsity.common.text import count_text, half_up, percent_text
 
 
 def figures_text(figures: dict[str, Any]) -> str:
@@ -88,10 +87,6 @@ def _zeros(figures: dict[str, Any]) -> list[str]:
 
 
 def block_of(name: str) -> str:
-    """The numbered layer that a weight is in: model.layers.3 of model.layers.3.mlp.up_proj.weight; else the module."""
+    """Return the numbered layer of a weight, model.layers.3 of model.layers.3.mlp.up_proj.weight; else the module."""
     numbered = re.match(r"(.*?\.\d+)\.", name)
     return numbered[1] if numbered else name.removesuffix(".weight")
-
-
-def number_text(value: float, digits: int) -> str:
-    return half_up(value, digits) if math.isfinite(value) else "not finite"

@@ -7,32 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.record.style import BLUE, ORANGE, count_ticks, lighten, pyplot
+
 Figures = Mapping[str, Any]
 MAX_LABELLED = 24
 
 
 def sweep_points(summaries: Sequence[Figures]) -> list[tuple[float, float, float]]:
-    """(average linear parameters, final training loss, sparsity) of each run whose loss is finite, the smallest first."""
+    """Return (average linear parameters, final training loss, sparsity) of each run with a finite loss, the smallest
+    first."""
     points = [(run["avg_linear_params"], run["final_train_loss"], run["sparsity"]) for run in summaries]
     return sorted(point for point in points if point[1] is not None and math.isfinite(point[1]))
 
 
 def draw_sweep(summaries: Sequence[Figures], path: Path, title: str) -> None:
     """Draw finished runs from their summaries: hollow circles are dense, filled diamonds sparse, with their sparsity."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
-
-    from train.record.table import count_text
-
-    blue, orange = "#1f5fa8", "#d1690e"
+    plt = pyplot()
     points = sweep_points(summaries)
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     for name, color, marker, face, chosen in (
-        ("dense", blue, "o", "white", [point for point in points if not point[2]]),
-        ("sparse, its final sparsity", orange, "D", orange, [point for point in points if point[2]]),
+        ("dense", BLUE, "o", "white", [point for point in points if not point[2]]),
+        ("sparse, its final sparsity", ORANGE, "D", ORANGE, [point for point in points if point[2]]),
     ):
         if chosen:
             axes.plot(
@@ -47,10 +42,9 @@ def draw_sweep(summaries: Sequence[Figures], path: Path, title: str) -> None:
     axes.set_xlabel("average linear parameters over the run")
     axes.set_ylabel("final training loss (nats per token)")
     axes.set_title(title, loc="left", fontweight="bold")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value) if value > 0 else "0"))
+    count_ticks(axes.xaxis, 2)
     axes.margins(0.12)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    lighten(axes)
     if points:
         axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,13 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from conf.cli import user_errors
+from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import DashboardConfig
 from launch.dashboard.selection import Selection, select
 from train.record.wandb_key import has_wandb_key
 
-USAGE = """python -m launch.dashboard sweep_name=SWEEP                 a workspace over the wandb runs of a sweep
+EXAMPLES = """python -m launch.dashboard sweep_name=SWEEP                 a workspace over the wandb runs of a sweep
 python -m launch.dashboard runs=runs/SWEEP kind=report      a report, over the runs of some folders
     ... entity=TEAM project=sparsellm title=...
     ... dry_run=true                                        prints its JSON; needs no account
@@ -24,11 +24,9 @@ account: python -m eval.report runs=runs/SWEEP. Keys: conf/dashboard.yaml, Dashb
 
 
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return
     with user_errors():
-        config: DashboardConfig = composed("dashboard", arguments)
+        overrides = overrides_of("launch.dashboard", "Show runs side by side in wandb.", EXAMPLES, arguments)
+        config: DashboardConfig = composed("dashboard", overrides)
         check_possible(config)
         selection = select(config)
         from launch.dashboard.views import build_view, view_spec
@@ -41,7 +39,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def check_possible(config: DashboardConfig) -> None:
-    """A ValueError where the library or the account is missing."""
+    """Check that the library and the account are there.
+
+    Raises:
+        ValueError: One of them is missing.
+    """
     if find_spec("wandb_workspaces") is None:
         raise ValueError("launch.dashboard needs the library wandb-workspaces: pip install 'sparsellm[dashboard]'.")
     if not config.dry_run and not has_wandb_key():
@@ -52,7 +54,11 @@ def check_possible(config: DashboardConfig) -> None:
 
 
 def save(config: DashboardConfig, title: str, selection: Selection) -> str:
-    """Create the dashboard; its address. A ValueError where wandb does not take it."""
+    """Create the dashboard and return its address.
+
+    Raises:
+        ValueError: wandb refused it.
+    """
     import wandb
 
     from launch.dashboard.views import build_view

@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from sparsity import Geometric, shards
+from sparsity import Geometric, devices
 from sparsity.mask import make_shards
 from sparsity.pruner import Pruner
 from sparsity.select import prune_smallest_
@@ -53,8 +53,8 @@ SWEPT = {
     "keep_above_": ((2048, 4), (8192, 8), (16384, 4)),
     "count_kept": ((8192, 8), (16384, 4), (16384, 8)),
     "zero_all_ change": ((1024, 4), (2048, 4), (2048, 8)),
-    "gradients store": ((2048, 8), (4096, 4)),
-    "gradients change": ((4096, 8), (16384, 8)),
+    "gradients rewrite": ((1024, 8), (2048, 8)),
+    "gradients store": ((4096, 4),),
 }
 """Blocks and warps of each pass; each takes a compilation. Zeros are written in the ways that were fastest on an H200."""
 REHEARSED = dict.fromkeys(SWEPT, ((4096, 8),))
@@ -152,7 +152,7 @@ class Model:
 @contextlib.contextmanager
 def timed_passes(device: str, seconds: dict[str, list[Callable[[], float]]]) -> Iterator[None]:
     """Time each pass of `sparsity.launches` on the device for a while."""
-    launches = shards.kernels_for(torch.device(device))
+    launches = devices.kernels_for(torch.device(device))
 
     def timed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -219,7 +219,7 @@ def run_events(model: Model, device: str) -> list[Event]:
             return threshold
 
         before = peak(device, reset=True)
-        with timed_passes(device, pending), mock.patch("sparsity.prune.prune_smallest_", select):
+        with timed_passes(device, pending), mock.patch("sparsity.event.prune_smallest_", select):
             synchronize(device)
             started = time.perf_counter()
             model.pruner.prune(density, model.optimizer)
@@ -268,7 +268,7 @@ Shapes = dict[str, tuple[tuple[int, int], ...]]
 
 def sweep(model: Model, device: str, shapes: Shapes) -> dict[str, dict[str, float]]:
     """Seconds of each large pass by block and warps, from the same state each time."""
-    launches = shards.kernels_for(torch.device(device))
+    launches = devices.kernels_for(torch.device(device))
     if launches is None:
         return {}
     model.start_anew()
@@ -391,7 +391,7 @@ def measure(size: Size, device: str, shapes: Shapes) -> list[Comparison]:
                 row(
                     f"{name} at {event.density:.2f}", seconds, "its bytes at a copy's speed", moved / bandwidth, **share
                 )
-    with mock.patch.object(shards, "_is_gpu", return_value=False):
+    with mock.patch.object(devices, "_is_gpu", return_value=False):
         plain = run_events(model, device)
     middle = len(events) // 2
     row("event", events[middle].seconds, "the same in torch's operations", plain[middle].seconds)
@@ -399,7 +399,7 @@ def measure(size: Size, device: str, shapes: Shapes) -> list[Comparison]:
     if kthvalue is not None:
         row("selection", events[middle].selection, "kthvalue", kthvalue)
     swept = sweep(model, device, shapes)
-    chosen = shards.kernels_for(torch.device(device))
+    chosen = devices.kernels_for(torch.device(device))
     for name, by_shape in swept.items():
         fastest = min(by_shape, key=by_shape.__getitem__)
         mode = name.removeprefix("gradients ")
@@ -448,7 +448,7 @@ def main() -> None:
         # Triton asks for its interpreter when it is imported, which torch may have done by now.
         command = [sys.executable, "-m", "tests.benchmarks.event", "--rehearse", "--output", str(options.output)]
         sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
-    with mock.patch.object(shards, "_is_gpu", return_value=find_spec("triton") is not None):
+    with mock.patch.object(devices, "_is_gpu", return_value=find_spec("triton") is not None):
         rows = measure(TINY, "cpu", REHEARSED)
     write_rows([row.row() for row in rows], options.output)
 

@@ -167,7 +167,7 @@ def pruning(model, optimizer, num_steps: int):  # type: ignore[no-untyped-def]
 
     def prune(step: int) -> None:
         callback.on_optimizer_step(None, None, None, optimizer=optimizer)  # type: ignore[arg-type]
-        callback.prune(1 - 0.8 * (step + 1) / num_steps, optimizer)
+        callback.pruner.prune(1 - 0.8 * (step + 1) / num_steps, optimizer)
 
     return prune
 

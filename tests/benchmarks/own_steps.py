@@ -119,7 +119,7 @@ class Training:
 
         self.callback = SparsityCallback(Geometric(1 - DENSITY, 0, 0, 1), report=False)
         self.callback.bind(self.model)
-        self.callback.prune(DENSITY, self.optimizer)
+        self.callback.pruner.prune(DENSITY, self.optimizer)
 
     def after_update(self) -> None:
         """What the callback does after each update."""

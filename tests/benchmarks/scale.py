@@ -132,7 +132,7 @@ def shard_in_fake_world(model: dict[str, Any], world_size: int, shard_ranks: int
 def event_traffic(num_shards: int, world_size: int) -> tuple[int, int]:
     """(all-reduces, bytes of one rank's counts) of an event: two histograms for the sample, two for the candidates, the
     counts around the bracket, the ties of each parameter, one count a rank, and the kept weights of each parameter."""
-    from sparsity.select import NUM_BIN_BITS
+    from sparsity.select.search import NUM_BIN_BITS
 
     counts = [*[1 << NUM_BIN_BITS] * 4, 2, num_shards, world_size, num_shards]
     return len(counts), BYTES_PER_BIN * sum(counts)

@@ -128,7 +128,7 @@ def time_event(numel: int, sparsity: float, rounds: int, device: str) -> dict[st
     callback = SparsityCallback(Geometric(sparsity, 0, 0, 1), report=False)
     callback.bind(model)
     densities = [1 - sparsity * event / (rounds + 1) for event in range(1, rounds + 2)]
-    taken = [clock_alone(partial(callback.prune, density, optimizer), device)[0] for density in densities]
+    taken = [clock_alone(partial(callback.pruner.prune, density, optimizer), device)[0] for density in densities]
     return {OURS: min(taken[1:]), FLOOR: read_pass(weights, device)}
 
 

@@ -42,7 +42,7 @@ COMMANDS = {
     "check": Command(check.steps),
     "bench": Command(bench.steps),
     "rates": Command(claim.rates_steps, budget_s=180.0, parallel=6, takes_overrides=True),
-    "claim": Command(claim.claim_steps, budget_s=530.0, parallel=4, takes_overrides=True),
+    "claim": Command(claim.claim_steps, budget_s=530.0, parallel=6, takes_overrides=True),
 }
 REHEARSAL_BUDGET_S = 1800.0
 """A rehearsal takes minutes on an idle machine; on a busy one it is not to be cut short."""
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--parallel", type=int, default=None, help="steps at a time, where a step need not be alone")
     parser.add_argument("--list", action="store_true", help="print the steps and the seconds they are expected to take")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.overrides and not COMMANDS[options.command].takes_overrides:
         parser.error(
             f"{options.overrides[0]} is an override of a run, which {options.command} does not take: leave it out."

@@ -55,7 +55,7 @@ def exported(tmp_path_factory) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     model(input_ids=IDS.to(DEVICE), labels=IDS.to(DEVICE)).loss.backward()
     optimizer.step()
-    callback.prune(0.2, optimizer)
+    callback.pruner.prune(0.2, optimizer)
     world = World(0, 1, DEVICE)
     export_model(model, tokenizer, folder / "plain", dtype="float32", max_shard_size="50KB", world=world)
     weights = {name: param.detach().full_tensor().cpu() for name, param in model.named_parameters()}

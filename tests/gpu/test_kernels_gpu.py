@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsity import Geometric, SparsityCallback, scan
+from sparsity import Geometric, SparsityCallback
+from sparsity.mask import count_mask
 from sparsity.select import prune_smallest_
 from tests.kernel_oracles import DTYPES, keys_of, same_bits, shards_on, small_model, tensors_of, zeroed
 
@@ -35,7 +36,7 @@ def test_thirty_million_weights_are_pruned_as_numpy_sorts_them(dtype):
         expected[ties[num_pruned - int((keys < limit).sum()) :]] = True
         assert threshold.key == limit
         assert np.array_equal(torch.cat([shard.mask for shard in shards]).cpu().numpy(), expected)
-        assert scan.count_mask(shards).tolist() == [int(shard.mask.sum()) for shard in shards]
+        assert count_mask(shards).tolist() == [int(shard.mask.sum()) for shard in shards]
 
 
 def test_an_event_takes_little_memory_beside_the_model():
@@ -46,7 +47,7 @@ def test_an_event_takes_little_memory_beside_the_model():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        event.prune(density, optimizer)
+        event.pruner.prune(density, optimizer)
         taken = torch.cuda.max_memory_allocated() - before
         assert taken < 0.05 * 4 * 50_331_648, f"{taken:,} bytes more"
 
@@ -77,8 +78,8 @@ def test_events_of_a_model_are_those_of_the_cpu_to_the_last_bit(dtype, pattern):
     for event, model in zip(events, (mine, theirs), strict=True):
         event.bind(model)
     for density in (0.93, 0.5) if pattern == "2:4" else (0.93, 0.5, 0.2):
-        events[0].prune(density, of_mine)
-        events[1].prune(density, of_theirs)
+        events[0].pruner.prune(density, of_mine)
+        events[1].pruner.prune(density, of_theirs)
         assert events[0].kept == events[1].kept
         for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
             assert same_bits(a, b)
@@ -90,7 +91,7 @@ def test_a_backward_pass_leaves_no_pruned_gradient_and_no_nan():
     layer = nn.Linear(513, 257, bias=False).cuda()
     event = SparsityCallback(Geometric(0.5, 0, 0, 1), report=False)
     event.bind(layer)
-    event.prune(0.5)
+    event.pruner.prune(0.5)
     mask = event.shards[0].mask.view(257, 513)
     inputs = torch.randn(8, 513, device="cuda")
     inputs[:, 0] = float("inf")
@@ -122,12 +123,12 @@ def test_other_densities_sizes_and_models_compile_nothing_anew(dtype):
 
     event, optimizer = events_of(10, dtype)
     for density in (0.95, 0.9, 0.8, 0.5, 0.2):
-        event.prune(density, optimizer)
+        event.pruner.prune(density, optimizer)
     before = num_compiled()
     assert before > 0
     other, of_other = events_of(17, dtype, (255, 383))
     for density in (0.93, 0.7, 0.61, 0.3, 0.21):
-        other.prune(density, of_other)
+        other.pruner.prune(density, of_other)
     assert num_compiled() == before
 
 
@@ -135,12 +136,12 @@ def test_other_densities_sizes_and_models_compile_nothing_anew(dtype):
 def test_the_host_waits_a_few_times_an_event_whatever_the_number_of_parameters(dtype, most):
     for num_layers in (2, 40):
         event, optimizer = events_of(num_layers, dtype)
-        event.prune(0.95, optimizer)
+        event.pruner.prune(0.95, optimizer)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                event.prune(0.5, optimizer)
+                event.pruner.prune(0.5, optimizer)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         waits = [warning for warning in caught if "synchroniz" in str(warning.message)]

@@ -80,7 +80,7 @@ def copied_to_cpu(model: nn.Sequential) -> nn.Sequential:
 
 def masks_on_cpu(model: nn.Sequential) -> list[Tensor]:
     """The oracle: which weights the CPU keeps of the same model."""
-    bound(model).prune(0.2)
+    bound(model).pruner.prune(0.2)
     return [param != 0 for param in model.parameters()]
 
 
@@ -98,7 +98,7 @@ def test_an_event_under_fsdp2_prunes_what_the_cpu_prunes_and_steps_keep_it(mesh,
         if step == 1:
             expected = masks_on_cpu(copied_to_cpu(model))
             assert sum(int(mask.sum()) for mask in expected) == NUM_KEPT
-            callback.prune(0.2, optimizer)
+            callback.pruner.prune(0.2, optimizer)
             for param, mask in zip(model.parameters(), expected, strict=True):
                 assert torch.equal(on_cpu(param) != 0, mask)
         model(inputs()).float().pow(2).mean().backward()
@@ -132,7 +132,7 @@ def test_a_nan_gradient_of_a_pruned_weight_vanishes_before_the_norm(mesh):
     fully_shard(layer.to(DEVICE), mesh=mesh)
     callback = SparsityCallback(Geometric(0.25, 0, 0, 1), report=False)
     callback.bind(layer)
-    callback.prune(0.75)
+    callback.pruner.prune(0.75)
     layer(torch.tensor([[1.0, float("nan"), 1.0, 1.0], [1.0, 1.0, float("inf"), 1.0]], device=DEVICE)).backward()
     assert on_cpu(layer.weight.grad).tolist() == [[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0]]
     norm = on_cpu(nn.utils.clip_grad_norm_(layer.parameters(), 1e9))
@@ -178,7 +178,7 @@ def test_an_event_between_compiled_steps_recompiles_nothing(mesh):
     graphs = []
     for step in range(5):
         if step in (1, 3):
-            callback.prune(0.5 if step == 1 else 0.2, optimizer)
+            callback.pruner.prune(0.5 if step == 1 else 0.2, optimizer)
         model(inputs()).float().pow(2).mean().backward()
         optimizer.step()
         callback.on_optimizer_step(None, None, None, optimizer=optimizer)

@@ -59,7 +59,7 @@ def batch() -> torch.Tensor:
 def prune_shards() -> tuple[list[torch.Tensor], int, str]:
     model = sharded()
     callback = bound(model)
-    callback.prune(DENSITY)
+    callback.pruner.prune(DENSITY)
     return shards_of(model), sum(callback.kept.values()), next(model.parameters()).device.type
 
 
@@ -70,7 +70,7 @@ def train(model: nn.Module) -> list[float]:
     losses = []
     for step in range(NUM_STEPS):
         if step == NUM_STEPS - 1:
-            callback.prune(DENSITY, optimizer)
+            callback.pruner.prune(DENSITY, optimizer)
         loss = model(batch().to(next(model.parameters()).device)).pow(2).mean()
         loss.backward()
         losses.append(float(loss.detach()))
@@ -87,7 +87,7 @@ def train_shards() -> tuple[list[float], list[torch.Tensor]]:
 
 def test_two_ranks_on_one_device_prune_what_one_process_on_the_cpu_does():
     expected = network()
-    bound(expected).prune(DENSITY)
+    bound(expected).pruner.prune(DENSITY)
     first, second = run_ranks(prune_shards, 2, on_gpu=True, timeout_s=300)
     assert first[2] == second[2] == device().type
     assert first[1] == second[1] == round(DENSITY * (32 * 64 + 64 * 7))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.checkpoints.write import Pieces, begin_checkpoint, finish_checkpoint
+from train.checkpoints.write import Checkpoint, begin_checkpoint, finish_checkpoint
 from train.distributed import World
 
 
@@ -55,35 +53,25 @@ class BackgroundWriter:
             error, self._error = self._error, None
             raise error
 
-    def write_checkpoint(
-        self,
-        root: Path,
-        step: int,
-        world: World,
-        tensors: Mapping[str, Tensor],
-        pieces: Pieces,
-        state: dict[str, Any],
-        save_trainer_state: Callable[[str], None],
-        before: Callable[[], None] = lambda: None,
-        after: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Do what `train.checkpoints.write.write_checkpoint` does, but return when everything is copied. Collective.
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint as `train.checkpoints.write` does, but return when everything is copied. Collective.
 
         Raises:
-            RunStopped: On every rank if one of them could not write the checkpoint before, or not begin this one.
+            RunStopped: On every rank if one of them could not write the previous checkpoint, or not begin this one.
         """
         self.wait()
-        self._buffers = host_copies(tensors, self._buffers)
-        frozen = json.loads(json.dumps(state))
-        needed = begin_checkpoint(root, step, world, self._buffers, save_trainer_state, before)
+        self._buffers = host_copies(checkpoint.tensors, self._buffers)
+        state = json.loads(json.dumps(checkpoint.state))
+        needed = begin_checkpoint(replace(checkpoint, tensors=self._buffers))
+        copied = replace(checkpoint, tensors=self._buffers, state=state, world=self._world)
 
         def finish() -> None:
             try:
-                finish_checkpoint(root, step, self._world, self._buffers, pieces, frozen, needed, after)
+                finish_checkpoint(copied, needed)
             except BaseException as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=finish, daemon=True, name=f"checkpoint-{step}")
+        self._thread = threading.Thread(target=finish, daemon=True, name=f"checkpoint-{checkpoint.step}")
         self._thread.start()
 
 

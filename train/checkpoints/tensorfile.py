@@ -1,13 +1,12 @@
 """Safetensors files written one tensor at a time: no second copy of a rank's state, and real `OSError`s.
 
-`safetensors.save_file` wants every tensor on the CPU at once and turns a full disk into an error of its own. The layout
-is the format's: the header's length (u64), the header (json, padded to 8 bytes), the tensors one after another.
+`safetensors.save_file` wants every tensor on the CPU at once, turns a full disk into an error of its own, and makes the
+file readable for its owner alone (0.8).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from itertools import chain
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from sparsity.common.safetensors_header import Entry, format_header
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -24,14 +25,15 @@ _CHUNK = 64 << 20
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What `write_tensors` will need on the disk."""
+    """Return the bytes that `write_tensors` needs on the disk."""
     return len(_header(tensors)) + sum(_num_bytes(tensor) for tensor in tensors.values())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write and sync; the sha256 of the file's bytes. Tensors may lie on any device, one at a time is copied.
+    """Write and sync a file, copying one tensor at a time from its device; the umask decides on the file's mode.
 
-    The umask decides on the file's mode; `safetensors.save_file` (0.8) makes it readable for its owner alone.
+    Returns:
+        The sha256 of the file's bytes.
     """
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
@@ -47,15 +49,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     offset = 0
-    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    entries: dict[str, Entry] = {}
     for name, tensor in tensors.items():
-        end = offset + _num_bytes(tensor)
-        shape = list(tensor.shape)
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        entries[name] = Entry(_DTYPES[tensor.dtype], tuple(tensor.shape), offset, _num_bytes(tensor))
+        offset += _num_bytes(tensor)
+    return format_header(metadata or {}, entries)
 
 
 def _num_bytes(tensor: Tensor) -> int:

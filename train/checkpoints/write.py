@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank its own rows, rank 0 the rest, and a name only for what is whole."""
+"""Writing a checkpoint: every rank its own rows, rank 0 the rest; only a whole one gets its name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from conf.cli import sentence
+from sparsity.common.files import publish_folder, remove_folder, sha256_of, sync, write_synced
 from sparsity.mask import pack_mask, state_holder
 from sparsity.prunable import plain_name
 from sparsity.shards import ParameterShard, local_tensor, shard_dim, shard_offset
 from train.checkpoints import layout
-from train.checkpoints.durable import remove_folder, sync_file, sync_folder, write_synced
 from train.checkpoints.tensorfile import file_bytes, write_tensors
 from train.distributed import World
 from train.faults.stop import RunStopped
@@ -35,7 +35,7 @@ class Pieces:
     rows: dict[str, int]
 
     def of(self, name: str, rank: int, num_rows: int) -> tuple[int, int] | None:
-        """The rows start .. stop of a parameter of `num_rows` that `rank` writes; None where it writes none of it."""
+        """Return the rows start .. stop that `rank` writes of a parameter of `num_rows`, None if it writes none."""
         if rank not in self.writers:
             return None
         index, size = self.writers.index(rank), self.rows[name]
@@ -45,7 +45,7 @@ class Pieces:
 
 
 def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
-    """The pieces that FSDP2 has cut the parameters into; of replicas the first one writes. The same on every rank."""
+    """Return FSDP2's pieces of the parameters, the same on every rank; of replicas the first one writes."""
     writers, rows = [0], {}
     for name, param in parameters.items():
         dim = shard_dim(param) if isinstance(param, DTensor) else None
@@ -60,21 +60,25 @@ def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
 
 
 def local_rows(param: Tensor) -> tuple[int, int]:
-    """The rows start .. stop of the full parameter that lie on this rank."""
+    """Return the rows start .. stop of the full parameter that are on this rank."""
     per_row = param.numel() // param.shape[0] if param.shape[0] else 1
     start = shard_offset(param) // max(1, per_row)
     return start, start + local_tensor(param.detach()).shape[0]
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """Each parameter once, by its transformers name."""
+    """Return each parameter once, by its transformers name."""
     return {plain_name(name): param for name, param in model.named_parameters()}
 
 
 def optimizer_state(
     optimizer: Any, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """({state: {name: tensor of the parameter's shape}}, {state: {name: number}}); RunStopped for any other state."""
+    """Return ({state: {name: tensor of the parameter's shape}}, {state: {name: number}}).
+
+    Raises:
+        RunStopped: The optimizer has a state of another shape.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     scalars: dict[str, dict[str, float]] = {}
     states = state_holder(optimizer).state
@@ -93,7 +97,7 @@ def optimizer_state(
 
 
 def optimizer_figures(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What state.json says of the optimizer: the dtype of each state that has a parameter's shape, and the rates."""
+    """Describe the optimizer for state.json: the dtype of each state with a parameter's shape, and the rates."""
     tensors, _ = optimizer_state(optimizer, parameters)
     dtypes = {key: {name: str(t.dtype).removeprefix("torch.") for name, t in of.items()} for key, of in tensors.items()}
     groups = state_holder(optimizer).param_groups
@@ -104,7 +108,7 @@ def optimizer_figures(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[
 def rank_tensors(
     model: nn.Module, optimizer: Any, shards: list[ParameterShard], rng: Mapping[str, Tensor], rank: int
 ) -> tuple[dict[str, Tensor], Pieces, dict[str, Any]]:
-    """(this rank's tensors for its file, which rank has which rows, the optimizer's scalars)."""
+    """Return this rank's tensors for its file, which rank has which rows, and the optimizer's scalars."""
     parameters = parameters_of(model)
     pieces = pieces_of(parameters)
     moments, scalars = optimizer_state(optimizer, parameters)
@@ -120,122 +124,114 @@ def rank_tensors(
     return tensors, pieces, scalars
 
 
-def write_checkpoint(
-    root: Path,
-    step: int,
-    world: World,
-    tensors: Mapping[str, Tensor],
-    pieces: Pieces,
-    state: dict[str, Any],
-    save_trainer_state: Callable[[str], None],
-    before: Callable[[], None] = lambda: None,
-    after: Callable[[], object] = lambda: None,
-) -> Path:
-    """Write the checkpoint of `step`; it appears whole or not at all. Collective.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to write: this rank's contents, and rank 0's calls before and after."""
 
-    What the ranks tell each other does not grow with their number, but for the checksum and size that each tells rank 0.
+    root: Path
+    """The folder of the run's checkpoints."""
+    step: int
+    """The number of steps that were run."""
+    world: World
+    tensors: Mapping[str, Tensor]
+    """Contents of this rank's file."""
+    pieces: Pieces
+    """Which rank's file has which rows."""
+    state: dict[str, Any]
+    """Contents of state.json that `finish_checkpoint` does not know itself."""
+    save_trainer_state: Callable[[str], None]
+    """Writes transformers' own state to a path."""
+    before: Callable[[], None] = lambda: None
+    """Called before anything is written."""
+    after: Callable[[], object] = lambda: None
+    """Called when the checkpoint has appeared."""
 
-    Args:
-        root: The folder of the run's checkpoints.
-        step: The number of steps that were run.
-        world: This process among its peers.
-        tensors: What this rank's file holds.
-        pieces: Which rank's file has which rows.
-        state: What state.json holds beside what is known here.
-        save_trainer_state: Writes transformers' own state to a path; called by rank 0.
-        before: Called by rank 0 before anything is written.
-        after: Called by rank 0 when the checkpoint has appeared.
+    @property
+    def aside(self) -> Path:
+        return layout.aside_of(self.root, self.step)
+
+    @property
+    def folder(self) -> Path:
+        return layout.folder_of(self.root, self.step)
+
+
+def write_checkpoint(checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint, which appears whole or not at all. Collective.
+
+    The ranks exchange as much for any number of them, except for the checksum and size that each sends to rank 0.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        RunStopped: On every rank if one of them could not write; what was written is removed, older checkpoints stay.
+        RunStopped: On every rank if one of them could not write; what was written is removed, older checkpoints
+            stay.
     """
-    needed = begin_checkpoint(root, step, world, tensors, save_trainer_state, before)
-    return finish_checkpoint(root, step, world, tensors, pieces, state, needed, after)
+    return finish_checkpoint(checkpoint, begin_checkpoint(checkpoint))
 
 
-def begin_checkpoint(
-    root: Path,
-    step: int,
-    world: World,
-    tensors: Mapping[str, Tensor],
-    save_trainer_state: Callable[[str], None],
-    before: Callable[[], None],
-) -> int:
+def begin_checkpoint(checkpoint: Checkpoint) -> int:
     """Make the folder beside the checkpoint's and save the Trainer's state in it; return the bytes of all ranks.
     Collective."""
-    needed = int(world.sum(torch.tensor(file_bytes(tensors), device=world.device)))
-    aside = layout.aside_of(root, step)
+    world, aside = checkpoint.world, checkpoint.aside
+    needed = int(world.sum(torch.tensor(file_bytes(checkpoint.tensors), device=world.device)))
 
     def begin() -> None:
-        before()
+        checkpoint.before()
         remove_folder(aside)
         aside.mkdir(parents=True)
-        save_trainer_state(str(aside / layout.TRAINER_STATE))
-        sync_file(aside / layout.TRAINER_STATE)
+        checkpoint.save_trainer_state(str(aside / layout.TRAINER_STATE))
+        sync(aside / layout.TRAINER_STATE)
 
-    _together(world, begin if world.is_main else None, root, step, needed)
+    _together(checkpoint, begin if world.is_main else None, needed)
     return needed
 
 
-def finish_checkpoint(
-    root: Path,
-    step: int,
-    world: World,
-    tensors: Mapping[str, Tensor],
-    pieces: Pieces,
-    state: dict[str, Any],
-    needed: int,
-    after: Callable[[], object],
-) -> Path:
+def finish_checkpoint(checkpoint: Checkpoint, needed: int) -> Path:
     """Write every rank's file and the rest, and give the folder its name. Collective."""
-    aside, folder = layout.aside_of(root, step), layout.folder_of(root, step)
+    world, aside = checkpoint.world, checkpoint.aside
 
     def write() -> tuple[str, int]:
-        return write_tensors(aside / layout.rank_file(world.rank), tensors), file_bytes(tensors)
+        digest = write_tensors(aside / layout.rank_file(world.rank), checkpoint.tensors)
+        return digest, file_bytes(checkpoint.tensors)
 
-    written = world.to_main(_together(world, write, root, step, needed))
+    written = world.to_main(_together(checkpoint, write, needed))
 
     def finish() -> None:
         files = {layout.rank_file(rank): report for rank, report in enumerate(written)}
         whole = {
             "format": layout.FORMAT,
-            "step": step,
+            "step": checkpoint.step,
             "world_size": world.size,
             "versions": versions(),
-            **state,
-            "pieces": asdict(pieces),
+            **checkpoint.state,
+            "pieces": asdict(checkpoint.pieces),
             "bytes": {name: report[1] for name, report in files.items()},
         }
         write_synced(aside / layout.STATE, json.dumps(whole) + "\n")
         sums = {name: report[0] for name, report in files.items()}
-        sums |= {name: layout.sha256_of(aside / name) for name in (layout.STATE, layout.TRAINER_STATE)}
+        sums |= {name: sha256_of(aside / name) for name in (layout.STATE, layout.TRAINER_STATE)}
         write_synced(aside / layout.SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-        sync_folder(aside)
-        remove_folder(folder)
-        aside.rename(folder)
-        sync_folder(root)
+        publish_folder(aside, checkpoint.folder)
 
-    _together(world, finish if world.is_main else None, root, step, needed)
+    _together(checkpoint, finish if world.is_main else None, needed)
     if world.is_main:
-        after()
-    return folder
+        checkpoint.after()
+    return checkpoint.folder
 
 
-def _together(world: World, action: Callable[[], Any] | None, root: Path, step: int, needed: int) -> Any:
+def _together(checkpoint: Checkpoint, action: Callable[[], Any] | None, needed: int) -> Any:
     """Return this rank's result of its `action`; RunStopped on all ranks if one failed. Collective."""
     result, problem = attempt(action) if action else (None, None)
-    if problems := world.problems(problem):
-        if world.is_main:
-            remove_folder(layout.aside_of(root, step))
-        raise RunStopped(_failure(layout.folder_of(root, step), problems[0], needed))
+    if problems := checkpoint.world.problems(problem):
+        if checkpoint.world.is_main:
+            remove_folder(checkpoint.aside)
+        raise RunStopped(_failure(checkpoint.folder, problems[0], needed))
     return result
 
 
 def attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(the action's result, None), or (None, what the operating system would not do)."""
+    """Return (the action's result, None), or (None, the operating system's error in a sentence)."""
     try:
         return action(), None
     except OSError as error:
@@ -253,5 +249,5 @@ def versions() -> dict[str, str]:
 
 def _failure(folder: Path, problem: str, needed: int) -> str:
     kept = layout.checkpoints(folder.parent)
-    rest = f"{kept[0]} is whole, the same command goes on from it" if kept else "there is no checkpoint before it"
+    rest = f"{kept[0]} is whole, the same command resumes from it" if kept else "there is no checkpoint before it"
     return f"{folder} could not be saved, it takes {needed:,} bytes: {problem.rstrip('.')}; {rest}."

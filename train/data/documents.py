@@ -316,7 +316,7 @@ def _read_parquet(part: Part, text_field: str, skipped: Skipped | None) -> Itera
                     try:
                         yield checked_text(_found({column: value.as_py()}, text_field), text_field)
                     except UnicodeDecodeError:
-                        _leave_out(f"{part.path}, row {row} is not UTF-8: write it anew as UTF-8.", skipped)
+                        _leave_out(f"{part.path}, row {row} is not UTF-8: write it again as UTF-8.", skipped)
                     except ValueError as error:
                         _leave_out(f"{part.path}, row {row} {error}", skipped)
     except pa.ArrowException as error:

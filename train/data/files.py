@@ -8,29 +8,17 @@ import json
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
+from sparsity.common.files import aside, folder_aside, sha256_of
 from train.data.pool import num_cores
 
 MEMO_BYTES = 64 << 20
 SETTLED_NS = 2_000_000_000
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name to write to: what lies there at the end becomes `path` in one step, and is removed after an error."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def lock(folder: Path) -> FileLock:
@@ -45,13 +33,8 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
         return folder
     with lock(folder):
         if not folder.exists():
-            partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
-            partial.mkdir()
-            try:
+            with folder_aside(folder) as partial:
                 build(partial)
-                os.rename(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -71,11 +54,6 @@ def publish(made: Path, folder: Path) -> Path:
 def digest(value: object) -> str:
     """32 hexadecimal digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def sha256_of(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_all(

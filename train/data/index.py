@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sparsity.common.files import aside
 from train.data.documents import MOST_PLACES
-from train.data.files import aside
 from train.data.pack import SPLITS, STARTS_DTYPE, Job, id_dtype
 
 INDEX = "index.json"

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sparsity.common.files import aside
 from train.data.documents import Skipped, read_documents
-from train.data.files import aside
 from train.data.parts import Part
 from train.data.split import is_heldout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from conf.schema import Config
+from sparsity.registry import label_of
 
 
 def choice_words(config: Config, *, prunes: bool) -> list[str]:
@@ -25,5 +26,12 @@ def choice_words(config: Config, *, prunes: bool) -> list[str]:
         words.append(f"documents cut at {data.max_document_tokens:,} tokens (data.max_document_tokens)")
     if data.attention == "document":
         words.append("no attention across documents (data.attention=document)")
-    factors = config.sparsity.factors.items() if prunes else ()
-    return words + [f"scores of {pattern} times {factor:g}" for pattern, factor in factors]
+    if not prunes:
+        return words
+    sparsity = config.sparsity
+    words += [f"scores of {pattern} times {factor:g}" for pattern, factor in sparsity.factors.items()]
+    if sparsity.normalize != "none":
+        words.append(f"each parameter's scores divided by their {sparsity.normalize} norm")
+    if sparsity.update != "shrink":
+        words.append(label_of(sparsity.make_update()))
+    return words

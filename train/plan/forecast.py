@@ -1,4 +1,4 @@
-"""Everything that is known of one run before it runs, as one plain dictionary: what json and text are made from."""
+"""All that is known about a run before it runs, as one plain dictionary from which JSON and text are made."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from conf.schema import Config, PlanConfig
+from sparsity.registry import name_of
 from train.plan.assumed import memory_of, peak_of
 from train.plan.choices import choice_words
 from train.plan.compute import (
@@ -23,11 +24,13 @@ from train.plan.series import table_row
 
 
 def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, Any]:
-    """The run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name."""
+    """Return the run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name."""
     row = table_row(config, plan)
     num_prunable = plan.num_prunable
     setting = run_setting(config, plan, parse_bytes(memory_of(request)), request.memory_headroom)
-    flops = training_flops(plan.model, row["avg_linear_params"], plan.sequence_length, plan.total_tokens)
+    flops = training_flops(
+        plan.model, row["avg_linear_params"] + plan.extra_linear, plan.sequence_length, plan.total_tokens
+    )
     days = training_days(flops.dense, plan.world_size, peak_of(request), request.mfu)
     twin = plan.twin
     return {
@@ -81,7 +84,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "bytes_per_prune_event": sum(event_network_bytes(len(pool.names), plan.world_size) for pool in plan.pools),
         },
         "disk": {
-            "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable),
+            "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable, plan.update.state_bytes),
             "export_bytes": export_bytes(plan.model, config.export.dtype),
             "export_dtype": config.export.dtype,
         },
@@ -94,7 +97,9 @@ def _schedule(config: Config, plan: RunPlan) -> dict[str, Any]:
         return {"steps": plan.num_steps, "prune_start_step": None, "prune_end_step": None}
     return {
         "steps": plan.num_steps,
-        "kind": schedule.kind,
+        "kind": name_of(schedule),
+        "update": config.sparsity.update,
+        "normalize": config.sparsity.normalize,
         "scope": config.sparsity.scope,
         "pattern": config.sparsity.pattern,
         "score": config.sparsity.score,
@@ -125,7 +130,7 @@ def _memory(memory: GpuMemory) -> dict[str, Any]:
 
 
 def _leanest(config: Config, setting: Setting) -> Setting:
-    """The setting by which the most sequences fit: what `auto` chooses for them frees gathered weights where it must."""
+    """Return the setting in which the most sequences fit: `auto` then frees gathered weights if it must."""
     return replace(setting, reshard_after_forward=config.launch.reshard_after_forward != "false")
 
 
@@ -139,7 +144,7 @@ def _host(memory: HostMemory) -> dict[str, Any]:
 
 
 def _largest_fit(plan: RunPlan, num_prunable: int, setting: Setting, request: PlanConfig) -> dict[str, Any]:
-    """The largest micro-batch that fits into the device's memory less its headroom; sizes are None where none does."""
+    """Return the largest micro-batch that fits into the device's memory less its headroom; sizes are None if none fits."""
     device = parse_bytes(memory_of(request))
     share = plan.batch_size // plan.world_size
     budget = device * (1 - request.memory_headroom)

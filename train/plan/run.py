@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import Config, ModelConfig
+from sparsity.pattern import parse_pattern
 from sparsity.schedule import SCHEDULES, Mixed, Ramp
-from sparsity.scope import Pool, num_pruned, seen_together, target_shares
+from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
+from sparsity.update import Update
 from sparsity.window import compute_window, schedule_of_window
+from train.plan.architecture import default_length, describe, resolved
+from train.plan.branch import planned_steps
 from train.plan.counts import ParameterCounts, count_parameters
 from train.plan.names import planned_pools
 from train.plan.twin import DenseTwin, dense_twin
@@ -30,11 +34,22 @@ class RunPlan:
     """Of all prunable weights together; None where the run stays dense."""
     pools: tuple[Pool, ...]
     """The weights that compete with each other; none where the run stays dense."""
+    scope: Scope
+    """What shares out among the pools what is pruned."""
+    update: Update
+    """Whether pruned weights may come back."""
     model: ModelConfig
     """What is trained: the configured model, or its dense twin."""
     counts: ParameterCounts
+    target_sparsity: float | None
+    """Of all prunable weights together in the end; a twin has that of its sparse run, a dense run none."""
     twin: DenseTwin | None = None
     """How a dense twin was derived and how far off it is; None where model.match is null."""
+
+    @property
+    def architecture(self) -> str:
+        """The `model_type` of transformers."""
+        return "llama" if self.model.path is None else describe(self.model).kind
 
     @property
     def batch_tokens(self) -> int:
@@ -50,6 +65,12 @@ class RunPlan:
         return self.schedule.average_density(self.num_steps) if self.schedule else 1.0
 
     @property
+    def extra_linear(self) -> float:
+        """Linear weights, on average over the steps, whose work comes on top of the active ones': dense gradients."""
+        extra = self.update.extra_compute(self.schedule, self.num_steps) if self.schedule else 0.0
+        return extra / self.num_steps * self.num_prunable
+
+    @property
     def num_prunable(self) -> int:
         return sum(pool.numel for pool in self.pools)
 
@@ -59,13 +80,13 @@ class RunPlan:
         if self.schedule is None:
             return 0
         base = self.schedule.base
-        return sum(num_pruned(pool.numel, 1.0 - pool.final_sparsity(base)) for pool in self.pools)
+        return sum(self.scope.counts(self.pools, base, base.end_step))
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
     """The plan of a run; a ValueError says in one sentence what in the configuration cannot be."""
-    model = config.model
-    sequence_length = config.data.sequence_length or model.max_position_embeddings
+    model = resolved(config.model)
+    sequence_length = config.data.sequence_length or default_length(model)
     if sequence_length > model.max_position_embeddings:
         raise ValueError(
             f"data.sequence_length={sequence_length} is longer than the model's context, "
@@ -74,6 +95,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     pools = planned_pools(model, config.sparsity)
     batch_size, micro, accumulation = _split_batch(config, world_size)
     schedule, num_steps = _schedule_and_steps(config, pools, batch_size * sequence_length)
+    target_sparsity = schedule.sparsity if schedule else None
     twin = None
     if model.match == "average":
         twin = dense_twin(model, _average_linear(model, pools, schedule, num_steps))
@@ -88,8 +110,11 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         gradient_accumulation_steps=accumulation,
         schedule=schedule,
         pools=tuple(pools) if schedule else (),
+        scope=SCOPES.find(config.sparsity.scope),
+        update=config.sparsity.make_update(),
         model=model,
         counts=count_parameters(model),
+        target_sparsity=target_sparsity,
         twin=twin,
     )
 
@@ -97,15 +122,16 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
 def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int) -> tuple[Ramp | Mixed | None, int]:
     """The prune schedule, None for a dense run, and the number of steps, which a compute budget decides."""
     sparsity, window, num_steps = config.sparsity, config.sparsity.window, config.trainer.max_steps
+    num_steps = planned_steps(config) if num_steps is None else num_steps
     if (num_steps is None) == (window.budget is None):
         raise ValueError(
             f"trainer.max_steps={num_steps} and sparsity.window.budget={window.budget} both say how long the run is, or "
-            "neither does: set one of them, and the other to null."
+            "neither does: set one of them, and the other to null; with branch_from=RUN@STEP and optim.decay_steps both may be."
         )
     shares = target_shares(pools, sparsity.target)
     if not any(target for _, target in shares):
         return None, num_steps or round(window.budget or 0)
-    kind = SCHEDULES[sparsity.schedule]
+    kind = SCHEDULES.find(sparsity.schedule)
     if num_steps is None:
         schedule, num_steps = compute_window(
             sparsity.target,
@@ -128,7 +154,30 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
             kind=kind,
             shares=shares,
         )
+    _check_window_and_decay(config, schedule, num_steps)
+    update = sparsity.make_update()
+    update.check(schedule, parse_pattern(sparsity.pattern))
+    if config.init_from is not None and update.lets_return:
+        raise ValueError(
+            f"init_from={config.init_from} keeps the zeros of its model, and sparsity.update={sparsity.update} lets pruned "
+            "weights return: take sparsity.update=shrink, or start from new weights."
+        )
     return seen_together(schedule, pools), num_steps
+
+
+def decay_length(decay_steps: float, num_steps: int) -> int:
+    """Return the steps that a value of optim.decay_steps stands for: below 1 it is a share of the run."""
+    return round(decay_steps * num_steps) if decay_steps < 1 else round(decay_steps)
+
+
+def _check_window_and_decay(config: Config, schedule: Ramp, num_steps: int) -> None:
+    """Refuse to prune while the rate decays: what is pruned then has no time to recover."""
+    decay = config.trainer.decay_steps
+    if decay and schedule.end_step > (begin := num_steps - decay_length(decay, num_steps)):
+        raise ValueError(
+            f"The prune window ends at step {schedule.end_step} and the decay of optim.decay_steps={decay:g} begins at step "
+            f"{begin}: end the window earlier (sparsity.window.end), or decay later."
+        )
 
 
 def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | Mixed | None, num_steps: int) -> float:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from conf.schema import Config
+from sparsity.common.text import count_text, half_up, percent_text, power_text
 from sparsity.schedule import Staircase
 from train.plan.run import RunPlan
 
@@ -28,14 +27,14 @@ MEBI = 1 << 20
 
 
 def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
-    """The table's line of one run: exact numbers, and None for what only training can tell.
+    """Return the table's line of one run: exact numbers, and None for what only training can tell.
 
-    `batch_tokens` and `total_tokens` follow the cards, which call 2^20 tokens a million; `_true` is beside them.
+    `batch_tokens` and `total_tokens` follow the model cards of the published series, which call 2^20 tokens a million;
+    the true numbers are in the keys with `_true`.
     """
     linear = plan.counts.linear
     prunable, pruned = plan.num_prunable, plan.num_pruned
     batch_tokens = card_batch_tokens(plan.batch_tokens)
-    loss, loss_std = measured_loss(plan)
     return {
         "model": plan.run_dir.name,
         "total_params": plan.counts.total,
@@ -46,8 +45,8 @@ def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
         "batch_tokens": batch_tokens,
         "lr": config.trainer.learning_rate,
         "total_tokens": plan.num_steps * batch_tokens,
-        "final_train_loss": loss,
-        "final_train_loss_std": loss_std,
+        "final_train_loss": None,
+        "final_train_loss_std": None,
         "perplexity": None,
         "batch_tokens_true": plan.batch_tokens,
         "total_tokens_true": plan.total_tokens,
@@ -59,15 +58,15 @@ def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
 
 
 def card_batch_tokens(batch_tokens: int) -> int:
-    """The cards' "8M" for 4096 x 2048: each 2^20 tokens counted as 1e6, where the batch is a whole number of them."""
+    """Return the cards' "8M" for 4096 x 2048: each 2^20 tokens counted as 1e6, if the batch is a whole number of them."""
     return batch_tokens // MEBI * 1_000_000 if batch_tokens % MEBI == 0 else batch_tokens
 
 
 def card_average_density(schedule: Staircase, num_steps: int) -> float:
-    """The average density by the cards' bookkeeping, one interval longer than the run.
+    """Return the average density by the cards' bookkeeping, one interval longer than the run.
 
-    They count an interval of `every` steps for each of the n events and leave the tail after the window unshortened,
-    so they divide by steps + every: 0.8919, 0.7650, 0.6083 and 0.3984 where the means over the steps that are run are
+    They count an interval of `every` steps for each of the n events and do not shorten the tail after the window, so
+    they divide by steps + every: 0.8919, 0.7650, 0.6083 and 0.3984, while the means over the steps that are run are
     0.8928, 0.7660, 0.6096 and 0.3992.
     """
     every = schedule.every_steps
@@ -76,47 +75,15 @@ def card_average_density(schedule: Staircase, num_steps: int) -> float:
     return (schedule.start_step + window + tail) / (num_steps + every)
 
 
-def measured_loss(plan: RunPlan) -> tuple[float | None, float | None]:
-    """Final training loss and its standard deviation, once the very run that is planned is finished here."""
-    try:
-        summary = json.loads((plan.run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None, None
-    same = {"steps": plan.num_steps, "total_tokens": plan.total_tokens, "linear_params": plan.counts.linear}
-    if not isinstance(summary, dict) or any(summary.get(key) != value for key, value in same.items()):
-        return None, None
-    return summary.get("final_train_loss"), summary.get("final_train_loss_std")
-
-
 def card_cells(row: dict[str, Any]) -> dict[str, str]:
-    """The row as the cards print it: two decimals for parameters and percentages, one for tokens, half-up."""
+    """Return the row as the cards print it: two decimals for parameters and percentages, one for tokens, half-up."""
     params = ("total_params", "linear_params", "avg_linear_params", "nonzero_linear")
-    cells = {key: short_count(row[key], 2) for key in params}
+    cells = {key: count_text(row[key]) for key in params}
     cells["model"] = row["model"]
-    cells["sparsity"] = f"{half_up(100 * Decimal(str(row['sparsity'])), 2)}%"
-    cells["batch_tokens"] = short_count(row["batch_tokens"], 1, exact_whole=True)
-    cells["lr"] = short_float(row["lr"])
-    cells["total_tokens"] = short_count(row["total_tokens"], 1)
+    cells["sparsity"] = percent_text(row["sparsity"])
+    cells["batch_tokens"] = count_text(row["batch_tokens"], 1, trim=True)
+    cells["lr"] = power_text(row["lr"])
+    cells["total_tokens"] = count_text(row["total_tokens"], 1)
     for key, places in (("final_train_loss", 3), ("final_train_loss_std", 3), ("perplexity", 2)):
         cells[key] = "" if row[key] is None else half_up(row[key], places)
     return {column: cells[column] for column in COLUMNS}
-
-
-def half_up(value: float | Decimal, places: int) -> str:
-    """`value` with `places` decimals, halves away from zero as in the cards, not to even as Python rounds."""
-    return str(Decimal(value).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP))
-
-
-def short_count(value: float, places: int, *, exact_whole: bool = False) -> str:
-    """1,204,881,408 as 1.20B; from 0.1B and 0.1M up in B and M. `exact_whole` drops a zero after the point: 8M."""
-    for letter, unit in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if value >= unit or (letter == "B" and value >= unit / 10 and not exact_whole):
-            text = half_up(Decimal(value) / unit, places)
-            return (text.rstrip("0").rstrip(".") if exact_whole else text) + letter
-    return str(round(value))
-
-
-def short_float(value: float) -> str:
-    """0.0003 as 3e-4."""
-    mantissa, exponent = f"{value:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"

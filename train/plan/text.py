@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from train.plan.series import card_cells, half_up, short_count, short_float
+from sparsity.common.text import bytes_text, count_text, half_up, power_text
+from train.plan.series import card_cells
 
 HEADINGS = (
     ("", "model"),
@@ -35,7 +36,7 @@ DENSITY_HEADINGS = (
 
 
 def series_text(rows: Sequence[dict[str, Any]]) -> str:
-    """The table in the cards' columns, and below it what the cards count otherwise."""
+    """Return the table in the cards' columns, and below it the numbers that the cards count differently."""
     cells = [tuple(card_cells(row).values()) for row in rows]
     lines = align([tuple(above for above, _ in HEADINGS), tuple(name for _, name in HEADINGS), *cells], gap=1)
     density = [
@@ -45,7 +46,7 @@ def series_text(rows: Sequence[dict[str, Any]]) -> str:
             half_up(row["average_density_card"], 4),
             half_up(row["dense_equivalent_steps"], 1),
             f"{row['batch_tokens_true']:,}",
-            short_count(row["total_tokens_true"], 1),
+            count_text(row["total_tokens_true"], 1),
         )
         for row in rows
     ]
@@ -63,7 +64,7 @@ def _recipes(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def run_text(plan: dict[str, Any]) -> str:
-    """One run: its line of the table, then schedule, batch, compute, memory, network and disk space."""
+    """Return one run as text: its line of the table, then schedule, batch, compute, memory, network and disk space."""
     sections = [
         series_text([plan]),
         _section("Schedule", _schedule(plan)),
@@ -82,7 +83,7 @@ def run_text(plan: dict[str, Any]) -> str:
 
 
 def align(rows: Sequence[tuple[str, ...]], gap: int = 2) -> list[str]:
-    """Columns as wide as their widest cell, `gap` spaces apart: the first to the left, the others to the right."""
+    """Return columns as wide as their widest cell, `gap` spaces apart: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         (" " * gap)
@@ -93,14 +94,6 @@ def align(rows: Sequence[tuple[str, ...]], gap: int = 2) -> list[str]:
         .rstrip()
         for row in rows
     ]
-
-
-def bytes_text(size: float) -> str:
-    """Decimal units, as device memory is sold: 4,819,525,632 as 4.82 GB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{half_up(size / scale, 2)} {unit}"
-    return f"{size:.0f} B"
 
 
 def _twin(twin: dict[str, Any]) -> list[tuple[str, str]]:
@@ -140,6 +133,7 @@ def _method(schedule: dict[str, Any]) -> str:
     return (
         f"{schedule['pattern']}, by {schedule['score']}, {schedule['scope']}: "
         f"{'one threshold' if thresholds == 1 else f'{thresholds} thresholds'}"
+        + (f", update {schedule['update']}" if schedule["update"] != "shrink" else "")
     )
 
 
@@ -167,9 +161,9 @@ def _batch(plan: dict[str, Any]) -> list[tuple[str, str]]:
 def _compute(plan: dict[str, Any]) -> list[tuple[str, str]]:
     compute = plan["compute"]
     return [
-        ("training FLOPs", f"{short_float(_round(compute['training_flops_dense']))} dense"),
+        ("training FLOPs", f"{power_text(_round(compute['training_flops_dense']))} dense"),
         ("", f"= {compute['formula']}"),
-        ("", f"{short_float(_round(compute['training_flops_average']))} by average density"),
+        ("", f"{power_text(_round(compute['training_flops_average']))} by average density"),
         ("time", f"{compute['days']:.3g} days, {compute['seconds_per_step']:.3g} s a step"),
         ("", f"at mfu={compute['mfu']:g}, assumed, of {_peak(compute)}"),
         ("", "GPUs compute masked weights too, so the time follows the dense FLOPs"),

@@ -10,29 +10,43 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from conf.schema import Config, tokenizer_of
-from train.checkpoints.durable import write_atomically
+from sparsity.common.files import write_atomically
+from sparsity.common.text import count_text, finite_text, half_up, percent_text, power_text
+from sparsity.pattern import UNSTRUCTURED, parse_pattern
+from sparsity.registry import label_of
+from sparsity.scope import SCOPES
+from sparsity.score import SCORES
+from train.plan.architecture import describe
+from train.plan.branch import branch_words, read_branch
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
 from train.record.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
 from train.record.summary import SHARE_OF_FINAL_STEPS
-from train.record.table import count_text, half_up, markdown, percent_text, rate_text
-from train.record.terms import BIBTEX, PAPER, PAPER_URL, licence_words, source_of, tokenizer_terms, tokenizer_words
-
-CURVES = {
-    "geometric": "each time the same share of the weights that are left",
-    "cubic": "fewer each time, by a cubic (Zhu and Gupta 2017)",
-    "linear": "each time the same number of weights",
-}
+from train.record.table import markdown
+from train.record.terms import (
+    BIBTEX,
+    PAPER,
+    PAPER_URL,
+    base_model_terms,
+    licence_words,
+    public_name,
+    source_of,
+    tokenizer_terms,
+    tokenizer_words,
+)
 
 
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:
-    """The whole README.md: yaml header and Markdown. `siblings` are summaries of finished runs of the same series.
+    """Return README.md: its yaml header and its Markdown.
 
     Figures that are not finite are left out of the header and named as such in the text.
+
+    Args:
+        siblings: Summaries of finished runs of the same series.
     """
     own = {**summary, "run_name": plan.run_dir.name}
     sections = [
-        f"# {own['run_name']}\n\n{_opening(own)}",
+        f"# {own['run_name']}\n\n{_opening(config, plan, own)}",
         f"## Model\n\n{_model(config, plan, own)}",
         f"## Figures\n\n{_figures(own)}",
         f"## Training\n\n{_training(config, plan, own, siblings)}",
@@ -47,7 +61,7 @@ def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequenc
 
 
 def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
-    """The yaml header, where the hub looks for tags, licence, data and results."""
+    """Return the yaml header, from which the hub takes tags, licence, data and results."""
     source, window = source_of(config.data), summary["perplexity_window"]
     names = {
         "perplexity": f"perplexity per token, disjoint windows of {window} tokens",
@@ -70,7 +84,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
     ]
     kind = ["sparse"] if has_sparse_weights(summary) else ["dense"]
     if is_sparse(summary):
-        kind += ["pruning", f"{config.sparsity.score}-pruning"]
+        kind += ["pruning", f"{config.sparsity.score.replace(':', '-')}-pruning"]
     return ModelCardData(
         language=source.language,
         license=config.card.license,
@@ -78,7 +92,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
         license_link=config.card.license_link,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["sparsellm", "llama", *kind, "arxiv:2501.12486"],
+        tags=["sparsellm", plan.architecture, *kind, "arxiv:2501.12486"],
         datasets=[source.hub_id] if source.hub_id else None,
         metrics=["perplexity"] if results else None,
         model_name=plan.run_dir.name,
@@ -86,7 +100,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
     )
 
 
-def _opening(own: Figures) -> str:
+def _opening(config: Config, plan: RunPlan, own: Figures) -> str:
     zeros = f"{percent_text(own['sparsity'])} of the weights in its linear layers are exactly zero"
     outcome = (
         f"pruned on the way: {zeros}"
@@ -95,8 +109,12 @@ def _opening(own: Figures) -> str:
         if has_sparse_weights(own)
         else "dense: nothing was pruned"
     )
+    start = "pre-trained from scratch"
+    if config.init_from is not None:
+        start = f"trained on from the weights of `{public_name(config.init_from)}`"
+    what = "LLaMA" if plan.model.path is None else f"model of the architecture `{plan.architecture}`"
     return (
-        f"A LLaMA of {count_text(own['total_params'])} parameters, pre-trained from scratch and {outcome}. Trained by "
+        f"A {what} of {count_text(own['total_params'])} parameters, {start} and {outcome}. Trained by "
         f"sparsellm, an implementation of [{PAPER.split(':')[0]}]({PAPER_URL}), in a run of its own: it is none of the "
         "checkpoints published with the paper."
     )
@@ -104,10 +122,12 @@ def _opening(own: Figures) -> str:
 
 def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     model = plan.model
+    width = model.hidden_size if model.path is None else describe(model).attention_width
+    architecture = "LLaMA" if model.path is None else plan.architecture
     shape = [
         f"`{model.name}`: {model.num_hidden_layers} layers",
         f"hidden size {model.hidden_size}",
-        f"{model.num_attention_heads} heads of {model.hidden_size // model.num_attention_heads}",
+        f"{model.num_attention_heads} heads of {width // model.num_attention_heads}",
         f"{model.num_key_value_heads} key-value heads",
         f"MLP {model.intermediate_size}",
         f"context {model.max_position_embeddings}",
@@ -116,7 +136,7 @@ def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     ]
     head = "lm_head is the embedding and not counted" if model.tie_word_embeddings else "lm_head counted, embedding not"
     lines = {
-        "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, LLaMA architecture",
+        "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, {architecture} architecture",
         "Shape": ", ".join(shape),
         "Sparsity configuration": _sparsity(config, own),
         "Training data": _data(config),
@@ -145,14 +165,15 @@ def _sparsity(config: Config, own: Figures) -> str:
     targets = [f"{100 * group.target:g}% of {_patterns(group.include)}" for group in sparsity.groups]
     rest = "the rest of " if targets else ""
     amounts = ", ".join([*targets, f"{100 * sparsity.target:g}% of {rest}{pruned}"])
-    where = "unstructured" if sparsity.pattern == "unstructured" else f"{sparsity.pattern} along the inputs"
-    ranking = "lowest magnitude first" if sparsity.score == "magnitude" else "in random order"
+    pattern, score, scope = parse_pattern(sparsity.pattern), SCORES.find(sparsity.score), SCOPES.find(sparsity.scope)
+    where = UNSTRUCTURED if pattern is None else label_of(pattern)
+    ranking = label_of(score)
+    if sparsity.normalize != "none":
+        ranking += f", divided by the {sparsity.normalize} norm of its parameter"
     ranking += "".join(f", that of `{pattern}` times {factor:g}" for pattern, factor in sparsity.factors.items())
-    if sparsity.scope == "uniform":
-        ranking += ", every layer to its target"
-    elif sparsity.score == "magnitude":
-        ranking += ", one threshold for " + ("each group" if targets else "all")
-    return f"{amounts}, {where}, {ranking}; a pruned weight never comes back"
+    if score.has_values or not scope.compares_parameters:
+        ranking += ", " + label_of(scope) + (" of a group" if targets and scope.compares_parameters else "")
+    return f"{amounts}, {where}, {ranking}; {label_of(sparsity.make_update())}"
 
 
 def _patterns(patterns: Sequence[str]) -> str:
@@ -175,24 +196,24 @@ def _figures(own: Figures) -> str:
         ("---", "---", "---"),
         (
             "Perplexity",
-            _number(own["perplexity"], 2),
+            finite_text(own["perplexity"], 2),
             "exp of the held-out loss: per token of this model's tokenizer, in disjoint windows of "
             f"{own['perplexity_window']} tokens, each scored without the text before it",
         ),
         (
             "Held-out loss",
-            _number(own["heldout_loss"], 4),
+            finite_text(own["heldout_loss"], 4),
             "nats per token, the mean over all full windows without the first token of each",
         ),
         (
             "Bits per byte",
-            _number(own["bits_per_byte"], 4),
+            finite_text(own["bits_per_byte"], 4),
             f"all {own['heldout_tokens']:,} tokens in the same windows, over the {own['heldout_bytes']:,} bytes of the "
             "text in UTF-8; compares models with different tokenizers",
         ),
         (
             "Bits per byte, unigram",
-            _number(own["unigram_bits_per_byte"], 4),
+            finite_text(own["unigram_bits_per_byte"], 4),
             "the same for a model that guesses tokens by their frequency in the training data",
         ),
     ]
@@ -211,28 +232,30 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     )
     decay = "".join(f", {key} {value}" for key, value in optim.lr_scheduler_kwargs.items())
     num_final = min(steps, max(2, round(SHARE_OF_FINAL_STEPS * steps)))
+    branch = read_branch(plan.run_dir)
     lines = {
+        **({"Branch": branch_words(branch)} if branch else {}),
         **_parametrisation(config),
         "Training steps": f"{steps:,}",
         "Batch size": f"{own['batch_tokens']:,} tokens ({own['batch_tokens'] // length:,} sequences x {length:,})",
-        "Learning rate": f"{rate_text(own['learning_rate'])} at its peak, warm-up over {warmup}, then "
+        "Learning rate": f"{power_text(own['learning_rate'])} at its peak, warm-up over {warmup}, then "
         f"`{optim.lr_scheduler_type}`{decay}",
         "Optimizer": f"`{optim.optim}`, betas {optim.adam_beta1:g} and {optim.adam_beta2:g}, eps "
-        f"{rate_text(optim.adam_epsilon)}, weight decay {optim.weight_decay:g}, gradient norm clipped at "
+        f"{power_text(optim.adam_epsilon)}, weight decay {optim.weight_decay:g}, gradient norm clipped at "
         f"{optim.max_grad_norm:g}",
         **_by_source(own),
         "Total training tokens": f"{own['total_tokens']:,} ({count_text(own['total_tokens'], 1)}), steps x batch size",
-        "Final training loss": f"{_number(own['final_train_loss'], 4)} ± {_number(own['final_train_loss_std'], 4)} "
+        "Final training loss": f"{finite_text(own['final_train_loss'], 4)} ± {finite_text(own['final_train_loss_std'], 4)} "
         f"nats per token: mean ± population standard deviation of the batch losses of the last {num_final:,} steps, "
         "1% of the run and at least 2",
     }
     if is_sparse(own):
         start, end, every = own["prune_start_step"], own["prune_end_step"], own["prune_every_steps"]
-        kind = plan.schedule.kind if plan.schedule else "geometric"
+        curve = f", {label_of(plan.schedule)}" if plan.schedule else ""
         lines |= {
             "Pruning start step": f"{start:,}, counted from 0; weights go before the step is trained",
             "Pruning end step": f"{end:,}",
-            "Pruning interval": f"every {every:,} steps, {(end - start) // every + 1:,} times in all, {CURVES[kind]}"
+            "Pruning interval": f"every {every:,} steps, {(end - start) // every + 1:,} times in all{curve}"
             if end > start
             else "all at once",
         }
@@ -294,9 +317,9 @@ def _series(own: Figures, siblings: Sequence[Figures]) -> str:
 
 
 def _usage(config: Config, plan: RunPlan) -> str:
-    """Code that works when pasted; without a hub_id, in the folder that the sentence before it names.
+    """Return code that works when pasted; without a hub_id it loads the run's folder.
 
-    Of an absolute path only the end is shown: a card may be published, and the rest says where the run's owner works.
+    Only the end of an absolute path is shown: a card may be published, and the rest is private.
     """
     run_dir, start = plan.run_dir, "the folder that training was started in"
     if run_dir.is_absolute():
@@ -332,9 +355,11 @@ def _limits(own: Figures) -> str:
 
 
 def _terms(config: Config) -> str:
+    base = {} if config.init_from is None else {"Model it started from": base_model_terms(config.init_from)}
     return _bullets(
         {
             "Licence of this model": licence_words(config.card),
+            **base,
             "Training data": source_of(config.data).terms,
             "Tokenizer": tokenizer_terms(tokenizer_of(config)),
         }
@@ -347,10 +372,6 @@ def _bullets(lines: Mapping[str, str]) -> str:
 
 def _count(count: int) -> str:
     return f"{count:,} ({count_text(count)})"
-
-
-def _number(value: float, digits: int) -> str:
-    return half_up(value, digits) if math.isfinite(value) else "not finite"
 
 
 def write_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: Figures) -> None:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from sparsity.common.text import count_text, half_up
 from train.record.style import BLUE, GREY, ORANGE, count_ticks, lighten, pyplot
-from train.record.table import count_text, half_up
-
-
-def read_records(metrics: Path) -> list[dict[str, Any]]:
-    with open(metrics, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def draw_report(records: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> None:

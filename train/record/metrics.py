@@ -62,9 +62,10 @@ class Recorder(TrainerCallback):
         self._earlier = []
 
     def sync(self) -> None:
-        """Have every record so far survive a crash of the machine: a checkpoint must not be ahead of them.
+        """Sync every record so far to the disk: a checkpoint must not be ahead of its records.
 
-        An OSError where the disk has no room for them.
+        Raises:
+            OSError: The disk has no room.
         """
         self._flush()
         os.fsync(self._file.fileno())
@@ -97,7 +98,7 @@ class Recorder(TrainerCallback):
             record |= {f"train/{name}": value for name, value in self.figures_of_data(step).items()}
         if self.sparsity is not None:
             record |= self.sparsity.metrics(step - 1)
-            layers = self.sparsity.layer_densities()
+            layers = self.sparsity.pruner.layer_densities()
             if layers != self._layers:
                 self._layers = layers
                 record |= {f"layer_density/{name}": density for name, density in layers.items()}
@@ -127,7 +128,7 @@ class Recorder(TrainerCallback):
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def close(self) -> None:
-        """End the records where the run is interrupted."""
+        """Write the last records and close the file when the run is interrupted."""
         self._file.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=1)
@@ -141,9 +142,10 @@ class Recorder(TrainerCallback):
 
 
 def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records that are there; a last line that was cut off by a kill is removed from the file.
+    """Return the records of a file, and remove a last line that a kill cut off.
 
-    A ValueError where another line is no record.
+    Raises:
+        ValueError: Another line is no record.
     """
     if not metrics.exists():
         return []
@@ -156,19 +158,19 @@ def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
         assert all("train/global_step" in record for record in records)
     except (ValueError, TypeError, AssertionError):
         raise ValueError(
-            f"{metrics} holds a line that is no record of a run: mend or remove the line, or set overwrite=true to start "
+            f"{metrics} holds a line that is not a record of a run: repair or remove the line, or set overwrite=true to start "
             "the run anew."
         ) from None
     return records
 
 
 def _identity(record: dict[str, Any]) -> tuple[int, str]:
-    """A step has one record of each kind: of training, of evaluation."""
+    """Return the key of a record: a step has one of training and one of evaluation."""
     return record["train/global_step"], "train" if "train/loss" in record else "eval"
 
 
 def _finite(value: Any) -> Any:
-    """json has no NaN: what is not finite becomes null."""
+    """Return None for a number that is not finite, because JSON has no NaN."""
     return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
@@ -177,7 +179,7 @@ def _grouped(name: str) -> str:
 
 
 class ProgressBar(ProgressCallback):
-    """transformers' progress bar with the loss and the density behind it instead of a line for each log."""
+    """transformers' progress bar, followed by loss and density, instead of a line for each log."""
 
     def __init__(self, sparsity: SparsityCallback | None) -> None:
         super().__init__()

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from hydra.core.override_parser.types import Quote, QuotedString
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.schema import Config
 from conf.schema.data import SourceConfig
+from sparsity.prunable import own_linear_weights
+from sparsity.shards import local_values, rank_layout
 from train.plan.choices import choice_words
 from train.plan.run import RunPlan
 from train.scoring import Score
@@ -20,15 +23,23 @@ SHARE_OF_FINAL_STEPS = 0.01
 
 
 def final_loss(step_losses: Tensor) -> tuple[float, float]:
-    """Mean and population standard deviation of the training loss over the last 1 % of the steps, at least 2."""
+    """Return mean and population standard deviation of the training loss over the last 1 % of the steps, at least 2."""
     step_losses = step_losses[step_losses.isfinite()]
     num_final = min(len(step_losses), max(2, round(SHARE_OF_FINAL_STEPS * len(step_losses))))
     final = step_losses[-num_final:].double()
     return float(final.mean()), float(final.std(correction=0))
 
 
+@torch.no_grad()
+def count_nonzero_linear(model: nn.Module) -> int:
+    """Count the weights of the linear layers that are not exactly 0, over all shards. Collective: the shard group."""
+    weights = list(own_linear_weights(model).values())
+    counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights])
+    return int(rank_layout(weights).sum_counts(counts).sum())
+
+
 def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
-    """What `python -m eval` has to be told, beside model and data, to score the same text in the same windows."""
+    """Return the overrides with which `python -m eval` scores the same text in the same windows."""
     usual = {
         "path": None,
         "name": None,
@@ -85,9 +96,10 @@ def summarize(
     train_seconds: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """All figures of a finished run. Counts are parameters, tokens, steps; losses are nats per token.
+    """Return all figures of a finished run. Counts are parameters, tokens, steps; losses are nats per token.
 
-    `average_density` is that of the `num_prunable` weights; the summary's is that of all linear weights.
+    Args:
+        average_density: Of the `num_prunable` weights; the summary has that of all linear weights.
     """
     loss, spread = final_loss(step_losses)
     linear = plan.counts.linear

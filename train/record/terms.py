@@ -1,4 +1,4 @@
-"""What a model owes to others: the paper to cite, and the terms of its text, its tokenizer and of itself."""
+"""Credits and terms of a model: the paper to cite, the licences of its text, of its tokenizer and of itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LLAMA_2_LICENSE_URL = "https://ai.meta.com/llama/license/"
 
 @dataclass(frozen=True)
 class Source:
-    """A `data.source` in words; `hub_id` and `language` where the hub has names for them."""
+    """A `data.source` in words; `hub_id` and `language` if the hub has names for them."""
 
     name: str
     terms: str
@@ -60,7 +60,7 @@ def _hub_terms(name: str) -> str:
 
 SOURCES = {
     "pydocs": Source(
-        "docstrings of the Python standard library and of the packages installed where the model was trained",
+        "docstrings of the Python standard library and of the packages installed on the training machine",
         "Docstrings of installed packages: each package's are under that package's own licence, the standard library's "
         "under Python's (PSF).",
         language="en",
@@ -85,13 +85,13 @@ SOURCES = {
 
 
 def is_llama_2(tokenizer: str) -> bool:
-    """Whether a hub name or path says that it is LLaMA 2's tokenizer, which the published series uses too."""
+    """Return whether a hub name or path means LLaMA 2's tokenizer, which the published series uses."""
     name = "/".join(Path(tokenizer).parts[-2:]).lower()
     return re.search(r"llama[-_. ]?2(?!\d)", name) is not None or name.startswith("tjingrant/sparsellm-")
 
 
 def public_name(tokenizer: str) -> str:
-    """A hub name as it is; of a path only the last part, which says nothing of the machine."""
+    """Return a hub name as it is, and of a path only the last part, which reveals nothing about the machine."""
     return tokenizer if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", tokenizer) else Path(tokenizer).name
 
 
@@ -108,11 +108,17 @@ def tokenizer_terms(tokenizer: str) -> str:
         return "It was trained on the data above and has no terms beyond the data's."
     if is_llama_2(tokenizer):
         return f"LLaMA 2's, under {llama_2}."
-    return f"`{public_name(tokenizer)}` is under its publisher's terms; where it is LLaMA 2's, that is {llama_2}."
+    return f"`{public_name(tokenizer)}` is under its publisher's terms; for LLaMA 2's tokenizer, that is {llama_2}."
+
+
+def base_model_terms(init_from: str) -> str:
+    return (
+        f"`{public_name(init_from)}` is under its publisher's terms, which go with weights that are trained on from it."
+    )
 
 
 def licence_words(card: CardConfig) -> str:
-    """The model's own licence: what was chosen, or plainly that nothing was, and how to choose."""
+    """Return the model's own licence; if none was chosen, say so and how to choose one."""
     if card.license is None:
         return (
             "none was chosen, and none is implied by the software, the data or the tokenizer. Whoever trained the "

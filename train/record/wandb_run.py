@@ -1,15 +1,14 @@
-"""The wandb run beside a run's own records: where it goes, and what it is called and found by."""
+"""The wandb run of a run: its folder, name, group and tags."""
 
 from __future__ import annotations
 
 import os
 import uuid
-from dataclasses import replace
 from typing import Any
 
 from conf.schema import Config
-from train.checkpoints.durable import write_atomically
-from train.plan.run import RunPlan, plan_run
+from sparsity.common.files import write_atomically
+from train.plan.run import RunPlan
 from train.record.siblings import SHARE_BY_CHANCE
 from train.record.wandb_key import has_wandb_key
 
@@ -18,10 +17,17 @@ MAX_TAG_LENGTH = 64
 
 
 def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_sparsity: float) -> Any | None:
-    """A wandb run in the run's folder, under the same id when the run goes on: offline where no key is configured.
+    """Start a wandb run in the run's folder, offline if no key is configured; a resumed run keeps its id.
 
-    `values` is the configuration it shows; `initial_sparsity` is that of the weights it starts from. None where wandb is
-    off.
+    Args:
+        values: The configuration that wandb shows.
+        initial_sparsity: Share of zeros in the weights that the run starts from.
+
+    Returns:
+        None if wandb is off.
+
+    Raises:
+        ValueError: wandb did not start.
     """
     if not config.logger.wandb:
         return None
@@ -61,26 +67,19 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
 
 
 def kind_of_run(plan: RunPlan, initial_sparsity: float) -> str:
-    """The job type that tells the runs of a group apart: sparse, by pruning or from the start, its `twin`, or dense."""
+    """Return the job type: `sparse` by pruning or from the start, its `twin`, or `dense`."""
     if plan.twin:
         return "twin"
     return "sparse" if plan.schedule or initial_sparsity > SHARE_BY_CHANCE else "dense"
 
 
-def target_sparsity(config: Config, plan: RunPlan) -> float | None:
-    """Of all prunable weights together, whatever the groups' targets are; for a twin, that of its sparse run."""
-    if plan.twin is not None:
-        plan = plan_run(replace(config, model=replace(config.model, match=None)), plan.world_size)
-    return plan.schedule.sparsity if plan.schedule else None
-
-
 def run_tags(config: Config, plan: RunPlan, initial_sparsity: float) -> list[str]:
-    """The model's name, the sparsity, and the tags of the config.
+    """Return the model's name, the sparsity, and the tags of the config.
 
-    The sparsity is the target, that of the run whose twin this is, or of the zeros that are kept where nothing is pruned.
+    The sparsity is the target, for a twin that of its sparse run, and without pruning that of the zeros it starts with.
     """
-    target = target_sparsity(config, plan)
-    level = f"sparsity-{100 * (initial_sparsity if target is None else target):.4g}"
+    target = initial_sparsity if plan.target_sparsity is None else plan.target_sparsity
+    level = f"sparsity-{100 * target:.4g}"
     of_kind = {"sparse": [level], "twin": ["twin", f"twin-of-{level}"], "dense": ["dense"]}
     tags = [config.model.name, *of_kind[kind_of_run(plan, initial_sparsity)], *config.logger.tags]
     return [tag[:MAX_TAG_LENGTH] for tag in dict.fromkeys(tags) if tag]

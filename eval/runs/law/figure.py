@@ -11,6 +11,7 @@ from eval.runs.law.fit import Fit
 from eval.runs.law.identifiable import levels
 from eval.runs.law.lbfgs import Array
 from eval.runs.law.points import Points
+from sparsity.common.text import count_text
 
 MAX_CURVES = 5
 MAX_LABELLED = 16
@@ -20,7 +21,8 @@ COLUMNS = {"average": "avg_linear_params", "final": "final_linear_params"}
 
 
 def draw_laws(points: Points, figures: dict[str, Any], fits: dict[str, Fit], file: Path) -> None:
-    """Two panels with one loss axis: hollow circles are dense runs, filled diamonds sparse ones, colours token counts."""
+    """Draw two panels with one loss axis: hollow circles are dense runs, filled diamonds sparse ones, colours token
+    counts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,7 +52,7 @@ def draw_laws(points: Points, figures: dict[str, Any], fits: dict[str, Fit], fil
                 )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value, trim=True)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(TITLES[side])
         axes.set_title(_title(side, figures), loc="left", fontsize=11)
@@ -64,7 +66,7 @@ def draw_laws(points: Points, figures: dict[str, Any], fits: dict[str, Fit], fil
         Line2D([], [], linestyle="none", marker="o", markerfacecolor="white", color="0.2", label="dense run"),
         Line2D([], [], linestyle="none", marker="D", color="0.2", label=sparse_run),
         *(
-            Line2D([], [], color=_color(amount, tokens), label=f"law at {short_count(amount)} tokens")
+            Line2D([], [], color=_color(amount, tokens), label=f"law at {count_text(amount, trim=True)} tokens")
             for amount in curves
         ),
     ]
@@ -78,20 +80,12 @@ def draw_laws(points: Points, figures: dict[str, Any], fits: dict[str, Fit], fil
 
 
 def curve_tokens(tokens: Array) -> list[float]:
-    """The token counts at which the law is drawn: those of the runs, or a spread of them where there are many."""
+    """Return the token counts for which the law is drawn: those of the runs, or a selection of many."""
     numbers = levels(tokens)
     counts = [float(tokens[numbers == number].mean()) for number in range(numbers.max() + 1)]
     if len(counts) <= MAX_CURVES:
         return counts
     return [counts[round(index)] for index in np.linspace(0, len(counts) - 1, MAX_CURVES)]
-
-
-def short_count(count: float) -> str:
-    """A tick in round numbers: 500K, 2M, 100M, 1.5B."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.3g}"
 
 
 def _color(amount: float, tokens: Array) -> Any:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from eval.runs.law.points import check_comparable, finished_runs, positive
+from eval.runs.figures import check_comparable, finished_runs, positive
 from train.record.directory import run_identity
+from train.record.read import CONFIG, read_config
 from train.record.siblings import has_sparse_weights
 
 SEEDS = ("trainer.seed", "trainer.data_seed")
@@ -27,7 +27,7 @@ TWIN = "model.match"
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One finished run: its settings by dotted key without seeds and names, and its figures. Loss in nats a token."""
 
     settings: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Comparison:
     """One sparse configuration. Gaps are sparse less dense, in nats a token: above 0 the sparse run is worse."""
 
     settings: Mapping[str, Any]
-    """What tells it from the other sparse configurations."""
+    """Settings that differ among the sparse configurations."""
     avg_linear_params: float
     final_linear_params: float
     loss: Spread
@@ -75,16 +75,24 @@ class Comparison:
         return None if self.curve_loss is None else self.loss.mean - self.curve_loss
 
 
-def read_runs(patterns: Sequence[str]) -> list[Run]:
-    """The finished runs that `patterns` name; a ValueError where one has no config.yaml or their losses don't compare."""
+def read_trials(patterns: Sequence[str]) -> list[Trial]:
+    """Read the finished runs that `patterns` name.
+
+    Raises:
+        ValueError: One has no config.yaml, or their losses do not compare.
+    """
     rows = finished_runs(patterns)
     check_comparable(rows)
-    return [_run(Path(where), row) for where, row in rows.items()]
+    return [_trial(Path(where), row) for where, row in rows.items()]
 
 
-def compare(runs: Sequence[Run]) -> list[Comparison]:
-    """A comparison for each sparse configuration, by average size; a ValueError where there is nothing to compare."""
-    groups: dict[str, list[Run]] = {}
+def compare(runs: Sequence[Trial]) -> list[Comparison]:
+    """Return a comparison for each sparse configuration, by average size.
+
+    Raises:
+        ValueError: There is nothing to compare.
+    """
+    groups: dict[str, list[Trial]] = {}
     for run in runs:
         groups.setdefault(_key(run.settings), []).append(run)
     sparse = [group for group in groups.values() if group[0].is_sparse]
@@ -101,21 +109,23 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     return sorted(found, key=lambda comparison: -comparison.avg_linear_params)
 
 
-def curve(dense: Sequence[Run]) -> tuple[list[float], list[float]]:
-    """(linear parameters, mean loss) of dense runs, by size."""
+def curve(dense: Sequence[Trial]) -> tuple[list[float], list[float]]:
+    """Return (linear parameters, mean loss) of dense runs, by size."""
     sizes = sorted({run.avg_linear_params for run in dense})
     return sizes, [statistics.fmean(run.loss for run in dense if run.avg_linear_params == size) for size in sizes]
 
 
-def curve_loss(dense: Sequence[Run], size: float) -> float | None:
-    """The loss of dense runs at `size` linear parameters, log-log between neighbours; None outside their range."""
+def curve_loss(dense: Sequence[Trial], size: float) -> float | None:
+    """Return the loss of dense runs at `size` linear parameters, log-log between neighbours; None outside their range."""
     sizes, losses = curve(dense)
     if len(sizes) < 2 or not sizes[0] <= size <= sizes[-1]:
         return None
     return math.exp(float(np.interp(math.log(size), np.log(sizes), np.log(losses))))
 
 
-def _comparison(group: Sequence[Run], twins: Sequence[Run], dense: Sequence[Run], names: Sequence[str]) -> Comparison:
+def _comparison(
+    group: Sequence[Trial], twins: Sequence[Trial], dense: Sequence[Trial], names: Sequence[str]
+) -> Comparison:
     average = statistics.fmean(run.avg_linear_params for run in group)
     twin_losses = {run.seed: run.loss for run in twins}
     gaps = [run.loss - twin_losses[run.seed] for run in group if run.seed in twin_losses]
@@ -132,10 +142,10 @@ def _comparison(group: Sequence[Run], twins: Sequence[Run], dense: Sequence[Run]
     )
 
 
-def _rivals(sparse: Run, runs: Sequence[Run]) -> list[Run]:
-    """The dense runs of the same recipe: they differ from `sparse` in their size alone."""
+def _rivals(sparse: Trial, runs: Sequence[Trial]) -> list[Trial]:
+    """Return the dense runs of the same recipe, which differ from `sparse` in their size alone."""
 
-    def recipe(run: Run) -> str:
+    def recipe(run: Trial) -> str:
         return _key(
             {key: value for key, value in run.settings.items() if key.split(".")[0] not in ("sparsity", "model")}
         )
@@ -143,14 +153,14 @@ def _rivals(sparse: Run, runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if not run.is_sparse and recipe(run) == recipe(sparse)]
 
 
-def _run(summary_file: Path, row: Mapping[str, Any]) -> Run:
-    config_file = summary_file.with_name("config.yaml")
+def _trial(summary_file: Path, row: Mapping[str, Any]) -> Trial:
+    config_file = summary_file.with_name(CONFIG)
     if not config_file.exists():
         raise ValueError(
             f"{summary_file} has no config.yaml beside it: give run folders, whose settings can be compared."
         )
     settings, where = _settings(config_file), str(summary_file)
-    return Run(
+    return Trial(
         settings={key: value for key, value in settings.items() if key not in (*SEEDS, *NAMES)},
         seed=settings["trainer.seed"],
         is_sparse=has_sparse_weights(row),
@@ -163,9 +173,13 @@ def _run(summary_file: Path, row: Mapping[str, Any]) -> Run:
 
 
 def _settings(config_file: Path) -> dict[str, Any]:
-    """A run's settings by dotted key; a ValueError where this version cannot have written them."""
+    """Return a run's settings by dotted key.
+
+    Raises:
+        ValueError: This version cannot have written them.
+    """
     try:
-        settings = dict(_flat(run_identity(OmegaConf.load(config_file))))
+        settings = dict(_flat(run_identity(read_config(config_file))))
         json.dumps([settings[SEEDS[0]], settings], allow_nan=False)
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
@@ -175,7 +189,7 @@ def _settings(config_file: Path) -> dict[str, Any]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys and values of nested dicts."""
+    """Return dotted keys and values of nested dicts."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
         found += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
@@ -183,7 +197,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same everywhere."""
+    """Return the keys whose values differ."""
     keys = dict.fromkeys(key for one in settings for key in one)
     return [key for key in keys if len({json.dumps(one.get(key)) for one in settings}) > 1]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from eval.runs.pairs.comparison import Comparison, Spread
-from train.record.table import count_text, half_up
+from sparsity.common.text import count_text, half_up, markdown_table
 
 HEAD = (
     "Sparse run", "Seeds", "N-bar", "Final", "Loss", "Bits per byte", "Twin", "Twin's loss", "Gap to twin",
@@ -16,12 +16,12 @@ HEAD = (
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """target=0.8, window.start=0: short where no two keys end alike."""
+    """Return settings as target=0.8, window.start=0."""
     return ", ".join(f"{name.removeprefix('sparsity.')}={value}" for name, value in settings.items()) or "the run"
 
 
 def usual_settings(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """The value that most configurations have of each key but the first, where more than one key tells them apart."""
+    """Return the most frequent value of each key but the first, if more than one key tells the configurations apart."""
     names = list(comparisons[0].settings)[1:]
     usual = {}
     for name in names:
@@ -31,7 +31,7 @@ def usual_settings(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def label(comparison: Comparison, usual: Mapping[str, Any]) -> str:
-    """The settings without those that are as usual."""
+    """Return the settings that are not the usual ones."""
     own = comparison.settings.items()
     return settings_text({name: value for name, value in own if name not in usual or value != usual[name]})
 
@@ -59,19 +59,11 @@ def spread_text(spread: Spread, sign: bool = False) -> str:
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
-    """An aligned Markdown table, and what its columns are."""
+    """Return an aligned Markdown table, and what its columns mean."""
     usual = usual_settings(comparisons)
-    rows = [list(HEAD), *(cells(comparison, usual) for comparison in comparisons)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join(
         [
-            lines[0],
-            rule,
-            *lines[1:],
+            markdown_table(HEAD, [cells(comparison, usual) for comparison in comparisons]),
             "",
             "Held-out nats a token, mean ± sample standard deviation over seeds. A gap is sparse less dense: above 0 the "
             "sparse run is worse. To the twin it is the mean of each seed's difference; to the curve of the dense runs it is "

@@ -1,31 +1,23 @@
-"""Runs as they are shown side by side: records, figures and sample, of finished runs and of runs that still go on."""
+"""Runs side by side: records, figures and sample, of finished runs and of runs in progress."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from conf.schema import Config
 from eval.runs.folders import named_places, run_folders
 from train.plan.choices import choice_words
 from train.plan.run import plan_run
+from train.record.read import CONFIG, METRICS, SAMPLE, SUMMARY, is_number, read_config, read_records, read_summary
 from train.record.siblings import counterpart, has_sparse_weights
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `figures` are summary.json's, or in a run without one what its config and records say so far."""
+    """One run folder. `figures` are summary.json's; without one, those that config and records give so far."""
 
     name: str
     folder: Path
@@ -43,7 +35,11 @@ class Run:
 
 
 def read_runs(patterns: Sequence[str]) -> list[Run]:
-    """The runs that names or patterns mean, each once, in their order; a ValueError where one means none."""
+    """Return the runs that names or patterns mean, each once, in their order.
+
+    Raises:
+        ValueError: A pattern names none.
+    """
     folders: dict[Path, None] = {}
     for pattern in patterns:
         found = [folder for place in named_places(pattern) if place.is_dir() for folder in run_folders(place, METRICS)]
@@ -58,9 +54,9 @@ def read_runs(patterns: Sequence[str]) -> list[Run]:
 
 def read_run(folder: Path) -> Run:
     records = read_records(folder / METRICS)
-    summary, sample = folder / "summary.json", folder / "sample.txt"
+    summary, sample = folder / SUMMARY, folder / SAMPLE
     is_finished = summary.is_file()
-    figures = _read_json(summary) if is_finished else figures_so_far(folder, records)
+    figures = read_summary(summary) if is_finished else figures_so_far(folder, records)
     return Run(
         name=folder.name,
         folder=folder,
@@ -72,41 +68,17 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, of which a live run may be writing the last; a ValueError names a bad one."""
-    lines = file.read_bytes().split(b"\n")[:-1]
-    try:
-        records = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{file} is no file of records ({error}): leave this run out.") from None
-    for number, record in enumerate(records, start=1):
-        _check_record(f"{file} line {number}", record)
-    return records
-
-
-def _check_record(where: str, record: Any) -> None:
-    """ValueError where a record doesn't say when it was made; an evaluation may come before the first step."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is no record: leave this run out.")
-    first_step = 1 if "train/loss" in record else 0
-    for key, least in (("train/global_step", first_step), ("train/tokens", 0)):
-        value = record.get(key)
-        if not is_number(value) or value < least:
-            raise ValueError(f"{where} has {key}={value}, and records count from {least}: leave this run out.")
-
-
 def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The summary's figures that a run without a summary has: counts by its config, density by its last records.
+    """Return the summary's figures of a run without a summary: counts by its config, density by its last records.
 
-    Empty where the config is garbled, or another version of the project wrote it.
+    Empty if the config is garbled, or another version of the project wrote it.
     """
     steps = [record for record in records if "train/loss" in record]
     try:
-        loaded = OmegaConf.load(folder / "config.yaml")
-        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), loaded))
-        # The number of processes is not written down: where it decides the batch, the records tell that.
+        config = read_config(folder / CONFIG)
+        # The number of processes is not written down; if the batch depends on it, the records have the answer.
         plan = plan_run(config, 1)
-    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
+    except (OSError, ValueError):
         return {}
     last = steps[-1] if steps else {"train/tokens": plan.batch_tokens, "train/global_step": 1}
     batch_tokens = last["train/tokens"] // last["train/global_step"]
@@ -128,7 +100,7 @@ def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def state_words(records: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], metrics: Path) -> str:
-    """How far a run without a summary has come, and when it was last heard of: whether it lives is not written down."""
+    """Say how far a run without a summary has come, and when its last record was written; whether it lives is not known."""
     if not records:
         return "not finished: no record yet"
     step = max(record["train/global_step"] for record in records)
@@ -138,7 +110,7 @@ def state_words(records: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]
 
 
 def distinctly_named(runs: Sequence[Run]) -> list[Run]:
-    """The runs, those of one name told apart by the folders above."""
+    """Return the runs with distinct names: runs of one name get the names of the folders above."""
     named = list(runs)
     for depth in range(2, 8):
         taken = [run.name for run in named]
@@ -150,7 +122,7 @@ def distinctly_named(runs: Sequence[Run]) -> list[Run]:
 
 
 def paired(runs: Sequence[Run]) -> list[Run]:
-    """The runs with a number for each pair, from 0 in their order: a dense twin has that of its sparse run."""
+    """Return the runs with a number for each pair, from 0 in their order: a dense twin has that of its sparse run."""
     sizes = ("linear_params", "avg_linear_params", "total_tokens")
     known = [
         run.figures
@@ -166,20 +138,6 @@ def paired(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, pair=numbers[key]) for run, key in zip(runs, keys, strict=True)]
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _share(record: Mapping[str, Any], key: str) -> float:
-    """1 where the record of a dense run has no such share."""
+    """Return 1 if the record of a dense run has no such share."""
     return float(record[key]) if is_number(record.get(key)) else 1.0
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): finish the run again, or leave it out.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is no run's summary: leave this run out.")
-    return found

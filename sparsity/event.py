@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsity.pattern import NofM
-from sparsity.score import Score, magnitude
+from sparsity.score import Given, Score, magnitude
 from sparsity.select import Threshold, prune_smallest_
 from sparsity.shards import ParameterShard, RankLayout, chunks
 
@@ -35,18 +35,20 @@ def prune_pool_(
     if num_pruned > most:
         raise ValueError(f"pattern={pattern} lets {most:,} weights go, not {num_pruned:,}: prune less.")
     allowed = [candidates(shard, pattern, score) for shard in shards]
+    # A score that looks at places makes its keys where the weights are.
+    ranked = [shard.values if score.is_placeless else score(shard, slice(0, len(shard.values))) for shard in shards]
     compact = [
         ParameterShard(
             shard.name,
-            take_candidates(shard.values, chosen, pattern),
+            take_candidates(values, chosen, pattern),
             take_candidates(shard.mask, chosen, pattern),
             # Every block has as many candidates: where a shard begins among them is the same for any world size.
             pattern.num_candidates(shard.offset),
             pattern.num_candidates(shard.full_numel),
         )
-        for shard, chosen in zip(shards, allowed, strict=True)
+        for shard, values, chosen in zip(shards, ranked, allowed, strict=True)
     ]
-    threshold = prune_smallest_(compact, num_pruned, score=score, layout=layout)
+    threshold = prune_smallest_(compact, num_pruned, score=score if score.is_placeless else Given(), layout=layout)
     for shard, chosen, few in zip(shards, allowed, compact, strict=True):
         shard.mask.masked_scatter_(chosen, few.mask)
     return threshold

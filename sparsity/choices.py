@@ -1,0 +1,98 @@
+"""What a user chooses about pruning, checked: which choices do not go together, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sparsity.factors import check_factors
+from sparsity.pattern import UNSTRUCTURED, NofM, parse_pattern
+from sparsity.registry import name_of
+from sparsity.schedule import Ramp, Schedule
+from sparsity.scope import SCOPES, Group, Scope
+from sparsity.score import SCORES, Score
+from sparsity.update import UPDATES, Update
+
+
+@dataclass
+class Choices:
+    """How weights are pruned. Names become methods, see `sparsity.registry`.
+
+    Args:
+        schedule: How many weights go, and before which steps.
+        score: What ranks a weight.
+        factors: Name patterns of parameters and what their scores are multiplied by, see `sparsity.factors`.
+        normalize: "l2" or "rms" divides each parameter's scores by that norm of theirs, at each event.
+        scope: Which weights compete, see `sparsity.scope`.
+        groups: Parameters with targets of their own.
+        pattern: Where weights may go, see `sparsity.pattern`.
+        update: Whether pruned weights may come back, see `sparsity.update`.
+        include: Name patterns of the parameters to prune, see `prunable_parameters`.
+        requires_dense: Name patterns of parameters that are never pruned.
+        seed: Of what is drawn: random scores, random growth.
+
+    Raises:
+        ValueError: A name is not known, or choices do not go together.
+    """
+
+    schedule: Schedule
+    score: str | Score = "magnitude"
+    factors: Mapping[str, float] | None = None
+    normalize: str = "none"
+    scope: str | Scope = "global"
+    groups: Sequence[Group] = ()
+    pattern: str | NofM | None = UNSTRUCTURED
+    update: str | Update = "shrink"
+    include: Sequence[str] | None = None
+    requires_dense: Sequence[str] = ()
+    seed: int = 0
+    events: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.score = SCORES.find(self.score).seeded(self.seed)
+        self.factors = dict(self.factors or {})
+        self.scope = SCOPES.find(self.scope)
+        self.pattern = parse_pattern(self.pattern) if isinstance(self.pattern, str) else self.pattern
+        self.update = UPDATES.find(self.update)
+        self.events = frozenset(self.schedule.events())
+        check_factors(self.factors, self.score, self.scope, self.normalize)
+        if self.groups and not isinstance(self.schedule, Ramp):
+            raise ValueError(
+                f"groups need a schedule that can end at their own targets, not {type(self.schedule).__name__}: choose one "
+                "of sparsity.schedule, such as Geometric."
+            )
+        if not self.events:
+            self._check_nothing_else_is_chosen()
+        if self.score.needs and 0 in self.events:
+            need = "gradient of the step before" if "gradient" in self.score.needs else "optimizer's state"
+            raise ValueError(
+                f"score={name_of(self.score)} needs the {need}, and the first event is before step 0: start the window at step "
+                "1 or later."
+            )
+        self.update.check(self.schedule, self.pattern)
+        if self.pattern is not None and not self.scope.is_even:
+            raise ValueError(
+                f"pattern={self.pattern} takes the same share of every layer, which scope={name_of(self.scope)} does not: take "
+                "scope=uniform or global, or pattern=unstructured."
+            )
+        if self.pattern is not None:
+            for sparsity in (1 - self.schedule.density(max(self.events)), *(group.sparsity for group in self.groups)):
+                self.pattern.check_sparsity(sparsity)
+
+    def _check_nothing_else_is_chosen(self) -> None:
+        """Raise a ValueError for a choice that means nothing without events."""
+        usual = Choices.__dataclass_fields__
+        chosen = {
+            "scope": name_of(self.scope),
+            "pattern": str(self.pattern or UNSTRUCTURED),
+            "score": name_of(self.score),
+            "factors": self.factors or None,
+            "normalize": self.normalize,
+            "update": name_of(self.update),
+        }
+        for key, value in chosen.items():
+            if value != usual[key].default:
+                raise ValueError(
+                    f"{key}={value} has no effect with {type(self.schedule).__name__}(), which keeps the zeros there are "
+                    "and prunes nothing: leave it out, or choose a schedule with events."
+                )

@@ -1,0 +1,60 @@
+"""A move of a mask: some kept weights are dropped, as many pruned ones grow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsity.score import Magnitude, Score
+from sparsity.select import prune_smallest_
+from sparsity.shards import ParameterShard, RankLayout
+
+
+@torch.no_grad()
+def move_(
+    shards: Sequence[ParameterShard],
+    num_moved: int,
+    *,
+    drop_by: Score,
+    grow_by: Score,
+    gradients: Mapping[str, Tensor] | None = None,
+    layout: RankLayout | None = None,
+) -> None:
+    """Drop the `num_moved` kept weights with the smallest keys, then grow as many that are pruned, the largest first.
+
+    A weight that was just dropped may be among those that grow, and is then as if it had never been dropped. Changes the
+    masks alone; the caller zeroes what stays dropped. Collective: over the shard group.
+
+    Args:
+        shards: The shards of one pool.
+        num_moved: How many weights to move, at most as many as are kept.
+        drop_by: What ranks the kept weights.
+        grow_by: What ranks the pruned ones: `Magnitude` of the gradients, or a random order.
+        gradients: The dense gradient of each shard by name, for scores that read values.
+        layout: Which ranks hold the other shards.
+    """
+    layout = layout or RankLayout()
+    if not num_moved:
+        return
+    numel = sum(shard.full_numel for shard in shards)
+    kept = layout.sum_ints([sum(int(shard.mask.sum()) for shard in shards)], shards[0].mask.device)[0]
+    prune_smallest_(shards, numel - kept + num_moved, score=drop_by, layout=layout)
+    # Of the pruned weights all but the largest are to be "pruned" from the candidates; the kept ones are no candidates.
+    candidates = [replace(shard, values=_growth_values(shard, gradients), mask=~shard.mask) for shard in shards]
+    prune_smallest_(candidates, numel - num_moved, score=grow_by, layout=layout)
+    for shard, grown in zip(shards, candidates, strict=True):
+        shard.mask.logical_or_(grown.mask)
+
+
+def _growth_values(shard: ParameterShard, gradients: Mapping[str, Tensor] | None) -> Tensor:
+    """What is compared among the candidates, 0 for others; NaN counts as 0, so that it never grows."""
+    if gradients is None:
+        return shard.values
+    return gradients[shard.name].nan_to_num(nan=0.0).masked_fill_(shard.mask, 0.0)
+
+
+GRADIENT = Magnitude()
+"""Growth by the magnitude of the gradient, which candidates hold as their values."""

@@ -1,0 +1,108 @@
+"""Methods by name: what settings, help, plans, cards and records know of scores, schedules, scopes and updates.
+
+A method is an object with a `name`, a `label` and a docstring. Settings give its name, or `my.module:Method` for one of their
+own; the callback takes an instance as well. Only the standard library is needed here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Method:
+    """One way to do a part of pruning."""
+
+    name: str = ""
+    """What settings call it."""
+    label: str = ""
+    """What cards and plots call it: a phrase that fits into a sentence."""
+
+
+def name_of(method: Any) -> str:
+    """Return the name of a method, an instance or a class; `module:Class` for one that has none."""
+    kind = method if inspect.isclass(method) else type(method)
+    return getattr(method, "name", "") or f"{kind.__module__}:{kind.__qualname__}"
+
+
+def label_of(method: Any) -> str:
+    """Return the label of a method, an instance or a class; its name if it has none."""
+    return getattr(method, "label", "") or name_of(method)
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """The methods of one kind, by name.
+
+    Args:
+        kind: What settings call the kind, such as "score".
+        members: The methods that the project has: instances, or classes if settings make the instances.
+        base: The class that a method of the user's own must extend.
+    """
+
+    def __init__(self, kind: str, members: Mapping[str, T], base: type) -> None:
+        self.kind = kind
+        self._members = dict(members)
+        self._base = base
+        self._holds_classes = any(inspect.isclass(member) for member in self._members.values())
+
+    def __getitem__(self, name: str) -> T:
+        return self._members[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def find(self, choice: str | T, key: str = "") -> T:
+        """Return the method of a name, of `module:Name`, or `choice` itself if it is a method.
+
+        Args:
+            choice: A name, the place of a method in a module, or a method.
+            key: How errors call the setting; the kind if it is empty.
+
+        Raises:
+            ValueError: The name is not known, or there is no such method in the module.
+        """
+        key = key or self.kind
+        if not isinstance(choice, str):
+            return self._checked(choice, key)
+        if choice in self._members:
+            return self._members[choice]
+        module, colon, name = choice.partition(":")
+        if not colon:
+            raise ValueError(
+                f"{key}={choice} is not known: choose one of {', '.join(self)}, or name your own as my.module:Name."
+            )
+        try:
+            found = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{key}={choice} cannot be loaded ({error}): give the module as Python imports it, a colon and the name in it."
+            ) from error
+        if inspect.isclass(found) and issubclass(found, self._base) and not self._holds_classes:
+            found = found()
+        return self._checked(found, key)
+
+    def help_lines(self) -> list[str]:
+        """Return each name with the first sentence of its docstring."""
+        width = max(map(len, self))
+        return [f"{name:{width}}  {_first_sentence(member)}" for name, member in self.items()]
+
+    def _checked(self, method: Any, key: str) -> T:
+        is_one = inspect.isclass(method) and issubclass(method, self._base) if self._holds_classes else False
+        if not is_one and not (isinstance(method, self._base) and not self._holds_classes):
+            raise ValueError(
+                f"{key}={name_of(method)} is no {self._base.__name__}: extend sparsity's {self._base.__name__}."
+            )
+        found: T = method
+        return found
+
+
+def _first_sentence(member: Any) -> str:
+    kind = member if inspect.isclass(member) else type(member)
+    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")

@@ -1,0 +1,109 @@
+"""What a run starts from: a checkpoint, the weights of `init_from`, or random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from conf.cli import user_errors
+from conf.schema import Config
+from sparsity import prunable_parameters
+from sparsity.schedule import schedule_record
+from train.branch import begin_branch
+from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
+from train.data import PreparedData
+from train.distributed import World
+from train.model.build import build_skeleton
+from train.model.initial import initial_weights
+from train.model.initial_check import check_start, check_tokenizer, command_line
+from train.model.weights import draw_weights
+from train.plan.branch import Branch
+from train.plan.folders import is_at_hand
+from train.plan.run import RunPlan
+from train.record.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Start:
+    """The start of a run: the checkpoint to resume, or what fills the model."""
+
+    checkpoint: Path | None
+    fill: Callable[[nn.Module], Any]
+    """Gives the model its first weights; does nothing if a checkpoint has them."""
+    prunable: tuple[str, ...]
+    """Names of the weights that may be pruned."""
+    sparsity: float
+    """Share of zeros in the prunable weights of `init_from`."""
+    fingerprint: dict[str, Any]
+    """Of the data, for later resumptions to compare."""
+    branch: Branch | None = None
+    """Where the run branched from another one."""
+
+    @property
+    def branch_step(self) -> int | None:
+        """The step whose checkpoint was another run's."""
+        return None if self.branch is None else self.branch.step
+
+
+def find_start(
+    config: Config, plan: RunPlan, directory: RunDirectory, data: PreparedData, model: Any, tokenizer: Any, world: World
+) -> Start:
+    """Return what the run starts from; end it if that does not fit. Collective.
+
+    Raises:
+        RunStopped: On every rank, if the checkpoint is of other steps, or its data has changed.
+    """
+    with user_errors(quiet=not world.is_main):
+        prunable = tuple(prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense))
+    fingerprint = world.on_main(data_fingerprint, data.folder)
+    branch = world.on_main(begin_branch, config, plan, directory, identity(plan), data.folder, data.tokenizer)
+    branch_step = None if branch is None else branch.step
+    checkpoint = checkpoint_to_resume(directory.checkpoints, identity(plan), data.folder, world, branch_step)
+    with user_errors(quiet=not world.is_main):
+        fill = filling(config, plan, model, tokenizer, checkpoint)
+        sparsity = world.on_main(inherited_sparsity, config, model, prunable)
+    return Start(checkpoint, fill, prunable, sparsity, fingerprint, branch)
+
+
+def check_beginning(config: Config, plan: RunPlan, directory: RunDirectory) -> None:
+    """Refuse an `init_from` that does not fit a run that begins; a ValueError says why."""
+    if not directory.config.exists():
+        check_start(config, plan, command_line())
+        check_tokenizer(config, command_line())
+
+
+def filling(
+    config: Config, plan: RunPlan, model: Any, tokenizer: Any, resume_from: Path | None
+) -> Callable[[nn.Module], Any]:
+    """Return what gives the model its first weights, a ValueError if `init_from` is not of the model.
+
+    A resumed run gets none: its checkpoint has them all.
+    """
+    if resume_from is not None:
+        return lambda module: None
+    if config.init_from is not None:
+        weights = initial_weights(model, config.init_from, plan.model.path is not None)
+        return weights.fill
+    seed, init = config.trainer.seed, plan.model.init
+    return lambda module: draw_weights(module, build_skeleton(plan.model, tokenizer), seed, init)
+
+
+def inherited_sparsity(config: Config, model: Any, prunable: Iterable[str]) -> float:
+    """Return the share of zeros in the prunable weights of `init_from`; 0 if a resumed run's folder is gone."""
+    if config.init_from is None or not is_at_hand(config.init_from):
+        return 0.0
+    return initial_weights(model, config.init_from, config.model.path is not None).zero_share(prunable)
+
+
+def identity(plan: RunPlan) -> dict[str, Any]:
+    """What a step of the run is: a checkpoint with another one is of another run."""
+    return {
+        "batch_size": plan.batch_size,
+        "sequence_length": plan.sequence_length,
+        "num_steps": plan.num_steps,
+        "schedule": schedule_record(plan.schedule) if plan.schedule else None,
+    }
