@@ -68,7 +68,8 @@ def streamed(asked: Asked, text_field: str, max_documents: int | None, cache: Pa
     """Return (key, files of lines of JSON) with the first documents, read over the network without keeping its files."""
     with _explained(asked):
         builder = _builder(asked)
-        key = digest([*astuple(asked), str(builder.hash), builder.config.data_files, text_field, max_documents])
+        files = [str(file) for file in (builder.config.data_files or {}).get(asked.split, [])]
+        key = digest([*astuple(asked), str(builder.hash), files, text_field, max_documents])
 
         def build(folder: Path) -> None:
             rows = builder.as_streaming_dataset(asked.split)
