@@ -150,8 +150,8 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
     update.check(schedule, parse_pattern(sparsity.pattern))
     if config.init_from is not None and update.lets_return:
         raise ValueError(
-            f"init_from={config.init_from} keeps the zeros of its model, and sparsity.update={sparsity.update} lets pruned weights "
-            "return: take sparsity.update=shrink, or start from new weights."
+            f"init_from={config.init_from} keeps the zeros of its model, and sparsity.update={sparsity.update} lets pruned "
+            "weights return: take sparsity.update=shrink, or start from new weights."
         )
     return seen_together(schedule, pools), num_steps
 
