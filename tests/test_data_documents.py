@@ -160,7 +160,7 @@ GOOD = b'{"text": "good"}\n'
         ("a.txt", "words".encode("utf-16"), r"a\.txt, line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
         ("a.txt", "words".encode("utf-16-le"), r"a\.txt, line 1 begins a stretch with many NUL bytes, as UTF-16 and"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz is not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0, mtime=0)[:-9], r"a\.jsonl\.gz is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], r"a\.jsonl\.gz is not a whole gzip file"),
         ("a.parquet", b"PAR1 but not really", r"a\.parquet is not a readable parquet file"),
     ],
 )
