@@ -97,10 +97,10 @@ def test_size_target_and_window_are_one_override_each():
     assert plan.schedule.density(999) == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])
 def test_the_batch_of_a_step_does_not_depend_on_the_number_of_devices(world_size):
     plan = plan_run(composed("train", ["experiment=demo"]), world_size)
-    assert plan.micro_batch_size * plan.gradient_accumulation_steps * world_size == plan.batch_size == 8
+    assert plan.micro_batch_size * plan.gradient_accumulation_steps * world_size == plan.batch_size == 16
 
 
 def test_a_short_run_still_has_its_window():
