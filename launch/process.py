@@ -1,4 +1,4 @@
-"""Child processes that end when their parent does, a few at a time, and that hear what the user signals."""
+"""Child processes that end when their parent does, a few at a time, and that get the user's signals."""
 
 from __future__ import annotations
 

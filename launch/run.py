@@ -39,7 +39,7 @@ def start_run(config: Config, overrides: Sequence[str], agent: AgentAhead | None
         print(printable(command))
         if file := file_in_the_way(Path.cwd()):
             print(
-                f"note: typed in this folder, the command would run {file} in the place of sparsellm's.",
+                f"note: typed in this folder, the command would run {file} instead of sparsellm's.",
                 file=sys.stderr,
             )
         return 0
@@ -51,9 +51,9 @@ def start_run(config: Config, overrides: Sequence[str], agent: AgentAhead | None
 
 
 def file_in_the_way(folder: Path) -> Path | None:
-    """Return what `python -m train` would take for ours in a folder: a module of the user's with a name of our packages.
+    """Return a module of the user in a folder that `python -m train` would take for ours, or None.
 
-    `python -m launch` keeps its own processes from it; a command that a person types starts from the current folder.
+    `python -m launch` protects its own processes; a command that a person types starts from the current folder.
     """
     own = Path(__file__).resolve().parents[1]
     names = ("train", "conf", "sparsity", "eval", "launch")
@@ -62,5 +62,5 @@ def file_in_the_way(folder: Path) -> Path | None:
 
 
 def exit_code(code: int) -> int:
-    """As a shell has it: a process ended by signal N is 128 + N."""
+    """Return the exit code as a shell has it: a process ended by signal N is 128 + N."""
     return code if code >= 0 else 128 - code

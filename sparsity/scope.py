@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import Any
 
 from sparsity.registry import Method, Registry
 from sparsity.schedule import Mixed, Ramp, Schedule
@@ -131,7 +132,7 @@ class Erk(Uniform):
 
 
 @lru_cache(maxsize=4)
-def _erk_table(scope: Erk, pools: tuple[Pool, ...], schedule: Schedule) -> dict[int, list[int]]:
+def _erk_table(scope: Erk, pools: tuple[Pool, ...], schedule: Any) -> dict[int, list[int]]:
     counts, table = [0] * len(pools), {}
     for event in schedule.events():
         counts = scope.allocate(pools, [pool.density(schedule, event) for pool in pools], counts)

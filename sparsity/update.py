@@ -26,6 +26,10 @@ class Update(Method):
     """Whether a pruned weight may come back."""
     gradients = "masked"
     """Which weights have a gradient: the kept ones ("masked"), at moves all of them ("at moves"), or always all ("dense")."""
+    state_bytes = 0
+    """Bytes of a weight that are kept and saved besides its mask."""
+    move_bytes = 0
+    """Bytes of a weight that a move by gradients takes: the gradients in float32, a copy to compare, the candidates."""
 
     def moves(self, schedule: Schedule, num_steps: int) -> frozenset[int]:
         """Return the steps of a run at which masks move besides the schedule's events."""
@@ -134,6 +138,7 @@ class Rigl(Regrowing):
     name = "rigl"
     label = "the lowest are dropped and those with the largest gradients grow (RigL)"
     gradients = "at moves"
+    move_bytes = 4 + 4 + 1
 
     grows_by: Literal["gradient", "random"] = "gradient"
 
@@ -149,6 +154,7 @@ class Ste(Moving):
     name = "ste"
     label = "all weights are trained, and masks are chosen anew (straight-through)"
     gradients = "dense"
+    state_bytes = 4
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_the_first_pages_alone_can_be_asked_for(tmp_path):
 
 
 BAD_FILES = {
-    "absent": (None, "is no file"),
+    "absent": (None, "is not a file"),
     "empty": (b"", "holds no text"),
     "blank": (b" \n \n", "holds no text"),
     "latin-1": (b"a\nb\ncaf\xe9\n", "line 3 is not UTF-8"),

@@ -78,7 +78,7 @@ def test_a_line_that_is_being_written_and_a_config_of_another_version_are_put_up
 def test_damaged_records_are_refused_by_name(tmp_path):
     folder = write_run(tmp_path / "bad")
     (folder / "metrics.jsonl").write_text("no json\n")
-    with pytest.raises(ValueError, match=r"bad/metrics\.jsonl is no file of records"):
+    with pytest.raises(ValueError, match=r"bad/metrics\.jsonl is not a file of records"):
         read_runs([str(folder)])
 
 
