@@ -220,4 +220,4 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
                     yield text
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{part.path} is not a readable parquet file ({reason}): write it anew.") from None
+        raise ValueError(f"{part.path} is not a readable parquet file ({reason}): write it again.") from None
