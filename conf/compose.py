@@ -13,6 +13,9 @@ from conf.keys import check_argument, checked, unknown_key
 from conf.schema import SCHEMAS, Config, register
 from conf.values import as_typed, kind_of
 
+CHECKED = "SPARSELLM_CHECKED"
+"""The variable by which a launcher tells the ranks that it has composed and checked their arguments."""
+
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
     """Return the typed config that `overrides` make of `config_name`.

@@ -27,7 +27,7 @@ NAME_LISTS = ("runs",)
 """Keys that take one name or a list of them, whatever their type says."""
 PATHS = (
     "data.path", "data.cache_dir", "runs_dir", "init_from", "tokenizer", "launch.config_file", "folder", "out",
-    "task_path", "runs", "figure", "page",
+    "model.path", "branch_from", "task_path", "runs", "figure", "page",
 )  # fmt: skip
 """Keys whose value may start with ~."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)

@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from conf.cli import USER_ERROR_CODE
 from conf.streams import keep_writing
+from launch.ahead import read_arguments
 from train.faults.preempt import SIGNALS as PASSED_ON
 from train.faults.process import AGENT
 from train.faults.stop import PREEMPTED_CODE
@@ -61,7 +62,7 @@ class PassingAgent(LocalElasticAgent):
 
 def main() -> None:
     keep_writing()
-    arguments = launch_command_parser().parse_args()
+    arguments = launch_command_parser().parse_args(read_arguments(sys.argv[1:]))
     # torch's elastic agent reports each failed rank at length; here it is one line.
     logging.disable(logging.ERROR)
     os.environ[AGENT] = str(os.getpid())

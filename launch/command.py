@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from conf.compose import CHECKED
 from conf.schema import Config
 from launch.machines import Machines
 from train.plan.gathering import run_setting
@@ -139,16 +140,23 @@ def fitting_config(gpus: int, total: int, machines: Machines, replicas: int) -> 
     return "gpus.yaml" if total > 1 else "gpu.yaml"
 
 
-def child_environment(environment: Mapping[str, str], gpus: int) -> dict[str, str]:
-    """Return the environment of the processes: one thread each unless set, and our packages instead of the current
-    folder's."""
+def child_environment(environment: Mapping[str, str], gpus: int | None = None) -> dict[str, str]:
+    """Return the variables of a run's processes.
+
+    They get one thread each unless told otherwise, and this package, not one of the current folder.
+
+    Args:
+        environment: The launcher's variables.
+        gpus: GPUs of this machine; None if they were not counted yet.
+    """
     return {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **environment,
         **import_environment(environment),
-        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+        CHECKED: "1",
+        **({"CUDA_VISIBLE_DEVICES": ""} if gpus == 0 else {}),
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.schema import Config
+from launch.ahead import AgentAhead
 from launch.command import accelerate_command, child_environment, gpu_bytes, num_gpus, num_processes, printable
 from launch.machines import find_machines
 from launch.process import run_child
@@ -17,8 +18,17 @@ from train.record.directory import RunDirectory
 from train.record.wandb_key import check_wandb
 
 
-def start_run(config: Config, overrides: Sequence[str]) -> int:
-    """Start the run that `overrides` make and wait for it; its exit code. A ValueError says why it can't be."""
+def start_run(config: Config, overrides: Sequence[str], agent: AgentAhead | None = None) -> int:
+    """Start the run that `overrides` make, wait for it, and return its exit code.
+
+    Args:
+        config: The run.
+        overrides: What makes it, for the ranks to compose again.
+        agent: A process that waits for the run's command; without it a new one is started.
+
+    Raises:
+        ValueError: The run cannot be.
+    """
     gpus = num_gpus(os.environ)
     machines = find_machines(config.launch, os.environ)
     plan = plan_run(config, num_processes(config, gpus) * machines.num)
@@ -37,7 +47,7 @@ def start_run(config: Config, overrides: Sequence[str]) -> int:
         # A folder of another config is refused by the ranks too, but only seconds later.
         RunDirectory(plan.run_dir).finished(config)
     print(f"$ {printable(command)}", file=sys.stderr, flush=True)
-    return run_child(command, child_environment(os.environ, gpus))
+    return run_child(command, child_environment(os.environ, gpus), agent)
 
 
 def file_in_the_way(folder: Path) -> Path | None:

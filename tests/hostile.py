@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import trange
 
 from sparsity.compact import METHOD, compact_folder, expand_folder
+from sparsity.compact.rounding import Rounding
 
 INDEX = "model.safetensors.index.json"
 ROOM = 64 << 20
@@ -165,7 +166,7 @@ def change_contents(metadata: Any, rng: random.Random) -> Any:
     table = json.loads(metadata[METHOD])
     name, other = rng.choice(list(table["tensors"])), rng.choice(list(table["tensors"]))
     entry = table["tensors"][name]
-    match rng.randrange(9):
+    match rng.randrange(10):
         case 0:
             return rng.choice((None, [], {}, {METHOD: ""}, {METHOD: "[" * 100_000}, {METHOD: "{}"}, {METHOD: 3}))
         case 1:
@@ -186,6 +187,9 @@ def change_contents(metadata: Any, rng: random.Random) -> Any:
             entry["shape"] = [change_number(size, rng) if at == place else size for at, size in enumerate(shape)]
         case 7:
             table["tensors"] = rng.choice((None, [], {}, 3))
+        case 8:
+            field = rng.choice(("kept", "row_starts"))
+            entry[field] = rng.choice((True, False, change_number(entry.get(field, 8), rng)))
         case _:
             table["tensors"][name], table["tensors"][other] = table["tensors"][other], entry
     return {**metadata, METHOD: json.dumps(table)}
@@ -258,15 +262,23 @@ def fuzz(count: int, first: int = 0, show_progress: bool = False) -> dict[str, i
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         write_plain(base / "source")
-        compact_folder(base / "source", base / "whole")
-        expand_folder(base / "whole", base / "plain")
-        expected = all_tensors(base / "source")
-        assert all_tensors(base / "plain") == expected
+        kinds: tuple[dict[str, Any], ...] = (
+            {},
+            {"rounding": Rounding(4, 32), "row_starts": True},
+            {"rounding": Rounding(8)},
+        )
+        expected = []
+        for number, options in enumerate(kinds):
+            compact_folder(base / "source", base / f"whole-{number}", **options)
+            expand_folder(base / f"whole-{number}", base / f"plain-{number}")
+            expected.append(all_tensors(base / f"plain-{number}"))
+        assert expected[0] == all_tensors(base / "source")
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, hard))
         for seed in trange(first, first + count, disable=not show_progress):
-            found[attempt(base / "whole", base / "damaged", seed, expected)] += 1
+            number = seed % len(kinds)
+            found[attempt(base / f"whole-{number}", base / "damaged", seed, expected[number])] += 1
     return dict(found)
 
 

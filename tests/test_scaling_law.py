@@ -505,3 +505,32 @@ def test_the_command_writes_json_alone_and_a_figure(tmp_path):
     assert figures["num_runs"] == len(figures["points"]) == 45
     assert set(figures["average"]["intervals"]) == {"E", "A", "alpha", "B", "beta"}
     assert (tmp_path / "scaling_law.png").stat().st_size > 10_000
+
+
+def test_runs_of_one_trunk_are_drawn_together(tmp_path):
+    from eval.runs.law.points import read_points
+
+    for number, (size, steps) in enumerate((size, steps) for size in (1e6, 2e6, 4e6, 8e6, 16e6) for steps in (1, 2, 4)):
+        summary = {
+            "avg_linear_params": size, "nonzero_linear_params": size, "linear_params": size, "total_tokens": 1e8 * steps,
+            "heldout_loss": float(TRUE.loss(np.array([size]), np.array([1e8 * steps]))[0]),
+            "branch": {"run": "trunk", "step": 1, "trunk": f"/runs/trunk-{size:g}"},
+        }  # fmt: skip
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "summary.json").write_text(json.dumps(summary))
+    points = read_points([str(tmp_path)])
+    trunks = points.trunks
+    assert len(set(trunks.tolist())) == 5
+    assert all(len(set(trunks[points.column("avg_linear_params") == size].tolist())) == 1 for size in (1e6, 16e6))
+    params, tokens = points.column("avg_linear_params"), points.column("total_tokens")
+    fit = fit_law(params, tokens, noisy(TRUE, params, tokens, 0.003), "nd")
+    together, apart = (interval(bootstrap(fit, 60, 0, groups), lambda law: law.alpha, 0.9) for groups in (trunks, None))
+    assert together != apart
+
+
+def test_a_report_says_what_a_shared_trunk_does_to_its_intervals():
+    from eval.runs.law.text import _trunks
+
+    assert _trunks({"num_runs": 6, "num_trunks": 6, "resampled": "points"}) == []
+    assert "whole trunks are drawn" in _trunks({"num_runs": 15, "num_trunks": 5, "resampled": "trunks"})[0]
+    assert "too narrow" in _trunks({"num_runs": 6, "num_trunks": 1, "resampled": "points"})[0]

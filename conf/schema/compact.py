@@ -21,14 +21,31 @@ class CompactConfig:
     """Make a compact folder plain again."""
     dtype: str | None = None
     """Round the weights to this type first; null keeps every bit."""
+    values: str | None = None
+    """Round the kept values of sparse tensors: int8 or int4; null keeps every bit of them."""
+    group: int | None = None
+    """Kept values that share a scale, a multiple of 16; 0: those of a row. null: 0 for int8, 64 for int4."""
+    scale: str = "mse"
+    """How a scale is chosen: mse (the least squared error) or absmax (the largest magnitude is the largest code)."""
+    row_starts: bool = False
+    """Also store the kept weights before each row, 8 bytes a row, for readers of single rows."""
+    text: str | None = None
+    """A text file: the perplexity on it before and after goes into the figures and the card."""
     format: str = "text"
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, ("text", "json"))
+        check_choice("scale", self.scale, ("mse", "absmax"))
+        if self.values is not None:
+            check_choice("values", self.values, ("int8", "int4"))
+        check(
+            self.group is None or (self.values is not None and self.group >= 0 and self.group % 16 == 0),
+            f"group={self.group} is not a multiple of 16 beside values=int8 or int4: give 32 or 64, or 0 for a scale a row.",
+        )
         if self.dtype is not None:
             check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check(
-            not (self.expand and self.dtype),
-            f"dtype={self.dtype} has no meaning with expand=true, which gives every tensor the bits that it had: leave it "
-            "out.",
+            not (self.expand and (self.dtype or self.values or self.row_starts or self.text)),
+            "dtype, values, row_starts and text have no meaning with expand=true, which gives every tensor the bits that the "
+            "file stands for: leave them out.",
         )

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from conf.schema.checks import check, check_choice
 from conf.schema.data import DataConfig
+from conf.schema.during import DuringConfig
 from conf.schema.model import ModelConfig
 from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
 from conf.schema.sparsity import SparsityConfig
@@ -70,12 +71,14 @@ class Config:
     batch_size: int | None = None
     """Sequences per optimizer step over all processes, kept whatever the number of devices."""
     init_from: str | None = None
-    """A transformers folder to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
+    """A transformers folder or hub name to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
+    branch_from: str | None = None
+    """RUN or RUN@STEP: begin at that run's checkpoint, the newest without a step, with what this config changes."""
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient norm are not finite, before the run stops."""
     tokenizer: str | None = None
     """A hub name, a local folder, a SentencePiece .model file, or `train`: a BPE of the model's vocabulary size. Null is
-    the tokenizer of `init_from`, and `train` without it."""
+    the tokenizer of `init_from`, else that of `model.path`, else `train`."""
     recipe: str = "plain"
     """`plain`, or `authors`: weights, query scale and documents as the paper's authors have them. conf/recipe has what they
     set; any of it can be set apart."""
@@ -89,6 +92,7 @@ class Config:
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = MISSING
+    eval: DuringConfig = field(default_factory=DuringConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     card: CardConfig = field(default_factory=CardConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -118,5 +122,5 @@ class Config:
 
 
 def tokenizer_of(config: Config) -> str:
-    """Return the tokenizer that a run uses: the configured one, else that of `init_from`, else `train`."""
-    return config.tokenizer or config.init_from or "train"
+    """Return the tokenizer that a run uses: the configured one, else that of `init_from` or `model.path`, else `train`."""
+    return config.tokenizer or config.init_from or config.model.path or "train"

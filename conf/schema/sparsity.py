@@ -67,8 +67,8 @@ class MovesConfig:
 
     share: float = 0.3
     """Share of the kept weights that set and rigl replace at first; it falls to 0 by a cosine."""
-    every: int = 100
-    """Steps between moves."""
+    every: int | None = None
+    """Steps between moves; null: a fortieth of the run, at most 100."""
     end: float = 0.75
     """Share of the run's steps after which masks stay as they are."""
 
@@ -142,6 +142,6 @@ class SparsityConfig:
             check(
                 value == usual,
                 f"sparsity.moves.{key}={value} has no effect with sparsity.update={self.update}, whose masks do not move: "
-                f"leave it at {usual}, or take update=set, rigl or ste.",
+                f"leave it at {'null' if usual is None else usual}, or take update=set, rigl or ste.",
             )
         return update

@@ -1,10 +1,11 @@
-"""A sparse model's folder in few bytes: `python -m eval.compact model=DIR out=DIR2 [dtype=bfloat16] [expand=true]`."""
+"""A sparse model's folder in few bytes: `python -m eval.compact model=DIR out=DIR2 [dtype=bfloat16] [values=int8]`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.cli import overrides_of, user_errors
@@ -14,10 +15,13 @@ from sparsity.common.text import bytes_text
 
 if TYPE_CHECKING:
     from sparsity.compact import Folder
+    from sparsity.compact.rounding import Rounding
 
 EXAMPLES = """python -m eval.compact model=DIR out=DIR2                  kept weights and one bit a weight, bit for bit
 python -m eval.compact model=DIR out=DIR2 dtype=bfloat16   rounded first: what a float32 model is usually run in
+python -m eval.compact model=DIR out=DIR2 values=int8      kept values rounded to 8 bits, or values=int4 [group=64]
 python -m eval.compact model=DIR2 out=DIR3 expand=true     a plain folder again, for those who load it without sparsellm
+    ... text=FILE                                          perplexity before and after, in the figures and the card
     ... format=json                                        the figures for a script
 Load DIR2 with transformers after `import sparsity.compact`. The format: docs/compact.md. Keys: CompactConfig in
 conf/schema/compact.py."""
@@ -33,7 +37,64 @@ def convert(config: CompactConfig) -> Folder:
 
     if config.expand:
         return expand_folder(config.folder, config.out, progress=progress_bar)
-    return compact_folder(config.folder, config.out, config.dtype, progress=progress_bar)
+    return compact_folder(
+        config.folder, config.out, config.dtype, progress_bar, rounding_of(config), row_starts=config.row_starts
+    )
+
+
+def rounding_of(config: CompactConfig) -> Rounding | None:
+    """How `config` asks for kept values to be rounded; None if they keep their bits."""
+    from sparsity.compact.rounding import BITS_OF_VALUES, GROUP_OF_INT4, Rounding
+
+    if config.values is None:
+        return None
+    usual = GROUP_OF_INT4 if config.values == "int4" else 0
+    group = usual if config.group is None else config.group
+    return Rounding(BITS_OF_VALUES[config.values], group, "mse" if config.scale == "mse" else "absmax")
+
+
+def perplexities(config: CompactConfig) -> dict[str, float]:
+    """Token perplexity on `config.text` of the model and of its compact form; nothing if no text is given."""
+    if config.text is None:
+        return {}
+    from eval.model.perplexity import token_perplexity
+
+    return {
+        "perplexity_before": token_perplexity(config.folder, config.text),
+        "perplexity_after": token_perplexity(config.out, config.text),
+    }
+
+
+def add_to_card(folder: Path, found: Mapping[str, Any]) -> None:
+    """Append what was done to the folder's README.md, if it has one."""
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8").rstrip("\n")
+        card.write_text(f"{text}\n\n{card_section(found)}\n", encoding="utf-8")
+
+
+def card_section(found: Mapping[str, Any]) -> str:
+    """The card's section on the compact weights."""
+    values = f"rounded to {found['values']}" if found["values"] else "kept bit for bit"
+    lines = [
+        "## Compact weights",
+        "",
+        f"Stored in sparsellm's compact format: kept values {values}, and a bitmask. Load it with transformers after "
+        "`import sparsity.compact`.",
+        "",
+        f"- Weight files: {bytes_text(found['out_bytes'])}, before {bytes_text(found['model_bytes'])}",
+    ]
+    if found["bits_per_sparse_weight"] is not None:
+        lines.append(
+            f"- Sparse weights: {found['sparse_weights']:,}, {100 * found['sparsity']:.2f} % zero, "
+            f"{found['bits_per_sparse_weight']:.2f} bits each"
+        )
+    if "perplexity_after" in found:
+        lines.append(
+            f"- Token perplexity on `{found['text']}`, disjoint windows: {found['perplexity_after']:.3f}, before "
+            f"{found['perplexity_before']:.3f}"
+        )
+    return "\n".join(lines)
 
 
 def progress_bar(num_bytes: int) -> Callable[[int], object]:
@@ -43,14 +104,15 @@ def progress_bar(num_bytes: int) -> Callable[[int], object]:
     return bar.update
 
 
-def figures(folder: Folder, is_compact: bool) -> dict[str, Any]:
-    """Return the figures of a conversion; sizes in bytes, share and bits over the tensors that are stored sparse."""
+def figures(folder: Folder, config: CompactConfig) -> dict[str, Any]:
+    """Return what was written; sizes in bytes, the share and bits over the tensors that are stored sparse."""
     sparse = [tensor for tensor in folder.tensors if tensor.bitmask is not None]
-    num_weights, num_kept = sum(t.numel for t in sparse), sum(t.values.numel for t in sparse)
+    num_weights, num_kept = sum(t.numel for t in sparse), sum(t.num_kept for t in sparse)
     return {
         "model": str(folder.source),
         "out": str(folder.out),
-        "is_compact": is_compact,
+        "is_compact": not config.expand,
+        "values": config.values,
         "model_bytes": folder.source_bytes,
         "out_bytes": folder.out_bytes,
         "num_tensors": len(folder.tensors),
@@ -76,6 +138,9 @@ def figures_text(found: dict[str, Any]) -> str:
         )
     else:
         lines.append(f"no tensor of {dense} is sparse enough for a bitmask to be worth it: all are stored as they are")
+    if "perplexity_after" in found:
+        change = f"{found['perplexity_before']:.3f} before, {found['perplexity_after']:.3f} after"
+        lines.append(f"token perplexity on {found['text']}: {change}")
     if found["not_copied"]:
         lines.append(f"not copied: {', '.join(found['not_copied'])}")
     if found["is_compact"]:
@@ -93,5 +158,11 @@ def main(arguments: Sequence[str]) -> None:
             arguments,
         )
         config: CompactConfig = composed("compact", overrides)
-        found = figures(convert(config), not config.expand)
+        if config.text is not None and not Path(config.text).is_file():
+            raise ValueError(f"text={config.text} is not a file: give a text file, such as WikiText's wiki.test.raw.")
+        found = figures(convert(config), config)
+        if config.text is not None:
+            found |= {"text": Path(config.text).name, **perplexities(config)}
+        if not config.expand:
+            add_to_card(Path(config.out), found)
         print(json.dumps(found, indent=2) if config.format == "json" else figures_text(found))

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from conf.cli import user_errors
-from conf.schema import EvalConfig
+from conf.schema import DataConfig, EvalConfig
 from eval.model.causal import PROBE, PROBE_TOKENS, check_reads_no_ahead
 from eval.model.context import context_of
 from eval.model.harness import check_tasks, run_tasks
@@ -89,6 +90,20 @@ def evaluate(config: EvalConfig, world: World) -> dict[str, Any]:
         **figures,
         **zero_figures(model),
     }
+
+
+def token_perplexity(folder: str, text: str) -> float:
+    """Perplexity of a model folder on a text file: disjoint windows, the type that its weights are stored in, one process.
+
+    Raises:
+        ValueError: The folder or the text cannot be read, or the text is shorter than a window.
+    """
+    config = EvalConfig(folder=folder, data=DataConfig(source="wikitext", path=text))
+    transformers_logging.disable_progress_bar()
+    request, alone = checked(config), World(0, 1, torch.device("cpu"))
+    model = load_model(request.folder, model_config(request.folder), "auto", alone)
+    tokens = wiki_tokens(config, request).tokens
+    return score_stream(model, tokens, window=request.window, batch_size=request.batch_size, world=alone).perplexity
 
 
 def checked(config: EvalConfig) -> Request:

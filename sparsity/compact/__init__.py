@@ -7,12 +7,12 @@ Importing this makes transformers know the format. `compact_folder` writes it, `
 `sparse_linears_` keeps a loaded model's linear layers sparse in memory, as `CompactWeights(dequantize=False)` does.
 """
 
-from sparsity.compact.contents import METHOD, VERSION
+from sparsity.compact.contents import METHOD, VERSIONS
 from sparsity.compact.folder import Folder, compact_folder, expand_folder
 from sparsity.compact.linear import SparseLinear, sparse_linears_
 from sparsity.compact.loading import CompactLoader, CompactWeights
 
 __all__ = [
-    "METHOD", "VERSION", "CompactLoader", "CompactWeights", "Folder", "SparseLinear", "compact_folder", "expand_folder",
+    "METHOD", "VERSIONS", "CompactLoader", "CompactWeights", "Folder", "SparseLinear", "compact_folder", "expand_folder",
     "sparse_linears_",
 ]  # fmt: skip

@@ -14,38 +14,62 @@ from typing import Any
 from sparsity.common.safetensors_header import Entry, Header, checked_shape, parse_json, read_header
 from sparsity.compact.bitmask import bitmask_bytes
 
-VERSION = 1
+VERSIONS = (1, 2)
+"""Those that this reads. It writes 1, and 2 only for a file with rounded values or row starts."""
 METHOD = "sparsellm-compact"
 """The `quant_method` in config.json, and the key of a file's metadata."""
-BITMASK = ".bitmask"
-"""What the name of a tensor's mask ends with."""
+BITMASK, STARTS, SCALES = ".bitmask", ".bitmask_row_starts", ".bitmask_scales"
+"""What the names of a tensor's parts end with; its values have its own name."""
+SUFFIXES = (BITMASK, STARTS, SCALES)
+CODE_BITS = {"I8": 8, "U8": 4}
+"""Bits of a rounded value by the type that codes are stored in."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of the model: its dense shape, the entry of its values, and that of its mask where it is sparse."""
+    """One tensor of the model: its dense shape and the entries of its parts, all but `values` only if it is sparse."""
 
     name: str
     shape: tuple[int, ...]
     values: Entry
     bitmask: Entry | None
     crc32: int
+    starts: Entry | None = None
+    """Kept weights before each row, and all of them: I64 [rows + 1]."""
+    scales: Entry | None = None
+    """Of rounded values, which are then codes."""
+    kept: int | None = None
+    """The number of rounded values; others are as many as `values` has."""
 
     @property
     def dtype(self) -> str:
-        return self.values.dtype
+        return (self.scales or self.values).dtype
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     @property
+    def num_kept(self) -> int:
+        return self.values.numel if self.kept is None else self.kept
+
+    @property
     def dense_bytes(self) -> int:
-        return self.values.num_bytes if self.bitmask is None else self.numel * self.values.item_bytes
+        return self.values.num_bytes if self.bitmask is None else self.numel * (self.scales or self.values).item_bytes
+
+    @property
+    def parts(self) -> dict[str, Entry]:
+        """Entries by stored name, in the order of the file and of the checksum."""
+        found = {
+            self.name + BITMASK: self.bitmask, self.name + STARTS: self.starts, self.name: self.values,
+            self.name + SCALES: self.scales,
+        }  # fmt: skip
+        return {name: entry for name, entry in found.items() if entry is not None}
 
     @property
     def stored_bytes(self) -> int:
-        return self.values.num_bytes + (self.bitmask.num_bytes if self.bitmask else 0)
+        return sum(entry.num_bytes for entry in self.parts.values())
 
 
 def is_compact(header: Header) -> bool:
@@ -59,11 +83,21 @@ def start_crc32(name: str, dtype: str, shape: Iterable[int]) -> int:
 
 def format_contents(tensors: Iterable[Stored]) -> str:
     """The text under `METHOD` in a file's metadata."""
+    tensors = list(tensors)
     table = {}
     for tensor in tensors:
-        shape = {} if tensor.bitmask is None else {"shape": list(tensor.shape)}
-        table[tensor.name] = {**shape, "crc32": f"{tensor.crc32:08x}"}
-    return json.dumps({"version": VERSION, "tensors": table}, separators=(",", ":"))
+        field: dict[str, Any] = {} if tensor.bitmask is None else {"shape": list(tensor.shape)}
+        if tensor.kept is not None:
+            field["kept"] = tensor.kept
+        if tensor.starts is not None:
+            field["row_starts"] = True
+        table[tensor.name] = {**field, "crc32": f"{tensor.crc32:08x}"}
+    return json.dumps({"version": version_of(tensors), "tensors": table}, separators=(",", ":"))
+
+
+def version_of(tensors: Iterable[Stored]) -> int:
+    """The first version that has what `tensors` need."""
+    return 2 if any(tensor.kept is not None or tensor.starts is not None for tensor in tensors) else 1
 
 
 def read_contents(path: Path) -> tuple[Header, list[Stored]]:
@@ -78,10 +112,10 @@ def read_contents(path: Path) -> tuple[Header, list[Stored]]:
 
 
 def check_version(version: Any, place: object) -> None:
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in VERSIONS:
         raise ValueError(
-            f"{place} has version {version!r} of the compact format where this reads {VERSION}: use the version of "
-            "sparsellm that wrote it."
+            f"{place} has version {version!r} of the compact format where this reads 1 and 2: use the version of sparsellm "
+            "that wrote it."
         )
 
 
@@ -92,28 +126,62 @@ def _contents(header: Header) -> list[Stored]:
     check_version(table["version"], "it")
     found, left = [], dict(header.entries)
     for name, field in table["tensors"].items():
-        if not isinstance(field, dict) or not {"crc32"} <= set(field) <= {"crc32", "shape"}:
-            raise ValueError(f"{name!r} has other fields than shape and crc32")
+        if not isinstance(field, dict) or not {"crc32"} <= set(field) <= {"crc32", "shape", "kept", "row_starts"}:
+            raise ValueError(f"{name!r} has other fields than shape, kept, row_starts and crc32")
         if not isinstance(field["crc32"], str) or not re.fullmatch("[0-9a-f]{8}", field["crc32"]):
             raise ValueError(f"{name!r} has a crc32 that is not 8 hexadecimal digits")
-        values, bitmask = left.pop(name, None), None
+        values = left.pop(name, None)
         if values is None:
             raise ValueError(f"{name!r} has no values")
-        shape = values.shape
-        if "shape" in field:
-            shape, bitmask = checked_shape(field["shape"]), left.pop(name + BITMASK, None)
-            _check_sparse(name, shape, values, bitmask)
-        found.append(Stored(name, shape, values, bitmask, int(field["crc32"], 16)))
+        crc32 = int(field["crc32"], 16)
+        if "shape" not in field:
+            if len(field) > 1:
+                raise ValueError(f"{name!r} has kept or row_starts and no shape")
+            found.append(Stored(name, values.shape, values, None, crc32))
+            continue
+        shape, bitmask = checked_shape(field["shape"]), left.pop(name + BITMASK, None)
+        starts = left.pop(name + STARTS, None) if "row_starts" in field else None
+        scales = left.pop(name + SCALES, None) if "kept" in field else None
+        tensor = Stored(name, shape, values, bitmask, crc32, starts, scales, field.get("kept"))
+        _check_sparse(tensor, field)
+        found.append(tensor)
     if left:
         raise ValueError(f"it holds {next(iter(left))!r}, which its {METHOD} does not name")
+    if table["version"] < version_of(found):
+        raise ValueError("it is of version 1 and holds what only version 2 has")
     return sorted(found, key=lambda tensor: tensor.values.start)
 
 
-def _check_sparse(name: str, shape: tuple[int, ...], values: Entry, bitmask: Entry | None) -> None:
-    numel = math.prod(shape)
+def _check_sparse(tensor: Stored, field: dict[str, Any]) -> None:
+    name, numel, bitmask, values = tensor.name, tensor.numel, tensor.bitmask, tensor.values
     if bitmask is None:
         raise ValueError(f"{name!r} has no bitmask")
     if bitmask.dtype != "U8" or bitmask.shape != (bitmask_bytes(numel),):
         raise ValueError(f"the bitmask of {name!r} is not U8 of {bitmask_bytes(numel)} bytes, as its shape demands")
-    if len(values.shape) != 1 or values.numel > numel or not values.item_bytes:
-        raise ValueError(f"the values of {name!r} are not a list of at most {numel} items")
+    num_rows = math.prod(tensor.shape[:-1])
+    if "row_starts" in field and (
+        field["row_starts"] is not True
+        or tensor.starts is None
+        or (tensor.starts.dtype, tensor.starts.shape) != ("I64", (num_rows + 1,))
+    ):
+        raise ValueError(f"the row starts of {name!r} are not I64 of {num_rows + 1} items, as its shape demands")
+    if "kept" not in field:
+        if len(values.shape) != 1 or values.numel > numel or not values.item_bytes:
+            raise ValueError(f"the values of {name!r} are not a list of at most {numel} items")
+        return
+    if type(tensor.kept) is not int or not 0 <= tensor.kept <= numel:
+        raise ValueError(f"{name!r} keeps a number of values that is not from 0 to {numel}")
+    if tensor.scales is None or tensor.scales.dtype not in _FLOATS or values.dtype not in CODE_BITS:
+        raise ValueError(f"{name!r} has no scales, or codes that are neither I8 nor U8")
+    bits = CODE_BITS[values.dtype]
+    codes: tuple[int, ...]
+    if len(values.shape) == 1:
+        codes, num_scales = (8 * -(-tensor.kept * bits // 64),), num_rows
+    else:
+        size = values.shape[-1]
+        num_scales = -(-tensor.kept // max(1, size * 8 // bits))
+        codes = num_scales, size
+        if size == 0 or size % 8:
+            raise ValueError(f"{name!r} has groups of codes that are no multiple of 8 bytes")
+    if values.shape != codes or tensor.scales.shape != (num_scales,):
+        raise ValueError(f"{name!r} has other numbers of codes and scales than {tensor.kept} kept values demand")

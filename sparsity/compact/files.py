@@ -5,53 +5,53 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from sparsity.common.safetensors_header import Entry, Header, format_header, read_header
 from sparsity.compact.bitmask import BLOCK, bitmask_bytes, check_bitmask, compress, expand
-from sparsity.compact.contents import BITMASK, METHOD, Stored, format_contents, is_compact, read_contents, start_crc32
+from sparsity.compact.contents import (
+    BITMASK,
+    METHOD,
+    SCALES,
+    STARTS,
+    SUFFIXES,
+    Stored,
+    format_contents,
+    is_compact,
+    read_contents,
+    start_crc32,
+)
+from sparsity.compact.pieces import BITS_OF_SIZE, TORCH, How, Pieces, sparse_pieces
+from sparsity.compact.rounding import restore_stored, row_counts
 
 Progress = Callable[[int], object]
 """Called with numbers of bytes of dense data that are done."""
-_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOATS = {str(dtype).removeprefix("torch."): name for name, dtype in _TORCH.items()}
 _CHUNK = 4 << 20
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """A tensor ready to be written: its mask, where that is worth it, and its values in pieces."""
-
-    bitmask: np.ndarray | None
-    values: list[np.ndarray] | Iterator[np.ndarray]
-    num_bytes: int
-    """Of the values alone."""
-
-
-def compact_file(source: Path, target: Path | None, dtype: str | None = None, progress: Progress = int) -> list[Stored]:
+def compact_file(
+    source: Path, target: Path | None, dtype: str | None = None, progress: Progress = int, how: How | None = None
+) -> list[Stored]:
     """Write the compact form of `source` to `target`, and return what it holds; nothing is written where it is None.
 
-    `dtype` (F64, F32, F16, BF16) converts floating-point tensors first. At most one tensor's kept values are held.
+    At most one tensor's kept values are held. `dtype` stands for `How(dtype)`.
     """
+    how = how or How(dtype)
     header = read_header(source)
     check_plain(source, header)
     with open(source, "rb", buffering=0) as file:
         if target is None:
-            return list(_compacted(file, header, dtype, progress, None))
+            return list(_compacted(file, header, how, progress, None))
         with open(target, "wb", buffering=0) as out:
-            room = _room_for_header(header)
+            room = _room_for_header(header, how)
             out.seek(room)
-            stored = list(_compacted(file, header, dtype, progress, out))
-            entries = {}
-            for tensor in stored:
-                if tensor.bitmask is not None:
-                    entries[tensor.name + BITMASK] = tensor.bitmask
-                entries[tensor.name] = tensor.values
+            stored = list(_compacted(file, header, how, progress, out))
+            entries = {name: entry for tensor in stored for name, entry in tensor.parts.items()}
             out.seek(0)
             _write(out, format_header({**header.metadata, METHOD: format_contents(stored)}, entries, room))
             os.fsync(out.fileno())
@@ -94,52 +94,48 @@ def check_plain(path: Path, header: Header) -> None:
     if is_compact(header):
         raise ValueError(f"{path} is compact already: load it after `import sparsity.compact`, or expand it.")
     for name in header.entries:
-        if name.endswith(BITMASK):
-            raise ValueError(f"{path} holds a tensor named {name!r}: names that end with {BITMASK} are of the format.")
+        for ending in SUFFIXES:
+            if name.endswith(ending):
+                raise ValueError(
+                    f"{path} holds a tensor named {name!r}: names that end with {ending} are of the format."
+                )
         try:
             name.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{path} has the tensor name {name!r}, which is no text: rename it.") from error
 
 
-def _compacted(
-    file: BinaryIO, header: Header, dtype: str | None, progress: Progress, out: BinaryIO | None
-) -> Iterator[Stored]:
+def _compacted(file: BinaryIO, header: Header, how: How, progress: Progress, out: BinaryIO | None) -> Iterator[Stored]:
     """Every tensor of `file` in its compact form, written to `out` one after another."""
     position = 0
-    # The widest items first: masks are whole 64-bit words, so all tensors lie aligned.
-    order = sorted(header.entries.items(), key=lambda item: (-_final(item[1], dtype).item_bytes, item[1].start))
+    # The widest items first: masks, starts and codes are whole 64-bit words, so all tensors lie aligned.
+    order = sorted(header.entries.items(), key=lambda item: (-_final(item[1], how.dtype).item_bytes, item[1].start))
     for name, entry in order:
-        final = _final(entry, dtype)
-        pieces = _pieces(file, header, entry, final.dtype)
+        final = _final(entry, how.dtype)
+        pieces = _pieces(file, header, name, entry, how)
         crc32 = start_crc32(name, final.dtype, final.shape)
-        bitmask = None
-        if pieces.bitmask is not None:
-            bitmask = Entry("U8", (pieces.bitmask.size,), position, pieces.bitmask.nbytes)
-            position += bitmask.num_bytes
-            crc32 = zlib.crc32(pieces.bitmask.data, crc32)
-            _write(out, pieces.bitmask)
-            final = replace(final, shape=(pieces.num_bytes // final.item_bytes,), num_bytes=pieces.num_bytes)
-        values = replace(final, start=position)
-        position += values.num_bytes
-        if out is not None:
-            for piece in pieces.values:
+        parts: dict[str, Any] = {"bitmask": None}
+        for part, found, data in pieces.parts():
+            parts[part] = replace(found, start=position)
+            position += found.num_bytes
+            # Of a dense tensor nothing is read if nothing is written.
+            for piece in data if out is not None else ():
                 crc32 = zlib.crc32(piece.data, crc32)
                 _write(out, piece)
         progress(entry.num_bytes)
-        yield Stored(name, entry.shape, values, bitmask, crc32)
+        yield Stored(name, entry.shape, crc32=crc32, kept=pieces.kept if "scales" in parts else None, **parts)
 
 
-def _pieces(file: BinaryIO, header: Header, entry: Entry, dtype: str) -> Pieces:
+def _pieces(file: BinaryIO, header: Header, name: str, entry: Entry, how: How) -> Pieces:
     """A tensor's mask and kept values, or its dense values where these take no more bytes."""
-    final = _final(entry, dtype)
-    dense = Pieces(None, _items(file, header, entry, dtype), final.num_bytes)
+    final = _final(entry, how.dtype)
+    dense = Pieces(final, _items(file, header, entry, final.dtype))
     mask_bytes = bitmask_bytes(entry.numel)
     if not final.item_bytes or mask_bytes >= final.num_bytes:
         return dense
     bitmask, position = np.empty(mask_bytes, np.uint8), 0
     kept, num_bytes = [], 0
-    for items in _items(file, header, entry, dtype):
+    for items in _items(file, header, entry, final.dtype):
         bits, values = compress(items)
         bitmask[position : position + bits.size] = bits
         position += bits.size
@@ -147,7 +143,10 @@ def _pieces(file: BinaryIO, header: Header, entry: Entry, dtype: str) -> Pieces:
         num_bytes += values.nbytes
         if num_bytes + mask_bytes >= final.num_bytes:
             return dense
-    return Pieces(bitmask, kept, num_bytes)
+    try:
+        return sparse_pieces(bitmask, kept, final, how)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {name} cannot be rounded ({error}): keep its values as they are.") from error
 
 
 def _items(file: BinaryIO, header: Header, entry: Entry, dtype: str) -> Iterator[np.ndarray]:
@@ -156,7 +155,7 @@ def _items(file: BinaryIO, header: Header, entry: Entry, dtype: str) -> Iterator
     for start in range(0, entry.num_bytes, size):
         data = _read(file, header.num_bytes + entry.start + start, min(size, entry.num_bytes - start))
         if dtype != entry.dtype:
-            values = torch.from_numpy(data).view(_TORCH[entry.dtype]).to(_TORCH[dtype])
+            values = torch.from_numpy(data).view(TORCH[entry.dtype]).to(TORCH[dtype])
             data = values.view(torch.uint8).numpy()
         yield data.view(f"u{_final(entry, dtype).item_bytes or 1}")
 
@@ -165,7 +164,7 @@ def _dense_pieces(file: BinaryIO, header: Header, tensor: Stored, path: Path) ->
     """The dense items of a stored tensor; those of a sparse one only after all of it was checked."""
     if tensor.bitmask is not None:
         bitmask, values = _read_sparse(file, header, tensor, path)
-        yield from expand(bitmask, values.view(f"u{tensor.values.item_bytes}"), tensor.numel)
+        yield from expand(bitmask, values, tensor.numel)
         return
     crc32 = start_crc32(tensor.name, tensor.dtype, tensor.shape)
     for start in range(0, tensor.values.num_bytes, _CHUNK):
@@ -177,17 +176,28 @@ def _dense_pieces(file: BinaryIO, header: Header, tensor: Stored, path: Path) ->
 
 
 def _read_sparse(file: BinaryIO, header: Header, tensor: Stored, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The mask and the bytes of the values of a sparse tensor, checked."""
-    assert tensor.bitmask is not None
-    bitmask = _read(file, header.num_bytes + tensor.bitmask.start, tensor.bitmask.num_bytes)
-    values = _read(file, header.num_bytes + tensor.values.start, tensor.values.num_bytes)
-    crc32 = zlib.crc32(bitmask.data, start_crc32(tensor.name, tensor.dtype, tensor.shape))
-    _check_crc32(tensor, zlib.crc32(values.data, crc32), path)
+    """The mask and the kept items of a sparse tensor as unsigned integers, checked."""
+    data, crc32 = {}, start_crc32(tensor.name, tensor.dtype, tensor.shape)
+    for name, entry in tensor.parts.items():
+        data[name] = _read(file, header.num_bytes + entry.start, entry.num_bytes)
+        crc32 = zlib.crc32(data[name].data, crc32)
+    _check_crc32(tensor, crc32, path)
+    bitmask, values = data[tensor.name + BITMASK], data[tensor.name]
     try:
-        check_bitmask(bitmask, tensor.numel, tensor.values.numel)
+        check_bitmask(bitmask, tensor.numel, tensor.num_kept)
+        if tensor.starts is not None:
+            starts = data[tensor.name + STARTS].view(np.int64)
+            rows = row_counts(torch.from_numpy(bitmask), tensor.shape).numpy()
+            if starts[0] != 0 or not np.array_equal(np.diff(starts), rows):
+                raise ValueError("its row starts are not those of its bitmask")
     except ValueError as error:
         raise ValueError(f"{path}: {tensor.name} is damaged ({error}): copy it again.") from error
-    return bitmask, values
+    if tensor.scales is None:
+        return bitmask, values.view(f"u{tensor.values.item_bytes}")
+    codes = torch.from_numpy(values.view(np.int8) if tensor.values.dtype == "I8" else values).view(tensor.values.shape)
+    scales = torch.from_numpy(data[tensor.name + SCALES].view(f"i{tensor.scales.item_bytes}")).view(TORCH[tensor.dtype])
+    restored = restore_stored(torch.from_numpy(bitmask), codes, scales, tensor.shape)
+    return bitmask, restored.view(BITS_OF_SIZE[tensor.scales.item_bytes]).numpy().view(f"u{tensor.scales.item_bytes}")
 
 
 def _check_crc32(tensor: Stored, found: int, path: Path) -> None:
@@ -200,21 +210,26 @@ def _check_crc32(tensor: Stored, found: int, path: Path) -> None:
 
 def _final(entry: Entry, dtype: str | None) -> Entry:
     """The dense entry after a conversion to `dtype`, of which only floating-point tensors take part."""
-    if dtype is None or entry.dtype == dtype or entry.dtype not in _TORCH:
+    if dtype is None or entry.dtype == dtype or entry.dtype not in TORCH:
         return entry
-    return replace(entry, dtype=dtype, num_bytes=entry.numel * _TORCH[dtype].itemsize)
+    return replace(entry, dtype=dtype, num_bytes=entry.numel * TORCH[dtype].itemsize)
 
 
-def _room_for_header(header: Header) -> int:
-    """Bytes that the compact file's header cannot exceed: as if every tensor were sparse, at the highest offsets."""
-    end = sum(max(entry.num_bytes, 8 * entry.numel) + bitmask_bytes(entry.numel) for entry in header.entries.values())
+def _room_for_header(header: Header, how: How) -> int:
+    """Bytes that the compact file's header cannot exceed: as if every tensor had every part, at the highest offsets."""
+    end = sum(
+        3 * max(entry.num_bytes, 8 * entry.numel) + bitmask_bytes(entry.numel) + 16 for entry in header.entries.values()
+    )
     stored, entries = [], {}
     for name, entry in header.entries.items():
-        # No conversion lengthens the name of a type beyond this.
-        values = Entry(max(entry.dtype, "BF16", key=len), entry.shape, end, 0)
-        entries[name] = values
-        entries[name + BITMASK] = Entry("U8", (bitmask_bytes(entry.numel),), end, 0)
-        stored.append(Stored(name, entry.shape, values, values, 0))
+        # No conversion lengthens the name of a type beyond this, and no list of codes has more sizes than two.
+        shape = (*entry.shape, end, end)
+        values = Entry(max(entry.dtype, "BF16", key=len), shape, end, 0)
+        more = values if how.rounding else None
+        stored.append(
+            Stored(name, shape, values, values, 0, values if how.row_starts else None, more, end if more else None)
+        )
+        entries.update(stored[-1].parts)
     return len(format_header({**header.metadata, METHOD: format_contents(stored)}, entries))
 
 

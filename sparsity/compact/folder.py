@@ -11,8 +11,10 @@ from typing import Any
 
 from sparsity.common.files import check_room, folder_aside, free_bytes
 from sparsity.common.safetensors_header import parse_json, read_header
-from sparsity.compact.contents import BITMASK, METHOD, VERSION, Stored, check_version, read_contents
-from sparsity.compact.files import FLOATS, Progress, check_plain, compact_file, expand_file
+from sparsity.compact.contents import METHOD, Stored, check_version, read_contents, version_of
+from sparsity.compact.files import Progress, check_plain, compact_file, expand_file
+from sparsity.compact.pieces import FLOATS, How
+from sparsity.compact.rounding import Rounding
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ROOM_FOR_SMALL_FILES = 1 << 20
@@ -55,17 +57,30 @@ class WeightFiles:
 
 
 def compact_folder(
-    source: str | Path, out: str | Path, dtype: str | None = None, progress: Callable[[int], Progress] | None = None
+    source: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    progress: Callable[[int], Progress] | None = None,
+    rounding: Rounding | None = None,
+    row_starts: bool = False,
 ) -> Folder:
     """Write the compact form of the transformers folder `source` to the new folder `out`.
 
-    Bits are kept as they are; `dtype` (float32, bfloat16, float16, float64) rounds the weights to that type first.
-    `progress`, called with the bytes there are, gives what is called with those that are done. A ValueError says in one
-    sentence what is wrong; `out` then does not appear.
+    Args:
+        source: A transformers folder with safetensors.
+        out: A folder that does not exist; it appears only when it is whole.
+        dtype: float32, bfloat16, float16 or float64, to which the weights are rounded first; None keeps every bit.
+        progress: Called with the bytes there are; what it returns is called with numbers of bytes that are done.
+        rounding: How the kept values of sparse tensors are rounded to 8 or 4 bits; None keeps every bit.
+        row_starts: Whether the kept weights before each row are written as well.
+
+    Raises:
+        ValueError: Says in one sentence what is wrong.
     """
     source, out = checked_places(source, out)
     files, config = weight_files(source), read_config(source)
     final = _checked_dtype(dtype)
+    how = How(final, rounding, row_starts)
     if METHOD in _quantization(config):
         raise ValueError(f"{source} is compact already: load it after `import sparsity.compact`, or expand it.")
     if method := _quantization(config):
@@ -75,18 +90,23 @@ def compact_folder(
         check_plain(path, header)
     _check_index(files, {path.name: list(header.entries) for path, header in headers.items()})
     # No tensor grows by more than its name, so the exact size matters only where room is short.
-    room = 2 * files.num_bytes if final in ("F32", "F64") else files.num_bytes
+    room = 2 * files.num_bytes if final in ("F32", "F64") or row_starts else files.num_bytes
     if free_bytes(out) < room + ROOM_FOR_SMALL_FILES:
-        room = sum(tensor.stored_bytes for path in files.paths for tensor in compact_file(path, None, final))
+        room = sum(tensor.stored_bytes for path in files.paths for tensor in compact_file(path, None, how=how))
     _check_room(out, room)
-    config["quantization_config"] = {"quant_method": METHOD, "version": VERSION}
+    config["quantization_config"] = {"quant_method": METHOD, "version": 1}
     if dtype is not None:
         config.update({key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"dtype": dtype})
     done = (
         progress(sum(e.num_bytes for header in headers.values() for e in header.entries.values())) if progress else int
     )
     return _converted(
-        source, out, files, config, lambda path, target: compact_file(path, target, final, done), _stored_names
+        source,
+        out,
+        files,
+        config,
+        lambda path, target: compact_file(path, target, progress=done, how=how),
+        _stored_names,
     )
 
 
@@ -191,6 +211,8 @@ def _converted(
             found = files.index.get("metadata")
             metadata = {**(found if isinstance(found, dict) else {}), "total_size": total_size}
             _write_table(aside / INDEX, {**files.index, "metadata": metadata, "weight_map": weight_map})
+        if not is_dense:
+            config["quantization_config"]["version"] = version_of(result.tensors)
         _write_table(aside / CONFIG, config)
         result.not_copied = _copy_others(source, aside, {*files.names, INDEX, CONFIG})
     return result
@@ -237,7 +259,7 @@ def _check_index(files: WeightFiles, held: dict[str, list[str]]) -> None:
 
 
 def _stored_names(tensors: Sequence[Stored]) -> list[str]:
-    return [name for t in tensors for name in ([t.name] if t.bitmask is None else [t.name + BITMASK, t.name])]
+    return [name for tensor in tensors for name in tensor.parts]
 
 
 def _quantization(config: dict[str, Any]) -> str:

@@ -22,9 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsity.compact.bitmask import expand_tensor
-from sparsity.compact.contents import BITMASK, METHOD, VERSION, Stored, check_version
+from sparsity.compact.contents import BITMASK, METHOD, SCALES, SUFFIXES, Stored, check_version
+from sparsity.compact.experts import stacking_of, stacks, with_bitmasks
 from sparsity.compact.files import check_file
 from sparsity.compact.linear import sparse_linears_
+from sparsity.compact.rounding import restore_stored
 
 
 @register_quantization_config(METHOD)
@@ -41,9 +43,7 @@ class CompactWeights(QuantizationConfigMixin):
     dequantize = True
     """transformers then forgets the quantization once the weights are loaded."""
 
-    def __init__(
-        self, version: Any = VERSION, quant_method: Any = METHOD, dequantize: bool = True, **others: Any
-    ) -> None:
+    def __init__(self, version: Any = 1, quant_method: Any = METHOD, dequantize: bool = True, **others: Any) -> None:
         check_version(version, "The model's quantization_config")
         if others:
             raise ValueError(f"quantization_config has the key {next(iter(others))}, which {METHOD} does not know.")
@@ -72,7 +72,7 @@ class CompactLoader(HfQuantizer):
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.sparse_names: list[str] = []
+        self.sparse: list[Stored] = []
         self.dtypes: dict[str, torch.dtype] = {}
 
     def is_serializable(self) -> bool:
@@ -98,15 +98,28 @@ class CompactLoader(HfQuantizer):
                     raise ValueError(f"{tensor.name} is in {names[tensor.name]} and in {file}: copy the folder again.")
                 _check_shape(tensor, expected, model.base_model_prefix)
                 if tensor.bitmask is not None:
-                    self.sparse_names.append(tensor.name)
+                    self.sparse.append(tensor)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        return [*weight_conversions, *expansions(self.sparse_names, weight_conversions)]
+        names = [tensor.name for tensor in self.sparse]
+        renamed = {name: _renamed(name, deepcopy(list(weight_conversions))) for name in names}
+        stacked = {name for name in renamed.values() if any(stacks(c, name) for c in weight_conversions)}
+        expanding = [
+            with_bitmasks(conversion) if any(stacks(conversion, name) for name in stacked) else conversion
+            for conversion in weight_conversions
+        ]
+        left = [name for name, new in renamed.items() if new not in stacked]
+        return [*expanding, *expansions(left, weight_conversions)]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Keep the type of codes and scales: what they stand for is rounded to the model's type once."""
+        is_rounded = _expands(converter) and any(tensor.scales is not None for tensor in self.sparse)
+        return None if is_rounded else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         # What save_pretrained would otherwise have to undo.
         used = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [conversion for conversion in used if not _expands(conversion)]
+        model._weight_conversions = [stacking_of(conversion) for conversion in used if not _expands(conversion)]
         # transformers 5.17 leaves the file's type where a base model's names differ from the file's.
         for name, param in model.named_parameters():
             if param.dtype != self.dtypes.get(name, param.dtype) and param.device.type != "meta":
@@ -116,15 +129,20 @@ class CompactLoader(HfQuantizer):
 
 
 class ExpandBitmask(ConversionOps):
-    """A bitmask and the values that it keeps -> the dense tensor."""
+    """A bitmask, the values that it keeps or their codes and scales -> the dense tensor."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        name = kwargs["full_layer_name"]
-        bitmask, values = (_only(input_dict.get(pattern), name) for pattern in source_patterns)
+        name, scales = kwargs["full_layer_name"], None
+        bitmask, values = (_only(input_dict.get(pattern), name) for pattern in (_part(BITMASK), source_patterns[-1]))
+        if _part(SCALES) in input_dict:
+            scales = _only(input_dict[_part(SCALES)], name)
+        param = kwargs["model"].get_parameter_or_buffer(name)
         try:
-            return {name: expand_tensor(bitmask, values, kwargs["model"].get_parameter_or_buffer(name).shape)}
+            if scales is not None:
+                values = restore_stored(bitmask, values, scales, tuple(param.shape))
+            return {name: expand_tensor(bitmask, values, param.shape).to(param.dtype)}
         except ValueError as error:
             raise ValueError(
                 f"{name} cannot be expanded ({error}): a compact model cannot be sharded while it is loaded, so "
@@ -132,15 +150,15 @@ class ExpandBitmask(ConversionOps):
             ) from error
 
 
-def expansions(sparse_names: Sequence[str], conversions: Iterable[Any]) -> list[WeightConverter]:
-    """The conversion that collects the mask and the values of every sparse tensor under the tensor's name.
+def expansions(sparse: Sequence[str], conversions: Iterable[Any]) -> list[WeightConverter]:
+    """Return the conversion that collects the parts of every sparse tensor under the tensor's name.
 
     Names are those of the files; a model whose own conversions merge or split such tensors is refused.
     """
-    if not sparse_names:
+    if not sparse:
         return []
     conversions = deepcopy(list(conversions))
-    names = [_renamed(name, conversions) for name in sparse_names]
+    names = [_renamed(name, conversions) for name in sparse]
     for conversion in conversions:
         if isinstance(conversion, WeightConverter):
             for name in names:
@@ -151,7 +169,12 @@ def expansions(sparse_names: Sequence[str], conversions: Iterable[Any]) -> list[
                     )
     # An empty match in front of exactly these names: dense tensors are left to transformers.
     values = f"^(?=(?:{'|'.join(map(re.escape, names))})$)"
-    return [WeightConverter([re.escape(BITMASK) + "$", values], "", [ExpandBitmask()])]
+    return [WeightConverter([*map(_part, SUFFIXES), values], "", [ExpandBitmask()])]
+
+
+def _part(ending: str) -> str:
+    """The pattern of a stored name that ends so."""
+    return re.escape(ending) + "$"
 
 
 def _renamed(name: str, conversions: Iterable[Any]) -> str:

@@ -1,16 +1,17 @@
 """The kept weights of a matrix in an order that a GPU multiplies fast: values and one byte a value for its column.
 
 A row's kept weights are split into `8 * num_chunks` groups of consecutive ones, of `lanes` weights each; `lanes` is the row's
-own. A group has a base, the column of its first weight, and a weight's byte is its distance from that. Eight groups are a
-chunk, of which lane l of a warp holds weight l of every group:
+own. A group has a base, at or shortly before the column of its first weight, and a weight's byte is its distance from that.
+Eight groups are a chunk, of which lane l of a warp holds weight l of every group:
 
     values, offsets [words, 8]            word = starts[row] + chunk * lanes + lane, column in the word = group % 8
-    bases           [rows, num_chunks, 8] int16, or int32 if there are more than 32,767 columns
+    bases           [rows, num_chunks, 8] column of the base >> shift
     starts          [rows + 1]            words before each row; lanes = (starts[row + 1] - starts[row]) / num_chunks
 
 So a lane reads 8 values and 8 bytes at once, and the 32 lanes read neighbouring elements of the vector at each step, which
-are in few cache lines. Rows end in up to `8 * num_chunks - 1` fillers of value 0. A matrix whose groups would need far more
-chunks to span less than 256 columns stores columns instead of distances, and no bases.
+are in few cache lines. Bases are bytes if the groups are still narrow with bases that are multiples of `1 << shift`, else int16
+or int32 and exact. Rows end in up to `8 * num_chunks - 1` fillers, which are what has no bits set: kept weights have some. A
+matrix whose groups would need far more chunks to span less than 256 columns stores columns instead of distances, and no bases.
 """
 
 from __future__ import annotations
@@ -28,22 +29,26 @@ _BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix of `rows` x `columns`; see the module. `counts` are the kept weights of each row."""
+    """A matrix of `rows` x `columns`; see the module."""
 
     values: Tensor
     offsets: Tensor
     bases: Tensor
     starts: Tensor
-    counts: Tensor
     columns: int
     num_chunks: int
+    shift: int = 0
     scales: Tensor | None = None
     """Of int8 values: what those of each row are multiplied by, float32."""
 
     @property
+    def rows(self) -> int:
+        return self.starts.numel() - 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.values, self.offsets, self.bases, self.starts, self.counts, self.scales)
+        tensors = (self.values, self.offsets, self.bases, self.starts, self.scales)
         return sum(t.nbytes for t in tensors if t is not None)
 
 
@@ -60,51 +65,65 @@ def pack(weight: Tensor) -> Packed:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix: pack the weight of a linear layer")
     weight = weight.detach().contiguous()
     rows, columns = weight.shape
-    row, column = torch.nonzero(weight.view(_BITS_OF_SIZE[weight.element_size()]), as_tuple=True)
+    row, column = torch.nonzero(_bits(weight), as_tuple=True)
     if row.numel() >= 1 << 31:
         raise ValueError(f"a weight of {row.numel()} kept values is too large: pack one of less than 2^31")
     counts = torch.bincount(row, minlength=rows)
     number = torch.arange(row.numel(), device=weight.device) - (counts.cumsum(0) - counts)[row]
     fewest = max(1, -(-int(counts.max()) // CHUNK)) if rows else 1
-    num_chunks, is_narrow = fewest, False
-    while not is_narrow and num_chunks <= _MOST_MORE_CHUNKS * fewest:
+    num_chunks, found = fewest, None
+    while found is None and num_chunks <= _MOST_MORE_CHUNKS * fewest:
         lanes = -(-counts // (SLOTS * num_chunks))
         group, lane = _places(number, lanes[row])
-        bases = torch.zeros(rows, num_chunks * SLOTS, dtype=torch.int64, device=weight.device)
-        first = lane == 0
-        bases[row[first], group[first]] = column[first]
-        offsets = column - bases[row, group]
-        is_narrow = row.numel() == 0 or int(offsets.max()) < 256
-        if not is_narrow:
+        found = _narrow(row, column, group, lane == 0, (rows, num_chunks * SLOTS), columns)
+        if found is None:
             num_chunks += max(1, num_chunks // 4)
-    index_type = torch.int16 if columns < 1 << 15 else torch.int32
-    if is_narrow:
-        index_types = torch.uint8, index_type
-    else:
+    if found is None:
         num_chunks = fewest
         lanes = -(-counts // (SLOTS * num_chunks))
         group, lane = _places(number, lanes[row])
-        bases, offsets = torch.zeros(0, dtype=torch.int64, device=weight.device), column
-        index_types = index_type, index_type
+        found = torch.zeros(0, dtype=_index_type(columns), device=weight.device), column.to(_index_type(columns)), 0
+    bases, offsets, shift = found
     starts = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
     starts[1:] = (lanes * num_chunks).cumsum(0)
     place = (starts[row] + group // SLOTS * lanes[row] + lane) * SLOTS + group % SLOTS
     num_places = SLOTS * int(starts[-1])
     values = torch.zeros(num_places, dtype=weight.dtype, device=weight.device)
     values[place] = weight[row, column]
-    packed_offsets = torch.zeros(num_places, dtype=index_types[0], device=weight.device)
-    packed_offsets[place] = offsets.to(index_types[0])
+    packed_offsets = torch.zeros(num_places, dtype=offsets.dtype, device=weight.device)
+    packed_offsets[place] = offsets
     return Packed(
-        values.view(-1, SLOTS), packed_offsets.view(-1, SLOTS),
-        bases.to(index_types[1]).view(-1, num_chunks, SLOTS), starts.to(torch.int32), counts.to(torch.int32), columns,
-        num_chunks,
+        values.view(-1, SLOTS), packed_offsets.view(-1, SLOTS), bases.view(-1, num_chunks, SLOTS), starts.to(torch.int32),
+        columns, num_chunks, shift,
     )  # fmt: skip
+
+
+def _narrow(
+    row: Tensor, column: Tensor, group: Tensor, is_first: Tensor, shape: tuple[int, int], columns: int
+) -> tuple[Tensor, Tensor, int] | None:
+    """Bases of the groups, distances in bytes and the bases' shift; None if a group spans too many columns."""
+    first = torch.zeros(shape, dtype=torch.int64, device=row.device)
+    first[row[is_first], group[is_first]] = column[is_first]
+    byte_shift = max(0, (columns - 1).bit_length() - 8)
+    for shift, index_type in ((byte_shift, torch.uint8), (0, _index_type(columns))):
+        offsets = column - (first >> shift << shift)[row, group]
+        if row.numel() == 0 or int(offsets.max()) < 256:
+            return (first >> shift).to(index_type), offsets.to(torch.uint8), shift
+    return None
+
+
+def _index_type(columns: int) -> torch.dtype:
+    return torch.int16 if columns < 1 << 15 else torch.int32
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(_BITS_OF_SIZE[values.element_size()])
 
 
 def rounded(packed: Packed) -> Packed:
     """Return `packed` with int8 values and a scale for each row, its largest magnitude over 127."""
     row = torch.repeat_interleave(packed.starts.diff().long())
-    most = torch.zeros(packed.counts.numel(), device=row.device)
+    most = torch.zeros(packed.rows, device=row.device)
     most.scatter_reduce_(0, row, packed.values.abs().amax(1).float(), "amax")
     scales = most / 127
     values = (packed.values.float() / scales.clamp_min(1e-30)[row, None]).round().to(torch.int8)
@@ -122,7 +141,7 @@ def unpack(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
 
     The host reads two numbers of the device unless all rows are asked for.
     """
-    num_rows = packed.counts.numel()
+    num_rows = packed.rows
     last = num_rows if last is None else last
     is_all = first == 0 and last == num_rows
     start, stop = (0, len(packed.values)) if is_all else (int(packed.starts[first]), int(packed.starts[last]))
@@ -132,12 +151,10 @@ def unpack(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
     begin = starts[row]
     lanes = (starts[row + 1] - begin) // packed.num_chunks
     chunk = (word - begin) // lanes
-    lane = word - begin - chunk * lanes
     column = packed.offsets[start:stop].long()
     if packed.bases.numel():
-        column = column + packed.bases[row, chunk].long()
-    group = SLOTS * chunk[:, None] + torch.arange(SLOTS, device=word.device)
-    is_filler = group * lanes[:, None] + lane[:, None] >= packed.counts[row, None]
+        column = column + (packed.bases[row, chunk].long() << packed.shift)
+    is_filler = _bits(packed.values[start:stop]) == 0
     # Fillers go to one place after the last, because a real weight may be where they point to.
     num_weights = (last - first) * packed.columns
     place = torch.where(is_filler, num_weights, (row - first)[:, None] * packed.columns + column)

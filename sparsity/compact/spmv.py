@@ -6,6 +6,7 @@ one is visited. `TRITON_INTERPRET=1` runs the kernel on a CPU.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,29 +26,28 @@ class Shape(NamedTuple):
     num_warps: int
 
 
-EARLY = False
-"""Whether kernels start before the one ahead of them ends: Hopper GPUs and later can."""
 MANY_CHUNKS = 1 << 13
-"""From so many on there is work for all of a GPU's warps, a chunk each, if half a row is read at once."""
+"""From so many chunks on there is work for all of a GPU's warps."""
 
 
 def shape_for(num_rows: int, num_chunks: int) -> Shape:
-    """Return the shape for so many rows of so many chunks: 4 warps of a chunk each, and of large layers half a row at once.
+    """Return the shape for so many rows of so many chunks, a chunk a warp.
 
-    These were the fastest of some 25 shapes on an H200, for the layers of a 1B at a density of 0.2
-    (`tests/benchmarks/decode.py`).
+    These were the fastest on an H100, for the layers of a 1B (`tests/benchmarks/decode_variants.py`): rows of many chunks are
+    read four at a time, those of few one after the other if the layer is large.
     """
-    chunks = min(8, triton.next_power_of_2(num_chunks))
-    if num_rows * num_chunks >= MANY_CHUNKS:
-        chunks = max(1, chunks // 2)
-    return Shape(max(1, 4 // chunks), chunks, 4)
+    chunks = 4 if num_chunks > 6 else triton.next_power_of_2(min(4, num_chunks))
+    if num_chunks <= 6 and num_rows * num_chunks >= MANY_CHUNKS:
+        chunks = 1
+    num_warps = 8 if num_chunks <= 8 and num_rows * num_chunks >= MANY_CHUNKS else 4
+    return Shape(max(1, num_warps // chunks), chunks, num_warps)
 
 
 @triton.jit
 def multiply(  # type: ignore[no-untyped-def]
-    values, offsets, bases, starts, scales, x, bias, y, num_vectors, num_rows, num_columns, num_chunks,
-    HAS_BASES: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
+    values, offsets, bases, starts, scales, x, bias, y, num_vectors, num_rows, num_chunks,
+    HAS_BASES: tl.constexpr, SHIFT: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, VECTORS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y[vector, row] of `ROWS` rows and all vectors; products are summed in float32, always in the same order."""
     if EARLY:
@@ -59,8 +59,6 @@ def multiply(  # type: ignore[no-untyped-def]
     start, lanes = start[None, None, :], ((stop - start) // num_chunks)[None, None, :]
     lane, slot = tl.arange(0, 32)[:, None, None], tl.arange(0, 8)[None, None, None, :]
     vector = tl.arange(0, VECTORS)
-    # Vectors that are missing to a power of two repeat the last one.
-    read = (tl.minimum(vector, num_vectors - 1) * num_columns)[None, None, None, None, :]
     total = tl.zeros([32, CHUNKS, ROWS, VECTORS], tl.float32)
     for step in range(STEPS):
         chunk = (step * CHUNKS + tl.arange(0, CHUNKS))[None, :, None]
@@ -72,13 +70,18 @@ def multiply(  # type: ignore[no-untyped-def]
         if HAS_BASES:
             group = (row.to(tl.int64)[None, None, :] * num_chunks + chunk)[:, :, :, None] * 8 + slot
             group = tl.broadcast_to(group, [32, CHUNKS, ROWS, 8])
-            column += tl.load(bases + group, mask=is_there, other=0).to(tl.uint32)
+            column += tl.load(bases + group, mask=is_there, other=0).to(tl.uint32) << SHIFT
         if EARLY:
             # Only x may come from the kernel before; the weights of the first step are on their way by now.
             gdc_wait()
         # Where no weight is, the column is 0. Unsigned: a signed sum would cost a second addition of 64 bits.
-        found = tl.load(x + (column[:, :, :, :, None] + read)).to(tl.float32)
-        total += tl.sum(value.to(tl.float32)[:, :, :, :, None] * found, 3)
+        found = tl.load(x + (column[:, :, :, :, None] * VECTORS + vector[None, None, None, None, :])).to(tl.float32)
+        if HAS_SCALES:
+            # The same as a conversion, which has a quarter of an addition's throughput.
+            number = (value.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+        else:
+            number = value.to(tl.float32)
+        total += tl.sum(number[:, :, :, :, None] * found, 3)
     result = tl.sum(tl.sum(total, 0), 0)
     if HAS_SCALES:
         result *= tl.load(scales + row, mask=row < num_rows, other=0)[:, None]
@@ -99,28 +102,46 @@ def spmv(
         x: Vectors on W's device, in any floating-point type; the result has the same.
         bias: One number a row.
         shape: How the work is split; the default is `shape_for`.
-        early: Start before the kernel ahead in the stream ends, and read weights until it does; the default is `EARLY`.
+        early: Start before the kernel ahead in the stream ends, and read weights until it does; the default is
+            `can_start_early`. The weights must have been written before that kernel was launched.
 
     Raises:
         ValueError: x is no matrix of W's columns.
     """
     if x.dim() != 2 or x.shape[1] != packed.columns:
         raise ValueError(f"x of shape {tuple(x.shape)} does not fit a weight of {packed.columns} columns")
-    num_rows = packed.counts.numel()
+    num_rows = packed.rows
     y = torch.empty(x.shape[0], num_rows, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     if packed.values.numel() == 0:
         return y.copy_(y.new_zeros(()) if bias is None else bias)
     shape = shape or shape_for(num_rows, packed.num_chunks)
-    early = EARLY if early is None else early
+    early = can_start_early(x.device) if early is None else early
+    num_vectors = triton.next_power_of_2(len(x))
     options = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):
         multiply[(triton.cdiv(num_rows, shape.rows),)](
             packed.values, packed.offsets, packed.bases, packed.starts, packed.scales if packed.scales is not None else y,
-            x.contiguous(), bias if bias is not None else y, y, len(x), num_rows, packed.columns, packed.num_chunks,
-            HAS_BASES=packed.bases.numel() > 0, HAS_SCALES=packed.scales is not None, HAS_BIAS=bias is not None,
-            VECTORS=triton.next_power_of_2(len(x)), ROWS=shape.rows, CHUNKS=shape.chunks,
+            _by_column(x, num_vectors), bias if bias is not None else y, y, len(x), num_rows, packed.num_chunks,
+            HAS_BASES=packed.bases.numel() > 0, SHIFT=packed.shift, HAS_SCALES=packed.scales is not None,
+            HAS_BIAS=bias is not None, VECTORS=num_vectors, ROWS=shape.rows, CHUNKS=shape.chunks,
             STEPS=triton.cdiv(packed.num_chunks, shape.chunks), EARLY=early, num_warps=shape.num_warps, **options,
         )  # fmt: skip
     return y
+
+
+@cache
+def can_start_early(device: torch.device) -> bool:
+    """Return whether kernels may start before the one ahead of them ends: on Hopper GPUs and later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _by_column(x: Tensor, num_vectors: int) -> Tensor:
+    """The vectors' elements column by column, so that one read gives a column of all; what is missing to a power of two is
+    whatever the memory holds, of which nothing is stored."""
+    if len(x) == 1:
+        return x.contiguous()
+    found = x.new_empty(x.shape[1], num_vectors)
+    found[:, : len(x)] = x.t()
+    return found

@@ -2,9 +2,11 @@
 
     python -m tests.benchmarks.decode [--rehearse] [--seconds 60] [--output FILE]     -> runs/bench/decode.json
 
-First the layers of the 1B at several densities: our kernel beside `F.linear` in bf16, each launch reading weights that are in
-no cache, all captured in one CUDA graph. Then tokens a second of the 1B at 80 % and its memory, dense and sparse, both
-captured. Then a sweep of the kernel's shapes, torch's CSR product, and 2:4 at a density of 0.5 (its vector is padded to 8).
+First tokens a second of the 1B at 80 % and its memory: dense, sparse, and sparse with values rounded to int8, each captured in
+one CUDA graph, once with the small operations of a step in fused kernels (`tests/benchmarks/decode_kernels.py`) and once with
+torch's. Then its layers at several densities: our kernel beside `F.linear` in bf16, each launch reading weights that are in no
+cache, all captured in one graph. Then several vectors, torch's CSR product, and 2:4 at a density of 0.5 (its vector is padded
+to 8).
 `of_bound` is the time to read the bytes of a launch at the speed of a copy, as a share of the time it takes. A part that fails,
 or that would begin after `--seconds`, is a line in the file with its reason. `--rehearse` does the same at a tiny size on a
 CPU, under Triton's interpreter if Triton is installed: its seconds mean nothing. Goals that are missed are named at the end and
@@ -32,13 +34,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsity.compact.linear import SparseLinear, sparse_linears_
-from sparsity.compact.packed import Packed, pack
+from sparsity.compact.packed import Packed, pack, rounded
 from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
 from tests.benchmarks.decoder import Decoder, make_sparse_
 from tests.benchmarks.event import ONE_B, TINY, Size, copy_bandwidth
 
 Call = Callable[[], Any]
-DENSITIES = (0.2, 0.5, 0.1, 0.3)
+DENSITIES = (0.2, 0.5, 0.6, 0.35, 0.1)
+NUM_TOKENS = 40
 GOALS = {("2048 x 8192", 0.2): 2.5, ("32000 x 2048", 0.2): 2.5, ("2048 x 8192", 0.5): 1.3, ("32000 x 2048", 0.5): 1.3}
 TOKENS_GOAL, MEMORY_GOAL = 2.0, 0.85e9
 MORE_THAN_CACHES = 150_000_000
@@ -155,27 +158,13 @@ def measure_layer(rows: Rows, layer: Layer, kernel: Any, dense: float, bandwidth
     error = float((kernel.spmv(packed, layer.x).float() - expected).norm() / expected.norm())
     all_copies = copies(packed, turns(packed.nbytes, layer.device))
     seconds = seconds_of_each([product(kernel, one, layer.x) for one in all_copies], layer.device)
-    nbytes, shape = packed.nbytes - packed.counts.nbytes, kernel.shape_for(len(layer.weight), packed.num_chunks)
+    nbytes, shape = packed.nbytes, kernel.shape_for(len(layer.weight), packed.num_chunks)
     details = {
         "density": layer.density, "shape": list(shape), "num_chunks": packed.num_chunks,
         "bytes": nbytes, "bits_a_weight": 8 * nbytes / layer.weight.numel(), "of_bound": nbytes / bandwidth / seconds,
         "dense_of_bound": layer.weight.nbytes / bandwidth / dense, "error": error,
     }  # fmt: skip
     rows.add(Comparison(f"{layer.name} at {layer.density}", seconds, "F.linear bf16", dense, details).row())
-
-
-def sweep_layer(rows: Rows, layer: Layer, kernel: Any, dense: float, shapes: Sequence[tuple[int, int, int]]) -> None:
-    packed = pack(layer.weight)
-    all_copies = copies(packed, turns(packed.nbytes, layer.device))
-    found: dict[str, float] = {}
-    for shape in shapes:
-        if shape[1] > 2 * packed.num_chunks or time.monotonic() > rows.deadline:
-            continue
-        calls = [product(kernel, one, layer.x, kernel.Shape(*shape)) for one in all_copies]
-        found[" x ".join(map(str, shape))] = seconds_of_each(calls, layer.device, 5)
-    best = min(found, key=found.__getitem__)
-    name = f"{layer.name} at {layer.density}, best of {len(found)} shapes"
-    rows.add(Comparison(name, found[best], "F.linear bf16", dense, {"best": best, "sweep": found}).row())
 
 
 def measure_vectors(rows: Rows, layer: Layer, kernel: Any) -> None:
@@ -224,43 +213,103 @@ def queue_timer(device: str) -> Callable[[], float]:
 # --- the model ---
 
 
+class Tokens:
+    """One way of decoding: seconds of a captured step, its tokens, and what its kernels take."""
+
+    def __init__(self, model: Decoder, device: str, is_fused: bool) -> None:
+        from sparsity.compact.spmv import can_start_early
+        from tests.benchmarks import decode_kernels
+
+        def step() -> None:
+            if is_fused:
+                model.fused_step(decode_kernels, can_start_early(model.norm.device))
+            else:
+                model.step()
+
+        model.start_anew()
+        self.tokens: list[int] = []
+        self.graph = None
+        if device == "cpu":
+            started = time.perf_counter()
+            for _ in range(NUM_TOKENS // 10):
+                step()
+                self.tokens.append(int(model.token))
+            self.seconds = (time.perf_counter() - started) / len(self.tokens)
+            return
+        step()
+        model.start_anew()
+        self.graph = captured([step])
+        for _ in range(NUM_TOKENS):
+            self.graph.replay()
+            self.tokens.append(int(model.token))
+        self.seconds = replayed(self.graph, 50)
+
+    def kernels(self) -> dict[str, list[float]]:
+        """Microseconds of a step, and launches, of each kernel; the first eight."""
+        if self.graph is None:
+            return {}
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(5):
+                self.graph.replay()
+            torch.cuda.synchronize()
+        events = [e for e in found.key_averages() if e.device_time_total > 0]
+        events.sort(key=lambda e: -e.device_time_total)
+        return {e.key[:60]: [e.device_time_total / 5, e.count / 5] for e in events[:10]}
+
+
 @torch.no_grad()
 def measure_model(rows: Rows, size: Size, head: int, device: str, bandwidth: float) -> None:
+    """Tokens a second and memory: dense, sparse, and sparse in int8, each with fused and with single small operations."""
     torch.manual_seed(0)
     before = allocated(device)
     model = Decoder(size, head, device)
     make_sparse_(model, 0.2)
     cache = sum(block.cache.nbytes for block in model.blocks)
     dense_bytes, dense_memory = weight_bytes(model), allocated(device) - before - cache
-    dense_step, dense_linear, dense_tokens = time_model(model, device)
-    names = sparse_linears_(model)
-    model.start_anew()
-    nbytes, memory = weight_bytes(model), allocated(device) - before - cache
-    step, linear, tokens = time_model(model, device)
-    same = sum(int(a == b) for a, b in zip(tokens, dense_tokens, strict=True))
-    details = {
-        "tokens_per_second": 1 / step, "dense_tokens_per_second": 1 / dense_step, "memory_bytes": memory,
-        "dense_memory_bytes": dense_memory, "weight_bytes": nbytes, "dense_weight_bytes": dense_bytes,
-        "of_bound": nbytes / bandwidth / step, "sparse_layers": len(names), "same_tokens": f"{same} of {len(tokens)}",
-    }  # fmt: skip
-    rows.add(Comparison("a token of the 1B at 0.2", step, "dense bf16, captured too", dense_step, details).row())
-    rows.add(Comparison("all linear layers of the 1B at 0.2", linear, "F.linear bf16", dense_linear).row())
-
-
-def time_model(model: Decoder, device: str) -> tuple[float, float, list[int]]:
-    """Seconds of a step, seconds of its linear layers alone, and the first tokens."""
-    tokens = []
-    for _ in range(4):
-        model.step()
-        tokens.append(int(model.token))
-    if device == "cpu":
-        started = time.perf_counter()
-        model.step()
-        step = time.perf_counter() - started
-    else:
-        step = replayed(captured([model.step]), 50)
+    dense = {is_fused: decoded(model, device, is_fused) for is_fused in (True, False)}
     calls = model.linear_calls()
-    return step, seconds_of_each(calls, device, 20) * len(calls), tokens
+    dense_linear = seconds_of_each(calls, device, 20) * len(calls)
+    del calls
+    names = sparse_linears_(model)
+    memory = allocated(device) - before - cache
+    for kind in ("", ", int8"):
+        if kind:
+            round_layers_(model)
+        nbytes = weight_bytes(model)
+        for is_fused in (True, False):
+            found, expected = decoded(model, device, is_fused), dense[is_fused]
+            same = sum(int(a == b) for a, b in zip(found["tokens"], expected["tokens"], strict=True))
+            details = {
+                "tokens_per_second": 1 / found["seconds"], "dense_tokens_per_second": 1 / expected["seconds"],
+                "weight_bytes": nbytes, "dense_weight_bytes": dense_bytes, "memory_bytes": memory,
+                "dense_memory_bytes": dense_memory, "of_bound": nbytes / bandwidth / found["seconds"],
+                "sparse_layers": len(names), "same_tokens": f"{same} of {len(found['tokens'])}",
+                "kernels": found["kernels"], "dense_kernels": expected["kernels"],
+            }  # fmt: skip
+            if kind:
+                del details["memory_bytes"], details["dense_memory_bytes"]
+            name = f"a token of the 1B at 0.2{kind}" + ("" if is_fused else ", single operations")
+            baseline = "dense bf16, captured too"
+            rows.add(Comparison(name, found["seconds"], baseline, expected["seconds"], details).row())
+        calls = model.linear_calls()
+        linear = seconds_of_each(calls, device, 20) * len(calls)
+        rows.add(Comparison(f"all linear layers of the 1B at 0.2{kind}", linear, "F.linear bf16", dense_linear).row())
+        del calls
+
+
+def decoded(model: Decoder, device: str, is_fused: bool) -> dict[str, Any]:
+    """Seconds, tokens and kernels of one way, whose graph is gone afterwards."""
+    found = Tokens(model, device, is_fused)
+    return {"seconds": found.seconds, "tokens": found.tokens, "kernels": found.kernels() if is_fused else {}}
+
+
+def round_layers_(model: nn.Module) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], SparseLinear(rounded(module.packed)))
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -284,19 +333,10 @@ def allocated(device: str) -> int:
 def measure(rows: Rows, size: Size, device: str) -> None:
     from sparsity.compact import spmv as kernel
 
-    if device == "cuda":
-        shapes = [(2048, 8192), (32_000, 2048), (8192, 2048), (2048, 2048)]
-        sweep = [
-            (rows_, chunks, warps)
-            for warps in (4, 2, 8)
-            for chunks in (8, 2, 4, 1, 16)
-            for rows_ in (1, 2, 4, 8)
-            if warps <= rows_ * chunks <= 4 * warps
-        ]
-    else:
-        shapes, sweep = [(24, 96), (40, 64)], [(1, 1, 1), (2, 1, 2)]
+    shapes = [(2048, 8192), (32_000, 2048), (8192, 2048), (2048, 2048)] if device == "cuda" else [(24, 96), (40, 64)]
     bandwidth = copy_bandwidth(device, 1 << (28 if device == "cuda" else 16))
     rows.add({"name": "copy", "bytes_per_second": bandwidth})
+    rows.attempt("the 1B", measure_model, rows, size, 256 if device == "cuda" else 8, device, bandwidth)
     dense: dict[tuple[int, int], float] = {}
     for shape in shapes:
         seconds = rows.attempt(f"F.linear {shape}", lambda shape=shape: Layer(*shape, 0.2, device).dense_seconds())
@@ -313,17 +353,11 @@ def measure(rows: Rows, size: Size, device: str) -> None:
                     rows, of(shape, density), kernel, dense[shape], bandwidth
                 ),
             )
-        if density == DENSITIES[1]:
-            rows.attempt("the 1B", measure_model, rows, size, 64 if device == "cuda" else 8, device, bandwidth)
     rows.attempt("vectors", lambda: measure_vectors(rows, of(shapes[0], 0.2), kernel))
-    rows.attempt("torch CSR", lambda: measure_csr(rows, of(shapes[0], 0.2), dense[shapes[0]]))
-    rows.attempt("torch CSR", lambda: measure_csr(rows, of(shapes[1], 0.2), dense[shapes[1]]))
+    for shape in shapes[:2]:
+        rows.attempt("torch CSR", lambda shape=shape: measure_csr(rows, of(shape, 0.2), dense[shape]))
     for shape in shapes[:2]:
         rows.attempt("torch 2:4", lambda shape=shape: measure_pairs(rows, of(shape, 0.5), dense[shape]))
-    for shape in shapes:
-        rows.attempt(
-            f"sweep of {shape}", lambda shape=shape: sweep_layer(rows, of(shape, 0.2), kernel, dense[shape], sweep)
-        )
 
 
 def missed_goals(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -77,19 +77,21 @@ def _attention(  # type: ignore[no-untyped-def]
     total = tl.full([], 1.0, tl.float32)
     mixed = own_value.to(tl.float32)
     for begin in range(0, LENGTH, POSITIONS):
-        place = begin + places
-        is_before = place < now
-        at = keys + place[:, None] * HEAD + half[None, :]
-        low = tl.load(at, mask=is_before[:, None], other=0).to(tl.float32)
-        high = tl.load(at + HALF, mask=is_before[:, None], other=0).to(tl.float32)
-        score = scale * tl.sum(low * query_first[None, :] + high * query_second[None, :], 1)
-        score = tl.where(is_before, score, float("-inf"))
-        higher = tl.maximum(most, tl.max(score, 0))
-        share, fade = tl.exp(score - higher), tl.exp(most - higher)
-        found = tl.load(values + place[:, None] * HEAD + mine[None, :], mask=is_before[:, None], other=0)
-        mixed = mixed * fade + tl.sum(share[:, None] * found.to(tl.float32), 0)
-        total = total * fade + tl.sum(share, 0)
-        most = higher
+        if begin < now:
+            place = begin + places
+            is_before = place < now
+            at = keys + place[:, None] * HEAD + half[None, :]
+            # The read of the values does not wait for the scores.
+            low = tl.load(at, mask=is_before[:, None], other=0).to(tl.float32)
+            high = tl.load(at + HALF, mask=is_before[:, None], other=0).to(tl.float32)
+            found = tl.load(values + place[:, None] * HEAD + mine[None, :], mask=is_before[:, None], other=0)
+            score = scale * tl.sum(low * query_first[None, :] + high * query_second[None, :], 1)
+            score = tl.where(is_before, score, float("-inf"))
+            higher = tl.maximum(most, tl.max(score, 0))
+            share, fade = tl.exp(score - higher), tl.exp(most - higher)
+            mixed = mixed * fade + tl.sum(share[:, None] * found.to(tl.float32), 0)
+            total = total * fade + tl.sum(share, 0)
+            most = higher
     tl.store(out + head * HEAD + mine, (mixed / total).to(out.dtype.element_ty))
 
 
@@ -135,8 +137,8 @@ def attention(
     out = torch.empty(1, num_heads * head, dtype=qkv.dtype, device=qkv.device)
     part = min(HEAD_SLICE, head)
     _attention[(num_heads * head // part,)](
-        qkv, cache, *turns, position, out, num_heads, LENGTH=length, HALF=head // 2, SLICE=part, POSITIONS=32,
-        EARLY=early, num_warps=4, **_options(early),
+        qkv, cache, *turns, position, out, num_heads, LENGTH=length, HALF=head // 2, SLICE=part, POSITIONS=64,
+        EARLY=early, num_warps=8, **_options(early),
     )  # fmt: skip
     return out
 

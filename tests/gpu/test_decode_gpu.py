@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from sparsity.compact import CompactWeights, SparseLinear, compact_folder
+from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
 from sparsity.compact.linear import MOST_VECTORS
-from sparsity.compact.packed import pack, unpack
+from sparsity.compact.packed import pack, rounded, unpack
 from tests.test_compact import IDS, same_bits, sparse_model
 from tests.test_sparse_linear import DTYPES, check_product, weight_of
 
@@ -39,7 +39,7 @@ def test_every_shape_of_the_sweep_multiplies_right():
 
     weight = weight_of(2048, 2048, 0.2, torch.bfloat16)
     packed, x = pack(weight.cuda()), torch.randn(1, 2048).bfloat16()
-    for shape in ((1, 2, 2), (8, 1, 4), (4, 2, 8), (8, 2, 4), (1, 8, 8)):
+    for shape in ((1, 2, 2), (8, 1, 8), (4, 2, 8), (2, 4, 8), (1, 4, 4)):
         check_product(spmv(packed, x.cuda(), None, Shape(*shape)), x, weight)
 
 
@@ -58,6 +58,56 @@ def test_a_few_vectors_are_captured_in_a_graph_and_many_give_the_same():
     assert same_bits(captured.cpu(), few.cpu())
     expected = F.linear(x.double(), weight.double())
     assert torch.allclose(many.cpu().double(), expected, atol=1e-3)
+
+
+def test_products_that_start_early_give_the_bits_of_those_that_wait():
+    """A chain, in which each product reads what the one before writes, in memory that is used again and again."""
+    from sparsity.compact.spmv import spmv
+
+    packed = [pack((weight_of(2048, 2048, 0.2) / 16).bfloat16().cuda()) for _ in range(4)]
+    start = torch.randn(1, 2048).bfloat16().cuda()
+    results = []
+    for early in (False, True):
+        if early and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("a GPU before Hopper cannot start early")
+        x = start.clone()
+        graph = torch.cuda.CUDAGraph()
+        spmv(packed[0], x, early=early)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = x
+            for number in range(40):
+                y = spmv(packed[number % 4], y, early=early)
+                y = torch.tanh(y) if number % 3 == 0 else y
+        for _ in range(20):
+            graph.replay()
+        results.append(y.cpu())
+    assert bool(results[0].isfinite().all())
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("number", [2, 3, 8])
+def test_several_vectors_and_rounded_values_multiply_as_the_cpu_does(number):
+    from sparsity.compact.spmv import spmv
+
+    weight, x = weight_of(2048, 8192, 0.2, torch.bfloat16), torch.randn(number, 8192).bfloat16()
+    packed = pack(weight.cuda())
+    check_product(spmv(packed, x.cuda()), x, weight)
+    codes = rounded(packed)
+    check_product(spmv(codes, x.cuda()), x, unpack(codes).cpu())
+
+
+def test_layers_that_share_a_storage_waste_none_of_it():
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    weights = [weight_of(2000, 3000, 0.2, torch.bfloat16).cuda() for _ in range(4)]
+    model = torch.nn.Sequential(*(torch.nn.Linear(3000, 2000, bias=False) for _ in range(4))).bfloat16().cuda()
+    for layer, weight in zip(model, weights, strict=True):
+        layer.weight = torch.nn.Parameter(weight)
+    del weights, layer, weight
+    assert len(sparse_linears_(model)) == 4
+    held = sum(buffer.nbytes for buffer in model.buffers())
+    assert torch.cuda.memory_allocated() - before < held + (2 << 20)
 
 
 def test_a_layer_takes_the_bytes_of_its_kept_weights_and_their_columns():

@@ -123,10 +123,14 @@ def remove_leftovers(root: Path) -> None:
             remove_folder(folder)
 
 
-def remove_old(root: Path, keep: int, newest: int) -> Sequence[Path]:
-    """Remove all checkpoints up to step `newest` but the last `keep`; return those removed."""
+def remove_old(root: Path, keep: int, newest: int, keep_steps: Sequence[int] = ()) -> Sequence[Path]:
+    """Remove all checkpoints up to step `newest` but the last `keep`; return those removed.
+
+    Those of `keep_steps` stay and are not counted.
+    """
     assert keep >= 1
-    doomed = [folder for folder in checkpoints(root) if step_of(folder) <= newest][keep:]
+    found = [folder for folder in checkpoints(root) if step_of(folder) <= newest and step_of(folder) not in keep_steps]
+    doomed = found[keep:]
     for folder in doomed:
         remove_folder(folder)
     return doomed

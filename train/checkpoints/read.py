@@ -98,8 +98,10 @@ def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def load_optimizer(reader: CheckpointReader, optimizer: Any, parameters: Mapping[str, Tensor]) -> None:
-    """Load moments, counters and learning rates in the layout that the parameters have now."""
+def load_optimizer(
+    reader: CheckpointReader, optimizer: Any, parameters: Mapping[str, Tensor], rates: bool = True
+) -> None:
+    """Load moments and counters, and learning rates if `rates`, in the layout that the parameters have now."""
     saved, inner = reader.state["optimizer"], state_holder(optimizer)
     groups = {param: group for group in inner.param_groups for param in group["params"]}
     for name, param in parameters.items():
@@ -118,8 +120,8 @@ def load_optimizer(reader: CheckpointReader, optimizer: Any, parameters: Mapping
                 _fill(reader, f"optim.{key}", name, state[key], param)
         if state:
             inner.state[param] = state
-    for group, rates in zip(inner.param_groups, saved["groups"], strict=True):
-        group.update(rates)
+    for group, saved_rates in zip(inner.param_groups, saved["groups"], strict=True):
+        group.update(saved_rates if rates else {})
 
 
 def load_masks(reader: CheckpointReader, shards: list[ParameterShard], row_sizes: Callable[[str], int]) -> None:

@@ -8,23 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.common.files import sha256_of
-from train.checkpoints.layout import STATE, newest_whole
+from train.checkpoints.layout import STATE, newest_whole, step_of
 from train.data.index import INDEX, read_index
 from train.data.pack import SPLITS
 from train.distributed import World
 
 
-def checkpoint_to_resume(root: Path, identity: dict[str, Any], data_folder: str, world: World) -> Path | None:
-    """Return the newest whole checkpoint of the run, or None; warn about damaged ones. Collective.
+def checkpoint_to_resume(
+    root: Path, identity: dict[str, Any], data_folder: str, world: World, branch_step: int | None = None
+) -> Path | None:
+    """Return the newest whole checkpoint of the run, or None; damaged ones are named in a warning. Collective.
+
+    That of `branch_step` is another run's, which was compared when this one branched.
 
     Raises:
-        RunStopped: The checkpoint has other steps, or its data has changed.
+        RunStopped: It is of other steps, or of data that has changed since.
     """
     folder, warnings = newest_whole(root, world)
     if world.is_main:
         for warning in warnings:
             print(f"warning: {warning}.", file=sys.stderr, flush=True)
-    if folder is not None:
+    if folder is not None and step_of(folder) != branch_step:
         world.on_main(check_is_of_this_run, folder, identity, data_folder)
     return folder
 

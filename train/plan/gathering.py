@@ -32,6 +32,8 @@ def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroo
         gradient_checkpointing=trainer.gradient_checkpointing,
         compiled=trainer.torch_compile,
         fused_loss=trainer.use_liger_kernel,
+        update_state_bytes=plan.update.state_bytes,
+        update_move_bytes=plan.update.move_bytes,
     )
     asked = config.launch.reshard_after_forward
     if asked == "auto":

@@ -56,6 +56,10 @@ class Setting:
     reshard_after_forward: bool = True
     """FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
     selection_chunk: int = SELECTION_CHUNK
+    update_state_bytes: int = 0
+    """Of each prunable weight, besides its mask: what the update of the masks keeps."""
+    update_move_bytes: int = 0
+    """Of each prunable weight, while masks move by the gradients of a step."""
 
     @property
     def num_tokens(self) -> int:
@@ -152,19 +156,21 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
         "the last block's backward": workspace + gathered_backward + kept,
         "the first block's backward": workspace + (0 if recomputed else one_block) + gathered_backward,
         "a prune event": selection,
+        "a move of the masks": selection + setting.update_move_bytes * prunable,
     }
     held = {
         "the loss": waiting + activations,
         "the last block's backward": waiting + activations,
         "the first block's backward": gradients + waiting,
         "a prune event": 0,
+        "a move of the masks": gradients if setting.update_move_bytes else 0,
     }
     return GpuMemory(
         weights=FLOAT32_BYTES * shard,
         gradients=gradients,
         waiting_gradients=waiting if setting.fsdp else 0,
         moments=2 * FLOAT32_BYTES * shard,
-        masks=MASK_BYTES * prunable,
+        masks=(MASK_BYTES + setting.update_state_bytes) * prunable,
         activations=activations,
         transients=transients,
         held=held,

@@ -12,6 +12,8 @@ from sparsity.schedule import SCHEDULES, Mixed, Ramp
 from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
 from sparsity.update import Update
 from sparsity.window import compute_window, schedule_of_window
+from train.plan.architecture import default_length, describe, resolved
+from train.plan.branch import planned_steps
 from train.plan.counts import ParameterCounts, count_parameters
 from train.plan.names import planned_pools
 from train.plan.twin import DenseTwin, dense_twin
@@ -43,6 +45,11 @@ class RunPlan:
     """Of all prunable weights together in the end; a twin has that of its sparse run, a dense run none."""
     twin: DenseTwin | None = None
     """How a dense twin was derived and how far off it is; None where model.match is null."""
+
+    @property
+    def architecture(self) -> str:
+        """The `model_type` of transformers."""
+        return "llama" if self.model.path is None else describe(self.model).kind
 
     @property
     def batch_tokens(self) -> int:
@@ -79,8 +86,8 @@ class RunPlan:
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
     """The plan of a run; a ValueError says in one sentence what in the configuration cannot be."""
-    model = config.model
-    sequence_length = config.data.sequence_length or model.max_position_embeddings
+    model = resolved(config.model)
+    sequence_length = config.data.sequence_length or default_length(model)
     if sequence_length > model.max_position_embeddings:
         raise ValueError(
             f"data.sequence_length={sequence_length} is longer than the model's context, "
@@ -116,10 +123,11 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
 def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int) -> tuple[Ramp | Mixed | None, int]:
     """The prune schedule, None for a dense run, and the number of steps, which a compute budget decides."""
     sparsity, window, num_steps = config.sparsity, config.sparsity.window, config.trainer.max_steps
+    num_steps = planned_steps(config) if num_steps is None else num_steps
     if (num_steps is None) == (window.budget is None):
         raise ValueError(
             f"trainer.max_steps={num_steps} and sparsity.window.budget={window.budget} both say how long the run is, or "
-            "neither does: set one of them, and the other to null."
+            "neither does: set one of them, and the other to null; with branch_from=RUN@STEP and optim.decay_steps both may be."
         )
     shares = target_shares(pools, sparsity.target)
     if not any(target for _, target in shares):
@@ -147,8 +155,30 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
             kind=kind,
             shares=shares,
         )
-    config.sparsity.make_update().check(schedule, parse_pattern(sparsity.pattern))
+    _check_window_and_decay(config, schedule, num_steps)
+    update = sparsity.make_update()
+    update.check(schedule, parse_pattern(sparsity.pattern))
+    if config.init_from is not None and update.lets_return:
+        raise ValueError(
+            f"init_from={config.init_from} keeps the zeros of its model, and sparsity.update={sparsity.update} lets pruned "
+            "weights return: take sparsity.update=shrink, or start from new weights."
+        )
     return seen_together(schedule, pools), num_steps
+
+
+def decay_length(decay_steps: float, num_steps: int) -> int:
+    """Return the steps that a value of optim.decay_steps stands for: below 1 it is a share of the run."""
+    return round(decay_steps * num_steps) if decay_steps < 1 else round(decay_steps)
+
+
+def _check_window_and_decay(config: Config, schedule: Ramp, num_steps: int) -> None:
+    """Refuse to prune while the rate decays: what is pruned then has no time to recover."""
+    decay = config.trainer.decay_steps
+    if decay and schedule.end_step > (begin := num_steps - decay_length(decay, num_steps)):
+        raise ValueError(
+            f"The prune window ends at step {schedule.end_step} and the decay of optim.decay_steps={decay:g} begins at step "
+            f"{begin}: end the window earlier (sparsity.window.end), or decay later."
+        )
 
 
 def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | Mixed | None, num_steps: int) -> float:

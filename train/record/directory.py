@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from conf.schema import Config, tokenizer_of
 from sparsity.common.files import check_room, write_atomically
 from train.checkpoints.layout import checkpoints, remove_leftovers
+from train.plan.branch import BRANCH
 from train.plan.disk import bytes_below
 from train.record.read import CONFIG, METRICS, SAMPLE, SUMMARY, read_summary
 
@@ -27,7 +28,7 @@ NOT_PART_OF_A_RUN = (
     "data.cache_dir", "data.num_workers", "trainer.save_steps",
     "trainer.save_total_limit", "trainer.ddp_timeout", "trainer.disable_tqdm", "trainer.dataloader_num_workers",
     "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
-    "trainer.gradient_accumulation_steps", "trainer.profile_steps", "trainer.async_save",
+    "trainer.gradient_accumulation_steps", "trainer.profile_steps", "trainer.async_save", "trainer.keep_steps",
 )  # fmt: skip
 """Keys that may differ when a run is started again. The checkpoint checks the settings of a step itself."""
 
@@ -40,6 +41,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / CONFIG
+        self.branch = path / BRANCH
         self.environment = path / "environment.json"
         self.metrics = path / METRICS
         self.summary = path / SUMMARY
@@ -114,16 +116,22 @@ class RunDirectory:
         self._check_same(config)
         return self._read_summary() if self.summary.exists() else None
 
-    def begin(self, config: Config) -> None:
-        """Write the configuration into the folder; a resumed run keeps the one that it began with."""
+    def begin(self, config: Config, note: str = "") -> None:
+        """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with.
+
+        Args:
+            config: The run's configuration.
+            note: Words that open the file as a comment.
+        """
         if self.config.exists():
             return
         chosen = replace(config, tokenizer=tokenizer_of(config))
-        write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.structured(chosen)))
+        comment = f"# {' '.join(note.split())}\n" if note else ""
+        write_atomically(self.config, comment + OmegaConf.to_yaml(OmegaConf.structured(chosen)))
 
     def _empty(self) -> None:
-        """Remove the files of a run; a file with another name stays."""
-        for file in (self.config, self.environment, self.metrics, self.summary, self.report, self.sample):
+        """Remove what a run writes; a file with another name stays."""
+        for file in (self.config, self.branch, self.environment, self.metrics, self.summary, self.report, self.sample):
             file.unlink(missing_ok=True)
         for partial in self.path.glob(".*.partial"):
             partial.unlink()
@@ -170,7 +178,7 @@ def run_identity(config: Any) -> dict[str, Any]:
         group, _, key = path.rpartition(".")
         (plain[group] if group else plain).pop(key, None)
     # Null means one of these, and a run that wrote it out is the same run.
-    plain["tokenizer"] = plain.get("tokenizer") or plain.get("init_from") or "train"
+    plain["tokenizer"] = plain.get("tokenizer") or plain.get("init_from") or plain["model"].get("path") or "train"
     return {str(key): value for key, value in plain.items()}
 
 

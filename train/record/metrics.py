@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class Recorder(TrainerCallback):
         self.clock = clock
         self.speedometer = speedometer
         self.wandb_run = wandb_run
+        self.figures_of_data: Callable[[int], dict[str, Any]] = lambda step: {}
+        """Tokens and epochs of each source of a mixture after so many steps."""
         self._earlier = keep_whole_records(metrics)
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run
         self._unwritten = b""
@@ -92,6 +95,7 @@ class Recorder(TrainerCallback):
             num_tokens = (step - before) * self.plan.batch_tokens
             record["train/tokens_per_second"] = num_tokens / seconds
             record |= self.speedometer.figures(num_tokens, self.clock.lap())
+            record |= {f"train/{name}": value for name, value in self.figures_of_data(step).items()}
         if self.sparsity is not None:
             record |= self.sparsity.metrics(step - 1)
             layers = self.sparsity.pruner.layer_densities()

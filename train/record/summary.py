@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from hydra.core.override_parser.types import Quote, QuotedString
 from torch import Tensor, nn
 
 from conf.schema import Config
+from conf.schema.data import SourceConfig
 from sparsity.prunable import own_linear_weights
 from sparsity.shards import local_values, rank_layout
 from train.plan.choices import choice_words
@@ -38,7 +42,12 @@ def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
     """Return the overrides with which `python -m eval` scores the same text in the same windows."""
     usual = {
         "path": None,
+        "name": None,
         "subset": None,
+        "split": "train",
+        "stream": False,
+        "token_dtype": None,
+        "on_error": "raise",
         "text_field": "text",
         "heldout_share": 0.01,
         "max_documents": None,
@@ -50,9 +59,24 @@ def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
     }
     own = {key: getattr(config.data, key) for key in usual}
     overrides = {f"data.{key}": value for key, value in own.items() if value != usual[key]}
+    if config.data.sources:
+        overrides["data.sources"] = sources_text(config.data.sources)
     if plan.sequence_length != plan.model.max_position_embeddings:
         overrides["window"] = plan.sequence_length
     return overrides
+
+
+def sources_text(sources: Sequence[SourceConfig]) -> str:
+    """Return a mixture's sources as they are typed."""
+    usual = asdict(SourceConfig(path="x"))
+    texts = []
+    for source in sources:
+        own = {key: value for key, value in asdict(source).items() if value is not None and value != usual[key]}
+        texts.append(
+            ",".join(f"{key}:{QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else value}"
+                     for key, value in own.items())
+        )  # fmt: skip
+    return "[" + ",".join("{" + text + "}" for text in texts) + "]"
 
 
 def summarize(
@@ -64,7 +88,9 @@ def summarize(
     num_prunable: int,
     average_density: float,
     score: Score,
+    others: dict[str, float],
     heldout_bytes: int,
+    by_source: dict[str, Any],
     unigram_bits_per_byte: float,
     fsdp_version: int,
     train_seconds: float,
@@ -97,6 +123,13 @@ def summarize(
         "steps": len(step_losses),
         "batch_tokens": plan.batch_tokens,
         "total_tokens": plan.total_tokens,
+        **{
+            f"{kind}_by_source": {
+                name[len(kind) + 1 :]: value for name, value in by_source.items() if name.startswith(kind)
+            }
+            for kind in ("tokens", "epochs")
+            if by_source
+        },
         "learning_rate": config.trainer.learning_rate,
         "final_train_loss": loss,
         "final_train_loss_std": spread,
@@ -107,6 +140,7 @@ def summarize(
         "unigram_bits_per_byte": unigram_bits_per_byte,
         "heldout_tokens": score.num_tokens,
         "heldout_bytes": heldout_bytes,
+        **({"eval": others} if others else {}),
         "prune_start_step": schedule.start_step if schedule else None,
         "prune_end_step": schedule.end_step if schedule else None,
         "prune_every_steps": schedule.every_steps if schedule else None,

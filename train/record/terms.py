@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.schema import CardConfig
+from conf.schema import CardConfig, DataConfig
 
 PAPER = "The Journey Matters: Average Parameter Count over Pre-training Unifies Sparse and Dense Scaling Laws"
 PAPER_URL = "https://arxiv.org/abs/2501.12486"
@@ -30,6 +30,34 @@ class Source:
     language: str | None = None
 
 
+LICENCES = {
+    "allenai/c4": "[C4](https://huggingface.co/datasets/allenai/c4) is under ODC-By 1.0; its use is also subject to "
+    "[CommonCrawl's terms](https://commoncrawl.org/terms-of-use).",
+    "HuggingFaceFW/fineweb": "[FineWeb](https://huggingface.co/datasets/HuggingFaceFW/fineweb) is under ODC-By 1.0; its use is "
+    "also subject to [CommonCrawl's terms](https://commoncrawl.org/terms-of-use).",
+}
+
+
+def source_of(data: DataConfig) -> Source:
+    """Return a run's data in words."""
+    if data.source == "mixture":
+        names = [one.hub if one.hub is not None else one.stem for one in data.sources]
+        terms = " ".join(_hub_terms(one.hub) for one in data.sources if one.hub is not None)
+        return Source(f"a mixture of {', '.join(names)}", f"{terms} {SOURCES['text'].terms}".strip())
+    if data.source == "hub":
+        name = str(data.name)
+        if Path(name).expanduser().is_dir():
+            return Source(Path(name).name, SOURCES["text"].terms)
+        return Source(f"`{name}` of the hub", _hub_terms(name), hub_id=name)
+    return SOURCES[data.source]
+
+
+def _hub_terms(name: str) -> str:
+    return LICENCES.get(
+        name, f"[{name}](https://huggingface.co/datasets/{name}) is under the terms that its page on the hub states."
+    )
+
+
 SOURCES = {
     "pydocs": Source(
         "docstrings of the Python standard library and of the packages installed on the training machine",
@@ -44,6 +72,10 @@ SOURCES = {
         "[CommonCrawl's terms](https://commoncrawl.org/terms-of-use).",
         hub_id="HuggingFaceFW/fineweb-edu",
         language="en",
+    ),
+    "tokens": Source(
+        "text that whoever trained the model had tokenized",
+        "The tokens were supplied by whoever trained the model, and their terms are theirs to state; this card knows none.",
     ),
     "text": Source(
         "text supplied by whoever trained the model",
@@ -77,6 +109,12 @@ def tokenizer_terms(tokenizer: str) -> str:
     if is_llama_2(tokenizer):
         return f"LLaMA 2's, under {llama_2}."
     return f"`{public_name(tokenizer)}` is under its publisher's terms; for LLaMA 2's tokenizer, that is {llama_2}."
+
+
+def base_model_terms(init_from: str) -> str:
+    return (
+        f"`{public_name(init_from)}` is under its publisher's terms, which go with weights that are trained on from it."
+    )
 
 
 def licence_words(card: CardConfig) -> str:

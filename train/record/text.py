@@ -23,7 +23,19 @@ from train.record.directory import RunDirectory
 from train.record.table import markdown
 
 
-def opening_words(config: Config, plan: RunPlan, data: PreparedData, world_size: int, sharding: str) -> str:
+def opening_words(
+    config: Config, plan: RunPlan, data: PreparedData, world_size: int, sharding: str, dense: str = ""
+) -> str:
+    """Return what the run is, in a few lines.
+
+    Args:
+        config: The run.
+        plan: What follows from it.
+        data: Its text.
+        world_size: The number of processes.
+        sharding: How the model is shared out among them.
+        dense: The parameters that a sparse run does not prune (`train.plan.names.dense_words`).
+    """
     choices = choice_words(config, prunes=plan.schedule is not None)
     lines = [
         f"{plan.run_dir}: {count_text(plan.counts.total)} parameters, {count_text(plan.counts.linear)} of them linear, "
@@ -40,6 +52,7 @@ def opening_words(config: Config, plan: RunPlan, data: PreparedData, world_size:
             *lines,
             f"  pruned to {100 * schedule.sparsity:.4g} % {_events(schedule)}; average density "
             f"{half_up(plan.average_density, 4)}",
+            *([f"  not pruned: {dense}"] if dense else []),
         ]
     )
 

@@ -102,14 +102,23 @@ def refit(fit: Fit, weights: Array) -> list[Law]:
     return [_law(fit.problem, row) for row in best]
 
 
-def bootstrap(fit: Fit, num_resamples: int, seed: int) -> list[Law]:
-    """Fit the law to runs drawn with replacement; a draw that does not identify the law is drawn again."""
+def bootstrap(fit: Fit, num_resamples: int, seed: int, groups: NDArray[np.intp] | None = None) -> list[Law]:
+    """Return the laws of resampled runs, drawn with replacement; a draw that cannot identify the law is drawn again.
+
+    Args:
+        fit: The law of all points.
+        num_resamples: How many to draw.
+        seed: Of the draws.
+        groups: A number for each point, from 0 up: points of one group are drawn together, since they are not independent.
+            None draws each point by itself.
+    """
     problem, rng = fit.problem, np.random.default_rng(seed)
-    num = len(problem.loss)
-    weights = np.zeros((num_resamples, num))
+    groups = np.arange(len(problem.loss)) if groups is None else groups
+    num = int(groups.max()) + 1
+    weights = np.zeros((num_resamples, len(problem.loss)))
     for row in weights:
         for _ in range(MAX_REDRAWS):
-            row[:] = np.bincount(rng.integers(num, size=num), minlength=num)
+            row[:] = np.bincount(rng.integers(num, size=num), minlength=num)[groups]
             if identifies(problem, row > 0):
                 break
     return refit(fit, weights)

@@ -20,6 +20,9 @@ from sparsity.common.text import count_text
 from train.plan.run import plan_run
 from train.plan.series import table_row
 
+MIN_TRUNKS = 5
+"""Below so many independent runs a resample of whole trunks says nothing of the spread."""
+
 
 def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], dict[str, Fit]]:
     """Return (figures, fits) of the points. Losses are nats per token; `average` and `final` are the two meanings of N.
@@ -49,7 +52,10 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
     held_out = {
         side: held_out_residuals(fit, configurations, config.num_folds, config.seed) for side, fit in fits.items()
     }
-    laws = {side: bootstrap(fit, config.num_bootstrap, config.seed) for side, fit in fits.items()}
+    trunks = points.trunks
+    num_trunks = int(trunks.max()) + 1
+    groups = trunks if num_trunks >= MIN_TRUNKS else None
+    laws = {side: bootstrap(fit, config.num_bootstrap, config.seed, groups) for side, fit in fits.items()}
     for side, fit in fits.items():
         sides[side] = _side(fit, laws[side], held_out[side], points, config.confidence)
     figures: dict[str, Any] = {
@@ -59,6 +65,8 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
         "loss": points.loss_name,
         "num_runs": len(points.points),
         "num_configurations": int(configurations.max()) + 1,
+        "num_trunks": num_trunks,
+        "resampled": "points" if groups is None else "trunks",
         "confidence": config.confidence,
         "num_bootstrap": config.num_bootstrap,
         "average": sides["average"],
