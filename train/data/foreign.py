@@ -123,7 +123,8 @@ def _megatron(file: Path, index: Path) -> Span:
     data = index.read_bytes()
     if not data.startswith(MEGATRON_MAGIC) or len(data) < 34:
         raise ValueError(f"{index} does not begin as Megatron's index does: remove it if {file.name} is a flat file.")
-    code, sequences, documents = data[17], *np.frombuffer(data, "<u8", 2, 18).tolist()
+    code = data[17]
+    sequences, documents = (int(count) for count in np.frombuffer(data, "<u8", 2, 18))
     dtype = MEGATRON_TYPES.get(code)
     if dtype is None or np.dtype(dtype).kind not in "iu":
         raise ValueError(f"{index} says that ids are of type {code}, which is none for ids: write the files anew.")
