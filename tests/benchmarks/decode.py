@@ -363,7 +363,9 @@ def measure(rows: Rows, size: Size, device: str) -> None:
 def measure_on_cpu(rows: Rows, layers: int) -> None:
     """One thread: layers of the 1B beside dense bf16 and torch's CSR, and tokens of a model of so many of its blocks."""
     torch.set_num_threads(1)
-    bandwidth = copy_bandwidth("cpu", 1 << 26)
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / thread_seconds([lambda: target.copy_(source)])[0]
     rows.add({"name": "copy", "bytes_per_second": bandwidth})
     for shape, density in [((2048, 8192), 0.2), ((8192, 2048), 0.2), ((2048, 2048), 0.2), ((2048, 8192), 0.1)]:
         rows.attempt(f"{shape} at {density}", measure_cpu_layer, rows, Layer(*shape, density, "cpu"), bandwidth)
