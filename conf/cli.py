@@ -1,4 +1,4 @@
-"""What every command line of the project shares: typed configs, and errors in one sentence."""
+"""Shared by every command line of the project: options, typed configs, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ CLOSED_OUTPUT_CODE = 141
 
 
 def typed(cfg: DictConfig) -> Any:
-    """The dataclass behind a composed config, checked; a ValueError says what is wrong."""
+    """Return a composed config as its dataclass, checked.
+
+    Raises:
+        ValueError: A value breaks a rule; the sentence names the remedy.
+    """
     return checked(cfg)
 
 
@@ -48,17 +52,17 @@ def overrides_of(module: str, words: str, examples: str, arguments: Sequence[str
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
     found, unknown = parser.parse_known_args(list(arguments))
     if unknown:
-        raise ValueError(f"{unknown[0]} is no option of python -m {module}: give key=value, or --help.")
+        raise ValueError(f"{unknown[0]} is not an option of python -m {module}: give key=value, or --help.")
     return list(found.overrides)
 
 
 @contextmanager
 def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn what a user did wrong into one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows where it was.
+    """Turn a user's mistake into one sentence on stderr and exit code 2; with HYDRA_FULL_ERROR=1 raise it.
 
     Args:
-        quiet: Say nothing: another rank says it.
-        also: Exceptions that are a user's here and a mistake of the program elsewhere.
+        quiet: Print nothing, because another rank does.
+        also: Exceptions that are a user's mistake here and the program's elsewhere.
     """
     write_any_character()
     user_mistakes: tuple[type[Exception], ...] = (*USER_ERRORS, *also)
@@ -67,7 +71,7 @@ def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> 
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output, head for one, has what it wanted.
+        # The reader of our output, such as head, has enough.
         os._exit(CLOSED_OUTPUT_CODE)
     except user_mistakes as error:
         fail(error, quiet)
@@ -84,13 +88,13 @@ def fail(error: Exception, quiet: bool = False) -> None:
 def stop(words: str, code: int, quiet: bool = False) -> None:
     """End this process with a sentence on stderr and an exit code."""
     if not quiet:
-        # A progress bar may stand in the line.
+        # A progress bar may be in the line.
         print(f"\nerror: {words}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def sentence(error: Exception) -> str:
-    """An error in one sentence; the operating system's own errors get the path they are about."""
+    """Return an error in one sentence; the operating system's own errors get their path."""
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
         remedies = {

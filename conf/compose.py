@@ -13,9 +13,16 @@ from conf.keys import check_argument, checked, unknown_key
 from conf.schema import SCHEMAS, Config, register
 from conf.values import as_typed, kind_of
 
+CHECKED = "SPARSELLM_CHECKED"
+"""The variable by which a launcher tells the ranks that it has composed and checked their arguments."""
+
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
-    """The typed config that `overrides` make of `config_name`; a ValueError says in one sentence what is wrong."""
+    """Return the typed config that `overrides` make of `config_name`.
+
+    Raises:
+        ValueError: Hydra or the schema refuses an override; the sentence names the remedy.
+    """
     register()
     schemas = schemas_of(config_name)
     try:
@@ -51,13 +58,14 @@ def folder_key(argument: str) -> str:
 
 
 def check_arguments(config_name: str, arguments: Sequence[str]) -> None:
-    """Compose what Hydra is about to, so that a mistake is said in one sentence; calls with flags are left to Hydra."""
+    """Compose the config before Hydra does, so that a mistake gets one sentence; calls with flags are left to Hydra."""
     if not any(argument.startswith("-") for argument in arguments):
         composed(config_name, arguments)
 
 
 def composition_sentence(error: Exception, *schemas: Any) -> str:
-    """Hydra's message in one line, without its search path and advice; a mistyped key gets the nearest of `schemas`."""
+    """Return Hydra's message in one line, without its search path and advice; for a mistyped key, name the nearest of
+    `schemas`."""
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override} cannot be read: quote text for Hydra and the shell, \"key='some text'\"; lists are [a,b], and "

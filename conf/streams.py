@@ -9,7 +9,7 @@ from typing import Any
 
 
 class SteadyFile(io.FileIO):
-    """A file that drops what cannot be written."""
+    """A file that drops what cannot be written to it."""
 
     def write(self, data: Any) -> int:
         try:

@@ -1,13 +1,13 @@
-"""Values of a command line as they were typed.
+"""Values of a command line, read as they were typed.
 
-Hydra's grammar reads `~/corpus`, `a=b/` or `it's` as a mistake, and `1e3` or `true` as something other than text. A key
-whose type is text takes its value as typed: quoted for Hydra if Hydra would read anything else.
+Hydra's grammar takes `~/corpus`, `a=b/` or `it's` for a mistake, and `1e3` or `true` for something other than text. A
+key whose type is text takes its value as typed: it is quoted for Hydra if Hydra would read anything else.
 
 - Text in quotes of its own ('...' or "...") is left to Hydra, and so is null, which means no value.
 - `${key}` refers to another key, as everywhere in Hydra; only braces that Hydra cannot read are text.
 - In a sweep (-m) commas outside quotes separate the values; a value with a comma needs quotes of its own:
   "title='one, two'". Hydra's functions (choice, interval, ...) are read as functions there.
-- A dictionary's keys may be in quotes, and may be new: "factors={'*q_proj*': 0.5}" adds to what there is.
+- A dictionary's keys may be in quotes, and may be new: "factors={'*q_proj*': 0.5}" adds to the others.
 - A path that starts with ~ is expanded as the shell expands it at the start of a word.
 """
 
@@ -27,7 +27,7 @@ NAME_LISTS = ("runs",)
 """Keys that take one name or a list of them, whatever their type says."""
 PATHS = (
     "data.path", "data.cache_dir", "runs_dir", "init_from", "tokenizer", "launch.config_file", "folder", "out",
-    "task_path", "runs", "figure", "page",
+    "model.path", "branch_from", "task_path", "runs", "figure", "page",
 )  # fmt: skip
 """Keys whose value may start with ~."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)

@@ -16,7 +16,7 @@ from conf.compose import check_arguments, prepared
 from train.faults.process import die_with_parent, end_process_after
 
 COLLECTIVES_TIMEOUT_S = 1800
-USAGE = """python -m eval model=DIR data=wikitext data.path=wiki.test.raw      perplexity four ways, bits per byte, zeros
+EXAMPLES = """python -m eval model=DIR data=wikitext data.path=wiki.test.raw      perplexity four ways, bits per byte, zeros
 python -m eval model=DIR data=pydocs                                  a run's own held-out figures
 python -m eval model=DIR tasks=[hellaswag]                            tasks of lm-evaluation-harness
     ... tokenizer=FOLDER dtype=bfloat16 window=2048 stride=512 batch_size=8
@@ -57,8 +57,7 @@ def main(cfg: DictConfig) -> None:
 
 def run_process() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(USAGE)
-        return
+        cli.overrides_of("eval", "Score a finished model on text.", EXAMPLES, ["--help"])
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     cli.hush_other_ranks()

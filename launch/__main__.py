@@ -1,5 +1,6 @@
 """From a config to processes on machines: `python -m launch experiment=demo [key=value ...]`, with -m a sweep."""
 
+import os
 import sys
 
 from train.faults.preempt import end_when_asked
@@ -14,6 +15,8 @@ from omegaconf import DictConfig
 from conf import cli, schema
 from conf.compose import check_arguments, prepared
 from conf.streams import keep_writing
+from launch.ahead import AgentAhead, agent_ahead
+from launch.command import child_environment
 from launch.help import help_text
 from launch.local import sweep_here
 from launch.remote import check_plugins, run_job, run_trial, sweep_elsewhere
@@ -24,13 +27,18 @@ schema.register()
 MULTIRUN = ("-m", "--multirun")
 
 
-@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
-def one_run(cfg: DictConfig) -> None:
-    overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("dry_run=")]
-    with cli.user_errors():
-        code = start_run(cli.typed(cfg), overrides)
-    if code:
-        sys.exit(exit_code(code))
+def one_run(agent: AgentAhead | None = None) -> None:
+    """Compose the run of the command line, start it and wait for it; `agent` waits for its command already."""
+
+    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
+    def body(cfg: DictConfig) -> None:
+        overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("dry_run=")]
+        with cli.user_errors():
+            code = start_run(cli.typed(cfg), overrides, agent)
+        if code:
+            sys.exit(exit_code(code))
+
+    body()
 
 
 def sweep(arguments: list[str]) -> int:
@@ -59,10 +67,15 @@ def main(arguments: list[str]) -> None:
     elif is_multirun:
         with cli.user_errors():
             sys.exit(sweep(others))
-    else:
+    elif any(item.startswith("dry_run=") for item in others):
         with cli.user_errors():
             check_arguments("train", others)
         one_run()
+    else:
+        with agent_ahead(child_environment(os.environ)) as agent:
+            with cli.user_errors():
+                check_arguments("train", others)
+            one_run(agent)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from conf.cli import USER_ERROR_CODE
 from conf.streams import keep_writing
+from launch.ahead import read_arguments
 from train.faults.preempt import SIGNALS as PASSED_ON
 from train.faults.process import AGENT
 from train.faults.stop import PREEMPTED_CODE
@@ -36,7 +37,7 @@ FINAL_CODES = (USER_ERROR_CODE, PREEMPTED_CODE)
 
 
 class PassingAgent(LocalElasticAgent):
-    """torch's agent with the ranks' process ids at hand, and no restarts of what a restart does not help."""
+    """torch's agent, which knows its ranks' process ids and does not restart a run if that cannot help."""
 
     current: PassingAgent | None = None
     is_asked_to_stop = False
@@ -61,11 +62,11 @@ class PassingAgent(LocalElasticAgent):
 
 def main() -> None:
     keep_writing()
-    arguments = launch_command_parser().parse_args()
+    arguments = launch_command_parser().parse_args(read_arguments(sys.argv[1:]))
     # torch's elastic agent reports each failed rank at length; here it is one line.
     logging.disable(logging.ERROR)
     os.environ[AGENT] = str(os.getpid())
-    # What torch's agent is to answer itself; the parser of its options reads this.
+    # torch's agent answers these itself; the parser of its options reads this.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     launcher.LocalElasticAgent = PassingAgent  # type: ignore[misc]
     for number in PASSED_ON:
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def pass_on(number: int, _frame: FrameType | None) -> None:
-    """Hand a signal to every rank and go on waiting; before there are ranks, end."""
+    """Pass a signal to every rank and keep waiting; before there are ranks, end."""
     PassingAgent.is_asked_to_stop = True
     pids = PassingAgent.current.pids() if PassingAgent.current is not None else []
     if not pids:
@@ -94,16 +95,16 @@ def pass_on(number: int, _frame: FrameType | None) -> None:
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank to name: of those that left an error the earliest, else the one that ended first."""
+    """Return the rank to name: the earliest of those that left an error, else the one that ended first."""
     rank = min(failures, key=lambda rank: (not _said(failures[rank]), failures[rank].timestamp, rank))
     return rank, failures[rank]
 
 
 def show_error(failures: Mapping[int, ProcessFailure]) -> None:
-    """The traceback that the failed ranks left, once, whoever of them raised it too."""
+    """Print the traceback that the failed ranks left, once if several raised the same."""
     _, failure = first_failure(failures)
     if said := _said(failure):
-        # A progress bar may stand in the line.
+        # A progress bar may be in the line.
         print("\n" + said["extraInfo"]["py_callstack"].rstrip(), file=sys.stderr, flush=True)
 
 

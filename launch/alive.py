@@ -1,7 +1,7 @@
-"""Jobs of an earlier command that outlive it: a launcher that was killed leaves what submitit started.
+"""Jobs of an earlier command that outlive it: a killed launcher leaves submitit's jobs running.
 
-The jobs of a sweep on this machine alone end with their launcher (launch.process). Submitit's go on, by design: the same
-command waits for them and then runs what is not finished, so that no job runs twice.
+The jobs of a sweep on this machine end with their launcher (launch.process). Submitit's continue by design: the same
+command waits for them and then runs the jobs that are not finished, so that no job runs twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POLL_S = 5.0
 
 
 def live_jobs(sweep: Sweep, planned: Sequence[PlannedJob]) -> list[str]:
-    """Return what still runs or waits in the queue of a sweep: submitit's job numbers, else the runs in use."""
+    """Return the jobs of a sweep that run or wait in the queue: submitit's job numbers, else the runs in use."""
     numbers = job_numbers(sweep.folder) if sweep.name is not None else []
     is_slurm = sweep.launcher["name"] == "submitit_slurm"
     alive = queued(numbers) if is_slurm else [number for number in numbers if is_controller(number)]
@@ -61,17 +61,17 @@ def is_controller(number: str) -> bool:
 def wait_for_live_jobs(
     sweep: Sweep, planned: Sequence[PlannedJob], say: Callable[[str], None], poll_s: float = POLL_S
 ) -> bool:
-    """Wait until no job of an earlier command is left; False if there was none.
+    """Wait until no job of an earlier command is left; return False if there was none.
 
     Raises:
-        ValueError: The sweep has overwrite=true, which would remove what those jobs write.
+        ValueError: The sweep has overwrite=true, which would remove the files of those jobs.
     """
     alive = live_jobs(sweep, planned)
     if not alive:
         return False
     if sweep.jobs[0].config.overwrite:
         raise ValueError(
-            f"{', '.join(alive)} of an earlier command still run, and overwrite=true would start them anew: end them, or "
+            f"{', '.join(alive)} of an earlier command still run, and overwrite=true would start them again: end them, or "
             "leave overwrite out."
         )
     say(f"{', '.join(alive)} of an earlier command still run: waiting for them; Ctrl-C ends the waiting, not the jobs")

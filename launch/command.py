@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from conf.compose import CHECKED
 from conf.schema import Config
 from launch.machines import Machines
 from train.plan.gathering import run_setting
@@ -21,7 +22,7 @@ DEFAULT_CPU_PROCESSES = 2
 
 
 def gpu_names(environment: Mapping[str, str]) -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch is not imported."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, without importing torch."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
@@ -55,7 +56,11 @@ def gpu_bytes(environment: Mapping[str, str]) -> int | None:
 
 
 def num_processes(config: Config, gpus: int) -> int:
-    """The processes a run gets on this machine; a ValueError where more are asked for than there are GPUs."""
+    """Return the number of processes of a run on this machine.
+
+    Raises:
+        ValueError: The config wants more than there are GPUs.
+    """
     asked = config.launch.num_processes
     if asked is not None and 0 < gpus < asked:
         raise ValueError(
@@ -76,13 +81,13 @@ def accelerate_command(
 
     Args:
         config: The run.
-        overrides: What makes it, for `python -m train` to compose again.
+        overrides: The run's overrides, for `python -m train` to compose again.
         gpus: GPUs of this machine.
         machines: This machine among the run's.
         device_bytes: Memory of a GPU, which decides whether gathered weights are kept (`train.plan.gathering`).
 
     Raises:
-        ValueError: if processes, replicas or the accelerate config cannot be as asked.
+        ValueError: Processes, replicas or the accelerate config are impossible here.
     """
     total = num_processes(config, gpus) * machines.num
     replicas = config.launch.num_replicas
@@ -113,7 +118,7 @@ def accelerate_command(
 
 
 def resharding(config: Config, world_size: int, device_bytes: int | None) -> str | None:
-    """Return what to tell accelerate of gathered weights, `true` or `false`; None leaves it to accelerate's config."""
+    """Return whether accelerate frees gathered weights, `true` or `false`; None leaves it to accelerate's config."""
     launch = config.launch
     if launch.reshard_after_forward != "auto":
         return launch.reshard_after_forward
@@ -125,7 +130,7 @@ def resharding(config: Config, world_size: int, device_bytes: int | None) -> str
 
 
 def fitting_config(gpus: int, total: int, machines: Machines, replicas: int) -> str:
-    """The file of launch/accelerate for these machines; the numbers in it are given with the command."""
+    """Return the file of launch/accelerate for these machines; the command overrides its numbers."""
     if replicas > 1:
         return "hsdp.yaml"
     if not gpus:
@@ -135,15 +140,23 @@ def fitting_config(gpus: int, total: int, machines: Machines, replicas: int) -> 
     return "gpus.yaml" if total > 1 else "gpu.yaml"
 
 
-def child_environment(environment: Mapping[str, str], gpus: int) -> dict[str, str]:
-    """What the processes inherit: one thread each unless told otherwise, and this package, not one of the current folder."""
+def child_environment(environment: Mapping[str, str], gpus: int | None = None) -> dict[str, str]:
+    """Return the variables of a run's processes.
+
+    They get one thread each unless told otherwise, and this package, not one of the current folder.
+
+    Args:
+        environment: The launcher's variables.
+        gpus: GPUs of this machine; None if they were not counted yet.
+    """
     return {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         **environment,
         **import_environment(environment),
-        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+        CHECKED: "1",
+        **({"CUDA_VISIBLE_DEVICES": ""} if gpus == 0 else {}),
     }
 
 
@@ -156,7 +169,7 @@ def import_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def printable(command: Sequence[str]) -> str:
-    """The command for a person to type, with accelerate by its own name."""
+    """Return the command for a person to type, with accelerate by its own name."""
     from shlex import join
 
     return join(["accelerate", "launch", *command[3:]])

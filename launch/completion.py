@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from conf.compose import schemas_of
 from conf.keys import CHOOSERS, CONF, key_paths
-from launch.console import COMMANDS
+from launch.commands import COMMANDS
 
 RUN_COMMANDS = ("train", "plan")
 """Configs that compose a run: they take the groups of conf/ as well."""
@@ -37,7 +37,7 @@ def completions(words: Sequence[str]) -> list[str]:
     if command.config in ("eval", "compact"):
         # The user's name for `folder`.
         keys = (keys - {"folder"}) | {"model"}
-    # One level at a time: `trainer.` stands for the forty keys below it.
+    # One level at a time: `trainer.` opens the forty keys below it.
     depth = last.count(".")
     found = {_cut(key, depth) for key in keys if key.startswith(last)}
     # A group without yaml files has nothing to choose from: only its keys can be set.

@@ -1,4 +1,4 @@
-"""`python -m launch --help`: what can be run, and with a group's name what can be chosen and set in it."""
+"""`python -m launch --help`: the groups, and with a group's name its choices and keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ python -m launch.plan experiment=NAME tells what a run will cost. docs/clusters.
 
 
 def help_text(group: str | None = None) -> str:
-    """The overview, or a group's choices and keys; a ValueError where there is no such group."""
+    """Return the overview, or a group's choices and keys.
+
+    Raises:
+        ValueError: There is no such group.
+    """
     groups = sorted(folder.relative_to(CONF).as_posix() for folder in [*CONF.glob("*/"), *CONF.glob("hydra/*/")])
     groups = [name for name in groups if list((CONF / name).glob("*.yaml"))]
     kinds = {name: kind for name, kind in get_type_hints(Config).items() if is_dataclass(kind)}
@@ -58,14 +62,14 @@ def summary(name: str, kinds: dict[str, Any]) -> str:
 
 
 def choice_lines(folder: Path) -> list[str]:
-    """Each yaml's name with the sentence that it opens with."""
+    """Return each yaml's name with its opening sentence."""
     files = sorted(folder.glob("*.yaml"))
     width = max(len(file.stem) for file in files)
     return [f"  {file.stem:{width}}  {opening(file)}" for file in files]
 
 
 def opening(file: Path) -> str:
-    """The comment that a yaml opens with, up to its first command."""
+    """Return the opening comment of a yaml, up to its first command."""
     words: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package"):
@@ -77,7 +81,7 @@ def opening(file: Path) -> str:
 
 
 def key_lines(kind: Any) -> list[str]:
-    """Each key with its default and what its class says about it."""
+    """Return each key with its default and its class's words about it."""
     documents = dict(documented_keys(kind))
     hints = get_type_hints(kind)
     lines = []
@@ -92,7 +96,7 @@ def key_lines(kind: Any) -> list[str]:
 
 
 def documented_keys(kind: Any) -> Iterator[tuple[str, str]]:
-    """(key, the string below it), of the class and of those it extends."""
+    """Yield (key, the string below it), of the class and of those it extends."""
     bases: list[Any] = [base for base in kind.__mro__ if is_dataclass(base)]
     for base in reversed(bases):
         (body,) = (node.body for node in ast.parse(inspect.getsource(base)).body if isinstance(node, ast.ClassDef))
@@ -107,7 +111,7 @@ def default_of(field: Field[Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A default as yaml has it."""
+    """Return a default as yaml writes it."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -25,11 +25,18 @@ class PlannedJob:
     job: Job
     plan: RunPlan
     finished: Mapping[str, Any] | None
-    """Its summary where it has ended before."""
+    """Summary of a run that has ended before, else None."""
 
 
 def plan_jobs(sweep: Sweep, world_size: Mapping[str, int]) -> list[PlannedJob]:
-    """Every job's plan, `world_size` by job name; a ValueError names all jobs that cannot be."""
+    """Plan every job for its number of processes.
+
+    Args:
+        world_size: By job name.
+
+    Raises:
+        ValueError: Names every invalid job.
+    """
     planned, mistakes = [], []
     for job in sweep.jobs:
         try:
@@ -45,7 +52,11 @@ def plan_jobs(sweep: Sweep, world_size: Mapping[str, int]) -> list[PlannedJob]:
 
 
 def sweep_here(sweep: Sweep) -> int:
-    """Run what is not finished of a sweep; the exit code for all. A ValueError says what cannot be, before any start."""
+    """Run the jobs of a sweep that are not finished; return the exit code for all.
+
+    Raises:
+        ValueError: A job is invalid; nothing has started.
+    """
     gpus = gpu_names(os.environ)
     launch = sweep.jobs[0].config.launch
     sizes = {

@@ -24,7 +24,11 @@ class Machines:
 
 
 def find_machines(launch: LaunchConfig, environment: Mapping[str, str]) -> Machines:
-    """What the configuration says, and for what it leaves open SLURM; a ValueError says what is missing."""
+    """Return the machines of a run, from the configuration and for the rest from SLURM.
+
+    Raises:
+        ValueError: Something is missing.
+    """
     slurm = slurm_machines(environment)
     num = launch.num_machines or (slurm.num if slurm else 1)
     if num == 1:
@@ -46,9 +50,9 @@ def find_machines(launch: LaunchConfig, environment: Mapping[str, str]) -> Machi
 
 
 def slurm_machines(environment: Mapping[str, str]) -> Machines | None:
-    """The nodes of the SLURM step that this process is a task of; None outside one.
+    """Return the nodes of the SLURM step that this process is a task of; None outside one.
 
-    A batch script itself is no step: what it starts without srun runs on its own machine alone.
+    A batch script itself is no step: processes that it starts without srun run on its own machine alone.
     """
     nodes, tasks = environment.get("SLURM_STEP_NUM_NODES"), environment.get("SLURM_STEP_NUM_TASKS")
     if nodes is None or "SLURM_NODEID" not in environment:
@@ -66,7 +70,7 @@ def slurm_machines(environment: Mapping[str, str]) -> Machines | None:
 
 
 def host_names(node_list: str) -> list[str]:
-    """SLURM's `node[1-3,7]` as names, by SLURM itself."""
+    """Expand SLURM's `node[1-3,7]` to names, by SLURM itself."""
     listed = subprocess.run(
         ["scontrol", "show", "hostnames", node_list],
         capture_output=True,

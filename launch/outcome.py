@@ -1,4 +1,4 @@
-"""What a sweep came to: the jobs that failed with the commands that run them again, a table and a figure."""
+"""Sweep results: a table and a figure of the finished jobs, and the commands that resume the others."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def close_search(folder: Path) -> int:
 
 
 def summary_of(job: Job) -> dict[str, Any] | None:
-    """A finished run's figures under its name in the sweep."""
+    """Return a finished run's figures under its name in the sweep."""
     path = RunDirectory(run_directory(job.config)).summary
     return read_summary(path) if path.exists() else None
 
 
 def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | None]) -> str:
-    """One line for the sweep, one for each job that is not finished with the command that goes on with it alone."""
+    """Return one line for the sweep and one for each job that is not finished, with the command that resumes this job."""
     same = "" if failed[0].config.overwrite else "the same command runs these alone, and "
     lines = [
         f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; {same}each has its own command:"
@@ -80,5 +80,5 @@ def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | Non
 
 
 def again(job: Job) -> str:
-    """The command that goes on with a job that was begun: what it has done is kept."""
+    """Return the command that resumes a job."""
     return shlex.join(["python", "-m", "launch", *(item for item in job.overrides if key_of(item) != "overwrite")])

@@ -1,4 +1,4 @@
-"""Child processes that end when their parent does, a few at a time, and that hear what the user signals."""
+"""Child processes that end when their parent does, a few at a time, and that get the user's signals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from launch.ahead import AgentAhead
 from train.faults.preempt import SIGNALS
 from train.faults.process import die_with_parent
 
@@ -42,9 +43,27 @@ class Task:
             )
 
 
-def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run `command` to its end and return its exit code; signals to this process go to it."""
-    (code,) = run_children([Task(command, environment)])
+@dataclass(frozen=True)
+class WaitingTask(Task):
+    """A task whose process was started before its command was known."""
+
+    agent: AgentAhead | None = None
+
+    def start(self, changes: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        assert self.agent is not None
+        return self.agent.start(self.command, {**self.environment, **changes})
+
+
+def run_child(command: Sequence[str], environment: Mapping[str, str], agent: AgentAhead | None = None) -> int:
+    """Run `command` to its end and return its exit code; signals to this process go to it.
+
+    Args:
+        command: What to run.
+        environment: The variables of the process.
+        agent: A process that waits for the command; without it a new one is started.
+    """
+    task = Task(command, environment) if agent is None else WaitingTask(command, environment, agent=agent)
+    (code,) = run_children([task])
     assert code is not None
     return code
 

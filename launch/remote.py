@@ -41,7 +41,7 @@ PLUGINS = {
     "submitit": ("hydra_plugins.hydra_submitit_launcher", "slurm"),
     "optuna": ("hydra_plugins.hydra_optuna_sweeper", "search"),
 }
-"""What a choice of hydra/launcher or hydra/sweeper needs, and the extra of this package that has it."""
+"""Library that a choice of hydra/launcher or hydra/sweeper needs, and our extra that installs it."""
 
 
 def check_plugins(arguments: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ def _is_there(module: str) -> bool:
 
 
 def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
-    """Plan all jobs, hand those not finished to Hydra's launcher, wait, and close the sweep; its exit code."""
+    """Plan all jobs, give the unfinished ones to Hydra's launcher, wait, and close the sweep; return its exit code."""
     launcher = sweep.launcher
     # Inherited by the jobs: submitit starts them in this folder, with `python -m`.
     os.environ.update(import_environment(os.environ))
@@ -93,8 +93,8 @@ def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
 
 
 def launched(jobs: Sequence[Job], sweep: Sweep, arguments: Sequence[str]) -> dict[str, int]:
-    """Have Hydra's launcher run `jobs` and wait for them; their exit codes by name."""
-    # The words of a single run, which has no sweep's folder, lie beside it.
+    """Run `jobs` by Hydra's launcher and wait for them; return their exit codes by name."""
+    # A single run has no sweep's folder, so its output is beside it.
     place = ["hydra.sweep.dir=${runs_dir}"] if sweep.name is None else []
     with hydra_context([*filter(is_hydras, arguments), *place, *jobs[0].overrides]) as (config, context):
         launcher = Plugins.instance().instantiate_launcher(context, run_job, config)
@@ -103,7 +103,7 @@ def launched(jobs: Sequence[Job], sweep: Sweep, arguments: Sequence[str]) -> dic
 
 
 def search(sweep: Sweep, arguments: Sequence[str]) -> int:
-    """Hand a search to Hydra's sweeper, and tell the best run; its exit code, 75 where it was asked to stop."""
+    """Run a search by Hydra's sweeper and print the best run; return its exit code, 75 if it was preempted."""
     assert sweep.trial is not None
     code = 0
     try:
@@ -125,7 +125,7 @@ def search(sweep: Sweep, arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def hydra_context(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, HydraContext]]:
-    """The config of a sweep and what Hydra's plugins are set up with."""
+    """Yield the config of a sweep and the context that Hydra's plugins are set up with."""
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         try:
@@ -136,7 +136,7 @@ def hydra_context(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, HydraC
 
 
 def run_job(cfg: DictConfig) -> int:
-    """One job as it was planned, called by Hydra's launcher where it is to run; its exit code."""
+    """Run one planned job where Hydra's launcher placed it; return its exit code."""
     return run_here(cfg, list(HydraConfig.get().overrides.task))
 
 
@@ -156,7 +156,7 @@ def run_here(cfg: DictConfig, overrides: Sequence[str]) -> int:
 
 
 def run_trial(cfg: DictConfig) -> float | None:
-    """One trial of a search under a name of its values; the held-out loss, None where the run did not finish."""
+    """Run one trial of a search under a name made of its values; return the held-out loss, None if it did not finish."""
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
     swept = {key_of(item) for item in overrides} - set(settings.job.config.override_dirname.exclude_keys)
@@ -174,15 +174,15 @@ def run_trial(cfg: DictConfig) -> float | None:
 
 
 def requeue() -> None:
-    """Have submitit put this SLURM job back into the queue; on its first node this does not return.
+    """Ask submitit to requeue this SLURM job; on its first node this does not return.
 
-    Its handler of the signal that announces the end does that; it was put aside while the run saved its checkpoint.
+    Its handler of the signal that announces the end does that; it was set aside while the run saved its checkpoint.
     """
     signal.raise_signal(getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")))
 
 
 def world_size(config: Config, launcher: dict[str, Any]) -> int:
-    """The processes that a job will have where the launcher puts it, as far as its settings tell."""
+    """Return the number of processes that a job will have, as far as the launcher's settings tell."""
     if launcher["name"] == "submitit_local":
         return num_processes(config, num_gpus(os.environ))
     return num_processes(config, gpus_of_node(launcher)) * nodes_of(config, launcher)
@@ -193,13 +193,13 @@ def nodes_of(config: Config, launcher: dict[str, Any]) -> int:
 
 
 def gpus_of_node(launcher: dict[str, Any]) -> int:
-    """GPUs of a node, as SLURM is asked for them; gres=gpu:a100:8 is another way to say 8."""
+    """Return the GPUs of a node in SLURM's settings; gres=gpu:a100:8 is another way to write 8."""
     asked = re.fullmatch(r"gpu(?::[\w.-]+)?:(\d+)", str(launcher.get("gres") or ""))
     return int(launcher.get("gpus_per_node") or (asked[1] if asked else 0))
 
 
 def dry_command(job: Job, launcher: dict[str, Any]) -> list[str]:
-    """What the first node would run; the address is known there only."""
+    """Return the command of the first node; only that node knows the address."""
     nodes = nodes_of(job.config, launcher)
     machines = Machines(nodes, 0, "FIRST_NODE", 20_000) if nodes > 1 else Machines()
     return command_of(job, gpus_of_node(launcher), machines)

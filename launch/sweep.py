@@ -1,6 +1,6 @@
-"""A sweep: its jobs named and planned before the first one starts, run as many at a time as the devices allow.
+"""A sweep: its jobs are named and planned before the first one starts, and run as many at a time as the devices allow.
 
-What is finished is not run again, so the same command goes on with a sweep; each failed job has a command of its own.
+Finished jobs do not run again, so the same command resumes a sweep; each failed job has a command of its own.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `python -m launch -m ...` asks for."""
+    """The jobs of `python -m launch -m ...`."""
 
     name: str | None
-    """None where nothing is swept and the one run keeps a name of its own."""
+    """None if nothing is swept and the one run keeps a name of its own."""
     jobs: tuple[Job, ...]
-    """Empty where a search (Optuna) decides on them one after another."""
+    """Empty if a search (Optuna) decides on them one after another."""
     trial: Job | None
-    """What the trials of a search have in common, and None elsewhere."""
+    """Overrides that the trials of a search share; None for other sweeps."""
     launcher: dict[str, Any]
     """Hydra's launcher, with its `name`: basic is this machine."""
     fixed_keys: tuple[str, ...]
@@ -69,7 +69,11 @@ class Sweep:
 
 
 def read_sweep(arguments: Sequence[str]) -> Sweep:
-    """The sweep that a command line without its -m describes; a ValueError names every job that cannot be."""
+    """Return the sweep of a command line without its -m.
+
+    Raises:
+        ValueError: Names every invalid job.
+    """
     arguments = prepared("train", arguments, is_sweep=True)
     own = [item for item in arguments if not is_hydras(item)]
     try:
@@ -79,7 +83,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
         overrides = [*OverridesParser.create().parse_overrides(params), *overrides]
         swept = {key_of(override.get_key_element()) for override in overrides if override.is_sweep_override()}
         is_search = hydra.runtime.choices["hydra/sweeper"] != "basic"
-        # Of what a search varies, an interval has no values yet; the rest is checked like a job.
+        # A search's intervals have no values yet; the rest is checked like a job.
         listed = [
             item for item in overrides if not is_search or not item.is_sweep_override() or item.is_discrete_sweep()
         ]
@@ -90,7 +94,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     name = next((text_of(item.split("=", 1)[1]) for item in own if is_key(item, "sweep_name")), None)
     has_own_name = name is None or any(is_key(item, "run_name") for item in own)
     is_one_run = not swept and not is_search and has_own_name
-    # One run of a sweep is told from its others by what was asked for.
+    # The overrides tell one run of a sweep from the others.
     naming = swept or {key for key in keys if key.split(".")[0] not in NOT_IN_A_NAME}
     if is_one_run:
         name = None
@@ -127,7 +131,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
 
 
 def refusal(mistakes: Sequence[str], num_jobs: int) -> str:
-    """One sentence about all jobs that cannot be."""
+    """Return one sentence about all invalid jobs."""
     if num_jobs == 1:
         return mistakes[0].removeprefix("this run: ")
     return (
@@ -144,13 +148,13 @@ def check_names(arguments: Sequence[str]) -> None:
 
 
 def job_name(overrides: Sequence[str], keys: Container[str]) -> str:
-    """A sweep job's folder: its values of `keys`, with only what file systems and Hydra take without quotes."""
+    """Return a sweep job's folder: its values of `keys`, in characters that file systems and Hydra take without quotes."""
     own = sorted(item.lstrip("+") for item in overrides if key_of(item) in keys)
     return re.sub(r"[^\w.+]+", "-", "_".join(own)).strip("-")
 
 
 def hydra_settings(overrides: Sequence[str]) -> Any:
-    """The node `hydra` of the composed config: sweeper, launcher and what was chosen."""
+    """Return the node `hydra` of the composed config: sweeper, launcher and choices."""
     schema.register()
     allow_own_launchers()
     with initialize_config_module("conf", version_base="1.3"):
@@ -158,7 +162,7 @@ def hydra_settings(overrides: Sequence[str]) -> Any:
 
 
 def allow_own_launchers() -> None:
-    """conf/hydra/launcher/ gives submitit's launchers our defaults under their own names, which Hydra warns of."""
+    """Silence Hydra's warning that conf/hydra/launcher/ gives our defaults to submitit's launchers under their own names."""
     warnings.filterwarnings(
         "ignore", message=r"\s*'hydra/launcher/submitit_\w+' is validated against ConfigStore schema"
     )
@@ -170,7 +174,7 @@ def single_values(overrides: Sequence[str]) -> list[str]:
 
 
 def key_of(item: str) -> str:
-    """The dotted key of an override."""
+    """Return the dotted key of an override."""
     return item.split("=", 1)[0].lstrip("+~")
 
 
@@ -183,7 +187,11 @@ def is_hydras(item: str) -> bool:
 
 
 def places(launch: LaunchConfig, gpus: Sequence[str]) -> list[dict[str, str]]:
-    """What each of the jobs that run at a time gets of this machine; a ValueError where it has too few GPUs."""
+    """Return the part of this machine for each of the jobs that run at a time.
+
+    Raises:
+        ValueError: The machine has too few GPUs.
+    """
     asked, each = launch.parallel_jobs, launch.num_processes or len(gpus)
     if not gpus:
         return [{} for _ in range(asked or 1)]
@@ -199,7 +207,7 @@ def places(launch: LaunchConfig, gpus: Sequence[str]) -> list[dict[str, str]]:
 
 
 def finished_job(job: Job, plan: RunPlan) -> dict[str, Any] | None:
-    """The summary of a job that has ended before and is not to be started anew."""
+    """Return the summary of a job that has ended before and is not to be started anew."""
     return (
         None if job.config.overwrite and not is_restart(os.environ) else RunDirectory(plan.run_dir).finished(job.config)
     )

@@ -10,11 +10,15 @@ if TYPE_CHECKING:
     from sparsity.callback import SparsityCallback
     from sparsity.prunable import prunable_parameters
     from sparsity.pruner import Pruner
-    from sparsity.schedule import Constant, Cubic, Fixed, Geometric, Linear, OneShot, Schedule
-    from sparsity.scope import Group
+    from sparsity.schedule import Alternating, Constant, Cubic, Fixed, Geometric, Linear, OneShot, Ramp, Schedule
+    from sparsity.scope import Group, Scope
+    from sparsity.score import Score
     from sparsity.select import prune_smallest_
+    from sparsity.update import AcDc, Rigl, Set, Ste, Update
 
 _HOMES = {
+    "AcDc": "sparsity.update",
+    "Alternating": "sparsity.schedule",
     "Constant": "sparsity.schedule",
     "Cubic": "sparsity.schedule",
     "Fixed": "sparsity.schedule",
@@ -23,14 +27,21 @@ _HOMES = {
     "Linear": "sparsity.schedule",
     "OneShot": "sparsity.schedule",
     "Pruner": "sparsity.pruner",
+    "Ramp": "sparsity.schedule",
+    "Rigl": "sparsity.update",
     "Schedule": "sparsity.schedule",
+    "Scope": "sparsity.scope",
+    "Score": "sparsity.score",
+    "Set": "sparsity.update",
     "SparsityCallback": "sparsity.callback",
+    "Ste": "sparsity.update",
+    "Update": "sparsity.update",
     "prunable_parameters": "sparsity.prunable",
     "prune_smallest_": "sparsity.select",
 }
 __all__ = [
-    "Constant", "Cubic", "Fixed", "Geometric", "Group", "Linear", "OneShot", "Pruner", "Schedule", "SparsityCallback",
-    "prunable_parameters", "prune_smallest_",
+    "AcDc", "Alternating", "Constant", "Cubic", "Fixed", "Geometric", "Group", "Linear", "OneShot", "Pruner", "Ramp", "Rigl",
+    "Schedule", "Scope", "Score", "Set", "SparsityCallback", "Ste", "Update", "prunable_parameters", "prune_smallest_",
 ]  # fmt: skip
 
 

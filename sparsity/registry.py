@@ -84,7 +84,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise ValueError(
                 f"{key}={choice} cannot be loaded ({error}): give the module as Python imports it, a colon and the name in it."
             ) from error
-        if inspect.isclass(found) and not self._holds_classes:
+        if inspect.isclass(found) and issubclass(found, self._base) and not self._holds_classes:
             found = found()
         return self._checked(found, key)
 

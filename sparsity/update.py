@@ -26,6 +26,10 @@ class Update(Method):
     """Whether a pruned weight may come back."""
     gradients = "masked"
     """Which weights have a gradient: the kept ones ("masked"), at moves all of them ("at moves"), or always all ("dense")."""
+    state_bytes = 0
+    """Bytes of a weight that are kept and saved besides its mask."""
+    move_bytes = 0
+    """Bytes of a weight that a move by gradients takes: the gradients in float32, a copy to compare, the candidates."""
 
     def moves(self, schedule: Schedule, num_steps: int) -> frozenset[int]:
         """Return the steps of a run at which masks move besides the schedule's events."""
@@ -64,7 +68,8 @@ class Moving(Update):
 
     share: float = 0.3
     """Share of the kept weights that is replaced at the first move; it falls to 0 by a cosine."""
-    every_steps: int = 100
+    every_steps: int | None = None
+    """Steps between moves; without it a fortieth of the run, at most 100."""
     end: float = 0.75
 
     def __post_init__(self) -> None:
@@ -72,7 +77,7 @@ class Moving(Update):
             raise ValueError(
                 f"moves.share={self.share} is outside (0, 1): give the share of the kept weights to replace, such as 0.3."
             )
-        if self.every_steps < 1:
+        if self.every_steps is not None and self.every_steps < 1:
             raise ValueError(f"moves.every={self.every_steps} must be at least 1 step.")
         if not 0 < self.end <= 1:
             raise ValueError(
@@ -82,7 +87,8 @@ class Moving(Update):
     def moves(self, schedule: Schedule, num_steps: int) -> frozenset[int]:
         first = min(schedule.events(), default=num_steps)
         last = min(num_steps, math.ceil(self.end * num_steps))
-        return frozenset(step for step in range(0, last, self.every_steps) if step > first)
+        every = self.every_steps or max(1, min(100, num_steps // 40))
+        return frozenset(step for step in range(0, last, every) if step > first)
 
     def share_at(self, step: int, num_steps: int) -> float:
         """Return the share of the kept weights to replace at a step: share / 2 (1 + cos(pi step / end))."""
@@ -134,6 +140,7 @@ class Rigl(Regrowing):
     name = "rigl"
     label = "the lowest are dropped and those with the largest gradients grow (RigL)"
     gradients = "at moves"
+    move_bytes = 4 + 4 + 1
 
     grows_by: Literal["gradient", "random"] = "gradient"
 
@@ -149,6 +156,7 @@ class Ste(Moving):
     name = "ste"
     label = "all weights are trained, and masks are chosen anew (straight-through)"
     gradients = "dense"
+    state_bytes = 4
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def small_trainer(
     sparsity: SparsityCallback | None = None,
     kind: type[PretrainingTrainer] = PretrainingTrainer,
     async_save: bool = False,
+    uses_muon: bool = False,
     by_document: bool = False,
     **changes: Any,
 ) -> PretrainingTrainer:
@@ -89,5 +90,6 @@ def small_trainer(
         data_collator=collate_documents if by_document else default_data_collator,
         callbacks=[sparsity] if sparsity else [],
         async_save=async_save,
+        uses_muon=uses_muon,
         by_document=by_document,
     )

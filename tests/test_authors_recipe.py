@@ -21,6 +21,11 @@ def test_what_reproduces_the_paper_takes_the_authors_recipe(name):
     assert (config.model.init, config.model.query_scale) == ("authors", "folded")
     data = config.data
     assert (data.bos, data.eos, data.max_document_tokens, data.attention) == (True, True, 2049, "document")
+    # The cards name FineWeb-Edu, the paper is on C4.
+    if name.startswith("sparsellm"):
+        assert data.source == "fineweb_edu"
+    elif name.startswith("paper"):
+        assert (data.name, data.subset) == ("allenai/c4", "en")
 
 
 def test_the_demo_and_a_run_without_an_experiment_are_plain():

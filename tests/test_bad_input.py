@@ -68,7 +68,7 @@ CONFIG_MISTAKES = [
     ("trainer.seed=-1", "trainer.seed=-1 must be from 0"),
     ("optim.adam_beta2=2", "optim.adam_beta2=2.0 is outside [0, 1)"),
     ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must be at least 0"),
-    ("export.max_shard_size=big", "export.max_shard_size=big is no size of a file"),
+    ("export.max_shard_size=big", "export.max_shard_size=big is not a file size"),
 ]
 
 

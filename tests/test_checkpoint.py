@@ -164,7 +164,7 @@ def test_a_checkpoint_without_masks_is_refused(tmp_path):
     tensors = {"model/w": WEIGHT}
     folder = write_checkpoint(Checkpoint(tmp_path, 5, ALONE, tensors, Pieces([0], {"w": 7}), {}, write_trainer_state))
     shard = ParameterShard("w", WEIGHT.clone().view(-1), torch.ones(21, dtype=torch.bool), 0, 21)
-    with pytest.raises(ValueError, match="has no mask of w: going on from it would train a dense model"):
+    with pytest.raises(ValueError, match="has no mask of w: resuming from it would train a dense model"):
         load_masks(CheckpointReader(folder), [shard], lambda name: 3)
 
 

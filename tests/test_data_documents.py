@@ -155,7 +155,11 @@ GOOD = b'{"text": "good"}\n'
         ("a.jsonl", GOOD + b'{"a\\nb": 1, "\\ud83d": 2}\n', r"line 2 has no field text but the fields a\?b, \?: give"),
         ("a.jsonl", json.dumps({f"k{n}": n for n in range(99)}).encode(), r"fields k0, .*, k7 and 91 more: give"),
         ("a.jsonl", "\ufeff{}".encode("utf-16-le"), r"line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
-        ("a.jsonl", gzip.compress(GOOD), r"line 1 is not UTF-8, and by its first bytes the file is gzip: give"),
+        (
+            "a.jsonl",
+            gzip.compress(GOOD, mtime=0),
+            r"line 1 is not UTF-8, and by its first bytes the file is gzip: give",
+        ),
         ("a.txt", b"one\ntwo\n\xff\n", r"a\.txt, line 3 is not UTF-8: convert"),
         ("a.txt", "words".encode("utf-16"), r"a\.txt, line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
         ("a.txt", "words".encode("utf-16-le"), r"a\.txt, line 1 begins a stretch with many NUL bytes, as UTF-16 and"),
@@ -183,7 +187,7 @@ def test_a_line_number_counts_from_the_front_of_the_file_not_of_the_part(tmp_pat
         ({"body": ["x"]}, r"has no column text but body: name its text in data\.text_field"),
         ({"text": ["x", None]}, r"a\.parquet, row 1 has null as text"),
         ({"text": [1, 2]}, r"a\.parquet, row 0 has a number as text"),
-        ({"text": [b"x", b"\xff"]}, r"a\.parquet, row 1 is not UTF-8: write it anew"),
+        ({"text": [b"x", b"\xff"]}, r"a\.parquet, row 1 is not UTF-8: write it again"),
         ({"text": [["x"]]}, r"a\.parquet, row 0 has a list as text"),
         ({"text": [{"a": "x"}]}, r"a\.parquet, row 0 has an object as text"),
         ({"text": [datetime(2020, 1, 1)]}, r"a\.parquet, row 0 has a time as text"),
@@ -200,17 +204,17 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path: Path, parquet: Path) -> No
     content = bytearray(parquet.read_bytes())
     content[4:40] = b"\xff" * 36
     parquet.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.parquet is (damaged|not a readable parquet file) \(.*\): write it anew"):
+    with pytest.raises(ValueError, match=r"a\.parquet is (damaged|not a readable parquet file) \(.*\): write it again"):
         read(parquet)
 
 
 def test_a_path_that_is_missing_empty_or_of_no_known_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.tsv").touch()
     for path, sentence in {
         tmp_path / "nowhere": "does not exist: give",
         tmp_path / "empty": "holds no data: give",
-        tmp_path / "a.csv": "has a suffix that is not known: give",
+        tmp_path / "a.tsv": "has a suffix that is not known: give",
     }.items():
         with pytest.raises(ValueError, match=sentence):
             find_files(path)
@@ -313,9 +317,10 @@ def test_files_of_other_kinds_are_said_to_be_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     assert left_out(str(tmp_path)) is None
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "c.csv").touch()
+    (tmp_path / "b" / "c.tsv").touch()
     assert str(left_out(str(tmp_path))).endswith(
-        ": left out 1 file that is not of .txt, .jsonl, .jsonl.gz, .parquet, such as b/c.csv."
+        ": left out 1 file that is not of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.zstd, .json.gz, .json.zst, .csv, "
+        ".parquet, such as b/c.tsv."
     )
     (tmp_path / "z.zst").touch()
     assert "left out 2 files that are not of" in str(left_out(str(tmp_path)))

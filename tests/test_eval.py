@@ -265,7 +265,7 @@ def with_little_text(folder: Path) -> None:
 
 DAMAGE = [
     (without_a_weight, "lacks 1 of its weights, such as model.layers.1.mlp.up_proj.weight"),
-    (with_another_shape, "has lm_head.weight stored as (299, 24) where its config.json asks for (300, 24)"),
+    (with_another_shape, "has lm_head.weight stored as (299, 24), but its config.json asks for (300, 24)"),
     (cut_short, "cannot be loaded"),
     (of_another_kind, "is a t5, no causal language model"),
     (not_json, "cannot be loaded"),
@@ -287,8 +287,8 @@ WRONG_KEYS = [
     (["window=33"], "window=33 is longer than the model's context of 32 tokens"),
     (["stride=32"], "stride=32 must be below the window of 32"),
     (["tokenizer=nowhere.model"], "tokenizer=nowhere.model does not exist"),
-    (["data.path=nowhere.raw"], "data.path=nowhere.raw is no file"),
-    (["folder=./nowhere"], "model=./nowhere is no folder"),
+    (["data.path=nowhere.raw"], "data.path=nowhere.raw is not a file"),
+    (["folder=./nowhere"], "model=./nowhere is not a folder"),
 ]
 
 

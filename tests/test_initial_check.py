@@ -194,7 +194,7 @@ def test_a_run_that_has_begun_does_not_need_its_folder_again(tmp_path):
     RunDirectory(tmp_path / "runs" / "tiny").begin(config)
     shutil.rmtree(folder)
     start(tmp_path, folder)
-    with pytest.raises(ValueError, match="holds no"):
+    with pytest.raises(ValueError, match="does not exist"):
         start(tmp_path, folder, "overwrite=true")
 
 

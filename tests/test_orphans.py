@@ -136,7 +136,7 @@ def test_the_wait_ends_with_the_last_job_and_overwrite_does_not_wait(tmp_path, m
     monkeypatch.setattr("launch.alive.queued", lambda _: [])
     assert not wait_for_live_jobs(*sweep_of(tmp_path, False), said.append)
     monkeypatch.setattr("launch.alive.queued", lambda _: ["77"])
-    with pytest.raises(ValueError, match="overwrite=true would start them anew: end them"):
+    with pytest.raises(ValueError, match="overwrite=true would start them again: end them"):
         wait_for_live_jobs(*sweep_of(tmp_path, True), said.append)
 
 

@@ -182,7 +182,7 @@ def test_a_run_of_any_name_cannot_break_the_page(tmp_path, name):
     [
         ([], "runs=[] names nothing"),
         (["runs=missing"], "runs=missing is not there"),
-        (["runs=.", "page=report.pdf"], "page=report.pdf is no HTML file"),
+        (["runs=.", "page=report.pdf"], "page=report.pdf is not an HTML file"),
         (["runs=.", "form=cubic"], "choose one of auto, nd, n, power"),
         (["runs=.", "los=x"], "did you mean loss?"),
     ],

@@ -11,7 +11,10 @@ from launch.plan.request import read_request
 from sparsity.schedule import SCHEDULES, Constant, Geometric, Mixed, OneShot
 from sparsity.scope import Group, make_pools, seen_together
 from sparsity.window import compute_window, schedule_of_window
+from train.plan.disk import checkpoint_bytes
 from train.plan.forecast import forecast
+from train.plan.gathering import run_setting
+from train.plan.memory import gpu_memory
 from train.plan.run import plan_run
 from train.plan.text import run_text
 
@@ -24,7 +27,8 @@ GROUPS = "sparsity.groups=[{include:['*mlp*'],target:0.9},{include:['*attn*'],ta
 
 
 def plan(*overrides: str):
-    return plan_run(read_request(["experiment=demo", *overrides]).runs[0], 2)
+    overrides = ("experiment=demo", "model=llama_tiny", "batch_size=16", "trainer.max_steps=320", *overrides)
+    return plan_run(read_request(overrides).runs[0], 2)
 
 
 @pytest.mark.parametrize("kind", CURVES)
@@ -72,7 +76,7 @@ def test_a_budget_of_a_constant_schedule_is_its_density_times_its_steps():
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_every_schedule_is_one_word_in_a_run(kind):
-    found = plan(f"sparsity={kind}")
+    found = plan("sparsity=acdc" if kind == "alternating" else f"sparsity={kind}")
     assert type(found.schedule) is SCHEDULES[kind]
     assert found.schedule.density(319) == pytest.approx(0.2)
     walk = math.fsum(found.schedule.density(step) for step in range(320)) / 320
@@ -170,3 +174,78 @@ def test_pools_hold_each_parameter_once():
     ]
     assert seen_together(Geometric(0.9, 0, 4, 1), pools) == Geometric(0.9, 0, 4, 1)
     assert seen_together(Geometric(0.5, 0, 4, 1), pools).shares == ((40 / 65, 0.9), (25 / 65, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("choice", "update", "extra"),
+    [
+        ("geometric", "shrink", 0.0),
+        ("set", "set", 0.0),
+        # Of 320 steps, moves before the share 0.75 of them, every 20 steps, with 0.8 of the weights pruned: 20 to 220.
+        ("rigl", "rigl", 11 * 0.8 / 3),
+        ("acdc", "acdc", 0.0),
+    ],
+)
+def test_an_update_is_one_word_and_its_dense_gradients_are_counted(choice, update, extra):
+    moves = ["sparsity.moves.every=20"] if choice in ("set", "rigl") else []
+    found = plan(f"sparsity={choice}", *moves)
+    assert found.update.name == update
+    assert found.schedule.density(319) == pytest.approx(0.2)
+    assert found.extra_linear * 320 == pytest.approx(extra * found.num_prunable)
+
+
+def test_straight_through_counts_the_gradient_of_every_pruned_weight():
+    found = plan("sparsity=ste")
+    assert found.extra_linear == pytest.approx((1 - found.average_density) / 3 * found.num_prunable)
+
+
+@pytest.mark.parametrize("of", ["compute", "tokens"])
+def test_alternating_phases_begin_and_end_sparse(of):
+    window = {"compute": (0.1, 0.75), "tokens": (40_960, 819_200)}[of]
+    schedule = plan(
+        "sparsity=acdc", f"sparsity.window.of={of}", f"sparsity.window={{start:{window[0]},end:{window[1]}}}"
+    ).schedule
+    densities = [schedule.density(step) for step in schedule.events()]
+    assert len(densities) % 2 == 1
+    assert densities == pytest.approx([0.2, 1.0] * (len(densities) // 2) + [0.2])
+    assert schedule.average_density(320) == pytest.approx(
+        math.fsum(schedule.density(step) for step in range(320)) / 320
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sparsity=rigl", "sparsity.pattern='2:4'", "sparsity.target=0.5"], "update=rigl grows weights anywhere"),
+        (["sparsity.update=acdc"], "update=acdc needs dense phases"),
+        (["sparsity.schedule=alternating"], "take update=acdc"),
+        (["sparsity.update=rigl", "sparsity.moves.share=1.5"], r"moves.share=1.5 is outside \(0, 1\)"),
+        (["sparsity.moves.every=7"], "moves.every=7 has no effect with sparsity.update=shrink"),
+        (["sparsity.update=regrow"], "sparsity.update=regrow is not known: choose one of shrink, set, rigl, ste, acdc"),
+        (["sparsity.score=nowhere:Score"], "sparsity.score=nowhere:Score cannot be loaded"),
+        (["sparsity.score=sparsity.schedule:Cubic"], "is no Score: extend"),
+        (["sparsity.normalize=l1"], "normalize=l1 is not known"),
+        (["sparsity=rigl", "init_from=somewhere"], "init_from=somewhere keeps the zeros of its model"),
+        (["sparsity.normalize=l2", "sparsity.scope=erk"], "normalize=l2 has no effect with scope=erk"),
+    ],
+)
+def test_what_a_plan_cannot_do_is_said_with_the_remedy(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        plan(*overrides)
+
+
+def test_the_memory_and_the_checkpoint_of_masked_values_and_moves_are_planned():
+    names = ("cubic", "ste", "granet")
+    configs = {name: read_request(["experiment=demo", f"sparsity={name}"]).runs[0] for name in names}
+    found = {name: plan_run(config, 2) for name, config in configs.items()}
+    memory = {
+        name: gpu_memory(one.model, one.num_prunable, run_setting(configs[name], one, None, 0.1))
+        for name, one in found.items()
+    }
+    share, move = found["cubic"].num_prunable // 2, "a move of the masks"
+    assert memory["ste"].masks == 5 * memory["cubic"].masks == 5 * share
+    assert memory["granet"].transients[move] - memory["cubic"].transients[move] == 9 * share
+    bytes_of = {
+        name: checkpoint_bytes(one.model, one.num_prunable, one.update.state_bytes) for name, one in found.items()
+    }
+    assert bytes_of["ste"] - bytes_of["cubic"] == 4 * found["cubic"].num_prunable

@@ -78,9 +78,9 @@ def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ([3], r"profile_steps=\[3\] is no range of steps"),
-        ([5, 4], r"profile_steps=\[5, 4\] is no range of steps"),
-        ([0, 4], r"profile_steps=\[0, 4\] is no range of steps"),
+        ([3], r"profile_steps=\[3\] is not a range of steps"),
+        ([5, 4], r"profile_steps=\[5, 4\] is not a range of steps"),
+        ([0, 4], r"profile_steps=\[0, 4\] is not a range of steps"),
         ([3, 1001], r"profile_steps=\[3, 1001\] ends after trainer.max_steps=1000"),
     ],
 )

@@ -91,6 +91,20 @@ def test_minimise_finds_the_valley_of_rosenbrock_from_every_start():
     assert value.max() < 1e-12
 
 
+def test_the_best_fit_is_the_minimum_that_scipy_finds():
+    optimize = pytest.importorskip("scipy.optimize")
+    params, tokens = grid()
+    fit = fit_law(params, tokens, noisy(TRUE, params, tokens, 0.01), "nd")
+    weights = np.ones((1, len(params)))
+
+    def objective(theta):
+        value, gradient = _objective(fit.problem, theta[None], weights)
+        return value[0], gradient[0]
+
+    found = min(optimize.minimize(objective, start, jac=True).fun for start in fit.minima[[0, 8, 24]])
+    assert objective(fit.minima[0])[0] == pytest.approx(found, rel=1e-6)
+
+
 @pytest.mark.parametrize("form", ["nd", "n", "power"])
 def test_the_objectives_gradient_is_that_of_finite_differences(form):
     params, tokens = grid()
@@ -196,7 +210,7 @@ def test_an_exponent_that_no_law_has_is_refused(form, name):
     params, tokens = grid(SIZES, np.geomspace(1e8, 1e9, 4)) if form == "nd" else grid(np.geomspace(1e6, 3e6, 6), (1e8,))
     steep = (tokens / 1e8) ** -7.0 + (params / 1e6) ** -0.5 if form == "nd" else (params / 1e6) ** -17.0
     fit = fit_law(params, tokens, 2.0 + steep, form)
-    with pytest.raises(ValueError, match=rf"has {name}=[\d.]+, above 4, where measured exponents are below 1") as error:
+    with pytest.raises(ValueError, match=rf"has {name}=[\d.]+, above 4, but measured exponents are below 1") as error:
         check_exponents(fit)
     assert str(error.value).count(". ") == 0
 
@@ -385,8 +399,8 @@ HEADER = "avg_linear_params,final_linear_params,total_tokens,loss,sparsity,data"
     ("lines", "sentence"),
     [
         ([HEADER], "holds no finished run"),
-        ([HEADER, "abc,2e5,1e7,3,0.8,"], "line 2 has avg_linear_params=abc, which is no number"),
-        ([HEADER, "4e5,2e5,1e7,nan,0.8,"], "loss=nan, which is no finite number above 0"),
+        ([HEADER, "abc,2e5,1e7,3,0.8,"], "line 2 has avg_linear_params=abc, which is not a number"),
+        ([HEADER, "4e5,2e5,1e7,nan,0.8,"], "loss=nan, which is not a finite number above 0"),
         ([HEADER, "4e5,2e5,0,3,0.8,"], "total_tokens=0"),
         ([HEADER, "4e5,2e5,1e7,3,1.8,"], "sparsity=1.8, outside"),
         ([HEADER, "4e5,2e5,1e7,3,,"], "is sparse, and nothing says how much"),
@@ -410,7 +424,7 @@ def test_runs_of_two_tokenizers_are_not_compared(tmp_path):
 
 def test_a_place_that_is_not_there_is_named(tmp_path):
     (tmp_path / "note.txt").write_text("")
-    for name, sentence in (("missing", "is not there"), ("note.txt", "is no run"), (".", "holds no finished run")):
+    for name, sentence in (("missing", "is not there"), ("note.txt", "is not a run"), (".", "holds no finished run")):
         with pytest.raises(ValueError, match=sentence):
             read_points([str(tmp_path / name)])
 
@@ -491,3 +505,32 @@ def test_the_command_writes_json_alone_and_a_figure(tmp_path):
     assert figures["num_runs"] == len(figures["points"]) == 45
     assert set(figures["average"]["intervals"]) == {"E", "A", "alpha", "B", "beta"}
     assert (tmp_path / "scaling_law.png").stat().st_size > 10_000
+
+
+def test_runs_of_one_trunk_are_drawn_together(tmp_path):
+    from eval.runs.law.points import read_points
+
+    for number, (size, steps) in enumerate((size, steps) for size in (1e6, 2e6, 4e6, 8e6, 16e6) for steps in (1, 2, 4)):
+        summary = {
+            "avg_linear_params": size, "nonzero_linear_params": size, "linear_params": size, "total_tokens": 1e8 * steps,
+            "heldout_loss": float(TRUE.loss(np.array([size]), np.array([1e8 * steps]))[0]),
+            "branch": {"run": "trunk", "step": 1, "trunk": f"/runs/trunk-{size:g}"},
+        }  # fmt: skip
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "summary.json").write_text(json.dumps(summary))
+    points = read_points([str(tmp_path)])
+    trunks = points.trunks
+    assert len(set(trunks.tolist())) == 5
+    assert all(len(set(trunks[points.column("avg_linear_params") == size].tolist())) == 1 for size in (1e6, 16e6))
+    params, tokens = points.column("avg_linear_params"), points.column("total_tokens")
+    fit = fit_law(params, tokens, noisy(TRUE, params, tokens, 0.003), "nd")
+    together, apart = (interval(bootstrap(fit, 60, 0, groups), lambda law: law.alpha, 0.9) for groups in (trunks, None))
+    assert together != apart
+
+
+def test_a_report_says_what_a_shared_trunk_does_to_its_intervals():
+    from eval.runs.law.text import _trunks
+
+    assert _trunks({"num_runs": 6, "num_trunks": 6, "resampled": "points"}) == []
+    assert "whole trunks are drawn" in _trunks({"num_runs": 15, "num_trunks": 5, "resampled": "trunks"})[0]
+    assert "too narrow" in _trunks({"num_runs": 6, "num_trunks": 1, "resampled": "points"})[0]

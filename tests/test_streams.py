@@ -164,7 +164,7 @@ def test_files_of_the_current_folder_are_not_taken_for_ours(command, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "of the user" not in done.stdout + done.stderr
     if "dry_run=true" in command:
-        assert f"the command would run {tmp_path}/train.py in the place of sparsellm's" in done.stderr
+        assert f"the command would run {tmp_path}/train.py instead of sparsellm's" in done.stderr
 
 
 @pytest.mark.slow

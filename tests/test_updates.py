@@ -6,23 +6,27 @@ import hashlib
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerState
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from sparsity import Constant, Cubic, Geometric, SparsityCallback
 from sparsity.schedule import Alternating, Schedule
 from sparsity.shards import local_tensor
 from sparsity.update import AcDc, Rigl, Set, Ste, Update
 from tests.distributed import run_ranks
+from tests.small_trainer import random_rows, small_llama, small_trainer
+from train.trainer import PretrainingTrainer
 
 NUM_STEPS, EVERY, SHARE, END = 16, 3, 0.5, 0.75
 """Masks move before or at steps 3, 6 and 9; the cosine ends at step 12. Two steps after a move, new weights differ in size."""
@@ -342,3 +346,56 @@ def test_ranks_take_the_steps_of_the_paper(layout, num_ranks, cases):
     for found in run_ranks(histories, num_ranks, layout, cases, timeout_s=200):
         for case, history in found.items():
             assert_same(history, reference_of(case))
+
+
+# --- in a Trainer: ours and a plain one ---
+
+
+def updating_callback(name: str) -> SparsityCallback:
+    schedule = Alternating(0.7, 1, 5, 2) if name == "acdc" else Cubic(0.7, 1, 5, 2)
+    update = {"set": Set(0.5, 2, 1), "rigl": Rigl(0.5, 2, 1), "ste": Ste(0.5, 2, 1), "acdc": AcDc()}[name]
+    return SparsityCallback(schedule, update=update, scope="uniform", report=False)
+
+
+def trained(folder: Path, name: str, kind: type[Trainer], checkpoint: Path | None = None) -> tuple[Tensors, float]:
+    """The weights after 8 steps, and the average density; a checkpoint is saved before step 5."""
+    callback = updating_callback(name)
+    if kind is PretrainingTrainer:
+        PartialState(cpu=True)
+        saving = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 3}
+        trainer: Trainer = small_trainer(folder, sparsity=callback, max_steps=8, **saving)
+    else:
+        arguments = TrainingArguments(
+            str(folder), max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
+            save_steps=5, report_to="none", disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        trainer = Trainer(model=small_llama(), args=arguments, train_dataset=random_rows(64), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, callback.average_density
+
+
+@pytest.mark.parametrize("kind", [PretrainingTrainer, Trainer])
+@pytest.mark.parametrize("name", ["set", "rigl", "ste", "acdc"])
+def test_a_trainer_resumes_to_the_last_bit(tmp_path, name, kind):
+    whole, density = trained(tmp_path / "whole", name, kind)
+    resumed, same_density = trained(tmp_path / "resumed", name, kind, tmp_path / "whole" / "checkpoint-5")
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    assert same_density == density
+    linear = [weight for name, weight in whole.items() if "proj" in name or "lm_head" in name]
+    assert sum(int((w == 0).sum()) for w in linear) == sum(round(0.7 * w.numel()) for w in linear)
+
+
+def test_a_plain_trainer_without_the_masked_values_is_refused():
+    run = Run("ste")
+    run.train(0, 4)
+    for state in run.optimizer.state.values():
+        del state["latent"]
+    with pytest.raises(
+        ValueError, match=r"no values of the masked weights of 0.weight, which update=ste trains.*launch"
+    ):
+        run.callback.rule.check_restored(run.optimizer)
+
+
+def test_zeros_that_are_to_be_kept_do_not_go_with_weights_that_return():
+    with pytest.raises(ValueError, match="keep_zeros=True keeps the zeros of a sparse model, and update=set"):
+        SparsityCallback(Constant(0.5), update="set", keep_zeros=True)

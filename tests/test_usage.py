@@ -22,6 +22,6 @@ def test_overrides_come_back_as_they_were_typed():
 
 def test_an_unknown_option_is_an_error_of_one_sentence():
     with pytest.raises(
-        ValueError, match=r"^--page is no option of python -m eval.report: give key=value, or --help\.$"
+        ValueError, match=r"^--page is not an option of python -m eval.report: give key=value, or --help\.$"
     ):
         overrides_of("eval.report", "", "", ["--page", "runs=a"])

@@ -16,8 +16,9 @@ from transformers.training_args import OptimizerNames
 
 from conf.schema import Config, TrainerConfig
 from conf.schema.trainer import OWN_KEYS
-from train.plan.run import RunPlan
+from train.plan.run import RunPlan, decay_length
 
+MUON = "muon"
 SET_HERE = {
     "output_dir", "overwrite_output_dir", "report_to", "fsdp", "fsdp_config", "deepspeed", "use_cpu",
     "accelerator_config", "remove_unused_columns", "dataloader_drop_last", "num_train_epochs", "label_names",
@@ -30,14 +31,23 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     """TrainingArguments for this run; a ValueError names a key that they do not have."""
     values = asdict(config.trainer)
     extra = values.pop("extra")
+    if values["decay_steps"] is not None:
+        values["lr_scheduler_kwargs"] = {
+            **values["lr_scheduler_kwargs"], "num_decay_steps": decay_length(values["decay_steps"], plan.num_steps)
+        }  # fmt: skip
     for name in OWN_KEYS:
         del values[name]
     check_extra(extra)
     if "min_lr" not in values["lr_scheduler_type"]:
         # Only the schedules that end above 0 know the key, which is there for the default one.
         values["lr_scheduler_kwargs"].pop("min_lr_rate", None)
+    if values["optim"] == MUON:
+        # transformers has no name for it: the Trainer makes it by itself.
+        values["optim"] = "adamw_torch"
     if values["bf16"] is None:
         values["bf16"] = torch.cuda.is_available() and not values["fp16"]
+    if config.eval.every is not None:
+        values["eval_strategy"], values["eval_steps"] = "steps", config.eval.every
     values["max_steps"] = plan.num_steps
     values["per_device_train_batch_size"] = plan.micro_batch_size
     values["gradient_accumulation_steps"] = plan.gradient_accumulation_steps

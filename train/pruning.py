@@ -12,6 +12,7 @@ from conf.schema import Config
 from sparsity import SparsityCallback
 from sparsity.schedule import Fixed
 from train.faults.stop import RunStopped
+from train.plan.branch import Branch
 from train.plan.names import pruned_groups
 from train.plan.run import RunPlan
 from train.speed.throughput import StepClock
@@ -28,6 +29,24 @@ class RunSparsity(SparsityCallback):
     def prune_at(self, *args: Any, **kwargs: Any) -> Any:
         with self.clock.pause():
             return super().prune_at(*args, **kwargs)
+
+    def carry_over(self, saved: dict[str, Any] | None, step: int) -> None:
+        """Take over the masks and the average density of another run at `step`. Collective.
+
+        Where this run's schedule has pruned fewer weights by then, the others are kept at 0 like inherited zeros.
+
+        Args:
+            saved: The other run's state; None if it was dense.
+            step: The step that this run begins with.
+        """
+        numels = {shard.name: shard.full_numel for shard in self.shards}
+        if saved is None:
+            saved = {"density_sum": float(step), "num_steps": step, "threshold": None, "inherited": {}, "kept": numels}
+        try:
+            self.load_state(saved, step)
+        except ValueError:
+            zeros = {name: numel - saved["kept"][name] for name, numel in numels.items()}
+            self.load_state({**saved, "inherited": zeros}, step)
 
     def move_at(self, *args: Any, **kwargs: Any) -> Any:
         with self.clock.pause():
@@ -50,9 +69,10 @@ def _stopping() -> Iterator[None]:
         raise RunStopped(str(error)) from error
 
 
-def sparsity_callback(config: Config, plan: RunPlan) -> RunSparsity | None:
-    """The callback of a sparse run, or of one that may start sparse; its figures go out through the Recorder."""
-    sparsity, keep_zeros = config.sparsity, config.init_from is not None
+def sparsity_callback(config: Config, plan: RunPlan, branch: Branch | None = None) -> RunSparsity | None:
+    """Return the callback of a sparse run, or of one that may start sparse; its figures go out through the Recorder."""
+    sparsity = config.sparsity
+    keep_zeros = config.init_from is not None or (branch is not None and branch.is_sparse)
     patterns: Any = {"include": sparsity.include, "requires_dense": sparsity.requires_dense}
     if plan.schedule is None:
         return RunSparsity(Fixed(), report=False, **patterns) if keep_zeros else None

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback, default_data_collator
 from transformers.utils import logging as transformers_logging
 
@@ -15,11 +14,14 @@ from conf.cli import user_errors
 from conf.schema import Config, tokenizer_of
 from sparsity import SparsityCallback
 from sparsity.schedule import schedule_record
-from train.arguments import check_recipe, training_arguments
-from train.data import PreparedData, heldout_tokens, prepare, training_blocks, unigram_bits_per_byte
+from train.arguments import MUON, check_recipe, training_arguments
+from train.checkpoints.write import parameters_of
+from train.data import Blocks, PreparedData, prepare, training_blocks, unigram_bits_per_byte
 from train.data.collate import collate_documents
+from train.data.mixture import MixtureBlocks, mixture_blocks
 from train.data.sampler import PermutationSampler
 from train.distributed import World, wants_fsdp
+from train.evaluation import Evaluation, prepare_sets
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
@@ -27,7 +29,9 @@ from train.faults.stop import RunStopped
 from train.model.build import build_skeleton, model_on_meta
 from train.model.export import export_model
 from train.model.weights import allocate
+from train.plan.branch import branch_figures, branch_words
 from train.plan.disk import run_bytes
+from train.plan.names import dense_words
 from train.plan.run import RunPlan
 from train.pruning import sparsity_callback
 from train.record.directory import RunDirectory
@@ -38,13 +42,12 @@ from train.record.snapshot import write_snapshot
 from train.record.summary import count_nonzero_linear, summarize
 from train.record.text import closing_words, opening_words
 from train.record.wandb_run import start_wandb
-from train.scoring import Score, heldout_documents, score_stream
 from train.speed.compiled import compile_by_blocks
 from train.speed.fp8 import check_fp8, convert_to_fp8
 from train.speed.profiler import StepProfiler
 from train.speed.throughput import StepClock, speedometer
 from train.start import Start, check_beginning, find_start, identity
-from train.trainer import PretrainingTrainer, RunState
+from train.trainer import KeepSteps, PretrainingTrainer, RunState
 
 SETUP_ERRORS = (ImportError,)
 """Beside a user's errors: transformers raises it for a library that a setting needs."""
@@ -67,8 +70,9 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         return
     world.on_main(check_beginning, config, plan, directory)
     data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
-    model, tokenizer = build(config, plan, data, arguments, world)
-    start = find_start(config, plan, directory, data.folder, model, tokenizer, world)
+    sets = world.on_main(prepare_sets, config, data)
+    model, tokenizer, blocks = build(config, plan, data, arguments, world)
+    start = find_start(config, plan, directory, data, model, tokenizer, world)
     if not wants_fsdp():
         with user_errors(quiet=not world.is_main):
             allocate(model, world.device)
@@ -78,12 +82,18 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     world.on_main(write_snapshot, directory.environment, world)
 
     guard = StepGuard(world, preemption, config.max_skipped)
-    trainer, recorder = make_trainer(config, plan, directory, data, model, arguments, start, world, guard, heartbeat)
+    evaluation = Evaluation(config, data, sets, tokenizer, world)
+    trainer, recorder = make_trainer(
+        config, plan, directory, data, blocks, model, arguments, start, evaluation, world, guard, heartbeat
+    )
     sharding = "FSDP2" if trainer.is_fsdp_enabled else "no sharding"
-    say(world, opening_words(config, plan, data, world.size, sharding))
+    shapes = {name: param.shape for name, param in parameters_of(model).items()}
+    say(world, opening_words(config, plan, data, world.size, sharding, dense_words(shapes, start.prunable)))
     train(trainer, recorder, start, world)
 
-    score = score_heldout(trainer.model_wrapped, data, config, world)
+    if not config.eval.is_empty and trainer.evaluated_step != trainer.state.global_step:
+        trainer.evaluate()
+    score, others = evaluation.final(trainer.model_wrapped)
     export_model(
         trainer.model,
         tokenizer,
@@ -101,12 +111,16 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         num_prunable=sparsity.num_prunable if sparsity else 0,
         average_density=sparsity.average_density if sparsity else 1.0,
         score=score,
+        others=others,
         heldout_bytes=data.heldout.num_bytes,
+        by_source=blocks.figures(plan.num_steps * plan.batch_size) if isinstance(blocks, MixtureBlocks) else {},
         unigram_bits_per_byte=unigram_bits_per_byte(data) if world.is_main else 0.0,
         fsdp_version=2 if trainer.is_fsdp_enabled else 0,
         train_seconds=trainer.train_seconds,
         seconds=trainer.earlier_seconds + time.monotonic() - started,
     )
+    if start.branch is not None:
+        summary["branch"] = branch_figures(start.branch)
     if recorder is not None:
         finish(config, plan, directory, recorder, summary)
     world.on_main(push_to_hub, config.card, directory.model)
@@ -121,6 +135,16 @@ def checked_arguments(config: Config, plan: RunPlan, directory: RunDirectory, wo
     return arguments
 
 
+def blocks_of_run(config: Config, plan: RunPlan, data: PreparedData) -> Blocks | MixtureBlocks:
+    """Return what the run trains on; a ValueError if a batch is more than the text. A mixture repeats its sources."""
+    if data.sources:
+        seed = config.trainer.seed if config.trainer.data_seed is None else config.trainer.data_seed
+        return mixture_blocks(data, plan.num_steps * plan.batch_size, seed)
+    blocks = training_blocks(data)
+    PermutationSampler(len(blocks), batch_size=plan.batch_size)
+    return blocks
+
+
 def repeat_ending(
     config: Config, plan: RunPlan, directory: RunDirectory, world: World, summary: dict[str, Any]
 ) -> None:
@@ -130,17 +154,18 @@ def repeat_ending(
     world.on_main(push_to_hub, config.card, directory.model)
 
 
-def build(config: Config, plan: RunPlan, data: PreparedData, arguments: Any, world: World) -> tuple[Any, Any]:
-    """Return the model without weights, ready to be sharded, and the tokenizer."""
+def build(
+    config: Config, plan: RunPlan, data: PreparedData, arguments: Any, world: World
+) -> tuple[Any, Any, Blocks | MixtureBlocks]:
+    """Return the model without weights, ready to be sharded, the tokenizer and the blocks to train on."""
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
-        # Refuses a batch that is more than the text.
-        PermutationSampler(len(training_blocks(data)), batch_size=plan.batch_size)
+        blocks = blocks_of_run(config, plan, data)
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
         model = build_skeleton(plan.model, tokenizer)
         if config.trainer.fp8:
             convert_to_fp8(model)
         compile_by_blocks(model, arguments)
-    return model, tokenizer
+    return model, tokenizer, blocks
 
 
 def make_trainer(
@@ -148,45 +173,53 @@ def make_trainer(
     plan: RunPlan,
     directory: RunDirectory,
     data: PreparedData,
+    blocks: Blocks | MixtureBlocks,
     model: Any,
     arguments: Any,
     start: Start,
+    evaluation: Evaluation,
     world: World,
     guard: StepGuard,
     heartbeat: Heartbeat,
 ) -> tuple[PretrainingTrainer, Recorder | None]:
     """Return the trainer with its callbacks, and on rank 0 the recorder. Collective."""
-    sparsity = sparsity_callback(config, plan)
+    sparsity = sparsity_callback(config, plan, start.branch)
     clock = StepClock(world.device, is_read=world.is_main)
     if sparsity is not None:
         sparsity.clock = clock
     recorder = profiler = None
+    keeper = KeepSteps(config.trainer.keep_steps) if config.trainer.keep_steps else None
     if world.is_main:
         profiler = make_profiler(config, directory, clock)
         recorder = make_recorder(config, plan, directory, sparsity, start.sparsity, clock, world.device)
+        if isinstance(blocks, MixtureBlocks):
+            recorder.figures_of_data = lambda step: blocks.figures(step * plan.batch_size)
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         trainer = PretrainingTrainer(
             world=world,
             sparsity=sparsity,
             run_state=RunState(
                 identity=identity(plan),
-                carried={"data": start.fingerprint},
+                carried={"data": start.fingerprint, "tokenizer": data.tokenizer},
+                branch_step=start.branch_step,
+                keep_steps=tuple(config.trainer.keep_steps),
                 before_save=recorder.sync if recorder else lambda: None,
             ),
             guard=guard,
             heartbeat=heartbeat,
             clock=clock,
             async_save=config.trainer.async_save,
+            uses_muon=config.trainer.optim == MUON,
             batch_size=plan.batch_size,
             fill=start.fill if wants_fsdp() else None,
-            evaluator=lambda module: heldout_figures(score_heldout(module, data, config, world), data),
+            evaluator=evaluation,
             model=model,
             args=arguments,
-            train_dataset=training_blocks(data),
+            train_dataset=blocks,
             eval_dataset=[],
             data_collator=collate_documents if data.by_document else default_data_collator,
             by_document=data.by_document,
-            callbacks=[callback for callback in (profiler, sparsity, recorder) if callback is not None],
+            callbacks=[callback for callback in (keeper, profiler, sparsity, recorder) if callback is not None],
         )
     show_progress(trainer, sparsity)
     return trainer, recorder
@@ -194,6 +227,8 @@ def make_trainer(
 
 def train(trainer: PretrainingTrainer, recorder: Recorder | None, start: Start, world: World) -> None:
     """Train from the start or from the checkpoint; close the records if the run ends early. Collective."""
+    if start.branch is not None:
+        say(world, f"  {branch_words(start.branch)}")
     if start.checkpoint is not None:
         say(world, f"  resumed from {start.checkpoint}")
     try:
@@ -244,24 +279,3 @@ def show_progress(trainer: PretrainingTrainer, sparsity: SparsityCallback | None
     if not trainer.args.disable_tqdm:
         bar: TrainerCallback = ProgressBar(sparsity)
         trainer.add_callback(bar)
-
-
-def score_heldout(model: nn.Module, data: PreparedData, config: Config, world: World) -> Score:
-    """The held-out split's likelihood. Collective."""
-    return score_stream(
-        model,
-        heldout_tokens(data),
-        documents=heldout_documents(data),
-        window=data.sequence_length,
-        batch_size=config.trainer.per_device_eval_batch_size,
-        world=world,
-        show_progress=not config.trainer.disable_tqdm,
-    )
-
-
-def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
-    return {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte(data.heldout.num_bytes),
-    }

@@ -199,7 +199,7 @@ def token_nats(
         for window, row in zip(mine, losses, strict=False):
             nats[window.first : window.stop] = row[window.scored]
     model.train(was_training)
-    _reshard(model)
+    reshard(model)
     return world.sum(torch.from_numpy(nats).to(world.device)).cpu().numpy()
 
 
@@ -253,7 +253,7 @@ def _can_leave_out_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def _reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """A forward pass without gradient leaves FSDP2's last group gathered; give the memory back."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -13,12 +13,16 @@ from conf.cli import user_errors
 from conf.schema import Config
 from sparsity import prunable_parameters
 from sparsity.schedule import schedule_record
+from train.branch import begin_branch
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
+from train.data import PreparedData
 from train.distributed import World
 from train.model.build import build_skeleton
 from train.model.initial import initial_weights
 from train.model.initial_check import check_start, check_tokenizer, command_line
 from train.model.weights import draw_weights
+from train.plan.branch import Branch
+from train.plan.folders import is_at_hand
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
 
@@ -36,10 +40,17 @@ class Start:
     """Share of zeros in the prunable weights of `init_from`."""
     fingerprint: dict[str, Any]
     """Of the data, for later resumptions to compare."""
+    branch: Branch | None = None
+    """Where the run branched from another one."""
+
+    @property
+    def branch_step(self) -> int | None:
+        """The step whose checkpoint was another run's."""
+        return None if self.branch is None else self.branch.step
 
 
 def find_start(
-    config: Config, plan: RunPlan, directory: RunDirectory, data_folder: str, model: Any, tokenizer: Any, world: World
+    config: Config, plan: RunPlan, directory: RunDirectory, data: PreparedData, model: Any, tokenizer: Any, world: World
 ) -> Start:
     """Return what the run starts from; end it if that does not fit. Collective.
 
@@ -48,12 +59,14 @@ def find_start(
     """
     with user_errors(quiet=not world.is_main):
         prunable = tuple(prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense))
-    fingerprint = world.on_main(data_fingerprint, data_folder)
-    checkpoint = checkpoint_to_resume(directory.checkpoints, identity(plan), data_folder, world)
+    fingerprint = world.on_main(data_fingerprint, data.folder)
+    branch = world.on_main(begin_branch, config, plan, directory, identity(plan), data.folder, data.tokenizer)
+    branch_step = None if branch is None else branch.step
+    checkpoint = checkpoint_to_resume(directory.checkpoints, identity(plan), data.folder, world, branch_step)
     with user_errors(quiet=not world.is_main):
         fill = filling(config, plan, model, tokenizer, checkpoint)
         sparsity = world.on_main(inherited_sparsity, config, model, prunable)
-    return Start(checkpoint, fill, prunable, sparsity, fingerprint)
+    return Start(checkpoint, fill, prunable, sparsity, fingerprint, branch)
 
 
 def check_beginning(config: Config, plan: RunPlan, directory: RunDirectory) -> None:
@@ -73,7 +86,7 @@ def filling(
     if resume_from is not None:
         return lambda module: None
     if config.init_from is not None:
-        weights = initial_weights(model, config.init_from)
+        weights = initial_weights(model, config.init_from, plan.model.path is not None)
         return weights.fill
     seed, init = config.trainer.seed, plan.model.init
     return lambda module: draw_weights(module, build_skeleton(plan.model, tokenizer), seed, init)
@@ -81,9 +94,9 @@ def filling(
 
 def inherited_sparsity(config: Config, model: Any, prunable: Iterable[str]) -> float:
     """Return the share of zeros in the prunable weights of `init_from`; 0 if a resumed run's folder is gone."""
-    if config.init_from is None or not Path(config.init_from).expanduser().is_dir():
+    if config.init_from is None or not is_at_hand(config.init_from):
         return 0.0
-    return initial_weights(model, config.init_from).zero_share(prunable)
+    return initial_weights(model, config.init_from, config.model.path is not None).zero_share(prunable)
 
 
 def identity(plan: RunPlan) -> dict[str, Any]:

@@ -4,7 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from sparsity import SparsityCallback
 from sparsity.mask import state_holder
@@ -22,6 +22,7 @@ from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer,
 from train.checkpoints.rng import rng_state, set_rng_state
 from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.clipping import clip_replicas_alike_, has_replicas
+from train.data.mixture import MixtureBlocks
 from train.data.sampler import PermutationSampler
 from train.distributed import World, check_fsdp2, check_ranks_gather_alike, reduce_in_float32, set_group_timeouts
 from train.faults.guard import StepGuard, skips_on_device
@@ -31,6 +32,8 @@ from train.faults.stop import RunStopped
 from train.losses import StepLosses
 from train.model.attention import attend_over_whole_blocks, attend_within_documents
 from train.model.weights import shard_and_allocate
+from train.muon import make_muon
+from train.pruning import RunSparsity
 from train.speed.throughput import StepClock
 
 
@@ -42,8 +45,23 @@ class RunState:
     """What must be the same for a checkpoint to be this run's; compared when it is loaded."""
     carried: dict[str, Any] = field(default_factory=dict)
     """Plain data that goes with every checkpoint: the data's fingerprint, the wandb run."""
+    branch_step: int | None = None
+    """The step whose checkpoint is another run's: its schedules and rates do not count, this run's do."""
+    keep_steps: tuple[int, ...] = ()
+    """Steps whose checkpoints are never removed."""
     before_save: Callable[[], None] = lambda: None
     """Called by rank 0 before a checkpoint is written: the records before it must not be lost."""
+
+
+class KeepSteps(TrainerCallback):
+    """Saves a checkpoint at each of `steps`, beside those that the Trainer saves."""
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = frozenset(steps)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        control.should_save |= state.global_step in self.steps
+        return control
 
 
 class PretrainingTrainer(Trainer):
@@ -67,6 +85,7 @@ class PretrainingTrainer(Trainer):
         fill: Callable[[nn.Module], Any] | None = None,
         clock: StepClock | None = None,
         async_save: bool = False,
+        uses_muon: bool = False,
         by_document: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -89,6 +108,7 @@ class PretrainingTrainer(Trainer):
         if self._background is not None:
             guard.has_save_failed = self._background.has_failed
         self.batch_size = batch_size
+        self.uses_muon = uses_muon
         self.fill = fill
         """Gives a sharded skeleton its weights; None for a model that has them."""
         # Counting the predicted tokens of a step costs a small gather; packed blocks all have the same number.
@@ -100,6 +120,8 @@ class PretrainingTrainer(Trainer):
         self._since = 0.0
         self._losses = StepLosses(self.args.max_steps, world)
         self._last_logged_step = 0
+        self.evaluated_step = -1
+        """The step after which the model was last evaluated."""
         self._sampler: PermutationSampler | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -138,6 +160,9 @@ class PretrainingTrainer(Trainer):
             shard_and_allocate(self.accelerator, self._module)
             self.fill(self._module)
             self.fill = None
+        if self.uses_muon and self.optimizer is None:
+            self.optimizer = make_muon(self._module, self.args)
+            return self.optimizer
         return super().create_optimizer(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -187,7 +212,10 @@ class PretrainingTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         blocks: Any = self.train_dataset if train_dataset is None else train_dataset
-        self._sampler = PermutationSampler(len(blocks), seed=seed, batch_size=self.batch_size)
+        if isinstance(blocks, MixtureBlocks):
+            self._sampler = blocks.sampler(self.batch_size)
+        else:
+            self._sampler = PermutationSampler(len(blocks), seed=seed, batch_size=self.batch_size)
         return self._sampler
 
     def get_train_dataloader(self) -> Any:
@@ -212,6 +240,7 @@ class PretrainingTrainer(Trainer):
         """Held-out figures by the same function that `python -m eval` uses. Collective."""
         with self.clock.pause():
             found = self.evaluator(self.model_wrapped)
+        self.evaluated_step = self.state.global_step
         figures = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(figures))
         return figures
@@ -267,7 +296,7 @@ class PretrainingTrainer(Trainer):
                 state,
                 self.state.save_to_json,
                 before=self.run_state.before_save,
-                after=lambda: layout.remove_old(root, self.args.save_total_limit or 1, step),
+                after=lambda: layout.remove_old(root, self.args.save_total_limit or 1, step, self.run_state.keep_steps),
             )
         )
 
@@ -287,10 +316,14 @@ class PretrainingTrainer(Trainer):
     def _load(self, reader: CheckpointReader) -> None:
         state, parameters = reader.state, parameters_of(self._module)
         load_weights(reader, parameters)
-        load_optimizer(reader, self.optimizer, parameters)
+        branches = reader.step == self.run_state.branch_step
+        load_optimizer(reader, self.optimizer, parameters, rates=not branches)
         assert self.lr_scheduler is not None
-        lambdas = [None] * len(state["scheduler"]["base_lrs"])
-        self.lr_scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
+        if branches:
+            move_schedule_to(self.lr_scheduler, state["scheduler"]["last_epoch"])
+        else:
+            lambdas = [None] * len(state["scheduler"]["base_lrs"])
+            self.lr_scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
@@ -302,7 +335,12 @@ class PretrainingTrainer(Trainer):
         self.earlier_seconds = self.train_seconds = state["train_seconds"]
         if self.sparsity is not None:
             self.sparsity.bind(self._module)
-            load_masks(reader, self.sparsity.shards, lambda name: row_size(parameters[name]))
+            if state["sparsity"] is not None:
+                load_masks(reader, self.sparsity.shards, lambda name: row_size(parameters[name]))
+            if branches:
+                assert isinstance(self.sparsity, RunSparsity)
+                self.sparsity.carry_over(state["sparsity"], reader.step)
+                return
             if state["sparsity"] is None:
                 raise ValueError(
                     f"{reader.folder} is of a dense run, this one is sparse: set overwrite=true to start anew."
@@ -321,6 +359,15 @@ class PretrainingTrainer(Trainer):
             names = ("torch", "python", "numpy", "cuda")
             found = {name: reader.tensor(f"rng/{name}", self.world.rank) for name in names}
             set_rng_state({name: value for name, value in found.items() if value is not None})
+
+
+def move_schedule_to(scheduler: Any, step: int) -> None:
+    """Set a schedule of learning rates to the rate that it has after `step` steps, as if it had run them."""
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    rates = [base * at(step) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def row_size(param: Tensor) -> int:

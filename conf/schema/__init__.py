@@ -1,4 +1,4 @@
-"""The types behind every configuration key: a mistyped key or value is refused by name.
+"""The types of every configuration key: a mistyped key or value is refused by name.
 
 Plain data, checked in `__post_init__` with one sentence that gives the value, the rule and the remedy. Nothing here
 imports torch or transformers: `python -m launch` and `python -m launch.plan` start from these classes alone.
@@ -38,7 +38,7 @@ SCHEMAS: dict[str, type] = {
     "report": ReportConfig,
     "dashboard": DashboardConfig,
 }
-"""The class behind each yaml at the top of conf/; there it is NAME_schema."""
+"""The class of each yaml at the top of conf/, which includes it as NAME_schema."""
 
 
 def register() -> None:

@@ -15,7 +15,11 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def names_of(runs: Any, least: int = 1) -> list[str]:
-    """The value of `runs`, one name or a list of them, as a list; a ValueError where it names fewer than `least`."""
+    """Return the value of `runs`, one name or a list of them, as a list.
+
+    Raises:
+        ValueError: It names fewer than `least`.
+    """
     names = [runs] if isinstance(runs, str) else runs
     check(
         isinstance(names, list) and len(names) >= least and all(isinstance(name, str) and name for name in names),

@@ -11,7 +11,7 @@ from conf.schema.checks import check, check_choice
 
 @dataclass
 class CompactConfig:
-    """What `python -m eval.compact` reads and writes."""
+    """Keys of `python -m eval.compact`."""
 
     folder: str = MISSING
     """A transformers folder; `python -m eval.compact` takes it as model=DIR."""

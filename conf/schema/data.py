@@ -1,12 +1,55 @@
-"""The group `data`: what it is trained on."""
+"""The group `data`: the text to train on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
 from conf.schema.checks import check, check_choice
+
+
+@dataclass
+class SourceConfig:
+    """One source of `data=mixture`, or one held-out set: files at `path`, or a dataset of the hub."""
+
+    path: str | None = None
+    """A file or folder of text, or of tokens as for data=tokens."""
+    hub: str | None = None
+    """A dataset's name on the hub, or a local folder in the same layout."""
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    """As data.text_field."""
+    weight: float = 1.0
+    """The source's share of the tokens, in any unit."""
+    name: str | None = None
+    """What records call it; the file's or dataset's stem if null."""
+    max_documents: int | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            (self.path is None) != (self.hub is None),
+            f"a source with path={self.path} and hub={self.hub} is none or two: give one of the two.",
+        )
+        check(
+            self.weight > 0,
+            f"weight={self.weight} of the source {self.stem} must be above 0: it is a share of the tokens.",
+        )
+        check(
+            not set(self.stem) & set("/.") and self.stem != "",
+            f"name={self.stem} is part of the names of records: give a name without / and dots.",
+        )
+
+    @property
+    def stem(self) -> str:
+        """The source's name in records."""
+        if self.name is not None:
+            return self.name
+        return str(self.path or self.hub).rstrip("/").rpartition("/")[2].partition(".")[0]
+
+
+SOURCES = ("pydocs", "text", "fineweb_edu", "hub", "tokens", "mixture", "wikitext")
 
 
 @dataclass
@@ -15,30 +58,46 @@ class DataConfig:
 
     source: str = MISSING
     path: str | None = None
-    """A file or folder of .txt, .jsonl, .jsonl.gz or .parquet; for `fineweb_edu` a local copy of its parquet files, for
+    """A file or folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .csv or .parquet; for `tokens` one of .bin or .npy
+    files, or a dataset saved to disk; for `fineweb_edu` a local copy of its parquet files, for
     `wikitext` its test file or any other text file. Links in a folder are followed, each file is read once, and names that
     begin with a dot are left out."""
+    name: str | None = None
+    """For `hub` the dataset's name there, or a local folder in the same layout."""
     subset: str | None = None
+    split: str = "train"
+    """For `hub` the dataset's split to read; held-out documents are taken from it."""
+    stream: bool = False
+    """For `hub` read documents over the network and keep them as text in the cache, instead of the dataset's files."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """For `mixture`: [{path or hub, subset, split, field, weight, name}, ...]."""
+    token_dtype: str | None = None
+    """For `tokens` without a header: uint16 or uint32; what the tokenizer's size needs if null."""
     text_field: str = "text"
+    """The field of a record that holds its text, or a path of fields: meta.text."""
+    on_error: str = "raise"
+    """`skip` leaves out documents that cannot be read, and says how many and where the first are."""
     heldout_share: float = 0.01
     """Share of the documents, picked by a hash of their text, that is never trained on."""
     sequence_length: int | None = None
-    """Tokens in a block; the model's context where it is null."""
+    """Tokens in a block; null takes the model's context."""
     bos: bool = False
-    """Begin each document with the tokenizer's bos token."""
+    """Begin each document with the tokenizer's bos token; for `tokens`, that it is there."""
     eos: bool = True
-    """End each document with the tokenizer's eos token, or with its bos token if it has no eos."""
+    """End each document with the tokenizer's eos token, or with its bos token if it has no eos; for `tokens`, that it is
+    there."""
     max_document_tokens: int | None = None
     """Cut documents after this many tokens, bos and eos included, and drop the rest of them; null keeps them whole."""
     attention: str = "causal"
     """`causal` attends over the whole block, also to the documents before; `document` only within a document."""
     max_documents: int | None = None
     num_workers: int | None = None
-    """Processes that tokenize; all cores where it is null."""
+    """Processes that tokenize; null takes all cores."""
     cache_dir: str = MISSING
 
     def __post_init__(self) -> None:
-        check_choice("data.source", self.source, ("pydocs", "text", "fineweb_edu", "wikitext"))
+        check_choice("data.source", self.source, SOURCES)
+        check_choice("data.on_error", self.on_error, ("raise", "skip"))
         check(
             0 < self.heldout_share < 1,
             f"data.heldout_share={self.heldout_share} is outside (0, 1): give the share of documents to hold out.",
@@ -72,11 +131,47 @@ class DataConfig:
                 self.max_documents is None or self.max_documents >= 2,
                 f"data.max_documents={self.max_documents} must be at least 2: one to train on, one to hold out.",
             )
+        self._check_source()
+
+    def _check_source(self) -> None:
+        """Raise a ValueError if keys are missing that the source needs, or given that it does not read."""
         check(
             self.source != "pydocs" or (self.path is None and self.subset is None),
             f"data=pydocs reads the docstrings of this Python, not data.path={self.path}: give data=text with it.",
         )
         check(
             self.source != "text" or self.path is not None,
-            "data=text needs data.path: a file or folder of .txt, .jsonl, .jsonl.gz or .parquet.",
+            "data=text needs data.path: a file or folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .csv or .parquet.",
         )
+        check(
+            self.source != "tokens" or self.path is not None,
+            "data=tokens needs data.path: .bin or .npy files, or a folder that Dataset.save_to_disk wrote.",
+        )
+        check(
+            self.token_dtype is None
+            or (self.source in ("tokens", "mixture") and self.token_dtype in ("uint16", "uint32")),
+            f"data.token_dtype={self.token_dtype} is for data=tokens and is uint16 or uint32: remove it, or give one of them.",
+        )
+        check(
+            self.source != "hub" or (self.name is not None and self.path is None),
+            "data=hub needs data.name: a dataset's name on the hub, or a local folder in the same layout.",
+        )
+        check(
+            self.source == "hub" or (self.name is None and not self.stream),
+            f"data.name={self.name} and data.stream={self.stream} are for data=hub: give it, or remove them.",
+        )
+        check(
+            self.source not in ("tokens", "mixture") or self.max_documents is None,
+            f"data.max_documents={self.max_documents} does not work with data={self.source}: remove it.",
+        )
+        check(
+            self.source != "tokens" or self.max_document_tokens is None,
+            f"data.max_document_tokens={self.max_document_tokens} cannot cut tokens that are read in place: set it to null.",
+        )
+        check(
+            (self.source == "mixture") == bool(self.sources),
+            "data=mixture needs data.sources=[{path: FILE, weight: 7}, {hub: NAME, weight: 3}], and only it reads them.",
+        )
+        names = [source.stem for source in self.sources]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        check(twice is None, f"data.sources has two sources called {twice}: give one of them another name.")

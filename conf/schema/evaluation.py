@@ -18,16 +18,16 @@ class EvalConfig:
     """A transformers folder or a hub name; `python -m eval` takes it as model=DIR."""
     data: DataConfig = MISSING
     tokenizer: str | None = None
-    """A folder, a SentencePiece .model file or a hub name; the model's own where it is null."""
+    """A folder, a SentencePiece .model file or a hub name; null takes the model's own."""
     window: int | None = None
     """Tokens scored at a time. Where it is null the model's context, for `data=wikitext` at most 2048 of it; a model that
     names no context, as Mamba, needs it."""
     stride: int | None = None
-    """Tokens by which `data=wikitext`'s overlapping windows move on; a quarter of the window where it is null."""
+    """Tokens between the starts of `data=wikitext`'s overlapping windows; null takes a quarter of the window."""
     batch_size: int | None = None
-    """Windows at a time on each process; where it is null 8, or fewer where their logits would fill more than 256 MiB."""
+    """Windows at a time on each process; null takes 8, or fewer if their logits would fill more than 256 MiB."""
     dtype: str = "auto"
-    """What the model computes in; `auto` is what its weights are stored in."""
+    """Compute type; `auto` takes the type in which the weights are stored."""
     device: str = "auto"
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness, which `pip install .[eval]` brings, to run in the place of `data`."""

@@ -10,7 +10,7 @@ from conf.schema.checks import check, check_choice, names_of
 
 @dataclass
 class PredictConfig:
-    """A run whose loss the fitted law is asked for: its size and tokens, or the experiment that plans it."""
+    """A run whose loss the fitted law predicts: its size and tokens, or the experiment that plans it."""
 
     avg_linear_params: float | None = None
     total_tokens: float | None = None
@@ -44,7 +44,7 @@ class PredictConfig:
 
 @dataclass
 class ScalingLawConfig:
-    """What `python -m eval.scaling_law` fits, and what it is asked of the fit."""
+    """Keys of `python -m eval.scaling_law`: the runs, the form of the law, and the questions to it."""
 
     runs: Any = field(default_factory=list)
     """Run folders, folders of runs, patterns of them, or CSV files: one, or a list."""
@@ -55,7 +55,7 @@ class ScalingLawConfig:
     num_bootstrap: int = 400
     confidence: float = 0.95
     num_folds: int | None = None
-    """Folds of the held-out error; each configuration is left out once where it is null."""
+    """Folds of the held-out error; null leaves each configuration out once."""
     seed: int = 0
     predict: PredictConfig = field(default_factory=PredictConfig)
     target_loss: float | None = None

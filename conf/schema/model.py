@@ -1,19 +1,30 @@
-"""The group `model`: what is trained."""
+"""The group `model`: the architecture to train."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
 
 from omegaconf import MISSING
 
 from conf.schema.checks import check, check_choice
 
+AUTO_NAME = "auto"
+BY_CONFIG = 0
+"""A size that config.json gives: what conf/model/hf.yaml sets and `train.plan.architecture.resolved` fills in."""
+
 
 @dataclass
 class ModelConfig:
-    """A LLaMA: the names are `transformers.LlamaConfig`'s."""
+    """A LLaMA by the names of `transformers.LlamaConfig`, or with `path` any causal language model by its config.json."""
 
     name: str = MISSING
+    """Names the run's folder; `auto` is the last part of `path`."""
+    path: str | None = None
+    """A transformers folder or hub name whose config.json describes the model; its weights are read only by init_from."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Values of that config.json by their names, such as {num_hidden_layers: 4}."""
     vocab_size: int = 32000
     hidden_size: int = MISSING
     intermediate_size: int = MISSING
@@ -40,6 +51,14 @@ class ModelConfig:
             f"model.match={self.match} is not known: give average for a dense twin, or null.",
         )
         check_choice("model.init", self.init, ("transformers", "authors"))
+        if self.path is not None:
+            self._check_by_path()
+            return
+        check(
+            not self.overrides,
+            f"model.overrides={self.overrides} changes a config.json, and model.path names none: set the keys of the group "
+            "model, or take model=hf model.path=FOLDER.",
+        )
         check_choice("model.query_scale", self.query_scale, ("standard", "folded"))
         check(
             self.init == "transformers" or self.initializer_range == 0.02,
@@ -51,10 +70,7 @@ class ModelConfig:
             f"model.init={self.init} draws embedding and lm_head from different distributions, and "
             "model.tie_word_embeddings=true makes them one: set it to false, or take model.init=transformers.",
         )
-        check(
-            not {"", ".", ".."} & set(self.name.split("/")),
-            f"model.name={self.name} names the run's folder and leaves the runs folder: give a plain name.",
-        )
+        self._check_name()
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             value = getattr(self, key)
             check(value > 0, f"model.{key}={value} must be at least 1.")
@@ -67,4 +83,21 @@ class ModelConfig:
         check(
             kv_heads > 0 and heads % kv_heads == 0,
             f"model.num_key_value_heads={kv_heads} must divide model.num_attention_heads={heads}.",
+        )
+
+    def _check_name(self) -> None:
+        check(
+            not {"", ".", ".."} & set(self.name.split("/")),
+            f"model.name={self.name} names the run's folder and leaves the runs folder: give a plain name.",
+        )
+
+    def _check_by_path(self) -> None:
+        assert self.path is not None
+        if self.name == AUTO_NAME:
+            self.name = PurePath(self.path).name.lower()
+        self._check_name()
+        check(
+            self.init == "transformers" and self.query_scale == "standard",
+            f"model.init={self.init} and model.query_scale={self.query_scale} are for the LLaMAs of the group model, and "
+            f"model.path={self.path} names another model: take model.init=transformers and model.query_scale=standard.",
         )

@@ -1,4 +1,4 @@
-"""What a run leaves behind: records, the model folder, its card."""
+"""Output of a run: records, the model folder, its card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LoggerConfig:
 
     wandb: bool = True
     mode: str = "auto"
-    """`auto` is online where an API key is configured, offline elsewhere."""
+    """`auto` is online if an API key is configured, else offline."""
     project: str = "sparsellm"
     entity: str | None = None
     group: str | None = None
@@ -36,7 +36,7 @@ class ExportConfig:
         check_choice("export.dtype", self.dtype, ("float32", "bfloat16"))
         check(
             re.fullmatch(r"[1-9]\d*(?:[KMGT]i?B)?", self.max_shard_size) is not None,
-            f"export.max_shard_size={self.max_shard_size} is no size of a file: give one like 5GB.",
+            f"export.max_shard_size={self.max_shard_size} is not a file size: give one like 5GB.",
         )
 
 
@@ -48,21 +48,21 @@ class CardConfig:
     """
 
     license: str | None = None
-    """The model's licence by the hub's identifier, like apache-2.0; the card says so where none was chosen."""
+    """The model's licence by the hub's identifier, such as apache-2.0; without one the card says that none was chosen."""
     license_name: str | None = None
-    """The licence's own name where `license` is other."""
+    """The licence's own name if `license` is other."""
     license_link: str | None = None
     hub_id: str | None = None
-    """OWNER/NAME on the hub: what the card's usage code loads, and where the model is uploaded to."""
+    """OWNER/NAME on the hub: loaded by the card's usage code, and the target of an upload."""
     push_to_hub: bool = False
     """Upload the finished model folder to `hub_id`, with the account that `hf auth login` or HF_TOKEN names."""
     private: bool = True
-    """Whether a repository that the upload has to create can be seen by its owner only."""
+    """Whether only the owner can see a repository that the upload creates."""
 
     def __post_init__(self) -> None:
         check(
             self.license is None or re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license) is not None,
-            f"card.license={self.license} is no licence identifier of the hub: give one like apache-2.0 or mit, or "
+            f"card.license={self.license} is not a licence identifier of the hub: give one like apache-2.0 or mit, or "
             "other with card.license_name.",
         )
         check(
@@ -76,7 +76,7 @@ class CardConfig:
         )
         check(
             self.hub_id is None or re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub_id) is not None,
-            f"card.hub_id={self.hub_id} is no repository of the hub: give OWNER/NAME.",
+            f"card.hub_id={self.hub_id} is not a repository of the hub: give OWNER/NAME.",
         )
         check(
             not self.push_to_hub or self.hub_id is not None,

@@ -10,7 +10,7 @@ from conf.schema.checks import check_choice, names_of
 
 @dataclass
 class PairsConfig:
-    """What `python -m eval.pairs` compares."""
+    """Keys of `python -m eval.pairs`."""
 
     runs: Any = field(default_factory=list)
     """Run folders, folders of runs, or patterns of them: one, or a list."""

@@ -1,4 +1,4 @@
-"""What a run will be, before it runs."""
+"""The forecast of a run before it runs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from conf.schema.checks import check, check_choice
 
 @dataclass
 class PlanConfig:
-    """What `python -m launch.plan` is asked beside the run's own keys."""
+    """Keys of `python -m launch.plan` beside those of the run."""
 
     series: list[str] = field(default_factory=list)
-    """The experiments of the table that is printed where no experiment is named."""
+    """The experiments of the table that is printed if no experiment is named."""
     devices: int = 8
     device: str = "H100"
     """The GPU by name (H100, H200, A100, ...), whose peak and memory the plan counts with."""
     device_memory: str | None = None
-    """Memory of one GPU: a number with GB (1e9 bytes) or GiB (2^30 bytes); where it is null the device's."""
+    """Memory of one GPU: a number with GB (1e9 bytes) or GiB (2^30 bytes); null takes the device's."""
     memory_headroom: float = 0.1
     """Share of the device's memory left free for the CUDA context, NCCL's buffers and fragmentation."""
     mfu: float = 0.4
     """Model FLOPs utilization: the share of the peak that the run's dense arithmetic reaches."""
     peak_tflops: float | None = None
-    """Dense bf16 peak of one GPU in 1e12 FLOP/s; where it is null the device's."""
+    """Dense bf16 peak of one GPU in 1e12 FLOP/s; null takes the device's."""
     format: str = "text"
     figure: str | None = "auto"
     """File of the density curve; `auto` writes plan.png here for one run and nothing for a table, null never writes."""

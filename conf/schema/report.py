@@ -17,7 +17,7 @@ class ReportConfig:
     """Run folders, folders of runs, or patterns of them, finished or not: one, or a list."""
     page: str = "report.html"
     title: str | None = None
-    """The name of the folder that holds the runs where it is null."""
+    """Null takes the name of the folder that holds the runs."""
     loss: str = "heldout_loss"
     """The figure of summary.json that is set against average parameters, and that the law is fitted to."""
     form: str = "auto"
@@ -27,7 +27,7 @@ class ReportConfig:
         self.runs = names_of(self.runs)
         check(
             Path(self.page).suffix in (".html", ".htm"),
-            f"page={self.page} is no HTML file: give a name that ends in .html.",
+            f"page={self.page} is not an HTML file: give a name that ends in .html.",
         )
         check_choice("loss", self.loss, ("heldout_loss", "final_train_loss"))
         check_choice("form", self.form, ("auto", "nd", "n", "power"))

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from conf.schema.checks import check, check_choice
 from conf.schema.data import DataConfig
+from conf.schema.during import DuringConfig
 from conf.schema.model import ModelConfig
 from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
 from conf.schema.sparsity import SparsityConfig
@@ -19,26 +20,26 @@ class LaunchConfig:
     """How `python -m launch` starts the processes; `python -m train` only checks it."""
 
     num_processes: int | None = None
-    """Processes on each machine; where it is null all GPUs, and two processes on a machine without."""
+    """Processes on each machine; null takes all GPUs, or two processes on a machine without."""
     config_file: str | None = None
-    """An accelerate config; where it is null the one in launch/accelerate that fits these machines."""
+    """An accelerate config; null takes the one in launch/accelerate that fits these machines."""
     max_restarts: int = 0
-    """How often a run that lost a rank is started again from its checkpoint, without being asked."""
+    """How often a run that lost a rank is restarted from its checkpoint by itself."""
     num_machines: int | None = None
-    """Machines of the run, each with a `python -m launch` of its own; where it is null SLURM's nodes, elsewhere one."""
+    """Machines of the run, each with its own `python -m launch`; null takes SLURM's nodes, or one."""
     machine_rank: int | None = None
-    """This machine among them, from 0; where it is null SLURM's number for it."""
+    """Number of this machine, from 0; null takes SLURM's."""
     main_process_ip: str | None = None
-    """Name or address of machine 0, the same on all; where it is null the first of SLURM's nodes."""
+    """Name or address of machine 0, the same on all machines; null takes the first of SLURM's nodes."""
     main_process_port: int | None = None
-    """A free port of machine 0, the same on all; where it is null one is derived from SLURM's job."""
+    """A free port of machine 0, the same on all machines; null derives one from SLURM's job."""
     num_replicas: int = 1
     """Above 1 it is HSDP: so many copies of the model, each sharded over its share of all processes."""
     reshard_after_forward: str = "auto"
     """Free gathered weights between a forward and its backward pass, so that FSDP2 gathers them twice: `true`, `false`,
     or `auto`, if the step would not fit into the GPU's memory otherwise."""
     parallel_jobs: int | None = None
-    """Jobs of a sweep at a time; where it is null as many as the GPUs hold, and one on a machine without."""
+    """Jobs of a sweep at a time; null takes as many as the GPUs hold, or one on a machine without."""
 
     def __post_init__(self) -> None:
         # A plain true or false of yaml arrives as True or False.
@@ -61,7 +62,7 @@ class Config:
     """One run."""
 
     run_name: str | None = None
-    """Folder of the run below `runs_dir`; where it is null, the experiment's or the model's name with the sparsity."""
+    """Folder of the run in `runs_dir`; null takes the experiment's or the model's name with the sparsity."""
     runs_dir: str = "runs"
     sweep_name: str | None = None
     overwrite: bool = False
@@ -70,25 +71,28 @@ class Config:
     batch_size: int | None = None
     """Sequences per optimizer step over all processes, kept whatever the number of devices."""
     init_from: str | None = None
-    """A transformers folder to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
+    """A transformers folder or hub name to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
+    branch_from: str | None = None
+    """RUN or RUN@STEP: begin at that run's checkpoint, the newest without a step, with what this config changes."""
     max_skipped: int = 10
     """Updates in a row that may be skipped because loss or gradient norm are not finite, before the run stops."""
     tokenizer: str | None = None
     """A hub name, a local folder, a SentencePiece .model file, or `train`: a BPE of the model's vocabulary size. Null is
-    the tokenizer of `init_from`, and `train` without it."""
+    the tokenizer of `init_from`, else that of `model.path`, else `train`."""
     recipe: str = "plain"
     """`plain`, or `authors`: weights, query scale and documents as the paper's authors have them. conf/recipe has what they
     set; any of it can be set apart."""
-    prompt: str = "The "
+    prompt: str = "The"
     """Start of the sample that the finished model writes."""
     next_commands: list[str] = field(default_factory=list)
-    """What to try next, printed at the end."""
+    """Commands to try next, printed at the end."""
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     sparsity: SparsityConfig = MISSING
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = MISSING
+    eval: DuringConfig = field(default_factory=DuringConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     card: CardConfig = field(default_factory=CardConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -118,5 +122,5 @@ class Config:
 
 
 def tokenizer_of(config: Config) -> str:
-    """Return the tokenizer that a run uses: the configured one, else that of `init_from`, else `train`."""
-    return config.tokenizer or config.init_from or "train"
+    """Return the tokenizer that a run uses: the configured one, else that of `init_from` or `model.path`, else `train`."""
+    return config.tokenizer or config.init_from or config.model.path or "train"

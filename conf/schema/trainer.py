@@ -8,7 +8,7 @@ from typing import Any
 from conf.schema.checks import check
 from conf.schema.choices import check_trainer
 
-OWN_KEYS = ("fp8", "profile_steps", "async_save")
+OWN_KEYS = ("fp8", "profile_steps", "async_save", "decay_steps", "keep_steps")
 """Keys of the group `trainer` that TrainingArguments do not have."""
 
 
@@ -22,6 +22,8 @@ class OptimConfig:
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_steps: float = 0.01
     """Steps, or below 1 a share of the run."""
+    decay_steps: float | None = None
+    """Last steps, or below 1 the share of the run, in which warmup_stable_decay lowers the rate; 0 never does."""
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -34,14 +36,14 @@ class TrainerConfig(OptimConfig):
     """`transformers.TrainingArguments` by its own names, and `OWN_KEYS`; the optimizer's come from the group `optim`."""
 
     max_steps: int | None = 1000
-    """Null where sparsity.window.budget gives the length of the run."""
+    """Null if sparsity.window.budget gives the length of the run, or a decay that begins where the run branches."""
     per_device_train_batch_size: int = 8
     """Sequences in a micro-batch: the most that fits; the batch of a step is `batch_size`."""
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int | None = None
-    """Follows from `batch_size` where it is null."""
+    """Null derives it from `batch_size`."""
     bf16: bool | None = None
-    """Compute in bfloat16; where it is null, on GPUs only."""
+    """Compute in bfloat16; null does so on GPUs only."""
     fp16: bool = False
     tf32: bool | None = None
     fp8: bool = False
@@ -60,6 +62,8 @@ class TrainerConfig(OptimConfig):
     save_strategy: str = "steps"
     save_steps: float = 500
     save_total_limit: int = 2
+    keep_steps: list[int] = field(default_factory=list)
+    """Steps whose checkpoints are saved and never removed, for runs that branch from them."""
     async_save: bool = False
     """Write checkpoints in a thread while training runs on: a save then lasts as long as the copy to host memory, which
     takes as much memory as the rank's part of the checkpoint. It becomes visible when it is whole; the next save waits."""
@@ -95,6 +99,25 @@ class TrainerConfig(OptimConfig):
             "trainer.bf16 null or true and trainer.fp16 false.",
         )
         self._check_profile_steps()
+        check(
+            all(step >= 1 for step in self.keep_steps),
+            f"trainer.keep_steps={list(self.keep_steps)} has a step below 1: give the steps to keep, such as [80,160].",
+        )
+        wsd = self.lr_scheduler_type == "warmup_stable_decay"
+        check(
+            wsd or self.decay_steps is None,
+            f"optim.decay_steps={self.decay_steps} is for optim.lr_scheduler_type=warmup_stable_decay, not "
+            f"{self.lr_scheduler_type}: take optim=wsd, or leave it null.",
+        )
+        check(
+            not wsd or self.decay_steps is not None or "num_decay_steps" in self.lr_scheduler_kwargs,
+            "optim.lr_scheduler_type=warmup_stable_decay does not say when it decays: set optim.decay_steps=0.2 for the last "
+            "fifth of the run, or 0 for never.",
+        )
+        check(
+            self.decay_steps is None or self.decay_steps >= 0,
+            f"optim.decay_steps={self.decay_steps} must be at least 0.",
+        )
         check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
         check_trainer(self)
 
@@ -104,7 +127,7 @@ class TrainerConfig(OptimConfig):
         steps = list(self.profile_steps)
         check(
             len(steps) == 2 and 1 <= steps[0] <= steps[1],
-            f"trainer.profile_steps={steps} is no range of steps: give the first and the last, such as [10,13].",
+            f"trainer.profile_steps={steps} is not a range of steps: give the first and the last, such as [10,13].",
         )
         check(
             self.max_steps is None or steps[1] <= self.max_steps,

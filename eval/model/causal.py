@@ -14,7 +14,7 @@ from train.distributed import World
 PROBE = "The quick brown fox jumps over the lazy dog."
 PROBE_TOKENS = 16
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""Of the largest logit. In a causal model nothing changes but by rounding, and that only where experts are chosen."""
+"""Share of the largest logit. In a causal model only rounding changes anything, and only if experts are chosen."""
 COARSE_TOLERANCE = 1.5e-2
 """The same for 16-bit types, whose logits are rounded to 0.4 % of themselves."""
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "LMHead")
@@ -51,8 +51,7 @@ def check_architecture(folder: str, config: Any) -> None:
 def logits_change(model: Any, tokens: list[int], other: int, device: torch.device) -> float:
     """Return how much the logits before the last token change if that token is `other`, as a share of the largest.
 
-    One forward pass of a batch of two, so that both rows go through the same kernels. Collective where the model is
-    sharded.
+    One forward pass of a batch of two, so that both rows use the same kernels. Collective if the model is sharded.
     """
     rows = torch.tensor([tokens, [*tokens[:-1], other]], device=device)
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
@@ -76,7 +75,7 @@ def check_reads_no_ahead(model: Any, folder: str, tokens: list[int], world: Worl
     if last is None:
         return
     change = logits_change(model, tokens[: last + 1], tokens[0], world.device)
-    # Ranks decide as one: a rank that went on alone would wait for the others for ever.
+    # Ranks decide together: one that continued alone would wait for the others for ever.
     change = float(world.largest(torch.tensor(change, device=world.device)))
     if change > TOLERANCE.get(next(model.parameters()).dtype, COARSE_TOLERANCE):
         raise ValueError(

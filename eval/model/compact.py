@@ -28,7 +28,11 @@ conf/schema/compact.py."""
 
 
 def convert(config: CompactConfig) -> Folder:
-    """Write the folder that `config` asks for; a ValueError in one sentence where it cannot be."""
+    """Write the folder that `config` describes.
+
+    Raises:
+        ValueError: The source is unsuitable, or the target exists or has no room.
+    """
     from sparsity.compact import compact_folder, expand_folder
 
     if config.expand:

@@ -24,7 +24,7 @@ ROBERTAS = frozenset({"camembert", "data2vec-text", "xmod"})
 def context_of(config: Any) -> int | None:
     """Return the longest input that the config names; None if it names none, as for Mamba.
 
-    Of several names the smallest counts: a window is never longer than what the model was made for. A model of text and
+    Of several names the smallest counts: a window is never longer than the model's training input. A model of text and
     something else has its limit in its text config. `sliding_window` is no limit: such layers read longer inputs too.
     """
     text = config.get_text_config(decoder=True)
@@ -33,12 +33,12 @@ def context_of(config: Any) -> int | None:
         return None
     context = min(found)
     if "roberta" in text.model_type or text.model_type in ROBERTAS:
-        # Positions are counted from behind the padding's.
+        # Positions start after the padding's.
         context -= (text.pad_token_id or 0) + 1
     return context
 
 
 def _named(config: Any) -> list[int]:
     values = [getattr(config, name, None) for name in NAMES]
-    # -1 stands for no limit.
+    # -1 means no limit.
     return [value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0]

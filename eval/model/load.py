@@ -20,9 +20,10 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voca
 
 
 def model_folder(name: str) -> str:
-    """The folder itself, or the hub's model of that name in the hub's cache; only safetensors are fetched.
+    """Return the folder itself, or the hub's model of that name in the hub's cache; only safetensors are fetched.
 
-    A ValueError where neither is there.
+    Raises:
+        ValueError: There is neither.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -31,7 +32,7 @@ def model_folder(name: str) -> str:
         return str(path)
     if path.exists() or name.startswith((".", "~", "/")) or name.count("/") != 1:
         raise ValueError(
-            f"model={name} is no folder: give a transformers folder, such as a run's model/, or a hub name."
+            f"model={name} is not a folder: give a transformers folder, such as a run's model/, or a hub name."
         )
     from huggingface_hub import snapshot_download
 
@@ -41,12 +42,16 @@ def model_folder(name: str) -> str:
     except Exception as error:
         reason = _first_line(error) if online else "it does not answer, and its cache here has none of that name"
         raise ValueError(
-            f"model={name} is no folder here and cannot be had from the hub ({reason}): give a transformers folder."
+            f"model={name} is not a folder here and cannot be fetched from the hub ({reason}): give a transformers folder."
         ) from None
 
 
 def model_config(folder: str) -> Any:
-    """The transformers config of a causal language model; a ValueError where the folder is of something else."""
+    """Return the transformers config of a causal language model.
+
+    Raises:
+        ValueError: The folder holds something else.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -56,7 +61,11 @@ def model_config(folder: str) -> Any:
 
 
 def pick_device(device: str, world: World) -> torch.device:
-    """The device of this rank; a ValueError where the one that was asked for is not there."""
+    """Return this rank's device.
+
+    Raises:
+        ValueError: The device of the config is not there.
+    """
     if world.size > 1:
         if device != "auto":
             raise ValueError(f"device={device} is for one process; {world.size} take their own: remove it.")
@@ -74,10 +83,12 @@ def pick_device(device: str, world: World) -> torch.device:
 
 
 def load_model(folder: str, config: Any, dtype: str, world: World) -> Any:
-    """The model in eval mode on `world.device`, in shards where accelerate was asked for FSDP. Collective.
+    """Load the model in eval mode on `world.device`, in shards if accelerate is set to FSDP. Collective.
 
-    Safetensors are read where there are any, pickles only as plain tensors. A weight that is missing or of another shape
-    is a ValueError: transformers would go on with a random one.
+    Safetensors are preferred; pickles are read only as plain tensors.
+
+    Raises:
+        ValueError: A weight is missing or has another shape; transformers would continue with a random one.
     """
     resolved = stored_dtype(folder, config) if dtype == "auto" else getattr(torch, dtype)
     if world.size > 1 and wants_fsdp():
@@ -88,7 +99,7 @@ def load_model(folder: str, config: Any, dtype: str, world: World) -> Any:
 
 
 def load_whole(folder: str, dtype: torch.dtype) -> Any:
-    """The model on the CPU."""
+    """Load the whole model on the CPU."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -108,14 +119,14 @@ def load_whole(folder: str, dtype: torch.dtype) -> Any:
         )
     for name, stored, expected in sorted(found["mismatched_keys"]):
         raise ValueError(
-            f"model={folder} has {name} stored as {tuple(stored)} where its config.json asks for {tuple(expected)}: copy the "
+            f"model={folder} has {name} stored as {tuple(stored)}, but its config.json asks for {tuple(expected)}: copy the "
             "folder again."
         )
     return model
 
 
 def stored_dtype(folder: str, config: Any) -> torch.dtype:
-    """The dtype that config.json tells, else that of the first floating-point tensor in the files."""
+    """Return the dtype in config.json, else that of the first floating-point tensor in the files."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     from safetensors import safe_open

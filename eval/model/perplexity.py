@@ -36,7 +36,7 @@ MOST_WINDOWS = 8
 
 @dataclass(frozen=True)
 class Request:
-    """What is evaluated, checked on rank 0 before a weight is read, and sent to the other ranks."""
+    """An evaluation, checked on rank 0 before a weight is read, and sent to the other ranks."""
 
     folder: str
     tokenizer: str
@@ -51,8 +51,8 @@ class Request:
 class WikiTokens:
     """The text as the model reads it, by each convention.
 
-    `tokens` [n] begin with bos. `page_tokens` [m] are the pages one behind the other, each with the harness's prefix
-    token in front; `page_lengths` count it.
+    `tokens` [n] begin with bos. `page_tokens` [m] are the pages one after another, each with the harness's prefix token
+    in front; `page_lengths` count it.
     """
 
     tokens: NDArray[np.int64]
@@ -62,9 +62,9 @@ class WikiTokens:
 
 
 def evaluate(config: EvalConfig, world: World) -> dict[str, Any]:
-    """Perplexities and zero counts of a model, the same on every rank. Collective.
+    """Return perplexities and zero counts of a model, the same on every rank. Collective.
 
-    What a user did wrong ends all ranks with one sentence from rank 0.
+    A user's mistake ends all ranks with one sentence from rank 0.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -107,7 +107,11 @@ def token_perplexity(folder: str, text: str) -> float:
 
 
 def checked(config: EvalConfig) -> Request:
-    """A ValueError for whatever model, tokenizer and windows don't fit together."""
+    """Check that model, tokenizer and windows fit together.
+
+    Raises:
+        ValueError: They do not.
+    """
     folder = model_folder(config.folder)
     loaded = model_config(folder)
     context, vocab_size = context_of(loaded), vocabulary_size(loaded)
@@ -139,7 +143,7 @@ def checked(config: EvalConfig) -> Request:
 
 
 def read_text(config: EvalConfig, request: Request) -> WikiTokens | PreparedData | None:
-    """What is scored, tokenized; None where tasks bring their own text."""
+    """Return the text to score, tokenized; None if tasks bring their own."""
     if config.tasks:
         return None
     if config.data.source == "wikitext":
@@ -158,11 +162,11 @@ def wiki_tokens(config: EvalConfig, request: Request) -> WikiTokens:
 
 
 def tokenized(text: WikiText, tokenizer: Any, spec: str) -> WikiTokens:
-    """The text as a model with this tokenizer, named `spec` in errors, reads it."""
+    """Return the text as a model with this tokenizer reads it; `spec` names the tokenizer in errors."""
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None:
         raise ValueError(f"tokenizer={spec} has no bos or eos token to begin a text with: set its bos_token.")
-    # What looks like a special token in the text is text.
+    # Text that looks like a special token is text.
     ids = tokenizer(text.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     pages = [[bos, *tokenizer.encode(as_prose(page), verbose=False)] for page in text.pages]
     return WikiTokens(
@@ -190,7 +194,7 @@ def wiki_facts(text: WikiText, tokenizer: Any, bos: int, first_page: list[int]) 
 
 
 def wikitext_figures(model: nn.Module, text: WikiTokens, request: Request, stride: int, world: World) -> dict[str, Any]:
-    """The four figures of a text, and what they were measured on. Collective."""
+    """Return the four figures of a text, and its sizes. Collective."""
     window = request.window
     how: dict[str, Any] = {"width": window, "batch_size": request.batch_size, "world": world}
     disjoint = score_stream(
@@ -214,7 +218,7 @@ def wikitext_figures(model: nn.Module, text: WikiTokens, request: Request, strid
 
 
 def heldout_figures(model: nn.Module, data: PreparedData, request: Request, world: World) -> dict[str, Any]:
-    """What the run itself reported of its held-out split, and the bar of a unigram model. Collective."""
+    """Return the figures that the run reported for its held-out split, and those of a unigram model. Collective."""
     if data.by_document:
         attend_within_documents(cast(PreTrainedModel, model))
     score = score_stream(
@@ -239,7 +243,7 @@ def heldout_figures(model: nn.Module, data: PreparedData, request: Request, worl
 
 
 def zero_figures(model: nn.Module) -> dict[str, Any]:
-    """Counts of the linear layers' weights, in all and of each layer. Collective."""
+    """Return counts of the linear layers' weights, in all and of each layer. Collective."""
     zeros = count_zeros(model)
     return {
         "linear_params": zeros.num_weights,
@@ -254,7 +258,7 @@ def zero_figures(model: nn.Module) -> dict[str, Any]:
 
 
 def finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """With None for what JSON has no number for."""
+    """Return the figures, with None for a number that JSON does not have."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()
     }

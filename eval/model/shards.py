@@ -23,10 +23,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def load_sharded(folder: str, config: Any, dtype: torch.dtype, world: World, load_whole: Callable[[], Any]) -> Any:
-    """The model with its weights shared out over all ranks by row, each decoder layer gathered when it runs. Collective.
+    """Load the model with its rows shared out over all ranks; each decoder layer is gathered when it runs. Collective.
 
-    Where the files have other names or layouts than the model, as compact ones and those that transformers converts while
-    it loads, every rank loads the whole on its CPU first (`load_whole`) and keeps its shard.
+    If the files have other names or layouts than the model, such as compact files and those that transformers converts,
+    every rank loads the whole model on its CPU first (`load_whole`) and keeps its shard.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     files = weight_files(Path(folder))
@@ -46,7 +46,7 @@ def load_sharded(folder: str, config: Any, dtype: torch.dtype, world: World, loa
 
 
 def shard(model: Any, mesh: DeviceMesh) -> Any:
-    """FSDP2 over the mesh: one group for each layer that transformers calls inseparable, one for the rest."""
+    """Apply FSDP2 over the mesh: one group for each layer that transformers calls inseparable, one for the rest."""
     layers = set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in layers:
@@ -55,7 +55,7 @@ def shard(model: Any, mesh: DeviceMesh) -> Any:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The safetensors file of each stored tensor; empty where there is none."""
+    """Return the safetensors file of each stored tensor; empty if there is none."""
     if (folder / INDEX).is_file():
         # Only plain file names: an index must not lead out of its folder.
         stored = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -68,9 +68,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def file_names(model: Any, stored: Mapping[str, Any]) -> dict[str, str] | None:
-    """Each parameter's name in the files, a shared one once; None where one is not found under its own name.
+    """Return each parameter's name in the files, a shared one once; None if one is not found under its own name.
 
-    A model of the base class stores its weights without the prefix that the causal model puts in front.
+    A model of the base class stores its weights without the prefix of the causal model.
     """
     prefix = f"{model.base_model_prefix}."
     found: dict[int, tuple[str, str]] = {}
@@ -115,7 +115,7 @@ def _own_rows(rows: Any, stored: str, param: Tensor, device: torch.device) -> Te
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What safetensors or the operating system refuses becomes a sentence that names the file."""
+    """Turn an error of safetensors or the operating system into a sentence that names the file."""
     try:
         yield
     except (SafetensorError, OSError) as error:

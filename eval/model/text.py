@@ -87,6 +87,6 @@ def _zeros(figures: dict[str, Any]) -> list[str]:
 
 
 def block_of(name: str) -> str:
-    """The numbered layer that a weight is in: model.layers.3 of model.layers.3.mlp.up_proj.weight; else the module."""
+    """Return the numbered layer of a weight, model.layers.3 of model.layers.3.mlp.up_proj.weight; else the module."""
     numbered = re.match(r"(.*?\.\d+)\.", name)
     return numbered[1] if numbered else name.removesuffix(".weight")

@@ -21,7 +21,7 @@ REPOSITORY = "Salesforce/wikitext"
 SUBSET = "wikitext-2-raw-v1"
 """Its test split is WikiText-103's."""
 BLANK_LINE = " \n"
-"""What the original file has for a row that is ''."""
+"""The original file's line for a row that is ''."""
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _PAGE_TITLE = re.compile(r"= (?!=).*(?<!=) =")
@@ -62,12 +62,12 @@ class WikiText:
 
     @cached_property
     def text(self) -> str:
-        """What the token-level figures score: the rows, a blank one being '', with an empty line between them."""
+        """Return the text that token-level figures score: the rows, a blank one as '', with an empty line between them."""
         return "\n\n".join(line if line.strip() else "" for line in self.lines)
 
     @cached_property
     def pages(self) -> list[str]:
-        """The articles: each begins at a title ` = Like this = `, and what stands before the first is one as well."""
+        """Return the articles: each begins at a title ` = Like this = `; text before the first is one as well."""
         starts: list[list[str]] = [[]]
         for line in self.source.split("\n"):
             if _PAGE_TITLE.fullmatch(line.strip()):
@@ -78,12 +78,13 @@ class WikiText:
 
     @property
     def num_words(self) -> int:
-        """Between white space: the count that WikiText is known by."""
+        """Count the words between white space, as WikiText's size is usually given."""
         return len(self.source.split())
 
     @property
     def num_page_words(self) -> int:
-        """lm-evaluation-harness's: the pieces that white space cuts each page into, an empty one at an end included."""
+        """Count words as lm-evaluation-harness does: the pieces between white space of each page, an empty one at an end
+        included."""
         return sum(len(re.split(r"\s+", page)) for page in self.pages)
 
     @property
@@ -95,21 +96,25 @@ class WikiText:
 
 
 def as_prose(page: str) -> str:
-    """A page as people write: WikiText puts spaces around punctuation and inside numbers."""
+    """Return a page as people write: WikiText puts spaces around punctuation and inside numbers."""
     for pattern, replacement in PROSE:
         page = re.sub(pattern, replacement, page)
     return page
 
 
 def read_wikitext(config: DataConfig) -> WikiText:
-    """The text of data.path, or the hub's test split; a ValueError where there is none."""
+    """Return the text of data.path, or the hub's test split.
+
+    Raises:
+        ValueError: There is none.
+    """
     if config.path is None:
         text = WikiText(_from_hub(config.subset or SUBSET))
     else:
         path = Path(config.path).expanduser()
         if not path.is_file():
             raise ValueError(
-                f"data.path={config.path} is no file: give a text file such as wiki.test.raw, or a .parquet."
+                f"data.path={config.path} is not a file: give a text file such as wiki.test.raw, or a .parquet."
             )
         is_parquet = path.suffix.lower() == ".parquet"
         text = WikiText(_from_parquet(path, config.text_field) if is_parquet else _from_text(path))
@@ -154,7 +159,7 @@ def _from_parquet(path: Path, text_field: str) -> str:
         try:
             texts.append("" if row is None else checked_text(row, text_field))
         except UnicodeDecodeError:
-            raise ValueError(f"data.path={path}, row {index} is not UTF-8: write it anew as UTF-8.") from None
+            raise ValueError(f"data.path={path}, row {index} is not UTF-8: write it again as UTF-8.") from None
         except ValueError as error:
             raise ValueError(f"data.path={path}, row {index} {error}") from None
     return _as_file(texts)
@@ -173,7 +178,7 @@ def _from_hub(subset: str) -> str:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         reason = first_line if is_online else f"it does not answer, and its cache here has no {REPOSITORY}"
         raise ValueError(
-            f"data=wikitext cannot be had from the hub ({reason}): connect to the network, or give its test file in "
+            f"data=wikitext cannot be fetched from the hub ({reason}): connect to the network, or give its test file in "
             "data.path."
         ) from None
     return _as_file(list(rows["text"]))

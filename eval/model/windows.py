@@ -1,4 +1,4 @@
-"""Which tokens are read together and which are scored: the windows behind each convention of perplexity."""
+"""Windows of each convention of perplexity: the tokens that are read together, and those that are scored."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from train.scoring import Window
 
 
 def strided_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
-    """Windows of `window` tokens that move on by `stride`: every token but the first is scored once, behind all tokens
-    of its window before it, at least `window` - `stride` of them except at the start."""
+    """Return windows of `window` tokens, each `stride` after the last.
+
+    Every token but the first is scored once, after all tokens of its window before it; these are at least `window` -
+    `stride` except at the start.
+    """
     windows, scored = [], 1
     for start in range(0, num_tokens, stride):
         stop = min(start + window, num_tokens)
@@ -22,9 +25,11 @@ def strided_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
 
 
 def rolling_windows(lengths: Sequence[int], context: int) -> list[Window]:
-    """lm-evaluation-harness's windows over documents that lie one behind the other, each `lengths[i]` tokens with the one
-    in front that stands for nothing before: disjoint ones of `context` inputs, the last of a document reaching back to
-    be as long as the others."""
+    """Return lm-evaluation-harness's windows over documents.
+
+    The documents follow one another, each `lengths[i]` tokens with the prefix token in front. Windows are disjoint,
+    with `context` inputs; the last of a document reaches back to be as long as the others.
+    """
     windows, begin = [], 0
     for length in lengths:
         for scored in range(1, length, context):

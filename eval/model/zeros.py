@@ -28,9 +28,9 @@ class ModelZeros(ZeroCount):
 
 @torch.no_grad()
 def count_zeros(model: nn.Module) -> ModelZeros:
-    """Zeros of each linear layer's weight, and of all of them; a weight shared with an embedding counts as that.
+    """Count the zeros of each linear layer's weight, and of all of them; a weight shared with an embedding counts as that.
 
-    Over all shards. Collective over the shard group.
+    Collective: the shard group.
     """
     weights = own_linear_weights(model)
     if not weights:

@@ -18,7 +18,11 @@ SAME_TOKENIZER = 0.03
 
 
 def finished_runs(runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """The figures of every finished run that the patterns name, by where they were read; a run named twice counts once."""
+    """Return the figures of every finished run that the patterns name, by the file that has them; each run once.
+
+    Raises:
+        ValueError: A pattern names no finished run.
+    """
     rows: dict[str, Mapping[str, Any]] = {}
     for pattern in runs:
         found = dict(_rows(pattern))
@@ -29,7 +33,11 @@ def finished_runs(runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
 
 
 def check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Losses a token compare only between runs of one text and one tokenizer."""
+    """Check that the losses of the runs compare: one text and one tokenizer.
+
+    Raises:
+        ValueError: They do not.
+    """
     data = sorted({str(row["data"]) for row in rows.values() if "data" in row})
     if len(data) > 1:
         raise ValueError(
@@ -49,12 +57,16 @@ def check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def positive(where: str, row: Mapping[str, Any], key: str) -> float:
-    """The figure `key` of a run, finite and above 0; a ValueError names the run that has another or none."""
+    """Return a run's figure `key`, finite and above 0.
+
+    Raises:
+        ValueError: Names the run that has another or none.
+    """
     if key not in row:
         raise ValueError(f"{where} has no figure {key}: leave this run out.")
     number = number_of(where, key, row[key])
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{where} has {key}={number:g}, which is no finite number above 0: leave this run out.")
+        raise ValueError(f"{where} has {key}={number:g}, which is not a finite number above 0: leave this run out.")
     return number
 
 
@@ -65,11 +77,11 @@ def number_of(where: str, key: str, value: Any) -> float:
     try:
         return float(text.rstrip("".join(UNITS)).replace(",", "").replace("_", "")) * unit
     except ValueError:
-        raise ValueError(f"{where} has {key}={text}, which is no number: write 1234, 1.2e3 or 1.2K.") from None
+        raise ValueError(f"{where} has {key}={text}, which is not a number: write 1234, 1.2e3 or 1.2K.") from None
 
 
 def _rows(pattern: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where it was read, figures) of every finished run that a pattern names; unfinished runs are passed over."""
+    """Yield (place, figures) of every finished run that a pattern names; skip unfinished runs."""
     for place in named_places(pattern):
         if place.is_file() and place.suffix == ".csv":
             yield from _csv_rows(place)
@@ -80,7 +92,7 @@ def _rows(pattern: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield str(place.resolve()), _told(place)
         elif not glob.has_magic(pattern):
             raise ValueError(
-                f"runs={pattern} is no run: give a folder with a summary.json, or a file that ends in .csv."
+                f"runs={pattern} is not a run: give a folder with a summary.json, or a file that ends in .csv."
             )
 
 
@@ -91,5 +103,5 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _told(file: Path) -> Mapping[str, Any]:
-    """The figures of a summary that were measured."""
+    """Return the measured figures of a summary."""
     return {key: value for key, value in read_summary(file).items() if value is not None}

@@ -7,7 +7,11 @@ from pathlib import Path
 
 
 def named_places(pattern: str) -> list[Path]:
-    """The files and folders that a name or a pattern names, sorted; a ValueError where there is none."""
+    """Return the files and folders that a name or a pattern names, sorted.
+
+    Raises:
+        ValueError: There is none.
+    """
     if Path(pattern).exists():
         return [Path(pattern)]
     places = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
@@ -17,7 +21,7 @@ def named_places(pattern: str) -> list[Path]:
 
 
 def run_folders(place: Path, marker: str) -> list[Path]:
-    """`place` where it is a run itself, holding the file `marker`; else the runs anywhere below it, sorted."""
+    """Return `place` if it holds the file `marker` and so is a run itself, else all runs below it, sorted."""
     if (place / marker).is_file():
         return [place]
     return [file.parent for file in sorted(place.rglob(marker))]

@@ -1,4 +1,4 @@
-"""Runs as they are shown side by side: records, figures and sample, of finished runs and of runs that still go on."""
+"""Runs side by side: records, figures and sample, of finished runs and of runs in progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.record.siblings import counterpart, has_sparse_weights
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `figures` are summary.json's, or in a run without one what its config and records say so far."""
+    """One run folder. `figures` are summary.json's; without one, those that config and records give so far."""
 
     name: str
     folder: Path
@@ -35,7 +35,11 @@ class Run:
 
 
 def read_runs(patterns: Sequence[str]) -> list[Run]:
-    """The runs that names or patterns mean, each once, in their order; a ValueError where one means none."""
+    """Return the runs that names or patterns mean, each once, in their order.
+
+    Raises:
+        ValueError: A pattern names none.
+    """
     folders: dict[Path, None] = {}
     for pattern in patterns:
         found = [folder for place in named_places(pattern) if place.is_dir() for folder in run_folders(place, METRICS)]
@@ -65,14 +69,14 @@ def read_run(folder: Path) -> Run:
 
 
 def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The summary's figures that a run without a summary has: counts by its config, density by its last records.
+    """Return the summary's figures of a run without a summary: counts by its config, density by its last records.
 
-    Empty where the config is garbled, or another version of the project wrote it.
+    Empty if the config is garbled, or another version of the project wrote it.
     """
     steps = [record for record in records if "train/loss" in record]
     try:
         config = read_config(folder / CONFIG)
-        # The number of processes is not written down: where it decides the batch, the records tell that.
+        # The number of processes is not written down; if the batch depends on it, the records have the answer.
         plan = plan_run(config, 1)
     except (OSError, ValueError):
         return {}
@@ -96,7 +100,7 @@ def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def state_words(records: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], metrics: Path) -> str:
-    """How far a run without a summary has come, and when it was last heard of: whether it lives is not written down."""
+    """Say how far a run without a summary has come, and when its last record was written; whether it lives is not known."""
     if not records:
         return "not finished: no record yet"
     step = max(record["train/global_step"] for record in records)
@@ -106,7 +110,7 @@ def state_words(records: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]
 
 
 def distinctly_named(runs: Sequence[Run]) -> list[Run]:
-    """The runs, those of one name told apart by the folders above."""
+    """Return the runs with distinct names: runs of one name get the names of the folders above."""
     named = list(runs)
     for depth in range(2, 8):
         taken = [run.name for run in named]
@@ -118,7 +122,7 @@ def distinctly_named(runs: Sequence[Run]) -> list[Run]:
 
 
 def paired(runs: Sequence[Run]) -> list[Run]:
-    """The runs with a number for each pair, from 0 in their order: a dense twin has that of its sparse run."""
+    """Return the runs with a number for each pair, from 0 in their order: a dense twin has that of its sparse run."""
     sizes = ("linear_params", "avg_linear_params", "total_tokens")
     known = [
         run.figures
@@ -135,5 +139,5 @@ def paired(runs: Sequence[Run]) -> list[Run]:
 
 
 def _share(record: Mapping[str, Any], key: str) -> float:
-    """1 where the record of a dense run has no such share."""
+    """Return 1 if the record of a dense run has no such share."""
     return float(record[key]) if is_number(record.get(key)) else 1.0

@@ -14,7 +14,8 @@ MAX_LABELLED = 24
 
 
 def sweep_points(summaries: Sequence[Figures]) -> list[tuple[float, float, float]]:
-    """(average linear parameters, final training loss, sparsity) of each run whose loss is finite, the smallest first."""
+    """Return (average linear parameters, final training loss, sparsity) of each run with a finite loss, the smallest
+    first."""
     points = [(run["avg_linear_params"], run["final_train_loss"], run["sparsity"]) for run in summaries]
     return sorted(point for point in points if point[1] is not None and math.isfinite(point[1]))
 

@@ -39,7 +39,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def check_possible(config: DashboardConfig) -> None:
-    """A ValueError where the library or the account is missing."""
+    """Check that the library and the account are there.
+
+    Raises:
+        ValueError: One of them is missing.
+    """
     if find_spec("wandb_workspaces") is None:
         raise ValueError("launch.dashboard needs the library wandb-workspaces: pip install 'sparsellm[dashboard]'.")
     if not config.dry_run and not has_wandb_key():
@@ -50,7 +54,11 @@ def check_possible(config: DashboardConfig) -> None:
 
 
 def save(config: DashboardConfig, title: str, selection: Selection) -> str:
-    """Create the dashboard; its address. A ValueError where wandb does not take it."""
+    """Create the dashboard and return its address.
+
+    Raises:
+        ValueError: wandb refused it.
+    """
     import wandb
 
     from launch.dashboard.views import build_view

@@ -1,4 +1,4 @@
-"""Which wandb runs a dashboard shows, and where they are: by their group, or by the ids in their folders."""
+"""The wandb runs of a dashboard, found by their group, or by the ids in their folders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from conf.schema import DashboardConfig, LoggerConfig
 from eval.runs.folders import named_places, run_folders
 
 UNQUOTABLE = "=<>!'\"\\"
-"""What wandb-workspaces changes inside the value of a filter."""
+"""Characters that wandb-workspaces changes inside the value of a filter."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Runs of one project: those of `group`, or where it is None those with `run_ids`. No entity is the account's own."""
+    """Runs of one project: those of `group`, or without one those with `run_ids`. No entity means the account's own."""
 
     entity: str
     project: str
@@ -28,7 +28,11 @@ class Selection:
 
 
 def select(config: DashboardConfig) -> Selection:
-    """The runs that the configuration names; a ValueError says why they cannot be shown together."""
+    """Return the runs that the configuration names.
+
+    Raises:
+        ValueError: They cannot be shown together.
+    """
     if config.sweep_name is not None:
         if set(UNQUOTABLE) & set(config.sweep_name):
             raise ValueError(
@@ -68,7 +72,11 @@ def wandb_id(folder: Path) -> str:
 
 
 def one_of_all(key: str, loggers: Sequence[Any], folders: Sequence[Path]) -> str | None:
-    """The value that all runs have; a ValueError names two that differ."""
+    """Return the value that all runs share.
+
+    Raises:
+        ValueError: Names two runs whose values differ.
+    """
     values = {logger.get(key): folder for logger, folder in zip(loggers, folders, strict=True)}
     if len(values) > 1:
         (one, here), (other, there) = list(values.items())[:2]

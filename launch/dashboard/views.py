@@ -19,7 +19,7 @@ GRID_WIDTH, PANEL_WIDTH, PANEL_HEIGHT = 24, 12, 8
 
 
 def build_view(kind: str, title: str, selection: Selection) -> Any:
-    """A Workspace or a Report over the selected runs, not saved."""
+    """Return a Workspace or a Report over the selected runs, not saved."""
     return workspace(title, selection) if kind == "workspace" else report(title, selection)
 
 
@@ -91,7 +91,7 @@ def run_filters(selection: Selection) -> list[expr.FilterExpr]:
 
 
 def view_spec(view: Any) -> dict[str, Any]:
-    """The JSON that `save` sends."""
+    """Return the JSON that `save` sends."""
     # The library has no public name for it.
     spec: dict[str, Any] = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     return spec

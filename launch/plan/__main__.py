@@ -1,4 +1,4 @@
-"""`python -m launch.plan`: the series' table, or with experiment=NAME what that run will be."""
+"""`python -m launch.plan`: the series' table, or with experiment=NAME the forecast of that run."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from conf.schema import Config, PlanConfig
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, and the runs it is asked of, each with the name it was found by."""
+    """The plan's own keys, and the runs that it is about."""
 
     plan: PlanConfig
     runs: list[Config]

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsity.compact.bitmask import expand_tensor
 from sparsity.compact.contents import BITMASK, METHOD, SCALES, SUFFIXES, Stored, check_version
+from sparsity.compact.experts import stacking_of, stacks, with_bitmasks
 from sparsity.compact.files import check_file
 from sparsity.compact.linear import sparse_linears_
 from sparsity.compact.rounding import restore_stored
@@ -100,7 +101,15 @@ class CompactLoader(HfQuantizer):
                     self.sparse.append(tensor)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        return [*weight_conversions, *expansions([tensor.name for tensor in self.sparse], weight_conversions)]
+        names = [tensor.name for tensor in self.sparse]
+        renamed = {name: _renamed(name, deepcopy(list(weight_conversions))) for name in names}
+        stacked = {name for name in renamed.values() if any(stacks(c, name) for c in weight_conversions)}
+        expanding = [
+            with_bitmasks(conversion) if any(stacks(conversion, name) for name in stacked) else conversion
+            for conversion in weight_conversions
+        ]
+        left = [name for name, new in renamed.items() if new not in stacked]
+        return [*expanding, *expansions(left, weight_conversions)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Keep the type of codes and scales: what they stand for is rounded to the model's type once."""
@@ -110,7 +119,7 @@ class CompactLoader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         # What save_pretrained would otherwise have to undo.
         used = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [conversion for conversion in used if not _expands(conversion)]
+        model._weight_conversions = [stacking_of(conversion) for conversion in used if not _expands(conversion)]
         # transformers 5.17 leaves the file's type where a base model's names differ from the file's.
         for name, param in model.named_parameters():
             if param.dtype != self.dtypes.get(name, param.dtype) and param.device.type != "meta":

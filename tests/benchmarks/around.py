@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.benchmarks.common import ONE_THREAD, RESULTS, Comparison, clock, finish, peak_beyond, publish
-from tests.benchmarks.startup import starting, tiny_llama
+from tests.benchmarks.startup import small_llama, starting
 
 MOST_IMPORT_SECONDS = 0.6
 PROBE = "import sys; import launch.__main__; sys.exit('torch' in sys.modules)"
@@ -112,7 +112,7 @@ def scoring(scale: float, rounds: int) -> Comparison:
     from train.distributed import World
     from train.scoring import score_stream
 
-    model, window, batch = tiny_llama().eval(), 256, 8
+    model, window, batch = small_llama().eval(), 256, 8
     tokens = np.random.default_rng(0).integers(4096, size=max(4, int(32 * scale)) * window + 1)
     world = World(0, 1, torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""Tokens a second of a sparse run of the demo beside a plain loop in torch over the same model, in one CPU process.
+"""Tokens a second of a sparse run like the demo, with model=llama_tiny, beside a plain loop in torch, in one CPU process.
 
     python -m tests.benchmarks.demo [--pairs 30] [key=value ...]     -> runs/bench/demo.json
 

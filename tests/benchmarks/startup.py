@@ -1,4 +1,4 @@
-"""From the command to the first step: `python -m launch` beside `accelerate launch` of a script that one would write.
+"""From the command to the first step: `python -m launch` beside `torchrun` of a script that one would write.
 
 `tests.benchmarks.around` measures it among the rest. Both commands start as many processes, train the demo's model and are
 timed until a file tells of their first step. Both write offline wandb files. Ours finds its data prepared: the first round
@@ -23,15 +23,15 @@ from tests.benchmarks.common import ONE_THREAD, Comparison
 TIMEOUT_S = 300
 
 
-def tiny_llama() -> Any:
-    """The model of `model=llama_tiny`, made by hand."""
+def small_llama() -> Any:
+    """The demo's model, `model=llama_micro`, made by hand."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256,
+        vocab_size=2048, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=1,
+        num_key_value_heads=1, max_position_embeddings=256,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -46,10 +46,9 @@ def starting(rounds: int, folder: Path) -> Comparison:
         *(sys.executable, "-m", "launch", "experiment=demo", f"runs_dir={folder / 'runs'}", "run_name=start"),
         *("overwrite=true", "trainer.max_steps=4", "trainer.logging_steps=1"),
     ]
+    # Not accelerate launch: with --cpu it starts one process, whatever --num_processes says.
     theirs = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-        *(["--multi_gpu"] * (gpus > 1) if gpus else ["--cpu"]),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes),
         *("-m", "tests.benchmarks.startup", str(mark)),
     ]
     environment = {**os.environ, **ONE_THREAD, "SPARSELLM_CACHE": str(folder / "cache"), "WANDB_MODE": "offline"}
@@ -59,7 +58,7 @@ def starting(rounds: int, folder: Path) -> Comparison:
         pairs.append((seconds_until(ours, metrics, environment), seconds_until(theirs, mark, environment)))
     seconds, baseline = (min(taken) for taken in zip(*pairs[1:], strict=True))
     details = {"processes": int(processes)}
-    return Comparison("start to the first step", seconds, "accelerate launch, plain Trainer", baseline, details)
+    return Comparison("start to the first step", seconds, "torchrun, plain Trainer", baseline, details)
 
 
 def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str]) -> float:
@@ -104,14 +103,14 @@ def first_step(mark: Path) -> None:
             if state.is_world_process_zero:
                 mark.write_text("stepped")
 
-    tokens = torch.randint(4096, (16 * 4, 256))
+    tokens = torch.randint(2048, (16 * 4, 256))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=1, per_device_train_batch_size=8, report_to="wandb", save_strategy="no", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
-        Trainer(tiny_llama(), arguments, train_dataset=rows, callbacks=[Mark()]).train()  # type: ignore[arg-type]
+        Trainer(small_llama(), arguments, train_dataset=rows, callbacks=[Mark()]).train()  # type: ignore[arg-type]
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,1 +1,1 @@
-"""Checkpoints: their format, writing, reading, and which one a run goes on from."""
+"""Checkpoints: their format, writing, reading, and the choice of the one to resume."""

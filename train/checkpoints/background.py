@@ -54,10 +54,10 @@ class BackgroundWriter:
             raise error
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Do what `train.checkpoints.write.write_checkpoint` does, but return when everything is copied. Collective.
+        """Write a checkpoint as `train.checkpoints.write` does, but return when everything is copied. Collective.
 
         Raises:
-            RunStopped: On every rank if one of them could not write the checkpoint before, or not begin this one.
+            RunStopped: On every rank if one of them could not write the previous checkpoint, or not begin this one.
         """
         self.wait()
         self._buffers = host_copies(checkpoint.tensors, self._buffers)

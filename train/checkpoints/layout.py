@@ -47,13 +47,17 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The checkpoints below `root`, newest first."""
+    """Return the checkpoints in `root`, newest first."""
     found = [path for path in root.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint, None if nothing; `share` (i, n) looks at every n-th file, from the i-th."""
+    """Return what is wrong with a checkpoint, or None.
+
+    Args:
+        share: (i, n) checks every n-th file from the i-th.
+    """
     try:
         sums = read_sums((folder / SUMS).read_text(encoding="utf-8"))
         for name, expected in sorted(sums.items())[share[0] :: share[1]]:
@@ -69,7 +73,11 @@ def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
 
 
 def read_sums(text: str) -> dict[str, str]:
-    """Names and sha256 sums, in sha256sum's format; a ValueError where the text is anything else or is cut off."""
+    """Return names and sha256 sums from a text in sha256sum's format.
+
+    Raises:
+        ValueError: The text is anything else or is cut off.
+    """
     lines = text.split("\n")
     found = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines[:-1]]
     sums = {match[2]: match[1] for match in found if match}
@@ -79,9 +87,13 @@ def read_sums(text: str) -> dict[str, str]:
 
 
 def newest_whole(root: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose checksums agree, and a warning for each damaged one that was set aside.
+    """Find the newest checkpoint whose checksums agree, and rename damaged ones. Collective: the ranks share the files.
 
-    The ranks share out the files. Collective. RunStopped where there are checkpoints but not one is whole.
+    Returns:
+        The checkpoint or None, and a warning for each damaged one.
+
+    Raises:
+        RunStopped: There are checkpoints, but all are damaged.
     """
     warnings: list[str] = []
     for folder in world.on_main(checkpoints, root):
@@ -105,16 +117,20 @@ def set_aside(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """What a killed process left half-written or half-removed."""
+    """Remove what a killed process left half-written or half-removed."""
     for pattern in (".checkpoint-*.tmp", ".checkpoint-*.removed"):
         for folder in root.glob(pattern):
             remove_folder(folder)
 
 
-def remove_old(root: Path, keep: int, newest: int) -> Sequence[Path]:
-    """Remove all checkpoints up to step `newest` but the last `keep`; return those removed."""
+def remove_old(root: Path, keep: int, newest: int, keep_steps: Sequence[int] = ()) -> Sequence[Path]:
+    """Remove all checkpoints up to step `newest` but the last `keep`; return those removed.
+
+    Those of `keep_steps` stay and are not counted.
+    """
     assert keep >= 1
-    doomed = [folder for folder in checkpoints(root) if step_of(folder) <= newest][keep:]
+    found = [folder for folder in checkpoints(root) if step_of(folder) <= newest and step_of(folder) not in keep_steps]
+    doomed = found[keep:]
     for folder in doomed:
         remove_folder(folder)
     return doomed

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: each rank takes its rows from whichever files hold them, so any number of ranks can go on."""
+"""Reading a checkpoint: each rank takes its rows from whichever files hold them, so any number of ranks can resume."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from train.checkpoints.write import Pieces, local_rows
 
 
 class CheckpointReader:
-    """One checkpoint, opened: `state` is its state.json; tensors are read as they are asked for, in any cut."""
+    """An open checkpoint. `state` is its state.json; tensors are read on demand, for any split of rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state: dict[str, Any] = json.loads((folder / layout.STATE).read_text(encoding="utf-8"))
         if self.state.get("format") != layout.FORMAT:
             raise ValueError(
-                f"{folder} has format {self.state.get('format')} where this version reads {layout.FORMAT}: resume with "
+                f"{folder} has format {self.state.get('format')}, but this version reads {layout.FORMAT}: resume with "
                 "the version that wrote it, or set overwrite=true to start anew."
             )
         self._pieces = Pieces(**self.state["pieces"])
@@ -36,12 +36,12 @@ class CheckpointReader:
         return int(self.state["step"])
 
     def tensor(self, name: str, rank: int) -> Tensor | None:
-        """A whole tensor of one rank's file, None where it is not there."""
+        """Return a whole tensor of one rank's file, None if the file has none."""
         file = self._file(rank)
         return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 - not a dict
 
     def rows(self, key: str, name: str, start: int, stop: int) -> Tensor | None:
-        """The rows start .. stop of `key`/`name`; None for no rows."""
+        """Return the rows start .. stop of `key`/`name`, None for no rows."""
         pieces = [
             self._file(rank).get_slice(f"{key}/{name}")[first - offset : last - offset]
             for rank, offset, first, last in self._parts(name, start, stop)
@@ -49,7 +49,8 @@ class CheckpointReader:
         return torch.cat(pieces) if pieces else None
 
     def mask(self, name: str, start: int, stop: int, per_row: int) -> Tensor:
-        """The mask of the flat weights start .. stop, whole rows of `per_row` weights, bool [stop - start]."""
+        """Return the mask of the flat weights start .. stop, which are whole rows of `per_row` weights; bool [stop -
+        start]."""
         pieces = [torch.empty(0, dtype=torch.bool)]
         for rank, offset, first, last in self._parts(name, start // per_row, stop // per_row):
             begin, end = (first - offset) * per_row, (last - offset) * per_row
@@ -58,7 +59,7 @@ class CheckpointReader:
         return torch.cat(pieces)
 
     def _parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """(rank, its first row, first and last row to take) of the files that cover start .. stop, in order."""
+        """Return (rank, its first row, first and last row to take) of the files that cover start .. stop, in order."""
         size = self._pieces.rows[name]
         for index in range(start // size, -(-stop // size)):
             offset = index * size
@@ -74,7 +75,11 @@ class CheckpointReader:
 
 @torch.no_grad()
 def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> None:
-    """Copy this rank's rows of every parameter; a ValueError where model and checkpoint name other parameters."""
+    """Copy this rank's rows of every parameter.
+
+    Raises:
+        ValueError: Model and checkpoint name different parameters.
+    """
     saved = set(reader.state["pieces"]["rows"])
     if saved != set(parameters):
         other = sorted(saved ^ set(parameters))[0]
@@ -93,8 +98,10 @@ def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def load_optimizer(reader: CheckpointReader, optimizer: Any, parameters: Mapping[str, Tensor]) -> None:
-    """Moments, counters and learning rates, in the layout that the parameters have now."""
+def load_optimizer(
+    reader: CheckpointReader, optimizer: Any, parameters: Mapping[str, Tensor], rates: bool = True
+) -> None:
+    """Load moments and counters, and learning rates if `rates`, in the layout that the parameters have now."""
     saved, inner = reader.state["optimizer"], state_holder(optimizer)
     groups = {param: group for group in inner.param_groups for param in group["params"]}
     for name, param in parameters.items():
@@ -113,16 +120,20 @@ def load_optimizer(reader: CheckpointReader, optimizer: Any, parameters: Mapping
                 _fill(reader, f"optim.{key}", name, state[key], param)
         if state:
             inner.state[param] = state
-    for group, rates in zip(inner.param_groups, saved["groups"], strict=True):
-        group.update(rates)
+    for group, saved_rates in zip(inner.param_groups, saved["groups"], strict=True):
+        group.update(saved_rates if rates else {})
 
 
 def load_masks(reader: CheckpointReader, shards: list[ParameterShard], row_sizes: Callable[[str], int]) -> None:
-    """Fill the masks of `shards` in place; a ValueError where the checkpoint carries none."""
+    """Fill the masks of `shards` in place.
+
+    Raises:
+        ValueError: The checkpoint has no masks.
+    """
     for shard in shards:
         if reader.tensor(f"mask/{shard.name}", 0) is None:
             raise ValueError(
-                f"{reader.folder} has no mask of {shard.name}: going on from it would train a dense model; resume from "
+                f"{reader.folder} has no mask of {shard.name}: resuming from it would train a dense model; resume from "
                 "a checkpoint of this sparse run, or set overwrite=true to start anew."
             )
         stop = shard.offset + shard.values.numel()

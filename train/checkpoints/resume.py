@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it and its data are still this run's."""
+"""The checkpoint to resume, and the check that it and its data still belong to this run."""
 
 from __future__ import annotations
 
@@ -8,28 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.common.files import sha256_of
-from train.checkpoints.layout import STATE, newest_whole
+from train.checkpoints.layout import STATE, newest_whole, step_of
 from train.data.index import INDEX, read_index
 from train.data.pack import SPLITS
 from train.distributed import World
 
 
-def checkpoint_to_resume(root: Path, identity: dict[str, Any], data_folder: str, world: World) -> Path | None:
-    """The newest whole checkpoint of the run, or None; damaged ones are named in a warning. Collective.
+def checkpoint_to_resume(
+    root: Path, identity: dict[str, Any], data_folder: str, world: World, branch_step: int | None = None
+) -> Path | None:
+    """Return the newest whole checkpoint of the run, or None; damaged ones are named in a warning. Collective.
 
-    RunStopped where it is of other steps, or of data that has changed since.
+    That of `branch_step` is another run's, which was compared when this one branched.
+
+    Raises:
+        RunStopped: It is of other steps, or of data that has changed since.
     """
     folder, warnings = newest_whole(root, world)
     if world.is_main:
         for warning in warnings:
             print(f"warning: {warning}.", file=sys.stderr, flush=True)
-    if folder is not None:
+    if folder is not None and step_of(folder) != branch_step:
         world.on_main(check_is_of_this_run, folder, identity, data_folder)
     return folder
 
 
 def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: str) -> None:
-    """A ValueError where the checkpoint's steps or data are not those of this run."""
+    """Check that the checkpoint's steps and data are those of this run.
+
+    Raises:
+        ValueError: They are not.
+    """
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     for key, now in identity.items():
         before = state["identity"].get(key)
@@ -42,7 +51,7 @@ def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: st
 
 
 def data_fingerprint(folder: str) -> dict[str, Any]:
-    """The sha256 of the prepared data's index, which holds that of every file, and each file's size and time."""
+    """Return the sha256 of the prepared data's index, which holds every file's sha256, and each file's size and time."""
     index = read_index(folder)
     names = [part[split][kind] for part in index["parts"] for split in SPLITS for kind in ("file", "starts")]
     stats = {name: Path(folder, name).stat() for name in names}
@@ -51,7 +60,11 @@ def data_fingerprint(folder: str) -> dict[str, Any]:
 
 
 def check_data(before: dict[str, Any], folder: str) -> None:
-    """A ValueError where the data has changed since `before`; only files with a new time are read again."""
+    """Check that the data is unchanged; only files with a new time are read again.
+
+    Raises:
+        ValueError: The data has changed since `before`.
+    """
     now = data_fingerprint(folder)
     if now["index"] != before["index"]:
         raise ValueError(

@@ -25,7 +25,7 @@ _CHUNK = 64 << 20
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What `write_tensors` will need on the disk."""
+    """Return the bytes that `write_tensors` needs on the disk."""
     return len(_header(tensors)) + sum(_num_bytes(tensor) for tensor in tensors.values())
 
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank its own rows, rank 0 the rest, and a name only for what is whole."""
+"""Writing a checkpoint: every rank its own rows, rank 0 the rest; only a whole one gets its name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Pieces:
     rows: dict[str, int]
 
     def of(self, name: str, rank: int, num_rows: int) -> tuple[int, int] | None:
-        """The rows start .. stop of a parameter of `num_rows` that `rank` writes; None where it writes none of it."""
+        """Return the rows start .. stop that `rank` writes of a parameter of `num_rows`, None if it writes none."""
         if rank not in self.writers:
             return None
         index, size = self.writers.index(rank), self.rows[name]
@@ -45,7 +45,7 @@ class Pieces:
 
 
 def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
-    """The pieces that FSDP2 has cut the parameters into; of replicas the first one writes. The same on every rank."""
+    """Return FSDP2's pieces of the parameters, the same on every rank; of replicas the first one writes."""
     writers, rows = [0], {}
     for name, param in parameters.items():
         dim = shard_dim(param) if isinstance(param, DTensor) else None
@@ -60,21 +60,25 @@ def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
 
 
 def local_rows(param: Tensor) -> tuple[int, int]:
-    """The rows start .. stop of the full parameter that lie on this rank."""
+    """Return the rows start .. stop of the full parameter that are on this rank."""
     per_row = param.numel() // param.shape[0] if param.shape[0] else 1
     start = shard_offset(param) // max(1, per_row)
     return start, start + local_tensor(param.detach()).shape[0]
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """Each parameter once, by its transformers name."""
+    """Return each parameter once, by its transformers name."""
     return {plain_name(name): param for name, param in model.named_parameters()}
 
 
 def optimizer_state(
     optimizer: Any, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """({state: {name: tensor of the parameter's shape}}, {state: {name: number}}); RunStopped for any other state."""
+    """Return ({state: {name: tensor of the parameter's shape}}, {state: {name: number}}).
+
+    Raises:
+        RunStopped: The optimizer has a state of another shape.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     scalars: dict[str, dict[str, float]] = {}
     states = state_holder(optimizer).state
@@ -93,7 +97,7 @@ def optimizer_state(
 
 
 def optimizer_figures(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What state.json says of the optimizer: the dtype of each state that has a parameter's shape, and the rates."""
+    """Describe the optimizer for state.json: the dtype of each state with a parameter's shape, and the rates."""
     tensors, _ = optimizer_state(optimizer, parameters)
     dtypes = {key: {name: str(t.dtype).removeprefix("torch.") for name, t in of.items()} for key, of in tensors.items()}
     groups = state_holder(optimizer).param_groups
@@ -104,7 +108,7 @@ def optimizer_figures(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[
 def rank_tensors(
     model: nn.Module, optimizer: Any, shards: list[ParameterShard], rng: Mapping[str, Tensor], rank: int
 ) -> tuple[dict[str, Tensor], Pieces, dict[str, Any]]:
-    """(this rank's tensors for its file, which rank has which rows, the optimizer's scalars)."""
+    """Return this rank's tensors for its file, which rank has which rows, and the optimizer's scalars."""
     parameters = parameters_of(model)
     pieces = pieces_of(parameters)
     moments, scalars = optimizer_state(optimizer, parameters)
@@ -122,7 +126,7 @@ def rank_tensors(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to write: what this rank puts into it, and what rank 0 does before and after."""
+    """A checkpoint to write: this rank's contents, and rank 0's calls before and after."""
 
     root: Path
     """The folder of the run's checkpoints."""
@@ -134,7 +138,7 @@ class Checkpoint:
     pieces: Pieces
     """Which rank's file has which rows."""
     state: dict[str, Any]
-    """Contents of state.json beside what `finish_checkpoint` knows."""
+    """Contents of state.json that `finish_checkpoint` does not know itself."""
     save_trainer_state: Callable[[str], None]
     """Writes transformers' own state to a path."""
     before: Callable[[], None] = lambda: None
@@ -154,13 +158,14 @@ class Checkpoint:
 def write_checkpoint(checkpoint: Checkpoint) -> Path:
     """Write a checkpoint, which appears whole or not at all. Collective.
 
-    What the ranks tell each other does not grow with their number, but for the checksum and size that each tells rank 0.
+    The ranks exchange as much for any number of them, except for the checksum and size that each sends to rank 0.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        RunStopped: On every rank if one of them could not write; what was written is removed, older checkpoints stay.
+        RunStopped: On every rank if one of them could not write; what was written is removed, older checkpoints
+            stay.
     """
     return finish_checkpoint(checkpoint, begin_checkpoint(checkpoint))
 
@@ -226,7 +231,7 @@ def _together(checkpoint: Checkpoint, action: Callable[[], Any] | None, needed: 
 
 
 def attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(the action's result, None), or (None, what the operating system would not do)."""
+    """Return (the action's result, None), or (None, the operating system's error in a sentence)."""
     try:
         return action(), None
     except OSError as error:
@@ -244,5 +249,5 @@ def versions() -> dict[str, str]:
 
 def _failure(folder: Path, problem: str, needed: int) -> str:
     kept = layout.checkpoints(folder.parent)
-    rest = f"{kept[0]} is whole, the same command goes on from it" if kept else "there is no checkpoint before it"
+    rest = f"{kept[0]} is whole, the same command resumes from it" if kept else "there is no checkpoint before it"
     return f"{folder} could not be saved, it takes {needed:,} bytes: {problem.rstrip('.')}; {rest}."

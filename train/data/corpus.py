@@ -1,4 +1,4 @@
-"""The three sources as one thing: files of documents, and a key that stands for what they say."""
+"""The sources of text as one thing: files of documents, and a key that stands for what they say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import DataConfig
-from train.data import fineweb, pydocs
+from train.data import dataset, fineweb, pydocs
 from train.data.documents import limit_parts
 from train.data.files import build_once, digest, sha256_of_all
 from train.data.parts import KINDS, Part, cut_files, explained, find_files, kind_of, walk
@@ -23,32 +23,44 @@ class Corpus:
     files: tuple[Path, ...]
     text_field: str
     max_documents: int | None
+    skips_errors: bool = False
 
     def parts(self) -> list[Part]:
         parts = cut_files(self.files)
-        return parts if self.max_documents is None else limit_parts(parts, self.text_field, self.max_documents)
+        if self.max_documents is None:
+            return parts
+        return limit_parts(parts, self.text_field, self.max_documents, self.skips_errors)
 
 
 def find_corpus(config: DataConfig, cache: Path) -> Corpus:
     """The configured source; pydocs are parsed and hub data fetched here unless that was done before."""
+    key, files, text_field = _key_and_files(config, cache)
+    skips_errors = config.on_error == "skip"
+    whole_key = [key, text_field, config.max_documents] + ["skip"] * skips_errors
+    return Corpus(digest(whole_key), tuple(files), text_field, config.max_documents, skips_errors)
+
+
+def _key_and_files(config: DataConfig, cache: Path) -> tuple[str, Sequence[Path], str]:
+    """(key of the content, files, field of the text)"""
     if config.source == "pydocs":
-        key, files = pydocs_files(pydocs.default_roots(), cache, config.num_workers)
-        return _corpus(key, files, "text", config.max_documents)
+        return *pydocs_files(pydocs.default_roots(), cache, config.num_workers), "text"
+    if config.source == "hub":
+        assert config.name is not None
+        asked = dataset.Asked(config.name, config.subset, config.split)
+        if config.stream:
+            return *dataset.streamed(asked, config.text_field, config.max_documents, cache), "text"
+        key, files = dataset.data_files(asked)
+        return key or content_key(files, cache), files, config.text_field
     if config.source == "fineweb_edu" and config.path is None:
-        key, files = fineweb.hub_files(config.subset, config.max_documents, cache)
-        return _corpus(key, files, "text", config.max_documents)
+        return *fineweb.hub_files(config.subset, config.max_documents, cache), "text"
     assert config.path is not None
     if config.source == "fineweb_edu":
         files = fineweb.local_files(config.path, config.subset)
-        return _corpus(content_key(files, cache), files, "text", config.max_documents)
+        return content_key(files, cache), files, "text"
     files = find_files(config.path)
     if sentence := left_out(config.path):
         print(sentence, file=sys.stderr, flush=True)
-    return _corpus(content_key(files, cache), files, config.text_field, config.max_documents)
-
-
-def _corpus(key: str, files: Sequence[Path], text_field: str, max_documents: int | None) -> Corpus:
-    return Corpus(digest([key, text_field, max_documents]), tuple(files), text_field, max_documents)
+    return content_key(files, cache), files, config.text_field
 
 
 def left_out(path: str) -> str | None:

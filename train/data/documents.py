@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import sys
 import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time, timedelta
 from itertools import islice
 from numbers import Number
@@ -18,6 +21,10 @@ from train.data.parts import Part, explained, text_cuts
 DOCUMENT_BYTES = 16 << 10
 BYTE_ORDER_MARK = "\ufeff"
 MOST_FIELDS_NAMED = 8
+MOST_PLACES = 5
+"""Places of documents left out that are kept for each part."""
+MISSING = object()
+"""No value, since None is one."""
 FIRST_BYTES = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
@@ -35,22 +42,61 @@ MANY_NULS = "begins a stretch with many NUL bytes, as UTF-16 and binary files ha
 _JSON = json.JSONDecoder(parse_int=float)
 
 
-def read_documents(part: Part, text_field: str) -> Iterator[str]:
-    """The part's documents in order; empty ones are passed over.
+@dataclass
+class Skipped:
+    """Documents that could not be read and were left out."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    """What is wrong with the first of them, and where."""
+
+    def add(self, words: str) -> None:
+        self.count += 1
+        if len(self.first) < MOST_PLACES:
+            self.first.append(words)
+
+
+def read_documents(part: Part, text_field: str, skipped: Skipped | None = None) -> Iterator[str]:
+    """Yield the part's documents in order; empty ones are passed over.
 
     A text file is cut at blank lines into documents of 16 to 32 KiB that together are the file. A byte order mark at the
     start of a file is not text.
+
+    Args:
+        part: What to read.
+        text_field: The field, or the path of fields with dots between, that holds a document's text.
+        skipped: Takes note of documents that cannot be read, which are then left out; after an error that is not of one
+            document the rest of the part is. None raises at the first.
+
+    Raises:
+        ValueError: A document cannot be read; names its place.
     """
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl, ".parquet": _read_parquet}
-    documents = (text for text in readers[part.kind](part, text_field) if text)
-    return islice(documents, part.max_documents)
+    readers = {".txt": _read_text, ".csv": _read_csv, ".parquet": _read_parquet}
+    documents = (text for text in readers.get(part.kind, _read_jsonl)(part, text_field, skipped) if text)
+    return islice(documents if skipped is None else _readable(documents, skipped), part.max_documents)
 
 
-def limit_parts(parts: list[Part], text_field: str, max_documents: int) -> list[Part]:
+def _readable(documents: Iterator[str], skipped: Skipped) -> Iterator[str]:
+    try:
+        yield from documents
+    except ValueError as error:
+        skipped.add(str(error))
+
+
+def _leave_out(words: str, skipped: Skipped | None) -> None:
+    """Raise, or take note of a document that is left out."""
+    if skipped is None:
+        raise ValueError(words) from None
+    skipped.add(words)
+
+
+def limit_parts(parts: list[Part], text_field: str, max_documents: int, skips_errors: bool = False) -> list[Part]:
     """The parts that hold the first `max_documents` documents; those are read once to be counted."""
     limited = []
     for part in parts:
-        count = sum(1 for _ in islice(read_documents(part, text_field), max_documents))
+        count = sum(
+            1 for _ in islice(read_documents(part, text_field, Skipped() if skips_errors else None), max_documents)
+        )
         limited.append(replace(part, max_documents=count))
         max_documents -= count
         if max_documents == 0:
@@ -71,12 +117,24 @@ def text_of(line: bytes, text_field: str) -> str:
         ) from None
     except RecursionError:
         raise ValueError(f"is nested too deeply to be read: {remedy}.") from None
-    if not isinstance(record, dict) or text_field not in record:
+    value = field_of(record, text_field)
+    if value is MISSING:
         found = _named(record)
         if isinstance(record, dict):
             found = f"the fields {field_names(record)}" if record else "an empty object"
         raise ValueError(f"has no field {text_field} but {found}: {remedy}.")
-    return checked_text(record[text_field], text_field)
+    return checked_text(value, text_field)
+
+
+def field_of(record: Any, text_field: str) -> Any:
+    """Return the value of a field, or of a path of fields such as meta.text; MISSING if there is none."""
+    if isinstance(record, dict) and text_field in record:
+        return record[text_field]
+    for name in text_field.split("."):
+        if not isinstance(record, dict) or name not in record:
+            return MISSING
+        record = record[name]
+    return record
 
 
 def field_names(names: Collection[str]) -> str:
@@ -119,7 +177,7 @@ def _named(value: Any) -> str:
     return next((name for kind, name in kinds.items() if isinstance(value, kind)), f"{type(value).__name__} data")
 
 
-def _read_text(part: Part, _: str) -> Iterator[str]:
+def _read_text(part: Part, _: str, skipped: Skipped | None) -> Iterator[str]:
     with explained(part.path), open(part.path, "rb") as file:
         file.seek(part.start)
         data = file.read(part.stop - part.start)
@@ -130,10 +188,12 @@ def _read_text(part: Part, _: str) -> Iterator[str]:
             text = piece.decode()
         except UnicodeDecodeError as error:
             line = _lines_before(part) + data.count(b"\n", 0, start + error.start) + 1
-            raise ValueError(f"{part.path}, line {line} {not_utf8(part.path)}") from None
+            _leave_out(f"{part.path}, line {line} {not_utf8(part.path)}", skipped)
+            text = ""
         if has_many_nuls(piece):
             line = _lines_before(part) + data.count(b"\n", 0, start) + 1
-            raise ValueError(f"{part.path}, line {line} {MANY_NULS}")
+            _leave_out(f"{part.path}, line {line} {MANY_NULS}", skipped)
+            text = ""
         yield text.removeprefix(BYTE_ORDER_MARK) if part.start + start == 0 else text
         start = stop
 
@@ -158,21 +218,24 @@ def not_utf8(path: str | Path) -> str:
     )
 
 
-def _read_jsonl(part: Part, text_field: str) -> Iterator[str]:
+def _read_jsonl(part: Part, text_field: str, skipped: Skipped | None) -> Iterator[str]:
     for number, line in enumerate(_lines(part), 1):
         if not line.isspace():
             try:
                 text = text_of(line, text_field)
             except ValueError as error:
                 place = f"{part.path}, line {_lines_before(part) + number}"
-                if str(error).startswith("is not UTF-8") and part.kind == ".jsonl":
-                    raise ValueError(f"{place} {not_utf8(part.path)}") from None
-                raise ValueError(f"{place} {error}") from None
-            yield text
+                is_plain = str(error).startswith("is not UTF-8") and part.kind == ".jsonl"
+                _leave_out(f"{place} {not_utf8(part.path) if is_plain else error}", skipped)
+            else:
+                yield text
 
 
 def _lines(part: Part) -> Iterator[bytes]:
-    if part.kind == ".jsonl.gz":
+    if part.kind.endswith((".zst", ".zstd")):
+        yield from _zstd_lines(part)
+        return
+    if part.kind.endswith(".gz"):
         with explained(part.path), open(part.path, "rb") as raw, gzip.open(raw) as file:
             try:
                 yield from file
@@ -187,6 +250,44 @@ def _lines(part: Part) -> Iterator[bytes]:
             yield line
 
 
+def _zstd_lines(part: Part) -> Iterator[bytes]:
+    import pyarrow as pa
+
+    with explained(part.path), open(part.path, "rb") as raw:
+        try:
+            with pa.CompressedInputStream(raw, "zstd") as file:
+                yield from io.BufferedReader(file, 1 << 20)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{part.path} is not a whole zstd file ({reason}): compress it anew.") from None
+
+
+def _read_csv(part: Part, text_field: str, skipped: Skipped | None) -> Iterator[str]:
+    with explained(part.path), open(part.path, encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(sys.maxsize)
+        rows = csv.reader(file, strict=True)
+        try:
+            names = next(rows, [])
+            if text_field not in names:
+                raise ValueError(
+                    f"{part.path} has no column {text_field} in its first line but {field_names(names)}: name its text in "
+                    "data.text_field."
+                )
+            column = names.index(text_field)
+            for row in rows:
+                if len(row) > column:
+                    yield row[column]
+                elif row:
+                    place = f"{part.path}, line {rows.line_num}"
+                    _leave_out(f"{place} has {len(row)} columns and none for {text_field}: mend it.", skipped)
+        except csv.Error as error:
+            raise ValueError(f"{part.path}, line {rows.line_num} is not CSV ({error}): mend it.") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{part.path}, after line {rows.line_num} {not_utf8(part.path)}") from None
+
+
 def _lines_before(part: Part) -> int:
     """Lines of the file in front of the part; read only when an error is to be placed."""
     if part.start == 0:
@@ -195,29 +296,36 @@ def _lines_before(part: Part) -> int:
         return sum(file.read(min(1 << 20, part.start - at)).count(b"\n") for at in range(0, part.start, 1 << 20))
 
 
-def _read_parquet(part: Part, text_field: str) -> Iterator[str]:
+def _read_parquet(part: Part, text_field: str, skipped: Skipped | None) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with explained(part.path), pq.ParquetFile(part.path) as file:
             names = file.schema_arrow.names
-            if text_field not in names:
+            column = text_field if text_field in names else text_field.partition(".")[0]
+            if column not in names:
                 raise ValueError(
                     f"{part.path} has no column {text_field} but {field_names(names)}: name its text in data.text_field."
                 )
             row = -1 + sum(file.metadata.row_group(index).num_rows for index in range(part.start))
             groups = list(range(part.start, part.stop))
-            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[text_field]):
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
                 for value in batch.column(0):
                     row += 1
                     try:
-                        text = checked_text(value.as_py(), text_field)
+                        yield checked_text(_found({column: value.as_py()}, text_field), text_field)
                     except UnicodeDecodeError:
-                        raise ValueError(f"{part.path}, row {row} is not UTF-8: write it anew as UTF-8.") from None
+                        _leave_out(f"{part.path}, row {row} is not UTF-8: write it again as UTF-8.", skipped)
                     except ValueError as error:
-                        raise ValueError(f"{part.path}, row {row} {error}") from None
-                    yield text
+                        _leave_out(f"{part.path}, row {row} {error}", skipped)
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{part.path} is not a readable parquet file ({reason}): write it anew.") from None
+        raise ValueError(f"{part.path} is not a readable parquet file ({reason}): write it again.") from None
+
+
+def _found(row: dict[str, Any], text_field: str) -> Any:
+    value = field_of(row, text_field)
+    if value is MISSING:
+        raise ValueError(f"has nothing at {text_field}: give the path of a string in data.text_field.")
+    return value

@@ -1,21 +1,5 @@
-"""Whether the Hugging Face hub answers: its own client retries for most of a minute before it says no."""
+"""Whether the Hugging Face hub answers, for the rooms that read data."""
 
 from __future__ import annotations
 
-from functools import cache
-
-SECONDS = 10.0
-
-
-@cache
-def is_reachable() -> bool:
-    """True if the hub answers one request, whatever it answers; asked once in a process."""
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:
-        return False
-    return True
+from train.plan.hub import is_reachable as is_reachable

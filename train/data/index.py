@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsity.common.files import aside
+from train.data.documents import MOST_PLACES
 from train.data.pack import SPLITS, STARTS_DTYPE, Job, id_dtype
 
 INDEX = "index.json"
@@ -19,7 +20,8 @@ COUNTS = "counts.npy"
 def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
     """Sum up the parts, all of them done: counts.npy (training tokens by id), and last index.json.
 
-    Keys: dtype, vocab_size, separator, tokenizer (hash of its files); splits: num_documents, num_tokens and num_bytes
+    Keys: dtype, vocab_size, separator, tokenizer (hash of its files); skipped: how many documents could not be read, and
+    what is wrong with the first; splits: num_documents, num_tokens and num_bytes
     (UTF-8) of `train` and `heldout`; parts: for each split the names of the files of ids and of documents' starts, their
     counts and their sha256.
     """
@@ -43,6 +45,10 @@ def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
         "separator": jobs[0].separator,
         "tokenizer": tokenizer_key,
         "splits": totals,
+        "skipped": {
+            "count": sum(record["skipped"]["count"] for record in records),
+            "first": [place for record in records for place in record["skipped"]["first"]][:MOST_PLACES],
+        },
         "parts": [
             {
                 split: {"file": job.tokens(split).name, "starts": job.starts(split).name, **record[split]}
@@ -71,13 +77,58 @@ def is_complete(folder: Path) -> bool:
     if not (folder / INDEX).exists() or not (folder / COUNTS).exists():
         return False
     index = read_index(folder)
-    width = np.dtype(index["dtype"]).itemsize
     records = [part[split] for part in index["parts"] for split in SPLITS]
     try:
         return all(
-            (folder / one["file"]).stat().st_size == one["num_tokens"] * width
+            _has_size(folder, one, index["dtype"])
             and (folder / one["starts"]).stat().st_size == one["num_documents"] * STARTS_DTYPE.itemsize
             for one in records
         )
     except (FileNotFoundError, KeyError):
         return False
+
+
+def _has_size(folder: Path, record: dict[str, Any], dtype: str) -> bool:
+    """Tell whether a file of ids is as long as its record says; one that others wrote may be longer."""
+    size = (folder / record["file"]).stat().st_size
+    needed = record.get("offset", 0) + record["num_tokens"] * np.dtype(record.get("dtype", dtype)).itemsize
+    return size >= needed if "offset" in record else bool(size == needed)
+
+
+def write_mixture_index(folder: Path, sources: Sequence[tuple[str, float]]) -> None:
+    """Write counts and an index that name the files of several folders, the sources' one after another.
+
+    The counts are those of a text with the sources' shares.
+
+    Args:
+        folder: Where to write.
+        sources: (folder, weight) of each.
+    """
+    indices = [read_index(source) for source, _ in sources]
+    total = sum(index["splits"]["train"]["num_tokens"] for index in indices)
+    counts = np.zeros(indices[0]["vocab_size"])
+    for (source, weight), index in zip(sources, indices, strict=True):
+        share = weight / sum(weight for _, weight in sources)
+        counts += np.load(Path(source, COUNTS)) * (share * total / max(1, index["splits"]["train"]["num_tokens"]))
+    with aside(folder / COUNTS) as partial, open(partial, "wb") as file:
+        np.save(file, counts.round().astype(np.int64))
+    parts = [
+        {
+            split: record | {key: _beside(source, record[key]) for key in ("file", "starts")}
+            for split, record in part.items()
+        }
+        for (source, _), index in zip(sources, indices, strict=True)
+        for part in index["parts"]
+    ]
+    totals = {
+        split: {name: sum(index["splits"][split][name] for index in indices) for name in indices[0]["splits"][split]}
+        for split in SPLITS
+    }
+    index = indices[0] | {"splits": totals, "parts": parts, "skipped": {"count": 0, "first": []}}
+    with aside(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _beside(source: str, name: str) -> str:
+    """Return a file's name as seen from another folder of tokens; one with a whole path keeps it."""
+    return name if Path(name).is_absolute() else f"../{Path(source).name}/{name}"

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sparsity.common.files import aside
-from train.data.documents import read_documents
+from train.data.documents import Skipped, read_documents
 from train.data.parts import Part
 from train.data.split import is_heldout
 
@@ -65,6 +65,8 @@ class Job:
     """The id that ends a document where `frame` has an eos."""
     frame: Frame
     vocab_size: int
+    skips_errors: bool = False
+    """Leave documents out that cannot be read."""
 
     @property
     def sidecar(self) -> Path:
@@ -106,16 +108,18 @@ def pack(job: Job) -> None:
     """Tokenize a part: write ids and starts by split, the training counts by id, and last the sidecar with their sizes."""
     encode = encoder(job.tokenizer)
     dtype = id_dtype(job.vocab_size)
+    skipped = Skipped()
     record: dict[str, dict[str, Any]] = {
         split: {"num_documents": 0, "num_tokens": 0, "num_bytes": 0} for split in SPLITS
     }
     counts = np.zeros(job.vocab_size, np.int64)
     starts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    documents = read_documents(job.part, job.text_field, skipped if job.skips_errors else None)
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(aside(job.tokens(split))) for split in SPLITS}
         files = {split: stack.enter_context(open(outputs[split], "wb")) for split in SPLITS}
         hashes = {split: hashlib.sha256() for split in SPLITS}
-        for side, texts, num_bytes in _batches(read_documents(job.part, job.text_field), job.heldout_share):
+        for side, texts, num_bytes in _batches(documents, job.heldout_share):
             ids: list[int] = []
             for text, tokens in zip(texts, encode(texts), strict=True):
                 starts[side].append(record[side]["num_tokens"] + len(ids))
@@ -136,6 +140,7 @@ def pack(job: Job) -> None:
         record[split]["starts_sha256"] = hashlib.sha256(array.data).hexdigest()
         with aside(job.starts(split)) as partial:
             array.tofile(partial)
+    record["skipped"] = asdict(skipped)
     with aside(job.counts) as partial, open(partial, "wb") as file:
         np.save(file, counts)
     with aside(job.sidecar) as partial:
@@ -195,7 +200,7 @@ def kept_bytes(folder: str, text: str, tokens: list[int], num_kept: int) -> int:
     if not Path(folder, FAST).exists():
         from train.data.tokenizer import load_tokenizer
 
-        return len(load_tokenizer(folder).decode(tokens[:num_kept]).encode())
+        return len(str(load_tokenizer(folder).decode(tokens[:num_kept])).encode())
     end = _fast_tokenizer(folder).encode(text, add_special_tokens=False).offsets[num_kept - 1][1]
     return len(text[:end].encode())
 

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-Kind = Literal[".txt", ".jsonl", ".jsonl.gz", ".parquet"]
-KINDS: tuple[Kind, ...] = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+Kind = Literal[".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd", ".json.gz", ".json.zst", ".csv", ".parquet"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+WHOLE_KINDS = tuple(kind for kind in KINDS if kind not in (".txt", ".jsonl", ".parquet"))
+"""Kinds that are not cut: compressed files, and .csv, whose quoted fields may hold line ends."""
 MIN_PART_BYTES = 1 << 20
 MAX_PART_BYTES = 64 << 20
 BREAKS = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb"[ \t]"))
@@ -20,7 +22,7 @@ BREAKS = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb"[ \t]"
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a file: bytes start..stop, or row groups start..stop of a parquet file; all of a gzip file."""
+    """A piece of a file: bytes start..stop, or row groups start..stop of a parquet file; all of a file of another kind."""
 
     path: str
     kind: Kind
@@ -103,7 +105,7 @@ def cut_file(path: Path, part_bytes: int) -> list[Part]:
     kind, num_bytes = _kind_of(path), path.stat().st_size
     if kind == ".parquet":
         return _cut_parquet(path, part_bytes)
-    if kind == ".jsonl.gz" or num_bytes <= part_bytes:
+    if kind in WHOLE_KINDS or num_bytes <= part_bytes:
         return [Part(str(path), kind, 0, num_bytes, num_bytes)]
     with explained(path), open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         stops = list(text_cuts(data, part_bytes) if kind == ".txt" else _line_cuts(data, part_bytes))
@@ -149,7 +151,7 @@ def _cut_parquet(path: Path, part_bytes: int) -> list[Part]:
                 groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
                 sizes = [group.total_byte_size for group in groups]
         except pa.ArrowException as error:
-            raise ValueError(f"{path} is not a readable parquet file ({_one_line(error)}): write it anew.") from None
+            raise ValueError(f"{path} is not a readable parquet file ({_one_line(error)}): write it again.") from None
     parts, start, num_bytes = [], 0, 0
     for index, size in enumerate(sizes, 1):
         num_bytes += size
@@ -167,7 +169,7 @@ def explained(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             # Arrow's word for a damaged file.
-            raise ValueError(f"{path} is damaged ({_one_line(error)}): write it anew.") from None
+            raise ValueError(f"{path} is damaged ({_one_line(error)}): write it again.") from None
         reason, place = error.strerror or _one_line(error), error.filename or path
         raise ValueError(f"{place} cannot be read ({reason}): give a data.path that this user can read.") from None
 

@@ -51,16 +51,19 @@ def find_sources(roots: Iterable[str | Path]) -> list[Source]:
 
 
 def _walk(folder: str, package: str) -> Iterator[Source]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            if not stem.isidentifier() or (not package and stem in OWN_PACKAGES):
-                continue
-            if suffix == ".py" and entry.is_file():
-                module = package if stem == "__init__" else f"{package}.{stem}".lstrip(".")
-                yield Source(entry.path, module, entry.stat().st_size)
-            elif not suffix and entry.name not in SKIPPED_FOLDERS and entry.is_dir(follow_symlinks=False):
-                yield from _walk(entry.path, f"{package}.{stem}".lstrip("."))
+    waiting = [(folder, package)]
+    while waiting:
+        folder, package = waiting.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                stem, dot, suffix = entry.name.partition(".")
+                if not stem.isidentifier() or (not package and stem in OWN_PACKAGES):
+                    continue
+                if suffix == "py" and entry.is_file():
+                    module = package if stem == "__init__" else f"{package}.{stem}".lstrip(".")
+                    yield Source(entry.path, module, entry.stat().st_size)
+                elif not dot and entry.name not in SKIPPED_FOLDERS and entry.is_dir(follow_symlinks=False):
+                    waiting.append((entry.path, f"{package}.{stem}".lstrip(".")))
 
 
 def documents_of(code: bytes, module: str) -> Iterator[tuple[str, str]]:

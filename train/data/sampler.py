@@ -91,3 +91,13 @@ class PermutationSampler(Sampler[int]):
         for start in range(self.start, self.num_taken, CHUNK):
             positions = np.arange(start, min(start + CHUNK, self.num_taken), dtype=np.uint64)
             yield from permute(positions, self.num_blocks, keys).tolist()
+
+
+class InOrder(PermutationSampler):
+    """The blocks 0..num_blocks-1 as they come: for a dataset that has the order of the run already."""
+
+    def permute(self, position: int) -> int:
+        return position
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self.start, self.num_taken)

@@ -33,7 +33,11 @@ class TokenStream:
         records = [part[split] for part in index["parts"] if part[split]["num_tokens"]]
         self.dtype = np.dtype(index["dtype"])
         self.paths = [str(Path(folder, record["file"])) for record in records]
-        self.start_paths = [str(Path(folder, record["starts"])) for record in records]
+        self.offsets = [record.get("offset", 0) for record in records]
+        self.dtypes = [np.dtype(record.get("dtype", index["dtype"])) for record in records]
+        self.start_paths = [
+            str(Path(folder, record["starts"])) if record["num_documents"] else "" for record in records
+        ]
         self.starts = np.cumsum([0] + [record["num_tokens"] for record in records])
         self._maps: dict[str, np.memmap[Any, Any]] = {}
 
@@ -48,26 +52,33 @@ class TokenStream:
         part = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
             offset, end = int(self.starts[part]), min(stop, int(self.starts[part + 1]))
-            pieces.append(self._map(self.paths[part], self.dtype)[start - offset : end - offset])
+            pieces.append(self._ids(part, start - offset, end - offset))
             start, part = end, part + 1
         if not pieces:
             return np.empty(0, self.dtype)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else np.concatenate([piece.astype(self.dtype) for piece in pieces])
 
     def document_starts(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Return the positions in start..stop-1 at which documents begin, in order."""
         pieces = []
         part = int(np.searchsorted(self.starts, start, side="right")) - 1
         while part < len(self.paths) and self.starts[part] < stop:
-            offset, begins = int(self.starts[part]), self._map(self.start_paths[part], STARTS_DTYPE)
-            first, last = np.searchsorted(begins, [max(0, start - offset), stop - offset])
-            pieces.append(begins[first:last].astype(np.int64) + offset)
+            offset = int(self.starts[part])
+            if path := self.start_paths[part]:
+                begins = self._map(path).view(STARTS_DTYPE)
+                first, last = np.searchsorted(begins, [max(0, start - offset), stop - offset])
+                pieces.append(begins[first:last].astype(np.int64) + offset)
             part += 1
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
-    def _map(self, path: str, dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
+    def _ids(self, part: int, start: int, stop: int) -> np.ndarray[Any, Any]:
+        dtype, offset = self.dtypes[part], self.offsets[part]
+        span = slice(offset + start * dtype.itemsize, offset + stop * dtype.itemsize)
+        return self._map(self.paths[part])[span].view(dtype)
+
+    def _map(self, path: str) -> np.memmap[Any, Any]:
         if path not in self._maps:
-            self._maps[path] = np.memmap(path, dtype, mode="r")
+            self._maps[path] = np.memmap(path, np.uint8, mode="r")
         return self._maps[path]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,9 +133,14 @@ def positions_within(starts: np.ndarray[Any, Any], length: int) -> torch.Tensor:
 
 
 def training_blocks(prepared: PreparedData) -> Blocks:
-    """The training split in blocks of the length it was prepared for."""
+    """Return the training split in blocks of the length it was prepared for; of a mixture, its sources' one after another."""
+    return blocks_of(prepared, prepared.folder)
+
+
+def blocks_of(prepared: PreparedData, folder: str) -> Blocks:
+    """The training split of one folder of tokens in blocks of the length that `prepared` has."""
     kind = DocumentBlocks if prepared.by_document else Blocks
-    return kind(TokenStream(prepared.folder, "train"), prepared.sequence_length)
+    return kind(TokenStream(folder, "train"), prepared.sequence_length)
 
 
 def heldout_starts(prepared: PreparedData) -> np.ndarray[Any, Any] | None:

@@ -95,7 +95,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         reason = _first_line(error) if online else "it does not answer, and its cache here has none of that name"
         raise ValueError(
-            f"tokenizer={name} is no folder here and cannot be had from the hub ({reason}): "
+            f"tokenizer={name} is not a folder here and cannot be fetched from the hub ({reason}): "
             "connect to the network, give a folder or .model file, or tokenizer=train."
         ) from None
 

@@ -1,1 +1,1 @@
-"""What a long run meets: preemption, lost ranks, bad numbers, and how it ends."""
+"""Events in a long run: preemption, lost ranks, numbers that are not finite, and how the run ends."""

@@ -8,9 +8,9 @@ FAILED_CODE = 1
 
 
 def hand_over(error: Exception) -> bool:
-    """Leave `error` with its traceback where torch's elastic agent looks for it; False where no agent does.
+    """Save `error` with its traceback for torch's elastic agent; return False if there is no agent.
 
-    Every rank may call it; the agent says which was the first.
+    Every rank may call it; the agent reports the first.
     """
     if "TORCHELASTIC_ERROR_FILE" not in os.environ or os.environ.get("HYDRA_FULL_ERROR") == "1":
         return False

@@ -20,7 +20,7 @@ from train.faults.stop import PREEMPTED_CODE, RunStopped
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's own kernel can skip an update: fused Adam on a GPU."""
+    """Return whether the optimizer's own kernel can skip an update: fused Adam on a GPU."""
     is_fused = all(group.get("fused") for group in optimizer.param_groups)
     on_gpu = all(param.is_cuda for group in optimizer.param_groups for param in group["params"])
     return is_fused and on_gpu and isinstance(optimizer, torch.optim.Adam)
@@ -44,11 +44,11 @@ class _Flags:
 
 
 class StepGuard(TrainerCallback):
-    """Skips updates with a non-finite loss or gradient norm, and ends a run that is asked to stop or is beyond help.
+    """Skips updates with a non-finite loss or gradient norm, and stops a run that is preempted or cannot recover.
 
-    A skipped step counts: data, learning rate and prune events go on, weights and moments stay. The run stops, with a
-    checkpoint, after more than `max_skipped` of them in a row, and after the step in which any rank was preempted; where
-    the host reads a step late, after the step behind it.
+    A skipped step counts: data, learning rate and prune events advance, weights and moments stay. The run stops with a
+    checkpoint after more than `max_skipped` skips in a row, and after the step in which a rank was preempted. If the
+    host reads a step's flags late, the run stops one step later.
     """
 
     def __init__(self, world: World, preemption: Preemption, max_skipped: int) -> None:
@@ -56,8 +56,8 @@ class StepGuard(TrainerCallback):
         self.preemption = preemption
         self.max_skipped = max_skipped
         self.has_save_failed: Callable[[], bool] = lambda: False
-        """Whether a checkpoint that is written in the background has failed here: all ranks then stop to save, and the next
-        save raises the error."""
+        """Returns whether a background checkpoint has failed on this rank. All ranks then stop to save, and that save
+        raises the error."""
         self.num_skipped = 0
         """Skipped updates since the run began."""
         self.num_in_row = 0
@@ -65,17 +65,17 @@ class StepGuard(TrainerCallback):
         self._unread: _Flags | None = None
 
     def allows_update(self, loss: Tensor, grad_norm: Tensor | float | None) -> bool:
-        """Whether the update is made: the same answer on every rank. Collective: one maximum of two flags."""
+        """Return whether to make the update, the same on every rank. Collective: one maximum of two flags."""
         is_bad = self._read(_Flags(self._agree(loss, grad_norm)))
         return not is_bad
 
     def decide_on_device(
         self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor | float | None
     ) -> None:
-        """Have a fused `optimizer` skip its next update where the numbers are bad; no host sync. Collective."""
+        """Make a fused `optimizer` skip its next update if the numbers are bad, without a host sync. Collective."""
         self.read_late_flags()
         flags = self._agree(loss, grad_norm)
-        # Weights, moments and step counts stay as they are where it is 1.
+        # If it is 1, weights, moments and step counts stay.
         optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
         self._unread = _Flags(flags)
 
@@ -86,13 +86,13 @@ class StepGuard(TrainerCallback):
             self._unread = None
 
     def is_asked_to_stop(self) -> bool:
-        """Whether a rank was preempted by now, outside a step: the same answer on every rank. Collective."""
+        """Return whether a rank was preempted by now, outside a step; the same on every rank. Collective."""
         flag = torch.full((1,), float(self.preemption.is_requested), device=self.world.device)
         self._is_stop_agreed |= bool(self.world.largest(flag))
         return self._is_stop_agreed
 
     def _agree(self, loss: Tensor, grad_norm: Tensor | float | None) -> Tensor:
-        """[whether a number is not finite, whether a rank is to stop] of all ranks, as 0 or 1, on the device."""
+        """Return [whether a number is not finite, whether a rank is to stop] over all ranks, as 0 or 1 on the device."""
         device = self.world.device
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
@@ -111,7 +111,7 @@ class StepGuard(TrainerCallback):
 
     @property
     def stop(self) -> RunStopped | None:
-        """Why the run ends at this step, None where it goes on."""
+        """Return why the run ends at this step, None if it continues."""
         if self.num_in_row > self.max_skipped:
             return RunStopped(
                 f"The loss or the gradient norm was not finite in {self.num_in_row} steps in a row, more than "
@@ -120,7 +120,7 @@ class StepGuard(TrainerCallback):
             )
         if self._is_stop_agreed:
             return RunStopped(
-                "the run was asked to stop and has saved a checkpoint: the same command goes on from it", PREEMPTED_CODE
+                "the run was asked to stop and has saved a checkpoint: the same command resumes from it", PREEMPTED_CODE
             )
         return None
 

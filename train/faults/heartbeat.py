@@ -37,11 +37,12 @@ class Heartbeat:
         self.step = step
 
     def watch_nccl(self) -> None:
-        """Have a thread report NCCL's failures, in the place of an exception that never comes.
+        """Start a thread that reports NCCL's failures, which raise no exception.
 
-        NCCL's collectives do not block: a rank that waits for a lost one waits on its GPU. torch's watchdog notices after
-        the timeout, marks the process group, and a minute later aborts the process (torch 2.11 to 2.13: four times
-        TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC). This thread speaks in that minute; where it fails the abort still comes.
+        NCCL's collectives do not block: a rank that waits for a lost one waits on its GPU. torch's watchdog notices
+        after the timeout, marks the process group, and a minute later aborts the process (torch 2.11 to 2.13: four
+        times TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC). This thread reports within that minute; if it fails, the abort still
+        comes.
         """
         if torch.cuda.is_available() and dist.is_initialized():
             threading.Thread(target=self._watch_nccl, daemon=True, name="nccl errors").start()
@@ -58,24 +59,24 @@ class Heartbeat:
                 self._store.set(f"error/{self.rank}", socket.gethostname())
 
     def report_and_exit(self, error: BaseException) -> None:
-        """After a failed collective: the first survivor says who is silent, and this process ends. Never returns.
+        """Report the silent ranks after a failed collective and end this process; only the first survivor reports.
 
-        It says nothing where the silent ones have an error of their own that this machine's launcher shows.
+        Nothing is reported if the silent ranks have an error of their own that this machine's launcher shows.
         """
         silent, explained = self._ask_in_time()
         survivors = [rank for rank in range(self.size) if rank not in (silent or {})]
         is_explained_here = bool(silent) and set(explained.values()) == {socket.gethostname()}
         if (silent is None or self.rank == survivors[0]) and not is_explained_here:
             said = " ".join(str(error).split())[:200]
-            # A progress bar may stand in the line.
+            # A progress bar may be in the line.
             print(f"\nerror: {loss_sentence(silent, self.step)} ({said})", file=sys.stderr, flush=True)
         # The group is broken: an orderly exit would wait for the lost rank.
         os._exit(LOST_CODE)
 
     def _ask_in_time(self) -> tuple[dict[int, int] | None, dict[int, str]]:
-        """The silent ranks and their own errors' machines; (None, {}) where the store does not answer.
+        """Return the silent ranks and their machines with errors; (None, {}) if the store does not answer.
 
-        A thread asks: what goes to a machine behind a broken cable comes back only when TCP gives up.
+        A thread asks: packets to a machine with a broken cable fail only when TCP gives up.
         """
         answers: list[tuple[dict[int, int], dict[int, str]]] = []
 
@@ -90,7 +91,7 @@ class Heartbeat:
         return answers[0] if answers else (None, {})
 
     def _silent_ranks(self) -> dict[int, int]:
-        """The ranks that do not report the failure themselves, with the step each began last."""
+        """Return the ranks that do not report the failure themselves, with the last step that each began."""
         assert self._store is not None
         self._store.set_timeout(timedelta(seconds=GRACE_S))
         self._store.set(f"survived/{self.rank}", "1")
@@ -103,16 +104,16 @@ class Heartbeat:
         return {rank: int(self._store.get(f"step/{rank}")) if is_there else 0 for rank, is_there in last.items()}
 
     def _hosts_with_errors(self, silent: Iterable[int]) -> dict[int, str]:
-        """The machines of the silent ranks that posted an error of their own."""
+        """Return the machines of the silent ranks that posted an error of their own."""
         assert self._store is not None
         posted = [rank for rank in silent if self._store.check([f"error/{rank}"])]
         return {rank: self._store.get(f"error/{rank}").decode() for rank in posted}
 
 
 def nccl_error(groups: Iterable[Any]) -> str | None:
-    """What torch's watchdog found wrong with one of these process groups; None where all is well.
+    """Return the error that torch's watchdog found in one of these process groups, or None.
 
-    Only what this rank noticed itself counts: a rank that hangs before a collective has noticed nothing.
+    Only this rank's own observation counts: a rank that hangs before a collective has observed nothing.
     """
     for group in groups:
         # A group without a backend for GPUs raises the first, gloo, which serves GPUs too, the second.
@@ -124,19 +125,26 @@ def nccl_error(groups: Iterable[Any]) -> str | None:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether an error is a collective's: a peer that went away or did not come within the timeout."""
+    """Return whether an error comes from a collective: a peer left, or did not come within the timeout."""
     words = ("gloo", "NCCL", "onnection closed", "onnection reset", "imed out", "imeout")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def loss_sentence(silent: dict[int, int] | None, step: int) -> str:
-    """`silent` maps lost ranks to the steps they began last, None if that cannot be known; `step` is this rank's."""
+    """Return the sentence about lost ranks.
+
+    Args:
+        silent: Maps lost ranks to the last step that each began; None if that is not known.
+        step: This rank's step.
+    """
     if silent is None:
-        return f"A collective failed in step {step} and the launcher does not answer; the same command goes on."
+        return f"A collective failed in step {step} and the launcher does not answer; rerun the same command to resume."
     if not silent:
-        return f"A collective failed in step {step} although every rank still answers; the same command goes on."
+        return (
+            f"A collective failed in step {step} although every rank still answers; rerun the same command to resume."
+        )
     names = ", ".join(f"rank {rank} (in step {begun})" for rank, begun in sorted(silent.items()))
     verb = "does" if len(silent) == 1 else "do"
     return (
-        f"{names} {verb} not answer while the others are in step {step}; the same command goes on from the checkpoint."
+        f"{names} {verb} not answer while the others are in step {step}; the same command resumes from the checkpoint."
     )

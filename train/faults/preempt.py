@@ -54,17 +54,17 @@ class Preemption:
 
 
 def end_when_asked() -> None:
-    """Until a process takes the signals over there is nothing to save, and the first one ends it as preempted.
+    """End the process as preempted at the first signal, until another handler takes over: there is nothing to save yet.
 
-    A process's first call: importing torch takes seconds, in which a request must not look like a failure. It ends by
-    SystemExit, as Ctrl-C would by KeyboardInterrupt, so that whoever started something can put it away.
+    Call it first in a process: importing torch takes seconds, in which a request must not look like a failure. It
+    raises SystemExit, as Ctrl-C raises KeyboardInterrupt, so that callers can clean up.
     """
     for number in SIGNALS:
         signal.signal(number, lambda *_: sys.exit(PREEMPTED_CODE))
 
 
 def start_unheeding(then: Callable[[int], None] | None, worker: int) -> None:
-    """A data worker's first act: its rank decides when to end, but SLURM signals every process of a job.
+    """Ignore signals in a data worker: its rank decides when to end, but SLURM signals every process of a job.
 
     torch would let SIGTERM kill the worker, and with it the rank before it has saved.
     """

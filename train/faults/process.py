@@ -16,10 +16,12 @@ AGENT = "SPARSELLM_AGENT"
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when the one that started it is gone (Linux; elsewhere nothing happens).
+    """Let the kernel kill this process when its parent is gone (on Linux; elsewhere nothing happens).
 
-    `parent` is its id where the caller knows it: then a parent that is gone already is noticed too. SIGKILL, because a
-    rank whose peers are gone too may wait in a collective and cannot handle anything else.
+    The signal is SIGKILL, because a rank that waits in a collective for lost peers cannot handle anything else.
+
+    Args:
+        parent: The parent's id; a parent that is gone already is then noticed too.
     """
     parent = parent or os.getppid()
     with contextlib.suppress(OSError, AttributeError):
@@ -29,7 +31,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def end_process_after(body: Callable[[], None]) -> NoReturn:
-    """Call `body`, and end with the code that its SystemExit gives, 0 where there is none. Other exceptions are raised."""
+    """Call `body` and end the process with the code of its SystemExit, 0 without one; other exceptions are raised."""
     code = 0
     try:
         body()

@@ -1,9 +1,9 @@
-"""What ends a run before its time, on all ranks alike: said once, in one sentence, with an exit code of its own."""
+"""Orderly early stop of a run on all ranks: one sentence, said once, and an exit code of its own."""
 
 from __future__ import annotations
 
 PREEMPTED_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on from the checkpoint."""
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command resumes from the checkpoint."""
 
 
 class RunStopped(Exception):

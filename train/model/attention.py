@@ -25,14 +25,22 @@ def attend_over_whole_blocks(model: PreTrainedModel) -> None:
     transformers searches the position ids of each micro-batch for documents packed into a row, and the host waits for the
     answer of the GPU (`masking_utils.find_packed_sequence_indices`). It makes no mask for an attention that has none of
     its mask functions: SDPA then gets `is_causal`, as it does after a search that found nothing. The results are the same
-    to the last bit.
+    to the last bit. A model with layers that look back only so far needs its masks and keeps them.
 
     Args:
         model: The model to train. Other implementations than SDPA stay as they are.
     """
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and attends_to_all_before(model.config):
         AttentionInterface.register(WHOLE_BLOCKS, sdpa_attention_forward)
         model.set_attn_implementation(WHOLE_BLOCKS)
+
+
+def attends_to_all_before(config: Any) -> bool:
+    """Tell whether every layer of a model attends to all tokens before, by its config."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return set(kinds) <= {"full_attention"}
+    return getattr(config, "sliding_window", None) is None and getattr(config, "attention_chunk_size", None) is None
 
 
 def attend_within_documents(model: PreTrainedModel) -> None:
@@ -128,10 +136,13 @@ def _flash_by_document(
     # The kernel takes widths that are multiples of 8; columns of zeros change no product.
     missing = -width % FLASH_WIDTH_STEP
     scaling = width**-0.5 if scaling is None else scaling
-    flat = [
+    flat_query, flat_key, flat_value = (
         F.pad(states.to(dtype), (0, missing)).transpose(1, 2).reshape(num_rows * length, num_heads, width + missing)
         for states in (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    ]
+    )
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    found: Any = varlen_attn(*flat, ends, ends, length, length, scale=scaling, window_size=window)
-    return found.view(num_rows, length, num_heads, width + missing)[..., :width]  # type: ignore[no-any-return]
+    found: Any = varlen_attn(
+        flat_query, flat_key, flat_value, ends, ends, length, length, scale=scaling, window_size=window
+    )
+    attended: Tensor = found.view(num_rows, length, num_heads, width + missing)[..., :width]
+    return attended

@@ -1,15 +1,23 @@
-"""A LLaMA from the configuration, without weights or with random ones."""
+"""The model of a run from its configuration, without weights or with random ones."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from conf.schema import ModelConfig
 from train.model.parametrisation import fold_queries
 from train.model.weights import allocate, draw_weights, skeleton
+from train.plan.architecture import causal_class, hf_config
+
+
+def transformers_config(model: ModelConfig, **token_ids: Any) -> Any:
+    """Return the transformers config of a model: a LLaMA's from the group `model`, or that of `model.path`."""
+    if model.path is not None:
+        return hf_config(model.path, model.overrides, **token_ids)
+    return llama_config(model, **token_ids)
 
 
 def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
@@ -30,16 +38,15 @@ def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
     )
 
 
-def model_on_meta(model: ModelConfig) -> LlamaForCausalLM:
+def model_on_meta(model: ModelConfig) -> PreTrainedModel:
     """Build the model without memory, to see in a moment that transformers takes its configuration.
 
     Raises:
         ValueError: The attention function is not known, or its library is not installed.
     """
-    options = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
     try:
         with torch.device("meta"):
-            return LlamaForCausalLM._from_config(llama_config(model), dtype=torch.float32, **options)
+            return _build(model, transformers_config(model))
     except (ImportError, ValueError) as error:
         if model.attn_implementation is None:
             raise
@@ -47,25 +54,30 @@ def model_on_meta(model: ModelConfig) -> LlamaForCausalLM:
         raise ValueError(f"model.attn_implementation={model.attn_implementation} cannot be used: {words}") from error
 
 
-def build_skeleton(model: ModelConfig, tokenizer: Any) -> LlamaForCausalLM:
+def build_skeleton(model: ModelConfig, tokenizer: Any) -> PreTrainedModel:
     """Return the model in float32 with its parameters on the meta device; `train.model.weights` fills them."""
-    config = llama_config(model, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    options = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
-    llama = skeleton(lambda: LlamaForCausalLM._from_config(config, dtype=torch.float32, **options))
+    config = transformers_config(model, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    built: PreTrainedModel = skeleton(lambda: _build(model, config))
     if model.query_scale == "folded":
-        fold_queries(llama)
-    llama.generation_config = GenerationConfig(
+        fold_queries(built)
+    built.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         max_length=model.max_position_embeddings,
     )
-    return llama
+    return built
 
 
-def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> LlamaForCausalLM:
+def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> PreTrainedModel:
     """Return the whole model on the CPU, with the weights that a run of any world size draws for `seed`."""
-    llama = build_skeleton(model, tokenizer)
-    allocate(llama, torch.device("cpu"))
-    draw_weights(llama, build_skeleton(model, tokenizer), seed, model.init)
-    return llama
+    built = build_skeleton(model, tokenizer)
+    allocate(built, torch.device("cpu"))
+    draw_weights(built, build_skeleton(model, tokenizer), seed, model.init)
+    return built
+
+
+def _build(model: ModelConfig, config: Any) -> PreTrainedModel:
+    kind = LlamaForCausalLM if model.path is None else causal_class(config)
+    options = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
+    return kind._from_config(config, dtype=torch.float32, **options)

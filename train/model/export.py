@@ -1,4 +1,4 @@
-"""The final model: a plain transformers folder with exact zeros, written without ever holding it whole on two ranks."""
+"""The final model: a plain transformers folder with exact zeros, written without ever holding it whole on any rank."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from train.checkpoints.tensorfile import write_tensors
 from train.distributed import World
 from train.model.parametrisation import query_folds, unfolded
 from train.model.portable import make_portable
+from train.model.stored import stored_form
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,7 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_shard_size: str, world: World) -> None:
     """Write config, generation config, tokenizer and safetensors; the folder appears only when it is whole.
 
-    Folded query weights are multiplied back, so that a plain transformers LLaMA gives the model's logits.
+    Folded query weights are multiplied back, so that a plain transformers LLaMA gives the model's logits. Experts are stored
+    one by one, as transformers' save_pretrained does.
 
     Weights are gathered tensor by tensor and kept on rank 0 for one file at a time. Collective.
     """
@@ -40,14 +42,16 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
         get_storage_id=lambda tensor: None,
         max_shard_size=max_shard_size,
     )
+    stored_in: dict[str, str] = {}
     for filename, names in split.filename_to_tensors.items():
-        held = {}
+        held: dict[str, Tensor] = {}
         for name in names:
             full = full_tensor(tensors[name])
             if world.is_main:
-                full = unfolded(full, folds.get(name, 1.0))
-                held[name] = full.to("cpu", DTYPES[dtype]).contiguous()
+                full = unfolded(full, folds.get(name, 1.0)).to("cpu", DTYPES[dtype])
+                held |= {stored: part.contiguous() for stored, part in stored_form(model, name, full).items()}
             del full
+        stored_in |= dict.fromkeys(held, filename)
         if world.is_main:
             write_tensors(aside / filename, held, {"format": "pt"})
     if not world.is_main:
@@ -55,7 +59,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
     if split.is_sharded:
         import json
 
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": split.metadata, "weight_map": stored_in}
         write_atomically(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     config = model.config.__class__.from_dict({**model.config.to_dict(), "dtype": dtype, "use_cache": True})
     config.architectures = [type(unwrapped(model)).__name__.removeprefix("FSDP")]

@@ -20,31 +20,43 @@ from train.checkpoints.write import local_rows
 from train.model.export import full_names
 from train.model.initial_config import check_config
 from train.model.parametrisation import folded, query_folds
-from train.plan.names import parameter_shapes
+from train.model.stored import Source, sources
+from train.plan.folders import model_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 NOT_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
 """What old versions of transformers stored beside the weights; it follows from config.json, which is compared."""
 
 
 class InitialWeights:
-    """A transformers folder's weights, each file opened once.
+    """A transformers folder's weights by the names that a model has for them, each file opened once.
 
     Only safetensors files are opened: nothing of the folder is executed.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, model: Any) -> None:
         """Open a model folder.
+
+        Args:
+            folder: The folder, or a hub name.
+            model: A model of its architecture on any device: it says which stored tensors make a weight.
 
         Raises:
             ValueError: there are no safetensors files, one cannot be read, or they are compact.
         """
         self.folder = folder
-        self._files = _files(Path(folder).expanduser())
+        self._files = _files(model_folder(folder, "init_from", weights=True))
         self._open: dict[Path, Any] = {}
         for path in sorted(set(self._files.values())):
             self._file(path)
+        try:
+            self._sources = sources(model, self._files)
+        except ValueError as error:
+            raise ValueError(f"init_from={folder}: {error}") from None
+        unread = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        self._unread = [NOT_WEIGHTS, *(re.compile(f".*{pattern}") for pattern in unread)]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> None:
         """Compare the folder's weights with a model's.
@@ -57,7 +69,7 @@ class InitialWeights:
             ValueError: a weight is missing, left over, or of another shape.
         """
         for name, shape in shapes.items():
-            if name not in self._files:
+            if name not in self._sources:
                 raise ValueError(
                     f"init_from={self.folder} has no weight {name}: give a folder of the configured model."
                 )
@@ -69,12 +81,12 @@ class InitialWeights:
         self._check_left_over(shapes, aliases)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Read the rows start .. stop of a weight; nothing else of its file is read."""
-        file = self._file(self._files[name])
-        try:
-            return file.get_slice(name)[start:stop]
-        except SafetensorError as error:
-            raise self._unreadable(self._files[name], error) from error
+        """Read the rows start .. stop of a weight, of experts those experts; nothing else of its files is read."""
+        source = self._sources[name]
+        if source.name is not None:
+            return self._slice(source.name, start, stop)
+        experts = [torch.cat([self._slice(part) for part in parts]) for parts in source.experts[start:stop]]
+        return torch.stack(experts) if experts else torch.empty(0, *self._shape(name)[1:])
 
     @torch.no_grad()
     def fill(self, model: Any) -> None:
@@ -87,15 +99,16 @@ class InitialWeights:
         """Return the share of exact zeros in whole weights, read piece by piece."""
         zeros = total = 0
         for name in names:
-            num_rows, *_ = self._shape(name)
-            for start in range(0, num_rows, rows_at_once):
-                piece = self.rows(name, start, min(num_rows, start + rows_at_once))
+            num_rows, *_ = shape = self._shape(name)
+            step = rows_at_once if len(shape) < 3 else 1
+            for start in range(0, num_rows, step):
+                piece = self.rows(name, start, min(num_rows, start + step))
                 zeros += piece.numel() - int(torch.count_nonzero(piece))
                 total += piece.numel()
         return zeros / max(1, total)
 
     def _check_left_over(self, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> None:
-        left = [name for name in self._files if name not in shapes and not NOT_WEIGHTS.fullmatch(name)]
+        left = [name for name in self._sources if name not in shapes and not self._is_unread(name)]
         # Some folders store a tied weight under both names.
         other = [name for name in left if name not in aliases or not self._are_equal(name, aliases[name])]
         if other:
@@ -105,6 +118,9 @@ class InitialWeights:
                 "it: give a folder of the configured model."
             )
 
+    def _is_unread(self, name: str) -> bool:
+        return any(pattern.fullmatch(name) for pattern in self._unread)
+
     def _are_equal(self, name: str, other: str) -> bool:
         if self._shape(name) != (shape := self._shape(other)):
             return False
@@ -112,7 +128,20 @@ class InitialWeights:
         return all(torch.equal(self.rows(name, at, at + 1024), self.rows(other, at, at + 1024)) for at in starts)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(self._files[name]).get_slice(name).get_shape())
+        source: Source = self._sources[name]
+        if source.name is not None:
+            return self._stored_shape(source.name)
+        parts = [self._stored_shape(part) for part in source.experts[0]]
+        return (len(source.experts), sum(rows for rows, *_ in parts), *parts[0][1:])
+
+    def _stored_shape(self, stored: str) -> tuple[int, ...]:
+        return tuple(self._file(self._files[stored]).get_slice(stored).get_shape())
+
+    def _slice(self, stored: str, start: int = 0, stop: int | None = None) -> Tensor:
+        try:
+            return self._file(self._files[stored]).get_slice(stored)[start:stop]
+        except SafetensorError as error:
+            raise self._unreadable(self._files[stored], error) from error
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
@@ -131,14 +160,19 @@ class InitialWeights:
         return ValueError(f"init_from={self.folder}: {path.name} cannot be read ({error}): copy it again.")
 
 
-def initial_weights(model: Any, folder: str) -> InitialWeights:
+def initial_weights(model: Any, folder: str, by_path: bool = False) -> InitialWeights:
     """Open a folder's weights for `model`, whose parameters may be on any device, sharded or not.
+
+    Args:
+        model: The model to fill.
+        folder: The folder, or a hub name.
+        by_path: The model is that of `model.path`.
 
     Raises:
         ValueError: the folder is not of such a model: its config, or the names or shapes of its weights.
     """
-    weights = InitialWeights(folder)
-    check_config(folder, model.config)
+    check_config(folder, model.config, by_path)
+    weights = InitialWeights(folder, model)
     names = {id(param): plain_name(name) for name, param in model.named_parameters()}
     spellings = {plain_name(name): names[id(param)] for name, param in model.named_parameters(remove_duplicate=False)}
     aliases = {name: first for name, first in spellings.items() if name != first}
@@ -152,15 +186,9 @@ def check_initial_model(folder: str, model: ModelConfig) -> None:
     Raises:
         ValueError: says what differs, both values and the remedy.
     """
-    from train.model.build import llama_config
+    from train.model.build import model_on_meta
 
-    weights = InitialWeights(folder)
-    check_config(folder, llama_config(model))
-    shapes, aliases = dict(parameter_shapes(model)), {}
-    if model.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-        aliases = {"lm_head.weight": "model.embed_tokens.weight"}
-    weights.check(shapes, aliases)
+    initial_weights(model_on_meta(model), folder, model.path is not None)
 
 
 def load_initial_weights(model: Any, folder: str) -> None:
@@ -191,6 +219,11 @@ def _files(folder: Path) -> dict[str, Path]:
         return {**stored, **{name: folder / file for name, file in weight_map.items()}}
     if (folder / SINGLE).is_file():
         return dict.fromkeys(_names(folder, SINGLE), folder / SINGLE)
+    if any((folder / name).is_file() for name in PICKLES):
+        raise ValueError(
+            f"init_from={folder} holds its weights as a pickle alone (.bin), which could run code when it is read: write it "
+            "as safetensors first, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)."
+        )
     raise ValueError(
         f"init_from={folder} holds no {SINGLE}: give a transformers folder with safetensors, such as a run's model/."
     )

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from conf.schema import Config
+from train.checkpoints.branch import check_branch
+from train.plan.branch import run_folder
 from train.plan.run import RunPlan
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None:
-    """Refuse an `init_from` that does not fit the run, from the config and file headers alone.
+    """Refuse an `init_from` that does not fit the run, and a model without a tokenizer, from configs and file headers alone.
 
     A run that has begun is not checked: its weights come from its checkpoints.
 
@@ -25,7 +27,15 @@ def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None
     Raises:
         ValueError: says what does not fit, and the remedy.
     """
-    if config.init_from is None or (not config.overwrite and (plan.run_dir / "config.yaml").exists()):
+    if not config.overwrite and (plan.run_dir / "config.yaml").exists():
+        return
+    if config.branch_from is not None:
+        if run_folder(config).resolve() == plan.run_dir.resolve():
+            raise ValueError(f"branch_from={config.branch_from} is this run's own folder: give another run_name.")
+        check_branch(config, plan)
+        return
+    if config.init_from is None:
+        check_tokenizer_of_path(config)
         return
     # Imports torch, which a launch without init_from does not pay for.
     from train.model.initial import check_initial_model
@@ -48,6 +58,16 @@ def check_tokenizer_choice(config: Config, overrides: Iterable[str]) -> None:
         raise ValueError(
             f"tokenizer=train would train a new tokenizer under the embeddings of init_from={folder}: set tokenizer=null "
             "to use the folder's, or write tokenizer=train on the command line if that is meant."
+        )
+
+
+def check_tokenizer_of_path(config: Config) -> None:
+    """Refuse a `model.path` without a tokenizer, unless another one is given."""
+    path = config.model.path
+    if path is not None and config.tokenizer is None and not has_tokenizer(path):
+        raise ValueError(
+            f"model.path={path} holds no tokenizer: give one, tokenizer=FOLDER_OR_NAME, or tokenizer=train for a new one of "
+            "the model's vocabulary size."
         )
 
 
@@ -84,8 +104,10 @@ def check_tokenizer(config: Config, overrides: Iterable[str]) -> None:
     )
 
 
-def has_tokenizer(folder: str) -> bool:
-    return any((Path(folder).expanduser() / name).is_file() for name in TOKENIZER_FILES)
+def has_tokenizer(spec: str) -> bool:
+    """Tell whether a folder has a tokenizer; a hub name is taken to have one, and AutoTokenizer says if it has not."""
+    folder = Path(spec).expanduser()
+    return not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def is_named(key: str, overrides: Iterable[str]) -> bool:

@@ -6,25 +6,23 @@ transformers' own config class reads both sides, so that defaults and older spel
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from conf.schema import ModelConfig
+from train.plan.architecture import check_plain, read_config
+from train.plan.folders import CONFIG, model_folder
 
-CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 WITHOUT_EFFECT = frozenset({
-    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
-    "eos_token_id", "finetuning_task", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
-    "max_position_embeddings", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-    "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "id2label",
+    "initializer_range", "is_encoder_decoder", "label2id", "max_position_embeddings", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
+    "return_dict", "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
 """Fields that leave the logits as they are. All others must be equal; `max_position_embeddings` must not be exceeded."""
-NOT_PLAIN = ("auto_map", "quantization_config")
-"""Fields that no plain float model of transformers has: code of the folder's own, weights in another form."""
 OVERRIDES = {"rope_parameters.rope_theta": "rope_theta"}
 """Keys of the group `model` that have another name in config.json."""
 
@@ -41,33 +39,41 @@ class Difference:
     def words(self) -> str:
         return f"{self.field} is {_yaml(self.theirs)} there and {_yaml(self.ours)} here"
 
-    @property
-    def override(self) -> str | None:
-        """The override that takes over the folder's value; None if the group `model` has no such key."""
+    def override(self, by_path: bool = False) -> str | None:
+        """Return the override that takes over the folder's value; None if the group `model` has no such key.
+
+        Args:
+            by_path: The model is given by `model.path`, so that any field of config.json can be set.
+        """
+        if by_path:
+            inner = f"{_yaml(self.theirs)}"
+            for part in reversed(self.field.split(".")):
+                inner = f"{{{part}: {inner}}}"
+            return f"model.overrides={inner}"
         key = OVERRIDES.get(self.field, self.field)
         is_key = key in {field.name for field in fields(ModelConfig)} and self.theirs is not None
         return f"model.{key}={_yaml(self.theirs)}" if is_key else None
 
 
-def check_config(folder: str, ours: Any) -> None:
+def check_config(folder: str, ours: Any, by_path: bool = False) -> None:
     """Refuse a folder whose config.json describes another function than `ours`, a transformers config.
+
+    Args:
+        folder: The folder, or a hub name.
+        ours: The config of the model that is built.
+        by_path: It is that of `model.path`.
 
     Raises:
         ValueError: config.json is missing or garbled, or fields differ. All of them are named, with both values and the
             overrides that take over the folder's.
     """
-    theirs = _read(folder)
-    if (Path(folder).expanduser() / ADAPTER).exists():
+    theirs = read_config(folder, "init_from")
+    if (model_folder(folder, "init_from") / ADAPTER).exists():
         raise ValueError(
             f"init_from={folder} holds {ADAPTER}, an adapter beside or instead of a whole model: merge it into its base "
             "model (peft's merge_and_unload) and save that."
         )
-    for key in NOT_PLAIN:
-        if theirs.get(key):
-            raise ValueError(
-                f"init_from={folder} has {key} in {CONFIG}, so it is no plain model of transformers: give a folder "
-                "without it, in float32, bfloat16 or float16."
-            )
+    check_plain(theirs, folder, "init_from")
     if theirs.get("model_type") != ours.model_type:
         raise ValueError(
             f"init_from={folder} is of another architecture, model_type is {theirs.get('model_type')} there and "
@@ -80,7 +86,7 @@ def check_config(folder: str, ours: Any) -> None:
             f"init_from={folder}: transformers cannot read its {CONFIG} ({' '.join(str(error).split())}): copy it again."
         ) from None
     if found := config_differences(parsed, ours.to_dict()):
-        raise ValueError(_sentence(folder, found))
+        raise ValueError(_sentence(folder, found, by_path))
 
 
 def config_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
@@ -108,9 +114,9 @@ def _derives_head_dim(config: Mapping[str, Any]) -> bool:
     return bool(heads) and config.get("head_dim") == config.get("hidden_size", 0) // heads
 
 
-def _sentence(folder: str, found: list[Difference]) -> str:
-    overrides = [difference.override for difference in found if difference.override]
-    fixed = [f"{difference.field}={_yaml(difference.ours)}" for difference in found if not difference.override]
+def _sentence(folder: str, found: list[Difference], by_path: bool) -> str:
+    overrides = [override for difference in found if (override := difference.override(by_path))]
+    fixed = [f"{difference.field}={_yaml(difference.ours)}" for difference in found if not difference.override(by_path)]
     remedy = f"set {' '.join(overrides)}" if overrides else ""
     if fixed:
         remedy = f"give a folder with {', '.join(fixed)}, which no key of the group model changes" + (
@@ -120,22 +126,6 @@ def _sentence(folder: str, found: list[Difference]) -> str:
         f"init_from={folder} is not of the configured model, "
         f"{'; '.join(difference.words for difference in found)}: {remedy}."
     )
-
-
-def _read(folder: str) -> dict[str, Any]:
-    path = Path(folder).expanduser() / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"init_from={folder} holds no {CONFIG}: give a transformers folder with config and safetensors, such as a "
-            "run's model/."
-        ) from None
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"init_from={folder}: {CONFIG} is garbled: copy it again.")
-    return config
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

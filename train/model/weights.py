@@ -25,6 +25,7 @@ from sparsity.wrappers import fsdp2_groups
 from train.checkpoints.write import local_rows
 from train.model.export import full_names
 from train.model.parametrisation import INITS, fold_drawn_
+from train.plan.architecture import block_names
 
 
 def skeleton(build: Callable[[], Any]) -> Any:
@@ -110,6 +111,8 @@ def shard_and_allocate(accelerator: Any, model: nn.Module) -> None:
     plugin = accelerator.state.fsdp_plugin
     # Rank 0 would send every other rank its whole parameters, of which it has none.
     plugin.cpu_ram_efficient_loading = False
+    # accelerate refuses a name of `_no_split_modules` that no module has, as those of the parts left out of a model.
+    plugin.transformer_cls_names_to_wrap = sorted(block_names(model))
     if plugin.activation_checkpointing:
         plugin.set_auto_wrap_policy(model)
         fsdp2_apply_ac(accelerator, model)

@@ -1,4 +1,4 @@
-"""What a plan assumes of one GPU: its peak and its memory, by its name or as given."""
+"""Peak and memory that a plan assumes of one GPU, by its name or as given."""
 
 from __future__ import annotations
 

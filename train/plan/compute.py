@@ -20,7 +20,8 @@ REDUCED_BYTES = 4
 
 @dataclass(frozen=True)
 class Flops:
-    """Of the whole run: as if all weights stayed, which is what a GPU computes, and with the weights then active."""
+    """FLOPs of the whole run: `dense` as a GPU computes them, masked weights included; `average` of the active weights
+    alone."""
 
     dense: float
     average: float
@@ -41,11 +42,11 @@ def training_days(flops: float, num_devices: int, peak_tflops: float, mfu: float
 def step_network_bytes(
     model: ModelConfig, world_size: int, compute_bytes: int, num_micro_batches: int, reshard_after_forward: bool = True
 ) -> int:
-    """Bytes that one GPU receives in an optimizer step under FSDP2, with rings.
+    """Return the bytes that one GPU receives in an optimizer step under FSDP2, with rings.
 
-    Each micro-batch gathers the weights for its forward and, with `reshard_after_forward`, again for its backward; only the
-    final norm and lm_head then stay in between. The last one reduces and scatters the gradients, in float32
-    (train.distributed.reduce_in_float32).
+    Each micro-batch gathers the weights for its forward pass and, with `reshard_after_forward`, again for its backward
+    pass; only the final norm and lm_head then stay in between. The last one reduces and scatters the gradients, in
+    float32 (train.distributed.reduce_in_float32).
     """
     counts = count_parameters(model)
     tail = (model.vocab_size + 1) * model.hidden_size
@@ -54,6 +55,6 @@ def step_network_bytes(
 
 
 def event_network_bytes(num_parameters: int, world_size: int) -> int:
-    """Bytes that one GPU receives in a prune event for the threshold of so many parameters: counts alone."""
+    """Return the bytes that one GPU receives in a prune event for the threshold of so many parameters: counts alone."""
     num_counts = EVENT_COUNTS + 2 * num_parameters + world_size
     return round(2 * COUNT_BYTES * num_counts * (world_size - 1) / world_size)

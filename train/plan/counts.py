@@ -1,10 +1,11 @@
-"""How many parameters a LLaMA has, in closed form: no tensor is made, so a plan of any size costs nothing."""
+"""How many parameters a model has: of a LLaMA in closed form, of any other from a model on the meta device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from conf.schema import ModelConfig
+from train.plan.architecture import describe
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,10 @@ class ParameterCounts:
 
 
 def count_parameters(model: ModelConfig) -> ParameterCounts:
-    """Counts for a LLaMA without biases; a tied lm_head is the embedding, so it is no linear weight of its own."""
+    """Return a model's counts; a tied lm_head is the embedding, so it is no linear weight of its own."""
+    if model.path is not None:
+        found = describe(model)
+        return ParameterCounts(found.total, found.linear, found.linear_per_block)
     head_dim = model.hidden_size // model.num_attention_heads
     query = model.hidden_size * model.num_attention_heads * head_dim
     key = model.hidden_size * model.num_key_value_heads * head_dim
@@ -32,7 +36,11 @@ def flops_per_token(model: ModelConfig, linear_params: float, sequence_length: i
     """Return the FLOPs of forward and backward: 2 and 4 a weight, and the two products of attention.
 
     That is 6 x linear weights + 12 x layers x hidden size x sequence length (arXiv 2204.02311, appendix B). Nothing is
-    taken off for the causal mask, and recomputed activations do not count, as is usual for MFU.
+    taken off for the causal mask, and recomputed activations do not count, as is usual for MFU. A mixture's experts count
+    as often as a token is routed to them, and the width of attention is that of its heads.
     """
+    active, width = 1.0, model.hidden_size
+    if model.path is not None:
+        active, width = describe(model).active_share, describe(model).attention_width
     logits = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
-    return 6 * (linear_params + logits) + 12 * model.num_hidden_layers * model.hidden_size * sequence_length
+    return 6 * (active * linear_params + logits) + 12 * model.num_hidden_layers * width * sequence_length

@@ -11,9 +11,9 @@ from train.plan.run import RunPlan
 ROOM_FOR_SMALL_FILES = 16 << 20
 
 
-def checkpoint_bytes(model: ModelConfig, num_prunable: int) -> int:
-    """Float32 weights and both moments, and a bit for each mask entry: all ranks together."""
-    return 12 * count_parameters(model).total + num_prunable // 8
+def checkpoint_bytes(model: ModelConfig, num_prunable: int, update_state_bytes: int = 0) -> int:
+    """Return the bytes of float32 weights, both moments, mask bits and what the masks' update keeps, on all ranks."""
+    return 12 * count_parameters(model).total + num_prunable // 8 + update_state_bytes * num_prunable
 
 
 def export_bytes(model: ModelConfig, dtype: str) -> int:
@@ -21,12 +21,15 @@ def export_bytes(model: ModelConfig, dtype: str) -> int:
 
 
 def run_bytes(config: Config, plan: RunPlan) -> int:
-    """The final model and the checkpoints that stand at a time: those kept and the one being written."""
+    """Return the bytes of the final model and of the checkpoints: those kept and the one being written."""
     kept = 0 if config.trainer.save_strategy == "no" else config.trainer.save_total_limit + 1
-    checkpoints = kept * checkpoint_bytes(plan.model, plan.counts.linear if plan.schedule else 0)
+    kept += len(config.trainer.keep_steps)
+    checkpoints = kept * checkpoint_bytes(
+        plan.model, plan.counts.linear if plan.schedule else 0, plan.update.state_bytes
+    )
     return checkpoints + export_bytes(plan.model, config.export.dtype) + ROOM_FOR_SMALL_FILES
 
 
 def bytes_below(folder: Path) -> int:
-    """What lies in `folder` now; 0 where there is none."""
+    """Return the bytes of all files in `folder`; 0 if there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

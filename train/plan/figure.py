@@ -1,4 +1,4 @@
-"""The density curve of one run, or of a series: what share of the linear weights trains at each step."""
+"""The density curve of one run, or of a series: the share of the linear weights that trains at each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from train.plan.run import RunPlan
 
 
 def draw_density(plans: Sequence[RunPlan], file: Path) -> None:
-    """Density over steps, with each run's average as a dashed line; dense runs of a series are left out."""
+    """Draw density over steps, with each run's average as a dashed line; dense runs of a series are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,7 +39,7 @@ def draw_density(plans: Sequence[RunPlan], file: Path) -> None:
 
 
 def density_curve(plan: RunPlan) -> tuple[list[int], list[float]]:
-    """Corners of the staircase: two points for each change of density, from step 0 to the end of the run."""
+    """Return the corners of the staircase: two points for each change of density, from step 0 to the end of the run."""
     steps, densities = [0], [1.0]
     if plan.schedule:
         for step in plan.schedule.events():

@@ -1,4 +1,4 @@
-"""Everything that is known of one run before it runs, as one plain dictionary: what json and text are made from."""
+"""All that is known about a run before it runs, as one plain dictionary from which JSON and text are made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from train.plan.series import table_row
 
 
 def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, Any]:
-    """The run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name."""
+    """Return the run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name."""
     row = table_row(config, plan)
     num_prunable = plan.num_prunable
     setting = run_setting(config, plan, parse_bytes(memory_of(request)), request.memory_headroom)
@@ -84,7 +84,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "bytes_per_prune_event": sum(event_network_bytes(len(pool.names), plan.world_size) for pool in plan.pools),
         },
         "disk": {
-            "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable),
+            "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable, plan.update.state_bytes),
             "export_bytes": export_bytes(plan.model, config.export.dtype),
             "export_dtype": config.export.dtype,
         },
@@ -130,7 +130,7 @@ def _memory(memory: GpuMemory) -> dict[str, Any]:
 
 
 def _leanest(config: Config, setting: Setting) -> Setting:
-    """The setting by which the most sequences fit: what `auto` chooses for them frees gathered weights where it must."""
+    """Return the setting in which the most sequences fit: `auto` then frees gathered weights if it must."""
     return replace(setting, reshard_after_forward=config.launch.reshard_after_forward != "false")
 
 
@@ -144,7 +144,7 @@ def _host(memory: HostMemory) -> dict[str, Any]:
 
 
 def _largest_fit(plan: RunPlan, num_prunable: int, setting: Setting, request: PlanConfig) -> dict[str, Any]:
-    """The largest micro-batch that fits into the device's memory less its headroom; sizes are None where none does."""
+    """Return the largest micro-batch that fits into the device's memory less its headroom; sizes are None if none fits."""
     device = parse_bytes(memory_of(request))
     share = plan.batch_size // plan.world_size
     budget = device * (1 - request.memory_headroom)

@@ -13,11 +13,11 @@ HEADROOM = 0.1
 
 
 def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroom: float = HEADROOM) -> Setting:
-    """Return how the run computes on GPUs: there the compute type is bfloat16 unless the config says otherwise.
+    """Return how the run computes on GPUs; the compute type is bfloat16 unless the config says otherwise.
 
     Args:
         config: The run.
-        plan: What follows from it for the number of processes.
+        plan: Its plan for the number of processes.
         device_bytes: Memory of one GPU; None if it is not known, and weights are then freed.
         headroom: Share of it to leave free.
     """
@@ -32,6 +32,8 @@ def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroo
         gradient_checkpointing=trainer.gradient_checkpointing,
         compiled=trainer.torch_compile,
         fused_loss=trainer.use_liger_kernel,
+        update_state_bytes=plan.update.state_bytes,
+        update_move_bytes=plan.update.move_bytes,
     )
     asked = config.launch.reshard_after_forward
     if asked == "auto":

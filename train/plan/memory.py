@@ -56,6 +56,10 @@ class Setting:
     reshard_after_forward: bool = True
     """FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
     selection_chunk: int = SELECTION_CHUNK
+    update_state_bytes: int = 0
+    """Of each prunable weight, besides its mask: what the update of the masks keeps."""
+    update_move_bytes: int = 0
+    """Of each prunable weight, while masks move by the gradients of a step."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,8 +68,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes on one GPU. `transients` are what each phase of a step holds beside the state and, where it holds them,
-    gradients and activations; the peak is that of the phase with the largest sum."""
+    """Bytes on one GPU. `transients` are what each phase of a step holds beside the state and, if it holds them, gradients
+    and activations; the peak is that of the phase with the largest sum."""
 
     weights: int
     gradients: int
@@ -83,7 +87,7 @@ class GpuMemory:
 
     @property
     def transient(self) -> int:
-        """What the phase of the peak holds for itself alone."""
+        """Return the bytes that the phase of the peak holds for itself alone."""
         return self.transients[self.peak_phase]
 
     @property
@@ -94,7 +98,7 @@ class GpuMemory:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of host memory that one rank holds at a time, beside what Python and its libraries take.
+    """Bytes of host memory that one rank holds at a time, without those of Python and its libraries.
 
     Weights are drawn, or read, a layer at a time (`train.model.weights`); the model is exported a file at a time
     (`train.model.export`).
@@ -121,7 +125,7 @@ def host_memory(model: ModelConfig, world_size: int, export_dtype: str, max_shar
 
 
 def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMemory:
-    """The memory of one of `setting.world_size` GPUs; a world of one holds everything."""
+    """Return the memory of one of `setting.world_size` GPUs; a world of one holds everything."""
     counts = count_parameters(model)
     world, c, tokens = setting.world_size, setting.compute_bytes, setting.num_tokens
     shard = -(-counts.total // world)
@@ -152,19 +156,21 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
         "the last block's backward": workspace + gathered_backward + kept,
         "the first block's backward": workspace + (0 if recomputed else one_block) + gathered_backward,
         "a prune event": selection,
+        "a move of the masks": selection + setting.update_move_bytes * prunable,
     }
     held = {
         "the loss": waiting + activations,
         "the last block's backward": waiting + activations,
         "the first block's backward": gradients + waiting,
         "a prune event": 0,
+        "a move of the masks": gradients if setting.update_move_bytes else 0,
     }
     return GpuMemory(
         weights=FLOAT32_BYTES * shard,
         gradients=gradients,
         waiting_gradients=waiting if setting.fsdp else 0,
         moments=2 * FLOAT32_BYTES * shard,
-        masks=MASK_BYTES * prunable,
+        masks=(MASK_BYTES + setting.update_state_bytes) * prunable,
         activations=activations,
         transients=transients,
         held=held,
@@ -172,7 +178,7 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
 
 
 def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) -> int:
-    """What autograd saves of one decoder block, see the head of this file."""
+    """Return the bytes that autograd saves of one decoder block, by the formulas at the head of this file."""
     h, f, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
     kv = h // heads * model.num_key_value_heads
     if compiled:
@@ -183,7 +189,7 @@ def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) ->
 
 
 def activation_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
-    """What autograd saves of the whole model before the loss; with checkpointing each block's input alone."""
+    """Return the bytes that autograd saves of the whole model before the loss; with checkpointing only each block's input."""
     c = setting.compute_bytes
     block = c * model.hidden_size
     if not setting.gradient_checkpointing:
@@ -192,11 +198,12 @@ def activation_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
 
 
 def loss_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
-    """Logits and cross-entropy: three float32 copies in its backward, the log-probabilities and two gradients of them.
+    """Return the bytes of logits and cross-entropy.
 
-    In the forward it is the compute-type logits, their float32 copy and the log-probabilities. Liger's fused loss cuts
-    the tokens into as many chunks as the vocabulary is wider than the model, so it holds about one width per token. A
-    compiled loss holds the logits and their gradient in the compute type.
+    The backward pass holds three float32 copies: the log-probabilities and two gradients of them. The forward pass
+    holds the compute-type logits, their float32 copy and the log-probabilities. Liger's fused loss cuts the tokens into
+    as many chunks as the vocabulary is wider than the model, so it holds about one width per token. A compiled loss
+    holds the logits and their gradient in the compute type.
     """
     vocabulary = model.vocab_size
     if setting.compiled and not setting.fused_loss:
@@ -207,14 +214,15 @@ def loss_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
 
 
 def workspace_bytes_per_token(model: ModelConfig, c: int) -> int:
-    """Gradients of activations that are alive at once in a block's backward: three of the MLP, two of the residual."""
+    """Return the bytes of the gradients of activations that are alive at once in a block's backward pass: three of the
+    MLP, two of the residual."""
     return c * (3 * model.intermediate_size + 2 * model.hidden_size)
 
 
 def largest_micro_batch(
     model: ModelConfig, num_prunable: int, setting: Setting, *, share: int, budget_bytes: float
 ) -> tuple[int, GpuMemory] | None:
-    """The largest micro-batch that divides a GPU's `share` of the batch and peaks within `budget_bytes`, or None."""
+    """Return the largest micro-batch that divides a GPU's `share` of the batch and peaks within `budget_bytes`, or None."""
     for size in range(share, 0, -1):
         if share % size:
             continue
@@ -226,7 +234,7 @@ def largest_micro_batch(
 
 
 def parse_bytes(text: str) -> int:
-    """141GB as 141e9 bytes, 80GiB as 80 x 2^30; a bare number is bytes."""
+    """Return a size in bytes: 141GB as 141e9, 80GiB as 80 x 2^30; a bare number is bytes."""
     units = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "TiB": 1 << 40, "GiB": 1 << 30, "MiB": 1 << 20, "B": 1}
     unit = next((name for name in sorted(units, key=len, reverse=True) if text.strip().endswith(name)), "")
     try:
@@ -234,5 +242,5 @@ def parse_bytes(text: str) -> int:
     except ValueError:
         size = 0.0
     if not 0 < size < float("inf"):
-        raise ValueError(f"device_memory={text} is no amount of memory: give a number with GB or GiB, like 141GB.")
+        raise ValueError(f"device_memory={text} is not an amount of memory: give a number with GB or GiB, like 141GB.")
     return int(size)

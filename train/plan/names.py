@@ -1,15 +1,17 @@
-"""Which weights a configuration prunes, in closed form: the same names, patterns and pools as in `sparsity`."""
+"""Which weights a configuration prunes: the same names, patterns and pools as in `sparsity`, for a LLaMA in closed form."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from conf.schema import ModelConfig, SparsityConfig
 from sparsity.factors import check_factor_names
 from sparsity.pattern import parse_pattern
 from sparsity.scope import Group, Pool, make_pools
+from train.plan.architecture import check_pattern_meta, prunable_meta
 
 
 def count_prunable(model: ModelConfig, sparsity: SparsityConfig) -> int:
@@ -30,6 +32,8 @@ def planned_pools(model: ModelConfig, sparsity: SparsityConfig) -> list[Pool]:
     if pattern is not None:
         for target in (sparsity.target, *(group.target for group in sparsity.groups)):
             pattern.check_sparsity(target)
+        if model.path is not None:
+            check_pattern_meta(model, shapes, pattern)
         for name, shape in shapes.items():
             pattern.check_shape(name, shape)
     return pools
@@ -44,6 +48,11 @@ def prunable_shapes(model: ModelConfig, sparsity: SparsityConfig) -> dict[str, t
 
     A tied lm_head is the embedding: it is pruned only where `include` names one of the two, and then once.
     """
+    if model.path is not None:
+        return {
+            name: tuple(param.shape)
+            for name, param in prunable_meta(model, sparsity.include, sparsity.requires_dense).items()
+        }
     shapes = dict(parameter_shapes(model))
     for option, patterns in (("include", sparsity.include or ()), ("requires_dense", sparsity.requires_dense)):
         for pattern in patterns:
@@ -79,6 +88,20 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
             yield f"model.layers.{layer}.{module}.weight", shape
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (model.vocab_size, hidden)
+
+
+def dense_words(shapes: Mapping[str, Sequence[int]], pruned: Iterable[str]) -> str:
+    """Say which parameters of a model are not pruned: matrices by name, those of all layers together, vectors by number.
+
+    Args:
+        shapes: Every parameter of the model.
+        pruned: The names of those that are pruned.
+    """
+    left = {name: shape for name, shape in shapes.items() if name not in set(pruned)}
+    matrices = [re.sub(r"\.\d+\.", ".*.", name) for name, shape in left.items() if len(shape) > 1]
+    num_vectors = sum(len(shape) <= 1 for shape in left.values())
+    vectors = [f"{num_vectors} {'vector' if num_vectors == 1 else 'vectors'} (norms, biases)"] if num_vectors else []
+    return ", ".join([*dict.fromkeys(matrices), *vectors])
 
 
 def _is_chosen(name: str, model: ModelConfig, sparsity: SparsityConfig) -> bool:

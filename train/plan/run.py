@@ -1,4 +1,4 @@
-"""What a configuration means in numbers: batch, steps, tokens and the prune schedule, before anything is loaded."""
+"""A configuration in numbers: batch, steps, tokens and the prune schedule, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sparsity.schedule import SCHEDULES, Mixed, Ramp
 from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
 from sparsity.update import Update
 from sparsity.window import compute_window, schedule_of_window
+from train.plan.architecture import default_length, describe, resolved
+from train.plan.branch import planned_steps
 from train.plan.counts import ParameterCounts, count_parameters
 from train.plan.names import planned_pools
 from train.plan.twin import DenseTwin, dense_twin
@@ -29,20 +31,25 @@ class RunPlan:
     micro_batch_size: int
     gradient_accumulation_steps: int
     schedule: Ramp | Mixed | None
-    """Of all prunable weights together; None where the run stays dense."""
+    """Schedule of all prunable weights together; None if the run stays dense."""
     pools: tuple[Pool, ...]
-    """The weights that compete with each other; none where the run stays dense."""
+    """Groups of weights that compete with each other; empty if the run stays dense."""
     scope: Scope
-    """What shares out among the pools what is pruned."""
+    """Shares out the pruned weights among the pools."""
     update: Update
     """Whether pruned weights may come back."""
     model: ModelConfig
-    """What is trained: the configured model, or its dense twin."""
+    """The model to train: the configured one, or its dense twin."""
     counts: ParameterCounts
     target_sparsity: float | None
     """Of all prunable weights together in the end; a twin has that of its sparse run, a dense run none."""
     twin: DenseTwin | None = None
     """How a dense twin was derived and how far off it is; None where model.match is null."""
+
+    @property
+    def architecture(self) -> str:
+        """The `model_type` of transformers."""
+        return "llama" if self.model.path is None else describe(self.model).kind
 
     @property
     def batch_tokens(self) -> int:
@@ -54,12 +61,13 @@ class RunPlan:
 
     @property
     def average_density(self) -> float:
-        """Mean density of the prunable weights over the run's steps."""
+        """Return the mean density of the prunable weights over the run's steps."""
         return self.schedule.average_density(self.num_steps) if self.schedule else 1.0
 
     @property
     def extra_linear(self) -> float:
-        """Linear weights, on average over the steps, whose work comes on top of the active ones': dense gradients."""
+        """Return the linear weights, on average over the steps, that cost work beside the active ones: those of dense
+        gradients."""
         extra = self.update.extra_compute(self.schedule, self.num_steps) if self.schedule else 0.0
         return extra / self.num_steps * self.num_prunable
 
@@ -69,7 +77,7 @@ class RunPlan:
 
     @property
     def num_pruned(self) -> int:
-        """Weights that are pruned in the end."""
+        """Return the number of weights that are pruned at the end."""
         if self.schedule is None:
             return 0
         base = self.schedule.base
@@ -78,8 +86,8 @@ class RunPlan:
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
     """The plan of a run; a ValueError says in one sentence what in the configuration cannot be."""
-    model = config.model
-    sequence_length = config.data.sequence_length or model.max_position_embeddings
+    model = resolved(config.model)
+    sequence_length = config.data.sequence_length or default_length(model)
     if sequence_length > model.max_position_embeddings:
         raise ValueError(
             f"data.sequence_length={sequence_length} is longer than the model's context, "
@@ -115,10 +123,11 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
 def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int) -> tuple[Ramp | Mixed | None, int]:
     """The prune schedule, None for a dense run, and the number of steps, which a compute budget decides."""
     sparsity, window, num_steps = config.sparsity, config.sparsity.window, config.trainer.max_steps
+    num_steps = planned_steps(config) if num_steps is None else num_steps
     if (num_steps is None) == (window.budget is None):
         raise ValueError(
             f"trainer.max_steps={num_steps} and sparsity.window.budget={window.budget} both say how long the run is, or "
-            "neither does: set one of them, and the other to null."
+            "neither does: set one of them, and the other to null; with branch_from=RUN@STEP and optim.decay_steps both may be."
         )
     shares = target_shares(pools, sparsity.target)
     if not any(target for _, target in shares):
@@ -146,12 +155,34 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
             kind=kind,
             shares=shares,
         )
-    config.sparsity.make_update().check(schedule, parse_pattern(sparsity.pattern))
+    _check_window_and_decay(config, schedule, num_steps)
+    update = sparsity.make_update()
+    update.check(schedule, parse_pattern(sparsity.pattern))
+    if config.init_from is not None and update.lets_return:
+        raise ValueError(
+            f"init_from={config.init_from} keeps the zeros of its model, and sparsity.update={sparsity.update} lets pruned "
+            "weights return: take sparsity.update=shrink, or start from new weights."
+        )
     return seen_together(schedule, pools), num_steps
 
 
+def decay_length(decay_steps: float, num_steps: int) -> int:
+    """Return the steps that a value of optim.decay_steps stands for: below 1 it is a share of the run."""
+    return round(decay_steps * num_steps) if decay_steps < 1 else round(decay_steps)
+
+
+def _check_window_and_decay(config: Config, schedule: Ramp, num_steps: int) -> None:
+    """Refuse to prune while the rate decays: what is pruned then has no time to recover."""
+    decay = config.trainer.decay_steps
+    if decay and schedule.end_step > (begin := num_steps - decay_length(decay, num_steps)):
+        raise ValueError(
+            f"The prune window ends at step {schedule.end_step} and the decay of optim.decay_steps={decay:g} begins at step "
+            f"{begin}: end the window earlier (sparsity.window.end), or decay later."
+        )
+
+
 def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | Mixed | None, num_steps: int) -> float:
-    """The mean density of all linear weights: those that are never pruned count in full."""
+    """Return the mean density of all linear weights; those that are never pruned count in full."""
     if schedule is None:
         return 1.0
     prunable = sum(pool.numel for pool in pools)
@@ -159,7 +190,11 @@ def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | 
 
 
 def world_size_asked(config: Config, environment: Mapping[str, str]) -> int:
-    """The number of processes that the launcher says there are; a ValueError where the config wants another."""
+    """Return the launcher's number of processes.
+
+    Raises:
+        ValueError: The config wants another.
+    """
     local, asked = int(environment.get("LOCAL_WORLD_SIZE", "1")), config.launch.num_processes
     if asked is not None and asked != local:
         raise ValueError(
@@ -170,14 +205,14 @@ def world_size_asked(config: Config, environment: Mapping[str, str]) -> int:
 
 
 def run_directory(config: Config) -> Path:
-    """runs_dir/run_name, in a sweep runs_dir/sweep_name/job; a dense twin has a name of its own."""
+    """Return runs_dir/run_name, in a sweep runs_dir/sweep_name/job; a dense twin has a name of its own."""
     sparsity = f"{100 * config.sparsity.target:g}p" if config.sparsity.target else "dense"
     name = config.run_name or f"{config.model.name}-{sparsity}"
     return Path(config.runs_dir) / (f"{name}-twin" if config.model.match else name)
 
 
 def _split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
-    """(sequences per step, per micro-batch and process, micro-batches per step)."""
+    """Return (sequences per step, per micro-batch and process, micro-batches per step)."""
     trainer = config.trainer
     micro, accumulation = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
     if config.batch_size is None:

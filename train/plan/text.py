@@ -36,7 +36,7 @@ DENSITY_HEADINGS = (
 
 
 def series_text(rows: Sequence[dict[str, Any]]) -> str:
-    """The table in the cards' columns, and below it what the cards count otherwise."""
+    """Return the table in the cards' columns, and below it the numbers that the cards count differently."""
     cells = [tuple(card_cells(row).values()) for row in rows]
     lines = align([tuple(above for above, _ in HEADINGS), tuple(name for _, name in HEADINGS), *cells], gap=1)
     density = [
@@ -64,7 +64,7 @@ def _recipes(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def run_text(plan: dict[str, Any]) -> str:
-    """One run: its line of the table, then schedule, batch, compute, memory, network and disk space."""
+    """Return one run as text: its line of the table, then schedule, batch, compute, memory, network and disk space."""
     sections = [
         series_text([plan]),
         _section("Schedule", _schedule(plan)),
@@ -83,7 +83,7 @@ def run_text(plan: dict[str, Any]) -> str:
 
 
 def align(rows: Sequence[tuple[str, ...]], gap: int = 2) -> list[str]:
-    """Columns as wide as their widest cell, `gap` spaces apart: the first to the left, the others to the right."""
+    """Return columns as wide as their widest cell, `gap` spaces apart: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         (" " * gap)

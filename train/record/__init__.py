@@ -1,1 +1,1 @@
-"""What a run leaves in its folder, written and read in one place: config, records, summary, figure, model card."""
+"""Everything in a run's folder, written and read in one place: config, records, summary, figure, model card."""

@@ -16,22 +16,37 @@ from sparsity.pattern import UNSTRUCTURED, parse_pattern
 from sparsity.registry import label_of
 from sparsity.scope import SCOPES
 from sparsity.score import SCORES
+from train.plan.architecture import describe
+from train.plan.branch import branch_words, read_branch
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
 from train.record.siblings import Figures, find_siblings, finite, has_sparse_weights, is_sparse, match_words
 from train.record.summary import SHARE_OF_FINAL_STEPS
 from train.record.table import markdown
-from train.record.terms import BIBTEX, PAPER, PAPER_URL, SOURCES, licence_words, tokenizer_terms, tokenizer_words
+from train.record.terms import (
+    BIBTEX,
+    PAPER,
+    PAPER_URL,
+    base_model_terms,
+    licence_words,
+    public_name,
+    source_of,
+    tokenizer_terms,
+    tokenizer_words,
+)
 
 
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:
-    """The whole README.md: yaml header and Markdown. `siblings` are summaries of finished runs of the same series.
+    """Return README.md: its yaml header and its Markdown.
 
     Figures that are not finite are left out of the header and named as such in the text.
+
+    Args:
+        siblings: Summaries of finished runs of the same series.
     """
     own = {**summary, "run_name": plan.run_dir.name}
     sections = [
-        f"# {own['run_name']}\n\n{_opening(own)}",
+        f"# {own['run_name']}\n\n{_opening(config, plan, own)}",
         f"## Model\n\n{_model(config, plan, own)}",
         f"## Figures\n\n{_figures(own)}",
         f"## Training\n\n{_training(config, plan, own, siblings)}",
@@ -46,8 +61,8 @@ def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequenc
 
 
 def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
-    """The yaml header, where the hub looks for tags, licence, data and results."""
-    source, window = SOURCES[config.data.source], summary["perplexity_window"]
+    """Return the yaml header, from which the hub takes tags, licence, data and results."""
+    source, window = source_of(config.data), summary["perplexity_window"]
     names = {
         "perplexity": f"perplexity per token, disjoint windows of {window} tokens",
         "bits_per_byte": f"bits per byte, disjoint windows of {window} tokens",
@@ -77,7 +92,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
         license_link=config.card.license_link,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["sparsellm", "llama", *kind, "arxiv:2501.12486"],
+        tags=["sparsellm", plan.architecture, *kind, "arxiv:2501.12486"],
         datasets=[source.hub_id] if source.hub_id else None,
         metrics=["perplexity"] if results else None,
         model_name=plan.run_dir.name,
@@ -85,7 +100,7 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
     )
 
 
-def _opening(own: Figures) -> str:
+def _opening(config: Config, plan: RunPlan, own: Figures) -> str:
     zeros = f"{percent_text(own['sparsity'])} of the weights in its linear layers are exactly zero"
     outcome = (
         f"pruned on the way: {zeros}"
@@ -94,8 +109,12 @@ def _opening(own: Figures) -> str:
         if has_sparse_weights(own)
         else "dense: nothing was pruned"
     )
+    start = "pre-trained from scratch"
+    if config.init_from is not None:
+        start = f"trained on from the weights of `{public_name(config.init_from)}`"
+    what = "LLaMA" if plan.model.path is None else f"model of the architecture `{plan.architecture}`"
     return (
-        f"A LLaMA of {count_text(own['total_params'])} parameters, pre-trained from scratch and {outcome}. Trained by "
+        f"A {what} of {count_text(own['total_params'])} parameters, {start} and {outcome}. Trained by "
         f"sparsellm, an implementation of [{PAPER.split(':')[0]}]({PAPER_URL}), in a run of its own: it is none of the "
         "checkpoints published with the paper."
     )
@@ -103,10 +122,12 @@ def _opening(own: Figures) -> str:
 
 def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     model = plan.model
+    width = model.hidden_size if model.path is None else describe(model).attention_width
+    architecture = "LLaMA" if model.path is None else plan.architecture
     shape = [
         f"`{model.name}`: {model.num_hidden_layers} layers",
         f"hidden size {model.hidden_size}",
-        f"{model.num_attention_heads} heads of {model.hidden_size // model.num_attention_heads}",
+        f"{model.num_attention_heads} heads of {width // model.num_attention_heads}",
         f"{model.num_key_value_heads} key-value heads",
         f"MLP {model.intermediate_size}",
         f"context {model.max_position_embeddings}",
@@ -115,7 +136,7 @@ def _model(config: Config, plan: RunPlan, own: Figures) -> str:
     ]
     head = "lm_head is the embedding and not counted" if model.tie_word_embeddings else "lm_head counted, embedding not"
     lines = {
-        "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, LLaMA architecture",
+        "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, {architecture} architecture",
         "Shape": ", ".join(shape),
         "Sparsity configuration": _sparsity(config, own),
         "Training data": _data(config),
@@ -166,7 +187,7 @@ def _data(config: Config) -> str:
         f", the first {data.max_documents:,} documents" if data.max_documents else "",
         f"; {100 * data.heldout_share:g}% of the documents, chosen by a hash of their text, are held out",
     ]
-    return SOURCES[data.source].name + "".join(details)
+    return source_of(data).name + "".join(details)
 
 
 def _figures(own: Figures) -> str:
@@ -211,7 +232,9 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     )
     decay = "".join(f", {key} {value}" for key, value in optim.lr_scheduler_kwargs.items())
     num_final = min(steps, max(2, round(SHARE_OF_FINAL_STEPS * steps)))
+    branch = read_branch(plan.run_dir)
     lines = {
+        **({"Branch": branch_words(branch)} if branch else {}),
         **_parametrisation(config),
         "Training steps": f"{steps:,}",
         "Batch size": f"{own['batch_tokens']:,} tokens ({own['batch_tokens'] // length:,} sequences x {length:,})",
@@ -220,6 +243,7 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
         "Optimizer": f"`{optim.optim}`, betas {optim.adam_beta1:g} and {optim.adam_beta2:g}, eps "
         f"{power_text(optim.adam_epsilon)}, weight decay {optim.weight_decay:g}, gradient norm clipped at "
         f"{optim.max_grad_norm:g}",
+        **_by_source(own),
         "Total training tokens": f"{own['total_tokens']:,} ({count_text(own['total_tokens'], 1)}), steps x batch size",
         "Final training loss": f"{finite_text(own['final_train_loss'], 4)} ± {finite_text(own['final_train_loss_std'], 4)} "
         f"nats per token: mean ± population standard deviation of the batch losses of the last {num_final:,} steps, "
@@ -241,6 +265,18 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
     sharding = "FSDP2" if own["fsdp_version"] == 2 else "no sharding"
     lines["Run"] = f"{processes}, {sharding}, {half_up(own['seconds'] / 3600, 2)} hours, seed {optim.seed}"
     return _bullets(lines)
+
+
+def _by_source(own: Figures) -> dict[str, str]:
+    tokens, epochs = own.get("tokens_by_source"), own.get("epochs_by_source")
+    if not tokens or not epochs:
+        return {}
+    total = sum(tokens.values())
+    parts = [
+        f"{name} {count_text(count, 1)} ({percent_text(count / total)}, {half_up(epochs[name], 2)} epochs)"
+        for name, count in tokens.items()
+    ]
+    return {"Tokens by source": ", ".join(parts)}
 
 
 def _parametrisation(config: Config) -> dict[str, str]:
@@ -281,9 +317,9 @@ def _series(own: Figures, siblings: Sequence[Figures]) -> str:
 
 
 def _usage(config: Config, plan: RunPlan) -> str:
-    """Code that works when pasted; without a hub_id, in the folder that the sentence before it names.
+    """Return code that works when pasted; without a hub_id it loads the run's folder.
 
-    Of an absolute path only the end is shown: a card may be published, and the rest says where the run's owner works.
+    Only the end of an absolute path is shown: a card may be published, and the rest is private.
     """
     run_dir, start = plan.run_dir, "the folder that training was started in"
     if run_dir.is_absolute():
@@ -319,10 +355,12 @@ def _limits(own: Figures) -> str:
 
 
 def _terms(config: Config) -> str:
+    base = {} if config.init_from is None else {"Model it started from": base_model_terms(config.init_from)}
     return _bullets(
         {
             "Licence of this model": licence_words(config.card),
-            "Training data": SOURCES[config.data.source].terms,
+            **base,
+            "Training data": source_of(config.data).terms,
             "Tokenizer": tokenizer_terms(tokenizer_of(config)),
         }
     )

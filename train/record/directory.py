@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from conf.schema import Config, tokenizer_of
 from sparsity.common.files import check_room, write_atomically
 from train.checkpoints.layout import checkpoints, remove_leftovers
+from train.plan.branch import BRANCH
 from train.plan.disk import bytes_below
 from train.record.read import CONFIG, METRICS, SAMPLE, SUMMARY, read_summary
 
@@ -27,9 +28,9 @@ NOT_PART_OF_A_RUN = (
     "data.cache_dir", "data.num_workers", "trainer.save_steps",
     "trainer.save_total_limit", "trainer.ddp_timeout", "trainer.disable_tqdm", "trainer.dataloader_num_workers",
     "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
-    "trainer.gradient_accumulation_steps", "trainer.profile_steps", "trainer.async_save",
+    "trainer.gradient_accumulation_steps", "trainer.profile_steps", "trainer.async_save", "trainer.keep_steps",
 )  # fmt: skip
-"""Keys that may differ when a run is started again; what a step trains on is compared with the checkpoint's."""
+"""Keys that may differ when a run is started again. The checkpoint checks the settings of a step itself."""
 
 LOCK_PATIENCE_S = 3.0
 
@@ -40,6 +41,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / CONFIG
+        self.branch = path / BRANCH
         self.environment = path / "environment.json"
         self.metrics = path / METRICS
         self.summary = path / SUMMARY
@@ -52,10 +54,14 @@ class RunDirectory:
         self._lock = FileLock(path / ".lock")
 
     def claim(self, config: Config, needed_bytes: int) -> dict[str, Any] | None:
-        """Lock the folder for this process, emptied with `overwrite`; the summary where its run has ended.
+        """Lock the folder for this process, and empty it if `overwrite` is set.
 
-        A ValueError says why the folder can't be had: a live process, another config, files of something else, what
-        `resume` forbids, a disk without room for `needed_bytes`.
+        Returns:
+            The summary if the folder's run has ended, else None.
+
+        Raises:
+            ValueError: A live process, another config or other files use the folder, `resume` forbids it, or the
+                disk has no room for `needed_bytes`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -74,7 +80,7 @@ class RunDirectory:
             if config.resume == "never" and not again:
                 raise ValueError(
                     f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
-                    "anew, or resume=auto to go on with it."
+                    "anew, or resume=auto to resume it."
                 )
         elif any(entry.name != ".lock" and entry.suffix != ".partial" for entry in self.path.iterdir()):
             raise ValueError(
@@ -100,22 +106,32 @@ class RunDirectory:
             return True
 
     def finished(self, config: Config) -> dict[str, Any] | None:
-        """The summary where this configuration's run has ended here; a ValueError where the folder is of another one."""
+        """Return the summary if this configuration's run has ended here, else None.
+
+        Raises:
+            ValueError: The folder belongs to another configuration.
+        """
         if not self.config.exists():
             return None
         self._check_same(config)
         return self._read_summary() if self.summary.exists() else None
 
-    def begin(self, config: Config) -> None:
-        """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with."""
+    def begin(self, config: Config, note: str = "") -> None:
+        """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with.
+
+        Args:
+            config: The run's configuration.
+            note: Words that open the file as a comment.
+        """
         if self.config.exists():
             return
         chosen = replace(config, tokenizer=tokenizer_of(config))
-        write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.structured(chosen)))
+        comment = f"# {' '.join(note.split())}\n" if note else ""
+        write_atomically(self.config, comment + OmegaConf.to_yaml(OmegaConf.structured(chosen)))
 
     def _empty(self) -> None:
         """Remove what a run writes; a file with another name stays."""
-        for file in (self.config, self.environment, self.metrics, self.summary, self.report, self.sample):
+        for file in (self.config, self.branch, self.environment, self.metrics, self.summary, self.report, self.sample):
             file.unlink(missing_ok=True)
         for partial in self.path.glob(".*.partial"):
             partial.unlink()
@@ -150,24 +166,24 @@ class RunDirectory:
 
 
 def is_restart(environment: Mapping[str, str]) -> bool:
-    """Whether the command is repeated, by torch's agent after a failure or by SLURM: then it must not begin anew."""
+    """Return whether torch's agent or SLURM repeats the command after a failure; it must then not begin anew."""
     return any(environment.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
 
 
 def run_identity(config: Any) -> dict[str, Any]:
-    """What must be the same for two commands to mean the same run."""
+    """Return the settings that must match for two commands to mean the same run."""
     plain = OmegaConf.to_container(OmegaConf.structured(config) if isinstance(config, Config) else config)
     assert isinstance(plain, dict)
     for path in NOT_PART_OF_A_RUN:
         group, _, key = path.rpartition(".")
         (plain[group] if group else plain).pop(key, None)
     # Null means one of these, and a run that wrote it out is the same run.
-    plain["tokenizer"] = plain.get("tokenizer") or plain.get("init_from") or "train"
+    plain["tokenizer"] = plain.get("tokenizer") or plain.get("init_from") or plain["model"].get("path") or "train"
     return {str(key): value for key, value in plain.items()}
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, with both values."""
+    """Return dotted keys whose values differ, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = list(dict.fromkeys([*before, *now]))
         found = [_differences(before.get(key), now.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]

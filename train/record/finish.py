@@ -18,7 +18,7 @@ from train.record.text import closing_words, write_sample
 
 
 def finish(config: Config, plan: RunPlan, directory: RunDirectory, recorder: Recorder, summary: dict[str, Any]) -> None:
-    """Rank 0's last work: sample, report, card, and at the very end the summary, which marks the run as finished."""
+    """Write sample, figure and card, and last the summary, which marks the run as finished. Rank 0 only."""
     recorder.finish(summary)
     extras = {
         "sample": lambda: write_sample(directory.model, config.prompt, directory.sample),
@@ -29,10 +29,10 @@ def finish(config: Config, plan: RunPlan, directory: RunDirectory, recorder: Rec
         try:
             make()
         except OSError:
-            # A full disk: the run is not finished, and the same command goes on with it.
+            # The disk is full: the run is not finished, and the same command resumes it.
             raise
         except Exception as error:
-            # A diverged model cannot write and its losses cannot be drawn: its figures must not be lost for that.
+            # A diverged model cannot write a sample, and its losses cannot be drawn; its figures must not be lost for that.
             print(f"warning: the {name} could not be made: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     write_atomically(directory.summary, json.dumps(summary, indent=2) + "\n")
     print(closing_words(summary, directory, config.next_commands), flush=True)

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class Recorder(TrainerCallback):
         self.clock = clock
         self.speedometer = speedometer
         self.wandb_run = wandb_run
+        self.figures_of_data: Callable[[int], dict[str, Any]] = lambda step: {}
+        """Tokens and epochs of each source of a mixture after so many steps."""
         self._earlier = keep_whole_records(metrics)
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run
         self._unwritten = b""
@@ -59,9 +62,10 @@ class Recorder(TrainerCallback):
         self._earlier = []
 
     def sync(self) -> None:
-        """Have every record so far survive a crash of the machine: a checkpoint must not be ahead of them.
+        """Sync every record so far to the disk: a checkpoint must not be ahead of its records.
 
-        An OSError where the disk has no room for them.
+        Raises:
+            OSError: The disk has no room.
         """
         self._flush()
         os.fsync(self._file.fileno())
@@ -91,6 +95,7 @@ class Recorder(TrainerCallback):
             num_tokens = (step - before) * self.plan.batch_tokens
             record["train/tokens_per_second"] = num_tokens / seconds
             record |= self.speedometer.figures(num_tokens, self.clock.lap())
+            record |= {f"train/{name}": value for name, value in self.figures_of_data(step).items()}
         if self.sparsity is not None:
             record |= self.sparsity.metrics(step - 1)
             layers = self.sparsity.pruner.layer_densities()
@@ -123,7 +128,7 @@ class Recorder(TrainerCallback):
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def close(self) -> None:
-        """End the records where the run is interrupted."""
+        """Write the last records and close the file when the run is interrupted."""
         self._file.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=1)
@@ -137,9 +142,10 @@ class Recorder(TrainerCallback):
 
 
 def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records that are there; a last line that was cut off by a kill is removed from the file.
+    """Return the records of a file, and remove a last line that a kill cut off.
 
-    A ValueError where another line is no record.
+    Raises:
+        ValueError: Another line is not a record.
     """
     if not metrics.exists():
         return []
@@ -152,19 +158,19 @@ def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
         assert all("train/global_step" in record for record in records)
     except (ValueError, TypeError, AssertionError):
         raise ValueError(
-            f"{metrics} holds a line that is no record of a run: mend or remove the line, or set overwrite=true to start "
+            f"{metrics} holds a line that is not a record of a run: repair or remove the line, or set overwrite=true to start "
             "the run anew."
         ) from None
     return records
 
 
 def _identity(record: dict[str, Any]) -> tuple[int, str]:
-    """A step has one record of each kind: of training, of evaluation."""
+    """Return the key of a record: a step has one of training and one of evaluation."""
     return record["train/global_step"], "train" if "train/loss" in record else "eval"
 
 
 def _finite(value: Any) -> Any:
-    """json has no NaN: what is not finite becomes null."""
+    """Return None for a number that is not finite, because JSON has no NaN."""
     return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
@@ -173,7 +179,7 @@ def _grouped(name: str) -> str:
 
 
 class ProgressBar(ProgressCallback):
-    """transformers' progress bar with the loss and the density behind it instead of a line for each log."""
+    """transformers' progress bar, followed by loss and density, instead of a line for each log."""
 
     def __init__(self, sparsity: SparsityCallback | None) -> None:
         super().__init__()

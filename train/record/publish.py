@@ -1,4 +1,4 @@
-"""What can be done with a finished run's model folder: give it another card, upload it to the hub."""
+"""Publishing a finished run's model folder: renew its card, upload it to the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.record.siblings import Figures
 
 
 def renew_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: Figures) -> None:
-    """Rewrite a finished run's card where the command gives card.* keys; a licence already in it stays unless given."""
+    """Rewrite a finished run's card if the command gives card.* keys; keep its licence unless one is given."""
     readme = directory.model / "README.md"
     if config.card == CardConfig():
         return
@@ -28,9 +28,10 @@ def renew_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: 
 
 
 def push_to_hub(card: CardConfig, model: Path) -> None:
-    """Upload the finished model folder where card.push_to_hub asks for it. Rank 0's work, after the summary.
+    """Upload the finished model folder if card.push_to_hub is set. Rank 0 only, after the summary.
 
-    A ValueError says why it did not work; the run is finished all the same.
+    Raises:
+        ValueError: The upload failed; the run is finished all the same.
     """
     if not card.push_to_hub:
         return

@@ -19,15 +19,15 @@ def read_summary(file: Path) -> dict[str, Any]:
     """Return the figures of a finished run, with the name of its folder as `run_name`.
 
     Raises:
-        ValueError: The file is no JSON table.
+        ValueError: The file is not a JSON table.
         OSError: The file cannot be read.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): finish the run again, or leave it out.") from None
+        raise ValueError(f"{file} is not JSON ({error}): finish the run again, or leave it out.") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is no run's summary: leave this run out.")
+        raise ValueError(f"{file} is not a run's summary: leave this run out.")
     return {**found, "run_name": file.parent.name}
 
 
@@ -35,13 +35,13 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a metrics.jsonl; a live run may be writing the last one.
 
     Raises:
-        ValueError: A line is no JSON, or a record does not say when it was made.
+        ValueError: A line is not JSON, or a record does not say when it was made.
     """
     lines = file.read_bytes().split(b"\n")[:-1]
     try:
         records = [json.loads(line) for line in lines]
     except ValueError as error:
-        raise ValueError(f"{file} is no file of records ({error}): leave this run out.") from None
+        raise ValueError(f"{file} is not a file of records ({error}): leave this run out.") from None
     for number, record in enumerate(records, start=1):
         _check_record(f"{file} line {number}", record)
     return records
@@ -84,7 +84,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def _check_record(where: str, record: Any) -> None:
     if not isinstance(record, dict):
-        raise ValueError(f"{where} is no record: leave this run out.")
+        raise ValueError(f"{where} is not a record: leave this run out.")
     # An evaluation may come before the first step.
     first_step = 1 if "train/loss" in record else 0
     for key, least in (("train/global_step", first_step), ("train/tokens", 0)):

@@ -16,7 +16,7 @@ from train.record.table import cells
 Figures = Mapping[str, Any]
 
 TWIN_SUFFIXES = ("-small-dense", "-twin")
-"""A dense twin is called like its sparse run, with one of these behind; the first is the series'."""
+"""A dense twin has its sparse run's name with one of these appended; the first is the published series'."""
 TWIN_TOLERANCE = 0.05
 """How far, relatively, a dense run of another name may be off N-bar and still be called a match."""
 SHARE_BY_CHANCE = 1e-3
@@ -24,9 +24,9 @@ SHARE_BY_CHANCE = 1e-3
 
 
 def find_siblings(run_dir: Path, runs_dir: Path) -> list[dict[str, Any]]:
-    """Summaries of the finished runs of the same sweep folder, each under its folder's name.
+    """Return the summaries of the finished runs of the same sweep, each with its folder's name.
 
-    Directly below `runs_dir`, where all kinds of runs lie, only this run's twin, or the run it is the twin of.
+    In `runs_dir` itself, which holds all kinds of runs, only the run's twin counts, or the run whose twin it is.
     """
     summaries = sorted(run_dir.parent.glob(f"*/{SUMMARY}"))
     if run_dir.parent.resolve() == runs_dir.resolve():
@@ -38,7 +38,7 @@ def find_siblings(run_dir: Path, runs_dir: Path) -> list[dict[str, Any]]:
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
-    """None where another version of the project wrote something that has no line in the table."""
+    """Return None if another version of the project wrote a summary that has no line in the table."""
     try:
         summary = read_summary(path)
         cells(finite(summary))
@@ -48,21 +48,22 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
 
 
 def is_sparse(figures: Figures) -> bool:
-    """Whether this run pruned."""
+    """Return whether this run pruned."""
     return figures["prune_start_step"] is not None
 
 
 def has_sparse_weights(figures: Figures) -> bool:
-    """Whether the finished weights are sparse: pruned by this run, or by the one whose zeros it kept."""
+    """Return whether the finished weights are sparse: this run pruned them, or it kept the zeros of another."""
     share = figures.get("sparsity")
     holds_zeros = isinstance(share, int | float) and share > SHARE_BY_CHANCE
     return figures.get("prune_start_step") is not None or holds_zeros
 
 
 def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
-    """The dense twin of a sparse run, or the sparse run of a dense twin, among its siblings.
+    """Find the dense twin of a sparse run among its siblings, or the sparse run of a dense twin.
 
-    By name; else the closest in linear parameters to N-bar that was trained on as many tokens, within TWIN_TOLERANCE.
+    The name decides. Otherwise it is the run with as many tokens whose linear parameters are closest to N-bar, within
+    TWIN_TOLERANCE.
     """
     others = [sibling for sibling in siblings if has_sparse_weights(sibling) != has_sparse_weights(own)]
     for other in others:
@@ -81,14 +82,14 @@ def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
 
 
 def match_words(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Figures]) -> str | None:
-    """The other half of the pair that the paper predicts to reach the same loss; None for a plain dense run.
+    """Describe the run that the paper predicts to reach the same loss; None for a plain dense run.
 
-    None too for a run that kept the zeros of another: its own average leaves out what that one trained.
+    A run that kept the zeros of another has none: its own average leaves out what that run trained.
     """
     if has_sparse_weights(own) and not is_sparse(own):
         return None
     twin = plan.twin
-    # A derived twin may be off by its rounded width; what it was derived for is known exactly.
+    # The rounding of its width may put a derived twin off; its target is known exactly.
     other = counterpart({**own, "linear_params": twin.target_linear_params} if twin else own, siblings)
     if is_sparse(own):
         own_average = count_text(own["avg_linear_params"])
@@ -113,5 +114,5 @@ def match_words(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[
 
 
 def finite(row: Figures) -> dict[str, Any]:
-    """The figures, None in place of one that cannot be rounded."""
+    """Return the figures, with None for one that is not finite."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}

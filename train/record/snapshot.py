@@ -39,7 +39,7 @@ def write_snapshot(path: Path, world: World) -> None:
 
 
 def snapshot(environment: Mapping[str, str], command: list[str], world: World) -> dict[str, Any]:
-    """This start of a run as plain data."""
+    """Describe this start of a run as plain data."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": ["python", "-m", "train", *map(without_credentials, command[1:])],
@@ -56,7 +56,7 @@ def snapshot(environment: Mapping[str, str], command: list[str], world: World) -
 
 
 def kept_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What steers the run and is no secret, sorted by name."""
+    """Return the environment variables that steer the run and hold no secret, sorted by name."""
     names = [name for name in environment if name.startswith(KEPT) and not is_secret(name)]
     return {name: without_credentials(environment[name]) for name in sorted(names)}
 
@@ -66,12 +66,12 @@ def is_secret(name: str) -> bool:
 
 
 def without_credentials(text: str) -> str:
-    """URLs in `text` without the user and password that may stand in them."""
+    """Remove users and passwords from the URLs in `text`."""
     return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 def code_version(root: Path) -> dict[str, Any]:
-    """The package's version, and the commit it lies in with whether files differ from it; None outside a repository."""
+    """Return the package's version, its commit, and whether files differ from it; None outside a repository."""
     try:
         package = version("sparsellm")
     except PackageNotFoundError:

@@ -10,7 +10,7 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#d1690e", "#666666"
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files alone."""
+    """Return matplotlib.pyplot, set to draw to files only."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,11 +20,11 @@ def pyplot() -> Any:
 
 
 def lighten(axes: Any) -> None:
-    """A faint grid, and no frame where nothing is read off."""
+    """Draw a faint grid, and no frame without an axis."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def count_ticks(axis: Any, digits: int = 1) -> None:
-    """Ticks as counts with a unit: 2.5K, 1.0M."""
+    """Write ticks as counts with a unit: 2.5K, 1.0M."""
     axis.set_major_formatter(lambda value, _: count_text(value, digits) if value else "0")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from hydra.core.override_parser.types import Quote, QuotedString
 from torch import Tensor, nn
 
 from conf.schema import Config
+from conf.schema.data import SourceConfig
 from sparsity.prunable import own_linear_weights
 from sparsity.shards import local_values, rank_layout
 from train.plan.choices import choice_words
@@ -19,7 +23,7 @@ SHARE_OF_FINAL_STEPS = 0.01
 
 
 def final_loss(step_losses: Tensor) -> tuple[float, float]:
-    """Mean and population standard deviation of the training loss over the last 1 % of the steps, at least 2."""
+    """Return mean and population standard deviation of the training loss over the last 1 % of the steps, at least 2."""
     step_losses = step_losses[step_losses.isfinite()]
     num_final = min(len(step_losses), max(2, round(SHARE_OF_FINAL_STEPS * len(step_losses))))
     final = step_losses[-num_final:].double()
@@ -28,17 +32,22 @@ def final_loss(step_losses: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def count_nonzero_linear(model: nn.Module) -> int:
-    """Weights of the linear layers that are not exactly 0, over all shards. Collective over the shard group."""
+    """Count the weights of the linear layers that are not exactly 0, over all shards. Collective: the shard group."""
     weights = list(own_linear_weights(model).values())
     counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights])
     return int(rank_layout(weights).sum_counts(counts).sum())
 
 
 def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
-    """What `python -m eval` has to be told, beside model and data, to score the same text in the same windows."""
+    """Return the overrides with which `python -m eval` scores the same text in the same windows."""
     usual = {
         "path": None,
+        "name": None,
         "subset": None,
+        "split": "train",
+        "stream": False,
+        "token_dtype": None,
+        "on_error": "raise",
         "text_field": "text",
         "heldout_share": 0.01,
         "max_documents": None,
@@ -50,9 +59,24 @@ def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
     }
     own = {key: getattr(config.data, key) for key in usual}
     overrides = {f"data.{key}": value for key, value in own.items() if value != usual[key]}
+    if config.data.sources:
+        overrides["data.sources"] = sources_text(config.data.sources)
     if plan.sequence_length != plan.model.max_position_embeddings:
         overrides["window"] = plan.sequence_length
     return overrides
+
+
+def sources_text(sources: Sequence[SourceConfig]) -> str:
+    """Return a mixture's sources as they are typed."""
+    usual = asdict(SourceConfig(path="x"))
+    texts = []
+    for source in sources:
+        own = {key: value for key, value in asdict(source).items() if value is not None and value != usual[key]}
+        texts.append(
+            ",".join(f"{key}:{QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else value}"
+                     for key, value in own.items())
+        )  # fmt: skip
+    return "[" + ",".join("{" + text + "}" for text in texts) + "]"
 
 
 def summarize(
@@ -64,15 +88,18 @@ def summarize(
     num_prunable: int,
     average_density: float,
     score: Score,
+    others: dict[str, float],
     heldout_bytes: int,
+    by_source: dict[str, Any],
     unigram_bits_per_byte: float,
     fsdp_version: int,
     train_seconds: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """All figures of a finished run. Counts are parameters, tokens, steps; losses are nats per token.
+    """Return all figures of a finished run. Counts are parameters, tokens, steps; losses are nats per token.
 
-    `average_density` is that of the `num_prunable` weights; the summary's is that of all linear weights.
+    Args:
+        average_density: Of the `num_prunable` weights; the summary has that of all linear weights.
     """
     loss, spread = final_loss(step_losses)
     linear = plan.counts.linear
@@ -96,6 +123,13 @@ def summarize(
         "steps": len(step_losses),
         "batch_tokens": plan.batch_tokens,
         "total_tokens": plan.total_tokens,
+        **{
+            f"{kind}_by_source": {
+                name[len(kind) + 1 :]: value for name, value in by_source.items() if name.startswith(kind)
+            }
+            for kind in ("tokens", "epochs")
+            if by_source
+        },
         "learning_rate": config.trainer.learning_rate,
         "final_train_loss": loss,
         "final_train_loss_std": spread,
@@ -106,6 +140,7 @@ def summarize(
         "unigram_bits_per_byte": unigram_bits_per_byte,
         "heldout_tokens": score.num_tokens,
         "heldout_bytes": heldout_bytes,
+        **({"eval": others} if others else {}),
         "prune_start_step": schedule.start_step if schedule else None,
         "prune_end_step": schedule.end_step if schedule else None,
         "prune_every_steps": schedule.every_steps if schedule else None,

@@ -23,7 +23,7 @@ COLUMNS = {
 
 
 def cells(figures: Mapping[str, Any]) -> dict[str, str]:
-    """One run's cells from its summary's figures; what was not measured stays empty."""
+    """Return one run's cells from its summary; a figure that was not measured stays empty."""
     loss: Any = figures.get("final_train_loss")
     spread: Any = figures.get("final_train_loss_std")
     perplexity = figures.get("perplexity")
@@ -43,6 +43,6 @@ def cells(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as an aligned Markdown table."""
+    """Return the rows as an aligned Markdown table."""
     lines = map(cells, rows)
     return markdown_table(list(COLUMNS.values()), [[line[column] for column in COLUMNS] for line in lines])

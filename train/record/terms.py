@@ -1,4 +1,4 @@
-"""What a model owes to others: the paper to cite, and the terms of its text, its tokenizer and of itself."""
+"""Credits and terms of a model: the paper to cite, the licences of its text, of its tokenizer and of itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.schema import CardConfig
+from conf.schema import CardConfig, DataConfig
 
 PAPER = "The Journey Matters: Average Parameter Count over Pre-training Unifies Sparse and Dense Scaling Laws"
 PAPER_URL = "https://arxiv.org/abs/2501.12486"
@@ -22,7 +22,7 @@ LLAMA_2_LICENSE_URL = "https://ai.meta.com/llama/license/"
 
 @dataclass(frozen=True)
 class Source:
-    """A `data.source` in words; `hub_id` and `language` where the hub has names for them."""
+    """A `data.source` in words; `hub_id` and `language` if the hub has names for them."""
 
     name: str
     terms: str
@@ -30,9 +30,37 @@ class Source:
     language: str | None = None
 
 
+LICENCES = {
+    "allenai/c4": "[C4](https://huggingface.co/datasets/allenai/c4) is under ODC-By 1.0; its use is also subject to "
+    "[CommonCrawl's terms](https://commoncrawl.org/terms-of-use).",
+    "HuggingFaceFW/fineweb": "[FineWeb](https://huggingface.co/datasets/HuggingFaceFW/fineweb) is under ODC-By 1.0; its use is "
+    "also subject to [CommonCrawl's terms](https://commoncrawl.org/terms-of-use).",
+}
+
+
+def source_of(data: DataConfig) -> Source:
+    """Return a run's data in words."""
+    if data.source == "mixture":
+        names = [one.hub if one.hub is not None else one.stem for one in data.sources]
+        terms = " ".join(_hub_terms(one.hub) for one in data.sources if one.hub is not None)
+        return Source(f"a mixture of {', '.join(names)}", f"{terms} {SOURCES['text'].terms}".strip())
+    if data.source == "hub":
+        name = str(data.name)
+        if Path(name).expanduser().is_dir():
+            return Source(Path(name).name, SOURCES["text"].terms)
+        return Source(f"`{name}` of the hub", _hub_terms(name), hub_id=name)
+    return SOURCES[data.source]
+
+
+def _hub_terms(name: str) -> str:
+    return LICENCES.get(
+        name, f"[{name}](https://huggingface.co/datasets/{name}) is under the terms that its page on the hub states."
+    )
+
+
 SOURCES = {
     "pydocs": Source(
-        "docstrings of the Python standard library and of the packages installed where the model was trained",
+        "docstrings of the Python standard library and of the packages installed on the training machine",
         "Docstrings of installed packages: each package's are under that package's own licence, the standard library's "
         "under Python's (PSF).",
         language="en",
@@ -45,6 +73,10 @@ SOURCES = {
         hub_id="HuggingFaceFW/fineweb-edu",
         language="en",
     ),
+    "tokens": Source(
+        "text that whoever trained the model had tokenized",
+        "The tokens were supplied by whoever trained the model, and their terms are theirs to state; this card knows none.",
+    ),
     "text": Source(
         "text supplied by whoever trained the model",
         "The text was supplied by whoever trained the model, and its terms are theirs to state; this card knows none.",
@@ -53,13 +85,13 @@ SOURCES = {
 
 
 def is_llama_2(tokenizer: str) -> bool:
-    """Whether a hub name or path says that it is LLaMA 2's tokenizer, which the published series uses too."""
+    """Return whether a hub name or path means LLaMA 2's tokenizer, which the published series uses."""
     name = "/".join(Path(tokenizer).parts[-2:]).lower()
     return re.search(r"llama[-_. ]?2(?!\d)", name) is not None or name.startswith("tjingrant/sparsellm-")
 
 
 def public_name(tokenizer: str) -> str:
-    """A hub name as it is; of a path only the last part, which says nothing of the machine."""
+    """Return a hub name as it is, and of a path only the last part, which reveals nothing about the machine."""
     return tokenizer if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", tokenizer) else Path(tokenizer).name
 
 
@@ -76,11 +108,17 @@ def tokenizer_terms(tokenizer: str) -> str:
         return "It was trained on the data above and has no terms beyond the data's."
     if is_llama_2(tokenizer):
         return f"LLaMA 2's, under {llama_2}."
-    return f"`{public_name(tokenizer)}` is under its publisher's terms; where it is LLaMA 2's, that is {llama_2}."
+    return f"`{public_name(tokenizer)}` is under its publisher's terms; for LLaMA 2's tokenizer, that is {llama_2}."
+
+
+def base_model_terms(init_from: str) -> str:
+    return (
+        f"`{public_name(init_from)}` is under its publisher's terms, which go with weights that are trained on from it."
+    )
 
 
 def licence_words(card: CardConfig) -> str:
-    """The model's own licence: what was chosen, or plainly that nothing was, and how to choose."""
+    """Return the model's own licence; if none was chosen, say so and how to choose one."""
     if card.license is None:
         return (
             "none was chosen, and none is implied by the software, the data or the tokenizer. Whoever trained the "

@@ -1,4 +1,4 @@
-"""What a run tells its user in the terminal, at its start and at its end."""
+"""Messages to the user in the terminal, at the start and at the end of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,19 @@ from train.record.directory import RunDirectory
 from train.record.table import markdown
 
 
-def opening_words(config: Config, plan: RunPlan, data: PreparedData, world_size: int, sharding: str) -> str:
+def opening_words(
+    config: Config, plan: RunPlan, data: PreparedData, world_size: int, sharding: str, dense: str = ""
+) -> str:
+    """Return what the run is, in a few lines.
+
+    Args:
+        config: The run.
+        plan: What follows from it.
+        data: Its text.
+        world_size: The number of processes.
+        sharding: How the model is shared out among them.
+        dense: The parameters that a sparse run does not prune (`train.plan.names.dense_words`).
+    """
     choices = choice_words(config, prunes=plan.schedule is not None)
     lines = [
         f"{plan.run_dir}: {count_text(plan.counts.total)} parameters, {count_text(plan.counts.linear)} of them linear, "
@@ -40,6 +52,7 @@ def opening_words(config: Config, plan: RunPlan, data: PreparedData, world_size:
             *lines,
             f"  pruned to {100 * schedule.sparsity:.4g} % {_events(schedule)}; average density "
             f"{half_up(plan.average_density, 4)}",
+            *([f"  not pruned: {dense}"] if dense else []),
         ]
     )
 
@@ -54,7 +67,7 @@ def _events(schedule: Ramp | Mixed) -> str:
 
 
 def closing_words(summary: dict[str, Any], directory: RunDirectory, commands: Sequence[str] = ()) -> str:
-    """The run's line in the series' table, its figures on held-out text, where everything lies and what to do next."""
+    """Return the run's line of the table, its held-out figures, the places of its files, and the next commands."""
     wandb_runs = sorted(str(path) for path in directory.wandb.glob("*run-*"))
     lines = [
         "",
@@ -87,7 +100,7 @@ def own_commands(summary: dict[str, Any], directory: RunDirectory) -> list[str]:
 
 
 def as_typed(command: str) -> str:
-    """The command with the programs of this environment, as they are typed where it is not activated."""
+    """Return the command with this environment's programs, as typed without activating it."""
     here = Path(sys.executable)
     program, _, rest = command.partition(" ")
     if not (here.parent / program).exists() or shutil.which(program) == str(here.parent / program):
@@ -96,7 +109,7 @@ def as_typed(command: str) -> str:
     return f"{place}/{program} {rest}"
 
 
-def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: int = 60) -> None:
+def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: int = 90) -> None:
     """Continue `prompt` with the finished model, loaded as any user would, and write the text to `path`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

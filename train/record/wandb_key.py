@@ -1,4 +1,4 @@
-"""What a run finds of wandb here, told without importing it: the account, the mode, the library."""
+"""The wandb account, mode and library on this machine, found without importing wandb."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from conf.schema import LoggerConfig
 from conf.schema.checks import check
 
 MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
-"""What wandb takes for WANDB_MODE."""
+"""Values of WANDB_MODE that wandb accepts."""
 
 
 def check_wandb(logger: LoggerConfig, environment: Mapping[str, str]) -> None:
-    """Raise a ValueError if wandb is asked for and could not start, before the data is prepared."""
+    """Check that wandb can start if it is wanted, before time is spent on data.
+
+    Raises:
+        ValueError: The library or the account is missing, or the mode is not known.
+    """
     if not logger.wandb:
         return
     check(
@@ -35,7 +39,7 @@ def check_wandb(logger: LoggerConfig, environment: Mapping[str, str]) -> None:
 
 
 def has_wandb_key() -> bool:
-    """Whether `wandb login` was run here, or a key is in the environment."""
+    """Return whether a wandb key is configured, by `wandb login` or in the environment."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

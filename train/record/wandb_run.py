@@ -1,4 +1,4 @@
-"""The wandb run beside a run's own records: where it goes, and what it is called and found by."""
+"""The wandb run of a run: its folder, name, group and tags."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ MAX_TAG_LENGTH = 64
 
 
 def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_sparsity: float) -> Any | None:
-    """A wandb run in the run's folder, under the same id when the run goes on: offline where no key is configured.
+    """Start a wandb run in the run's folder, offline if no key is configured; a resumed run keeps its id.
 
-    `values` is the configuration it shows; `initial_sparsity` is that of the weights it starts from. None where wandb is
-    off.
+    Args:
+        values: The configuration that wandb shows.
+        initial_sparsity: Share of zeros in the weights that the run starts from.
+
+    Returns:
+        None if wandb is off.
+
+    Raises:
+        ValueError: wandb did not start.
     """
     if not config.logger.wandb:
         return None
@@ -60,16 +67,16 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
 
 
 def kind_of_run(plan: RunPlan, initial_sparsity: float) -> str:
-    """The job type that tells the runs of a group apart: sparse, by pruning or from the start, its `twin`, or dense."""
+    """Return the job type: `sparse` by pruning or from the start, its `twin`, or `dense`."""
     if plan.twin:
         return "twin"
     return "sparse" if plan.schedule or initial_sparsity > SHARE_BY_CHANCE else "dense"
 
 
 def run_tags(config: Config, plan: RunPlan, initial_sparsity: float) -> list[str]:
-    """The model's name, the sparsity, and the tags of the config.
+    """Return the model's name, the sparsity, and the tags of the config.
 
-    The sparsity is the target, that of the run whose twin this is, or of the zeros that are kept where nothing is pruned.
+    The sparsity is the target, for a twin that of its sparse run, and without pruning that of the zeros it starts with.
     """
     target = initial_sparsity if plan.target_sparsity is None else plan.target_sparsity
     level = f"sparsity-{100 * target:.4g}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 
 import torch
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 WITHOUT_CUDA_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 """Blocks share one compiled graph: replayed as a CUDA graph, a block's output would be overwritten by the next block's."""
 
 
-def compile_by_blocks(model: LlamaForCausalLM, arguments: TrainingArguments) -> None:
+def compile_by_blocks(model: PreTrainedModel, arguments: TrainingArguments) -> None:
     """Have accelerate compile each block by itself, and compile the loss, where `arguments` ask for torch.compile.
 
     Blocks are alike, so that one graph serves all of them, and FSDP2's hooks lie between the graphs: in a model that is

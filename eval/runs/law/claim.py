@@ -20,10 +20,10 @@ NUM_DRAWS = 10_000
 
 
 def held_out_residuals(fit: Fit, configurations: NDArray[np.intp], num_folds: int | None, seed: int) -> Array:
-    """Measured less predicted loss of each point, by the law of the folds that it is not in; NaN where they have none.
+    """Return measured less predicted loss of each point, by the law of the folds without it; NaN if that fails.
 
-    A fold is one configuration with all its seeds, or with `num_folds` a random share of the configurations: a seed of a
-    run in the fit would give its answer away.
+    A fold is one configuration with all its seeds, or with `num_folds` a random share of the configurations: another
+    seed of the same run in the fit would reveal its answer.
     """
     num = configurations.max() + 1
     if num_folds is not None and num_folds > num:
@@ -44,9 +44,10 @@ def held_out_residuals(fit: Fit, configurations: NDArray[np.intp], num_folds: in
 
 
 def dense_law_residuals(points: Points, average: Fit) -> tuple[Array, Array] | None:
-    """(by average, by final parameters): residuals of sparse runs under the law of the dense runs alone, NaN for those.
+    """Return (by average, by final parameters): residuals of sparse runs under the law of the dense runs, NaN for dense
+    runs.
 
-    None where there is no sparse run, or the dense runs do not identify a law.
+    None if there is no sparse run, or the dense runs do not identify a law.
     """
     problem, dense = average.problem, points.percents == 0
     if dense.all() or not dense.any():
@@ -67,7 +68,8 @@ def dense_law_residuals(points: Points, average: Fit) -> tuple[Array, Array] | N
 def paired(
     average: Array, final: Array, configurations: NDArray[np.intp], confidence: float, seed: int
 ) -> dict[str, Any] | None:
-    """Mean absolute errors of both sides on the runs that both predict, and their difference, final less average.
+    """Return the mean absolute errors of both sides on the runs that both predict, and their difference, final less
+    average.
 
     Its interval is that of a mean over configurations drawn with replacement; None below two configurations.
     """
@@ -95,7 +97,7 @@ def paired(
 
 
 def verdict(pair: dict[str, Any] | None, has_sparse_runs: bool) -> str:
-    """One sentence: which of the two predicts better, where the interval of the difference leaves out 0."""
+    """Say in one sentence which of the two predicts better, if the interval of the difference excludes 0."""
     if not has_sparse_runs:
         return "There is no sparse run, so that average and final parameters are the same: nothing is compared."
     if pair is None:
@@ -109,11 +111,11 @@ def verdict(pair: dict[str, Any] | None, has_sparse_runs: bool) -> str:
         return f"Average parameters predict the loss better: {errors}."
     if high < 0:
         return f"Final parameters predict the loss better: {errors}."
-    return f"These runs do not tell which predicts the loss better: {errors}."
+    return f"These runs do not show which predicts the loss better: {errors}."
 
 
 def by_sparsity(percents: NDArray[np.intp], residuals: Array, held_out: Array) -> list[dict[str, Any]]:
-    """Residuals of the runs of each sparsity, in whole per cent, from dense up: bias and size."""
+    """Return bias and size of the residuals at each sparsity, in whole per cent, from dense up."""
     rows = []
     for percent in np.unique(percents):
         chosen = percents == percent

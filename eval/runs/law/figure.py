@@ -21,7 +21,8 @@ COLUMNS = {"average": "avg_linear_params", "final": "final_linear_params"}
 
 
 def draw_laws(points: Points, figures: dict[str, Any], fits: dict[str, Fit], file: Path) -> None:
-    """Two panels with one loss axis: hollow circles are dense runs, filled diamonds sparse ones, colours token counts."""
+    """Draw two panels with one loss axis: hollow circles are dense runs, filled diamonds sparse ones, colours token
+    counts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,7 +80,7 @@ def draw_laws(points: Points, figures: dict[str, Any], fits: dict[str, Fit], fil
 
 
 def curve_tokens(tokens: Array) -> list[float]:
-    """The token counts at which the law is drawn: those of the runs, or a spread of them where there are many."""
+    """Return the token counts for which the law is drawn: those of the runs, or a selection of many."""
     numbers = levels(tokens)
     counts = [float(tokens[numbers == number].mean()) for number in range(numbers.max() + 1)]
     if len(counts) <= MAX_CURVES:

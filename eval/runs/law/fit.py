@@ -33,7 +33,7 @@ LEAST_SHARE = HUBER_DELTA
 
 
 LARGEST_EXPONENT = 4.0
-"""Twice the steepest start, where every published exponent is below 1: a steeper best fit has followed the noise."""
+"""Twice the steepest start, while every published exponent is below 1: a steeper fit has followed the noise."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Fit:
-    """The law of all points. `minima` [starts, parameters] are what the descents found, the best first."""
+    """The law of all points. `minima` [starts, parameters] are the ends of the descents, the best first."""
 
     problem: Problem
     law: Law
@@ -72,12 +72,16 @@ class Fit:
 
     @property
     def residuals(self) -> Array:
-        """Measured less predicted loss, nats per token."""
+        """Return measured less predicted loss, nats per token."""
         return self.problem.loss - self.law.loss(self.problem.params, self.problem.tokens)
 
 
 def fit_law(params: Array, tokens: Array, loss: Array, form: Form) -> Fit:
-    """The law of the points; a ValueError says why these points cannot tell its coefficients."""
+    """Fit the law to the points.
+
+    Raises:
+        ValueError: The points do not identify its coefficients.
+    """
     check_points(params, tokens, form)
     problem = Problem.of(params, tokens, loss, form)
     weights = np.ones((1, len(loss)))
@@ -91,28 +95,37 @@ def fit_law(params: Array, tokens: Array, loss: Array, form: Form) -> Fit:
 
 
 def refit(fit: Fit, weights: Array) -> list[Law]:
-    """The law of each row of `weights` [rows, points], 0 for a point that is left out, started from the fit's minima."""
+    """Fit the law to each row of `weights` [rows, points], 0 for a point that is left out, starting at the fit's minima."""
     starts = fit.minima[[min(rank, len(fit.minima) - 1) for rank in RESTART_RANKS]]
     theta, value = _descend(fit.problem, weights, starts)
     best = theta[np.arange(len(weights)), value.argmin(1)]
     return [_law(fit.problem, row) for row in best]
 
 
-def bootstrap(fit: Fit, num_resamples: int, seed: int) -> list[Law]:
-    """The laws of resampled runs, drawn with replacement; a draw that cannot identify the law is drawn again."""
+def bootstrap(fit: Fit, num_resamples: int, seed: int, groups: NDArray[np.intp] | None = None) -> list[Law]:
+    """Return the laws of resampled runs, drawn with replacement; a draw that cannot identify the law is drawn again.
+
+    Args:
+        fit: The law of all points.
+        num_resamples: How many to draw.
+        seed: Of the draws.
+        groups: A number for each point, from 0 up: points of one group are drawn together, since they are not independent.
+            None draws each point by itself.
+    """
     problem, rng = fit.problem, np.random.default_rng(seed)
-    num = len(problem.loss)
-    weights = np.zeros((num_resamples, num))
+    groups = np.arange(len(problem.loss)) if groups is None else groups
+    num = int(groups.max()) + 1
+    weights = np.zeros((num_resamples, len(problem.loss)))
     for row in weights:
         for _ in range(MAX_REDRAWS):
-            row[:] = np.bincount(rng.integers(num, size=num), minlength=num)
+            row[:] = np.bincount(rng.integers(num, size=num), minlength=num)[groups]
             if identifies(problem, row > 0):
                 break
     return refit(fit, weights)
 
 
 def identifies(problem: Problem, chosen: NDArray[np.bool_]) -> bool:
-    """Whether the chosen points could identify the law, with none to spare."""
+    """Return whether the chosen points could identify the law, with none to spare."""
     try:
         check_points(problem.params[chosen], problem.tokens[chosen], problem.form, spare=0)
     except ValueError:
@@ -121,7 +134,11 @@ def identifies(problem: Problem, chosen: NDArray[np.bool_]) -> bool:
 
 
 def check_hessian(fit: Fit) -> None:
-    """ValueError where the minimum is degenerate: a direction in which the coefficients change no predicted loss."""
+    """Check that no direction in the coefficients leaves every predicted loss unchanged.
+
+    Raises:
+        ValueError: The minimum is degenerate.
+    """
     names = COEFFICIENTS[fit.problem.form]
     _, shares = _log_predictions(fit.problem, fit.minima[:1])
     jacobian = _jacobian(fit.problem, shares)[0]
@@ -139,7 +156,11 @@ def check_hessian(fit: Fit) -> None:
 
 
 def check_exponents(fit: Fit) -> None:
-    """ValueError where an exponent is far above all that were ever measured, as a few runs that follow no law give."""
+    """Check that no exponent is far above all that were ever measured, which happens if runs follow no law.
+
+    Raises:
+        ValueError: One is.
+    """
     for name in ("alpha", "beta"):
         exponent = fit.law.coefficients.get(name, 0.0)
         if exponent > LARGEST_EXPONENT:
@@ -172,7 +193,7 @@ def _law(problem: Problem, theta: Array) -> Law:
 
 
 def _log_predictions(problem: Problem, theta: Array) -> tuple[Array, Array]:
-    """(log L [rows, points], shares of L [rows, points, terms]) of theta [rows, parameters]: a, b; e; alpha, beta."""
+    """Return (log L [rows, points], shares of L [rows, points, terms]) of theta [rows, parameters]: a, b; e; alpha, beta."""
     terms = problem.features.shape[1]
     logs = theta[:, None, :terms] - theta[:, None, -terms:] * problem.features
     if problem.has_floor:
@@ -185,13 +206,15 @@ def _log_predictions(problem: Problem, theta: Array) -> tuple[Array, Array]:
 
 
 def _jacobian(problem: Problem, shares: Array) -> Array:
-    """Derivatives of log L by theta, [rows, points, parameters]: those by the scales are the terms' shares of L."""
+    """Return the derivatives of log L by theta, [rows, points, parameters]; those by the scales are the terms' shares of
+    L."""
     terms = problem.features.shape[1]
     return np.concatenate([shares, -shares[..., :terms] * problem.features], axis=-1)
 
 
 def _objective(problem: Problem, theta: Array, weights: Array) -> tuple[Array, Array]:
-    """Weighted sum of Huber(log L - log measured), in units of delta^2, and its gradient; one row a data set."""
+    """Return the weighted sum of Huber(log L - log measured), in units of delta^2, and its gradient; a row for each data
+    set."""
     predicted, shares = _log_predictions(problem, theta)
     off = (predicted - np.log(problem.loss)) / HUBER_DELTA
     size = np.abs(off)
@@ -201,7 +224,7 @@ def _objective(problem: Problem, theta: Array, weights: Array) -> tuple[Array, A
 
 
 def _descend(problem: Problem, weights: Array, starts: Array) -> tuple[Array, Array]:
-    """(theta [rows, starts, parameters], objective [rows, starts]) of every row of weights from every start."""
+    """Return (theta [rows, starts, parameters], objective [rows, starts]) of every row of weights from every start."""
     rows, num_starts = len(weights), len(starts)
     theta, value = minimise(
         lambda theta, which: _objective(problem, theta, weights[which // num_starts]), np.tile(starts, (rows, 1))

@@ -18,7 +18,11 @@ MIN_LEVELS = 3
 
 
 def check_points(params: Array, tokens: Array, form: Form, spare: int = 1) -> None:
-    """ValueError where runs with these N and D cannot identify the law, with `spare` runs more than coefficients."""
+    """Check that runs with these N and D can identify the law, with `spare` runs more than coefficients.
+
+    Raises:
+        ValueError: They cannot.
+    """
     sizes, amounts = levels(params), levels(tokens)
     needed, law = len(COEFFICIENTS[form]) + spare, FORMULAS[form]
     if form != "nd" and tokens.max() > (1 + SAME_TOKENS) * tokens.min():
@@ -48,13 +52,13 @@ def check_points(params: Array, tokens: Array, form: Form, spare: int = 1) -> No
     if form == "nd" and _on_a_line(params, tokens):
         raise ValueError(
             f"in these runs D follows from N (log D = constant {_slope(params, tokens):+.2f} log N, within {LEVEL:.0%}), so "
-            f"that {law} cannot tell what each does: add runs of the same size on other token counts, or fit form=n or "
+            f"that {law} cannot separate their effects: add runs of the same size on other token counts, or fit form=n or "
             "form=power, which describe these runs by N alone."
         )
 
 
 def levels(values: Array) -> NDArray[np.intp]:
-    """The number of each value's level, from 0 up: a level spans `LEVEL` from its smallest value."""
+    """Return the number of each value's level, from 0 up: a level spans `LEVEL` from its smallest value."""
     number, start, level = np.zeros(len(values), dtype=np.intp), -np.inf, -1
     for index in np.argsort(values):
         if values[index] > (1 + LEVEL) * start or level < 0:

@@ -1,10 +1,10 @@
 """The scaling law: L(N, D) = E + A / N^alpha + B / D^beta, Chinchilla's form (arXiv 2203.15556).
 
-L is a loss in nats per token, N a number of linear parameters, D a number of tokens. For sparse runs the paper that this
-project reproduces (arXiv 2501.12486) puts N-bar, the average of the active parameters over the run, in N's place.
+L is a loss in nats per token, N a number of linear parameters, D a number of tokens. For sparse runs the paper that
+this project reproduces (arXiv 2501.12486) takes N-bar, the average of the active parameters over the run, for N.
 
-Two reduced forms are for runs on equally many tokens, whose D is then no variable: `n`, L = E + A / N^alpha, with what D
-adds inside E; and `power`, L = A / N^alpha, where the sizes lie too close together to tell E from the rest.
+Two reduced forms are for runs on equally many tokens, whose D is then no variable: `n`, L = E + A / N^alpha, in which
+D's term is part of E; and `power`, L = A / N^alpha, if the sizes are too close together to tell E from the rest.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Law:
 
     @classmethod
     def of(cls, A: float, alpha: float, E: float = 0.0, B: float = 0.0, beta: float = 0.0) -> Law:
-        """The law with these coefficients, in the form that has those which are not 0."""
+        """Return the law with these coefficients, in the form that has those which are not 0."""
         form: Form = "nd" if B else "n" if E else "power"
         e, b = (math.log(value) if value else -math.inf for value in (E, B))
         return cls(form, a=math.log(A), alpha=alpha, e=e, b=b, beta=beta)
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """By name, those of the form; A is in nats x parameters^alpha, B in nats x tokens^beta, E in nats."""
+        """Return the form's coefficients by name; A is in nats x parameters^alpha, B in nats x tokens^beta, E in nats."""
         with np.errstate(over="ignore"):
             values = {
                 "E": np.exp(self.e),
@@ -66,16 +66,16 @@ class Law:
         return {name: float(values[name]) for name in COEFFICIENTS[self.form]}
 
     def loss(self, params: ArrayLike, tokens: ArrayLike) -> Array:
-        """Nats per token at N = `params` and D = `tokens`, which only the form `nd` reads."""
+        """Return nats per token at N = `params` and D = `tokens`, which only the form `nd` reads."""
         with np.errstate(over="ignore"):
             size = np.exp(self.a - self.alpha * np.log(np.asarray(params, dtype=float)))
             data = np.exp(self.b - self.beta * np.log(np.asarray(tokens, dtype=float)))
         return np.asarray(math.exp(self.e) + size + data)
 
     def cheapest(self, target_loss: float) -> tuple[float, float | None]:
-        """(N, D) that reach a loss with the least compute, 6 N D; D is None where the form leaves only N free.
+        """Return the (N, D) that reach a loss with the least compute, 6 N D; D is None if the form has only N.
 
-        On the curve of that loss N D is least where alpha A / N^alpha = beta B / D^beta.
+        On the curve of that loss N D is least at alpha A / N^alpha = beta B / D^beta.
         """
         above = target_loss - math.exp(self.e)
         if above <= 0:

@@ -17,10 +17,11 @@ MAX_HALVINGS = 20
 def minimise(
     objective: Objective, starts: Array, *, max_iterations: int = 500, memory: int = 10, tolerance: float = 1e-10
 ) -> tuple[Array, Array]:
-    """(minimisers [problems, parameters], minima [problems]) of independent problems, each from its own start.
+    """Return (minimisers [problems, parameters], minima [problems]) of independent problems, each from its own start.
 
-    `objective(parameters, problems)` gives the values, at least 0, and the gradients of the problems with these indices.
-    A problem ends when two steps running lower it by no more than `tolerance` of its value, or of 1 where it is smaller.
+    `objective(parameters, problems)` gives the values, at least 0, and the gradients of the problems with these
+    indices. A problem ends when two successive steps lower it by no more than `tolerance` of its value, or of 1 if that
+    is larger.
     """
     x, idle = starts.copy(), np.zeros(len(starts), dtype=int)
     value, gradient = objective(x, np.arange(len(x)))
@@ -56,7 +57,7 @@ def minimise(
 def _inverse_hessian_times(
     gradient: Array, steps: Array, changes: Array, curvature: Array, live: NDArray[np.intp], newest_first: list[int]
 ) -> Array:
-    """The two-loop recursion (Nocedal and Wright, algorithm 7.4); a pair with curvature 0 is left out."""
+    """Apply the two-loop recursion (Nocedal and Wright, algorithm 7.4); a pair with curvature 0 is left out."""
     q, weights, scale, scaled = gradient.copy(), {}, np.ones(len(live)), np.zeros(len(live), dtype=bool)
     for slot in newest_first:
         s, y, sy = steps[slot, live], changes[slot, live], curvature[slot, live]
@@ -86,7 +87,7 @@ def _line_search(
     slope: Array,
     live: NDArray[np.intp],
 ) -> tuple[Array, Array, Array]:
-    """Halve the step until it lowers the value enough (Armijo); a problem where none does stays where it is."""
+    """Halve the step until it lowers the value enough (Armijo); a problem without such a step stays at its point."""
     new_x, new_value, new_gradient = x[live].copy(), value[live].copy(), gradient[live].copy()
     length, open_ = np.ones(len(live)), np.arange(len(live))
     for _ in range(MAX_HALVINGS):

@@ -1,9 +1,10 @@
-"""The points that the law is fitted to: what finished runs, or the lines of a CSV file, say of size, tokens and loss."""
+"""The points that the law is fitted to: size, tokens and loss of finished runs, or of the lines of a CSV file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ COLUMNS = {
 """Names of a figure in summaries, in CSV files, and in the series' table."""
 NAMES = ("run_name", "name", "model")
 LOSSES = ("loss", "heldout_loss", "final_train_loss")
-"""What loss=auto takes: the first that every point has."""
+"""Losses in the order of loss=auto, which takes the first that every point has."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Point:
     total_tokens: float
     loss: float
     sparsity: float
+    trunk: str = ""
+    """The run whose steps this one shares; empty for a run of its own, and for a line of a CSV file."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,26 @@ class Points:
 
     @property
     def percents(self) -> NDArray[np.intp]:
-        """Sparsity in whole per cent; 0 is a dense run."""
+        """Return the sparsity in whole per cent; 0 is a dense run."""
         return np.round(100 * self.column("sparsity")).astype(np.intp)
 
     @property
     def configurations(self) -> NDArray[np.intp]:
-        """A number for each point, from 0 up, the same for runs that differ in nothing but their seed."""
+        """Return a number for each point, from 0 up, the same for runs that differ in nothing but their seed."""
         columns = ("avg_linear_params", "final_linear_params", "total_tokens")
         keys = np.stack([*(levels(self.column(name)) for name in columns), self.percents])
         return np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
 
+    @property
+    def trunks(self) -> NDArray[np.intp]:
+        """A number for each point, from 0 up, the same for runs that share a trunk: branches of one run, and that run."""
+        numbers: dict[object, int] = {}
+        keys = [point.trunk or number for number, point in enumerate(self.points)]
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
+
 
 def read_points(runs: Sequence[str], loss: str = "auto") -> Points:
-    """The points of run folders, folders of runs, patterns of them and CSV files; a run named twice counts once."""
+    """Read the points of run folders, folders of runs, patterns of them and CSV files; a run named twice counts once."""
     rows = finished_runs(runs)
     loss_name = _choose_loss(rows, loss)
     check_comparable(rows)
@@ -99,4 +109,12 @@ def _point(where: str, row: Mapping[str, Any], loss_name: str) -> Point:
         raise ValueError(f"{where} has sparsity={sparsity:g}, outside [0, 1): give the share of weights removed.")
     name = next((str(row[key]) for key in NAMES if key in row), where)
     loss = positive(where, row, loss_name)
-    return Point(name, loss=loss, sparsity=sparsity, **figures)
+    return Point(name, loss=loss, sparsity=sparsity, trunk=_trunk(where, row), **figures)
+
+
+def _trunk(where: str, row: Mapping[str, Any]) -> str:
+    """Return the folder of the run that a point's run branched from in the end, or its own."""
+    branch = row.get("branch")
+    if isinstance(branch, Mapping):
+        return str(branch.get("trunk", ""))
+    return str(Path(where).parent) if where.endswith("summary.json") else ""

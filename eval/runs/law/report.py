@@ -1,4 +1,4 @@
-"""Everything that a set of runs says of the law: both fits, their comparison, and what the law predicts."""
+"""The law of a set of runs: both fits, their comparison, and predictions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from sparsity.common.text import count_text
 from train.plan.run import plan_run
 from train.plan.series import table_row
 
+MIN_TRUNKS = 5
+"""Below so many independent runs a resample of whole trunks says nothing of the spread."""
+
 
 def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], dict[str, Fit]]:
-    """(figures, fits) of the points. Losses are nats per token; `average` and `final` say which parameters are N.
+    """Return (figures, fits) of the points. Losses are nats per token; `average` and `final` are the two meanings of N.
 
-    A ValueError says why the points cannot tell the law on average parameters; where only the one on final parameters is
-    out of reach, `final` holds the reason as `refused`.
+    If only the law on final parameters is out of reach, `final` holds the reason as `refused`.
+
+    Raises:
+        ValueError: The points do not identify the law on average parameters.
     """
     form: Form = config.form  # type: ignore[assignment]
     tokens, loss, configurations = points.column("total_tokens"), points.column("loss"), points.configurations
@@ -47,7 +52,10 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
     held_out = {
         side: held_out_residuals(fit, configurations, config.num_folds, config.seed) for side, fit in fits.items()
     }
-    laws = {side: bootstrap(fit, config.num_bootstrap, config.seed) for side, fit in fits.items()}
+    trunks = points.trunks
+    num_trunks = int(trunks.max()) + 1
+    groups = trunks if num_trunks >= MIN_TRUNKS else None
+    laws = {side: bootstrap(fit, config.num_bootstrap, config.seed, groups) for side, fit in fits.items()}
     for side, fit in fits.items():
         sides[side] = _side(fit, laws[side], held_out[side], points, config.confidence)
     figures: dict[str, Any] = {
@@ -57,6 +65,8 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
         "loss": points.loss_name,
         "num_runs": len(points.points),
         "num_configurations": int(configurations.max()) + 1,
+        "num_trunks": num_trunks,
+        "resampled": "points" if groups is None else "trunks",
         "confidence": config.confidence,
         "num_bootstrap": config.num_bootstrap,
         "average": sides["average"],
@@ -74,7 +84,7 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
 
 
 def _check_path(config: ScalingLawConfig) -> None:
-    """Raise if a figure is asked for that needs to know what N and D do apart."""
+    """Raise if a figure needs the separate effects of N and D."""
     asked = [
         key for key, is_asked in (("predict", config.predict.is_asked), ("target_loss", config.target_loss)) if is_asked
     ]
@@ -86,7 +96,7 @@ def _check_path(config: ScalingLawConfig) -> None:
 
 
 def interval(laws: Sequence[Law], value: Callable[[Law], float], confidence: float) -> list[float | None]:
-    """The middle `confidence` of a value over resampled laws; a bound that is not finite is None."""
+    """Return the middle `confidence` of a value over resampled laws; a bound that is not finite is None."""
     values = np.array([value(law) for law in laws])
     tail = (1 - confidence) / 2
     bounds = np.quantile(values, [tail, 1 - tail], method="nearest")
@@ -127,7 +137,7 @@ def _side(fit: Fit, laws: list[Law], held_out: Array, points: Points, confidence
 def _comparison(
     points: Points, fits: dict[str, Fit], held_out: dict[str, Array], config: ScalingLawConfig
 ) -> dict[str, Any]:
-    """Both sides on the same held-out runs, and on sparse runs under the law of the dense ones."""
+    """Compare both sides on the same held-out runs, and on sparse runs under the law of the dense ones."""
     configurations, has_sparse = points.configurations, bool(points.percents.any())
     pair = None
     if has_sparse and "final" in fits:
@@ -141,7 +151,7 @@ def _comparison(
 
 
 def _prediction(asked: PredictConfig, fit: Fit, laws: list[Law], confidence: float) -> dict[str, Any]:
-    """The loss of a planned run, with the interval of the law there; the noise of a single run comes on top."""
+    """Return the loss of a planned run, with the law's interval there; a single run adds its own noise."""
     if asked.experiment is None:
         assert asked.avg_linear_params is not None
         assert asked.total_tokens is not None
@@ -168,7 +178,7 @@ def _prediction(asked: PredictConfig, fit: Fit, laws: list[Law], confidence: flo
 
 
 def _cheapest(target: float, fit: Fit, laws: list[Law], confidence: float) -> dict[str, Any]:
-    """The average size, and the tokens, that reach a loss with the least compute."""
+    """Return the average size, and the tokens, that reach a loss with the least compute."""
     params, tokens = fit.law.cheapest(target)
     spent = float(fit.problem.tokens.mean()) if tokens is None else tokens
 
@@ -190,7 +200,7 @@ def _cheapest(target: float, fit: Fit, laws: list[Law], confidence: float) -> di
 
 
 def _outside(seen: Problem, params: float, tokens: float) -> list[str]:
-    """Which of N and D no fitted run reaches: there the law extrapolates."""
+    """Return which of N and D is outside the fitted runs, so that the law extrapolates."""
     ranges = (("N", params, seen.params), ("D", tokens, seen.tokens))
     return [
         name

@@ -20,6 +20,7 @@ def report_text(figures: dict[str, Any]) -> str:
         f"({figures['num_configurations']} configurations); intervals of {100 * figures['confidence']:g} %, "
         f"{figures['num_bootstrap']} resamples",
         *(PATH_NOTE if figures["tokens_follow_params"] else ()),
+        *_trunks(figures),
         _table(figures),
         _residuals(figures),
         *_comparison(figures["comparison"]),
@@ -35,13 +36,27 @@ def report_text(figures: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def _trunks(figures: dict[str, Any]) -> list[str]:
+    """Say what it means that some points share a trunk; nothing if none do."""
+    runs, trunks = figures["num_runs"], figures["num_trunks"]
+    if trunks == runs:
+        return []
+    shared = f"{runs} runs branched off {trunks} {'trunk' if trunks == 1 else 'trunks'} and share their steps"
+    if figures["resampled"] == "trunks":
+        return [f"{shared}: whole trunks are drawn for the intervals."]
+    return [
+        f"{shared}: the intervals take them for independent runs and are too narrow; so is the held-out error. Runs of other "
+        "seeds or sizes make them wider."
+    ]
+
+
 def number_text(value: float | None) -> str:
-    """Four significant digits; a vanished term is 0, and a bound out of reach is written as such."""
+    """Return four significant digits; a vanished term is 0, and a bound out of reach is named so."""
     return "unbounded" if value is None else f"{value:.4g}" if abs(value) >= 1e-6 else "0"
 
 
 def _table(figures: dict[str, Any]) -> str:
-    """Coefficients and errors, a column for each meaning of N."""
+    """Return coefficients and errors, a column for each meaning of N."""
     sides = [side for side in SIDES if "refused" not in figures[side]]
     rows = [["", *(f"N = {side} linear parameters" for side in sides)]]
     for name in COEFFICIENTS[figures["form"]]:

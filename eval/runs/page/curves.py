@@ -1,4 +1,4 @@
-"""What a panel shows of a run, as numbers."""
+"""The numbers of a panel for a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Curve:
 
 
 def curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
-    """The curves, or in `points` and `bars` the single points, of the runs that have any."""
+    """Return the curves, or in `points` and `bars` the single points, of the runs that have any."""
     most = max(MIN_POINTS, min(MAX_POINTS, MAX_POINTS_OF_ALL // max(1, len(runs))))
     found = []
     for number, run in enumerate(runs):
@@ -50,13 +50,13 @@ def record_points(panel: Panel, run: Run) -> list[tuple[float, float]]:
 
 
 def summary_point(panel: Panel, run: Run) -> list[tuple[float, float]]:
-    """(x, y) of a finished run; a bar's x is 0."""
+    """Return (x, y) of a finished run; a bar's x is 0."""
     x, y = (0.0 if panel.kind == "bars" else run.figures.get(panel.x)), run.figures.get(panel.y)
     return [(float(x), float(y))] if is_number(x) and is_number(y) else []
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most `most` of the points, their order kept: the first, the last, and of equal stretches lowest and highest."""
+    """Return at most `most` of the points in their order: first, last, and the lowest and highest of equal stretches."""
     if len(points) <= most:
         return list(points)
     stretches = max(1, (most - 2) // 2)
@@ -68,7 +68,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[floa
 
 
 def final_layers(panel: Panel, run: Run) -> dict[str, float]:
-    """The last value of every key of the panel's group, without the group's name: a record has all of them or none."""
+    """Return the last value of every key of the panel's group, without the group's name; a record has all of them or none."""
     group = panel.y.removesuffix("*")
     for record in reversed(run.records):
         values = {
@@ -82,7 +82,7 @@ def final_layers(panel: Panel, run: Run) -> dict[str, float]:
 
 
 def layer_rows(layers: Mapping[str, float]) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-    """(densities by kind of weight and layer number, those of weights outside the layers), in the model's order."""
+    """Return (densities by kind of weight and layer number, those of weights outside the layers), in the model's order."""
     inside: dict[str, dict[int, float]] = {}
     outside: dict[str, float] = {}
     for name, value in layers.items():

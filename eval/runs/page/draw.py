@@ -1,4 +1,4 @@
-"""A panel as a picture: an SVG whose colours the page decides, and a PNG that stands alone."""
+"""A panel as a picture: an SVG whose colours the page sets, and a PNG that is complete by itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DARK_FROM = 0.55
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG to put into a page, and what reading values off it takes: boxes in its own units, limits, scales."""
+    """An SVG for a page, with what is needed to read values from it: boxes in its own units, limits, scales."""
 
     svg: str
     scale: Mapping[str, Any] | None = None
@@ -45,7 +45,7 @@ def color(run: Run) -> str:
 def draw_curves(
     panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve], png: Path, law: FittedLaw | None = None
 ) -> Picture:
-    """Lines, stairs, points or bars of all runs that have any."""
+    """Draw lines, stairs, points or bars of all runs that have any."""
     rows = len(drawn) if panel.kind == "bars" else 0
     with new_figure(max(HEIGHT, 0.9 + 0.32 * rows)) as (figure, axes):
         if panel.kind == "bars":
@@ -62,7 +62,8 @@ def draw_curves(
 
 
 def draw_layers(panel: Panel, run: Run, number: int, layers: Mapping[str, float], png: Path) -> Picture:
-    """One run's densities in cells: a row for each kind of weight, a column for each layer; a weight outside has a row."""
+    """Draw one run's densities in cells: a row for each kind of weight, a column for each layer; other weights have a row
+    each."""
     inside, outside = layer_rows(layers)
     columns = sorted({layer for row in inside.values() for layer in row}) or [0]
     cells = [
@@ -99,7 +100,7 @@ def _shade(density: float) -> Any:
 
 @contextmanager
 def new_figure(height: float) -> Iterator[Any]:
-    """(figure, axes) in the project's style, closed in the end."""
+    """Yield (figure, axes) in the project's style, and close the figure at the end."""
     plt = pyplot()
     settings = {
         "svg.fonttype": "none", "svg.hashsalt": "sparsellm", "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
@@ -145,7 +146,7 @@ def _curves(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]
 
 
 def _law(axes: Any, law: FittedLaw, drawn: Sequence[Curve]) -> None:
-    """The law's curves, within the runs' own losses: a steep law would flatten them."""
+    """Draw the law's curves within the range of the runs' losses, which a steep law would flatten."""
     low, high = min(min(curve.y) for curve in drawn), max(max(curve.y) for curve in drawn)
     room = 0.12 * (high - low or 1.0)
     axes.set_ylim(low - room, high + room)
@@ -161,7 +162,7 @@ def _law(axes: Any, law: FittedLaw, drawn: Sequence[Curve]) -> None:
 
 
 def _bars(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> None:
-    """A bar for each run, its value behind it, and a tick where a unigram model of the same tokens is."""
+    """Draw a bar for each run, its value after it, and a tick at the loss of a unigram model of the same tokens."""
     for place, curve in enumerate(drawn):
         run, value = runs[curve.run], curve.y[0]
         gid = f"run-{curve.run}"
@@ -185,7 +186,7 @@ def _bars(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) 
 
 
 def _legend(figure: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> None:
-    """For the PNG: the page has one legend for all its figures."""
+    """Draw a legend in the PNG; the page has one legend for all its figures."""
     handles = [_line_or_mark(panel, runs[curve.run]) for curve in drawn]
     labels = [runs[curve.run].name for curve in drawn]
     if handles:
@@ -203,7 +204,8 @@ def _line_or_mark(panel: Panel, run: Run) -> Any:
 
 
 def svg_of(figure: Any, name: str) -> str:
-    """The figure as an SVG element: its text as text, its colours as the page's variables, run-N groups as data-run."""
+    """Return the figure as an SVG element: its text as text, its colours as the page's variables, run-N groups as
+    data-run."""
     figure.draw_without_rendering()
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -223,7 +225,7 @@ def svg_of(figure: Any, name: str) -> str:
 
 
 def _scale(figure: Any, axes: Any, panel: Panel) -> dict[str, Any]:
-    """Where the axes lie in the SVG's units, points from the upper left, and what their ends mean."""
+    """Return the place of the axes in the SVG's units, points from the upper left, and their limits."""
     box = axes.get_position()
     width, height = figure.get_size_inches() * 72
     return {

@@ -27,7 +27,7 @@ class FittedLaw:
     words: str
 
     def curves(self) -> list[tuple[str, list[float], list[float]]]:
-        """(label, N, loss) of the law over the sizes of the runs, for their token counts, or a spread of them."""
+        """Return (label, N, loss) of the law over the sizes of the runs, for their token counts, or a selection of them."""
         sizes, tokens = self.fit.problem.params, self.fit.problem.tokens
         grid = np.geomspace(sizes.min() / 1.1, sizes.max() * 1.1, 60)
         return [
@@ -37,7 +37,7 @@ class FittedLaw:
 
 
 def fit_runs(runs: Sequence[Run], loss: str, form: str) -> tuple[FittedLaw | None, str]:
-    """(law, why there is no law, or no richer one) of the finished runs; `form` is one of FORMS, or auto."""
+    """Return (law, why there is no law, or no richer one) of the finished runs; `form` is one of FORMS, or auto."""
     finished = [str(run.folder / SUMMARY) for run in runs if run.is_finished]
     if not finished:
         return None, "No law: no run is finished."
@@ -56,7 +56,11 @@ def fit_runs(runs: Sequence[Run], loss: str, form: str) -> tuple[FittedLaw | Non
 
 
 def fitted(points: Points, form: Form) -> FittedLaw:
-    """A ValueError where the points cannot tell the coefficients."""
+    """Fit the law.
+
+    Raises:
+        ValueError: The points do not identify the coefficients.
+    """
     fit = fit_law(points.column("avg_linear_params"), points.column("total_tokens"), points.column("loss"), form)
     check_hessian(fit)
     check_exponents(fit)

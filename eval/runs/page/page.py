@@ -74,7 +74,7 @@ def section(name: str, figures: dict[str, list[dict[str, Any]]]) -> dict[str, An
 
 
 def layer_figures(panel: Panel, runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
-    """A figure for each run that has recorded its layers."""
+    """Return a figure for each run that has recorded its layers."""
     found = []
     for number, run in enumerate(runs):
         layers = final_layers(panel, run)
@@ -116,7 +116,7 @@ def law_words(law: FittedLaw | None, why: str) -> str:
 
 
 def described(panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> str:
-    """The figure in words, for those who do not see it: where each run ends."""
+    """Describe the figure in words, for those who do not see it: the end of each run."""
     ends = "; ".join(
         f"{runs[curve.run].name} {'ends at ' if panel.of_records else ''}{curve.y[-1]:.4g}" for curve in drawn
     )
@@ -124,7 +124,7 @@ def described(panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> str:
 
 
 def readable(panel: Panel, picture: Picture, drawn: Sequence[Curve]) -> dict[str, Any]:
-    """What the page's script needs to tell the values under the pointer."""
+    """Return what the page's script needs to tell the values under the pointer."""
     return {
         **(picture.scale or {}),
         "unit": panel.x_label,
@@ -139,7 +139,7 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 def row(number: int, run: Run) -> dict[str, Any]:
-    """A run as the template takes it; a run whose config or figures cannot be read has empty cells."""
+    """Return a run as the template takes it; a run whose config or figures cannot be read has empty cells."""
     empty = dict.fromkeys(COLUMNS, "")
     try:
         line = cells(finite(run.figures))
@@ -166,7 +166,7 @@ def counted(runs: Sequence[Run]) -> str:
 
 
 def common_folder(runs: Sequence[Run]) -> str:
-    """The folder that holds all the runs, or the one run's own name."""
+    """Return the folder that holds all the runs, or the one run's own name."""
     if len(runs) == 1:
         return runs[0].name
     parents = {run.folder.parent for run in runs}
@@ -174,5 +174,5 @@ def common_folder(runs: Sequence[Run]) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element, whatever the runs are called."""
+    """Return JSON that is safe inside a script element, whatever the runs are called."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

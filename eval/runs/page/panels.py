@@ -1,4 +1,4 @@
-"""What is looked at when runs are compared: one list, from which the page and the wandb dashboards are both made.
+"""Panels for comparing runs: one list, from which the page and the wandb dashboards are both made.
 
 Keys are those of metrics.jsonl, which wandb gets too, and for `points` and `bars` those of summary.json.
 """
@@ -27,12 +27,12 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     dense_y: float | None = None
-    """What a dense run has, which does not record `y`."""
+    """Value of a dense run, which does not record `y`."""
     note: str = ""
 
     @property
     def of_records(self) -> bool:
-        """Whether its keys are those of metrics.jsonl; else they are summary.json's."""
+        """Return whether its keys are those of metrics.jsonl; else they are summary.json's."""
         return self.kind in ("lines", "stairs", "layers")
 
 
@@ -45,7 +45,7 @@ PANELS = (
         "loss_avg_params", "Loss", "Final loss against average linear parameters", "points",
         y="heldout_loss", y_label="held-out loss (nats per token)",
         x="avg_linear_params", x_label="average linear parameters, N-bar", log_x=True,
-        note="The paper's claim: a sparse run (filled) lies where a dense one (hollow) of as many parameters does.",
+        note="The paper's claim: a sparse run (filled) is where a dense one (hollow) of as many parameters is.",
     ),
     Panel(
         "heldout_loss", "Loss", "Held-out loss against tokens", "lines",

@@ -58,7 +58,7 @@ class Comparison:
     """One sparse configuration. Gaps are sparse less dense, in nats a token: above 0 the sparse run is worse."""
 
     settings: Mapping[str, Any]
-    """What tells it from the other sparse configurations."""
+    """Settings that differ among the sparse configurations."""
     avg_linear_params: float
     final_linear_params: float
     loss: Spread
@@ -76,14 +76,22 @@ class Comparison:
 
 
 def read_trials(patterns: Sequence[str]) -> list[Trial]:
-    """The finished runs that `patterns` name; a ValueError where one has no config.yaml or their losses don't compare."""
+    """Read the finished runs that `patterns` name.
+
+    Raises:
+        ValueError: One has no config.yaml, or their losses do not compare.
+    """
     rows = finished_runs(patterns)
     check_comparable(rows)
     return [_trial(Path(where), row) for where, row in rows.items()]
 
 
 def compare(runs: Sequence[Trial]) -> list[Comparison]:
-    """A comparison for each sparse configuration, by average size; a ValueError where there is nothing to compare."""
+    """Return a comparison for each sparse configuration, by average size.
+
+    Raises:
+        ValueError: There is nothing to compare.
+    """
     groups: dict[str, list[Trial]] = {}
     for run in runs:
         groups.setdefault(_key(run.settings), []).append(run)
@@ -102,13 +110,13 @@ def compare(runs: Sequence[Trial]) -> list[Comparison]:
 
 
 def curve(dense: Sequence[Trial]) -> tuple[list[float], list[float]]:
-    """(linear parameters, mean loss) of dense runs, by size."""
+    """Return (linear parameters, mean loss) of dense runs, by size."""
     sizes = sorted({run.avg_linear_params for run in dense})
     return sizes, [statistics.fmean(run.loss for run in dense if run.avg_linear_params == size) for size in sizes]
 
 
 def curve_loss(dense: Sequence[Trial], size: float) -> float | None:
-    """The loss of dense runs at `size` linear parameters, log-log between neighbours; None outside their range."""
+    """Return the loss of dense runs at `size` linear parameters, log-log between neighbours; None outside their range."""
     sizes, losses = curve(dense)
     if len(sizes) < 2 or not sizes[0] <= size <= sizes[-1]:
         return None
@@ -135,7 +143,7 @@ def _comparison(
 
 
 def _rivals(sparse: Trial, runs: Sequence[Trial]) -> list[Trial]:
-    """The dense runs of the same recipe: they differ from `sparse` in their size alone."""
+    """Return the dense runs of the same recipe, which differ from `sparse` in their size alone."""
 
     def recipe(run: Trial) -> str:
         return _key(
@@ -165,7 +173,11 @@ def _trial(summary_file: Path, row: Mapping[str, Any]) -> Trial:
 
 
 def _settings(config_file: Path) -> dict[str, Any]:
-    """A run's settings by dotted key; a ValueError where this version cannot have written them."""
+    """Return a run's settings by dotted key.
+
+    Raises:
+        ValueError: This version cannot have written them.
+    """
     try:
         settings = dict(_flat(run_identity(read_config(config_file))))
         json.dumps([settings[SEEDS[0]], settings], allow_nan=False)
@@ -177,7 +189,7 @@ def _settings(config_file: Path) -> dict[str, Any]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys and values of nested dicts."""
+    """Return dotted keys and values of nested dicts."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
         found += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
@@ -185,7 +197,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same everywhere."""
+    """Return the keys whose values differ."""
     keys = dict.fromkeys(key for one in settings for key in one)
     return [key for key in keys if len({json.dumps(one.get(key)) for one in settings}) > 1]
 

@@ -1,4 +1,4 @@
-"""Held-out loss against average linear parameters: the dense curve, and where the sparse runs lie beside it."""
+"""Held-out loss against average linear parameters: the dense curve, and the sparse runs beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from eval.runs.pairs.text import label, usual_settings
 
 
 def draw_pairs(runs: Sequence[Trial], comparisons: Sequence[Comparison], file: Path) -> None:
-    """Left the losses, every seed a mark; right each configuration's gaps to its twin and to the dense curve."""
+    """Draw on the left the losses, a mark for every seed; on the right each configuration's gaps to its twin and to the
+    curve."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -16,12 +16,12 @@ HEAD = (
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """target=0.8, window.start=0: short where no two keys end alike."""
+    """Return settings as target=0.8, window.start=0."""
     return ", ".join(f"{name.removeprefix('sparsity.')}={value}" for name, value in settings.items()) or "the run"
 
 
 def usual_settings(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """The value that most configurations have of each key but the first, where more than one key tells them apart."""
+    """Return the most frequent value of each key but the first, if more than one key tells the configurations apart."""
     names = list(comparisons[0].settings)[1:]
     usual = {}
     for name in names:
@@ -31,7 +31,7 @@ def usual_settings(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def label(comparison: Comparison, usual: Mapping[str, Any]) -> str:
-    """The settings without those that are as usual."""
+    """Return the settings that are not the usual ones."""
     own = comparison.settings.items()
     return settings_text({name: value for name, value in own if name not in usual or value != usual[name]})
 
@@ -59,7 +59,7 @@ def spread_text(spread: Spread, sign: bool = False) -> str:
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
-    """An aligned Markdown table, and what its columns are."""
+    """Return an aligned Markdown table, and what its columns mean."""
     usual = usual_settings(comparisons)
     return "\n".join(
         [

@@ -1,0 +1,50 @@
+"""Prune by a score of your own: a weight counts as |w| times the size of its optimizer's steps.
+
+Run it with `python -m examples.own_score`, or in a run: `python -m launch experiment=demo
+sparsity.score=examples.own_score:Momentum`. It trains a model of two layers for two seconds and prints what is left.
+"""
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from sparsity import Geometric, Score, SparsityCallback
+
+
+class Momentum(Score):
+    """|w| times the square root of Adam's second moment: weights that are small and hardly move go first."""
+
+    label = "lowest |w| times the size of its gradients first"
+    needs = ("state",)
+    is_zero_first = True
+
+    def values(self, shard, part):
+        return shard.values[part].abs() * shard.state["exp_avg_sq"][part].sqrt()
+
+
+class Model(torch.nn.Module):
+    """Learns the sum of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 1)
+
+    def forward(self, inputs, labels):
+        return {"loss": (self.down(self.up(inputs).relu()) - labels).square().mean()}
+
+
+def main(output_dir: str = "runs/own_score") -> dict[str, float]:
+    """Train, prune 80 % of the weights and return the share kept of each layer."""
+    rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    data = [{"inputs": row, "labels": row.sum(0, keepdim=True)} for row in rows]
+    callback = SparsityCallback(Geometric(sparsity=0.8, start_step=10, end_step=40, every_steps=10), score=Momentum())
+    arguments = TrainingArguments(output_dir, max_steps=60, learning_rate=1e-2, report_to="none", save_strategy="no")
+    torch.manual_seed(0)
+    trainer = Trainer(model=Model(), args=arguments, train_dataset=data, callbacks=[callback])
+    trainer.train()
+    kept = callback.pruner.layer_densities()
+    print(f"kept: {kept}, average density {callback.average_density:.3f}")
+    return kept
+
+
+if __name__ == "__main__":
+    main()

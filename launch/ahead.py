@@ -1,0 +1,81 @@
+"""An agent that is started before its command is known.
+
+The agent imports torch, which takes longer than composing and checking a configuration does. Started first, it imports while
+the launcher composes, and then reads its arguments and environment from a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+from train.faults.process import die_with_parent
+
+OPTION = "--arguments-from"
+"""With it, `launch.agent` reads its arguments from the file descriptor that follows."""
+
+
+class AgentAhead:
+    """A process of `launch.agent` that waits for its arguments; without any it ends."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        read, self._write = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launch.agent", OPTION, str(read)],
+                env=environment,
+                pass_fds=[read],
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, os.getpid()),
+            )
+        finally:
+            os.close(read)
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Hand over the command of `launch.command.accelerate_command`, and return the process that obeys it."""
+        message = json.dumps({"arguments": list(command[3:]), "environment": dict(environment)})
+        # If the agent is gone its exit code tells why.
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self._write, "w", encoding="utf-8") as pipe:
+            self._write = -1
+            pipe.write(message)
+        return self.process
+
+    def dismiss(self) -> None:
+        """End an agent that got no command; nothing happens to one that did."""
+        if self._write >= 0:
+            os.close(self._write)
+            self._write = -1
+            self.process.terminate()
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def agent_ahead(environment: Mapping[str, str]) -> Iterator[AgentAhead]:
+    """Start an agent, and end it on the way out if it got no command."""
+    agent = AgentAhead(environment)
+    try:
+        yield agent
+    finally:
+        agent.dismiss()
+
+
+def read_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the agent's arguments: those given, or those that the launcher sends, with its environment taken over.
+
+    Exits if the launcher ends without sending any.
+    """
+    if list(arguments[:1]) != [OPTION]:
+        return list(arguments)
+    with os.fdopen(int(arguments[1]), encoding="utf-8") as pipe:
+        text = pipe.read()
+    if not text:
+        sys.exit(0)
+    message = json.loads(text)
+    os.environ.clear()
+    os.environ.update(message["environment"])
+    return list(message["arguments"])

@@ -1,0 +1,133 @@
+"""data=mixture: shares of tokens hold in each window of a thousand blocks, whatever the world size and the length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conf.schema import DataConfig
+from conf.schema.data import SourceConfig
+from train.data import PreparedData, prepare
+from train.data.mixture import WINDOW, MixedOrder, mixture_blocks, window_counts
+
+LENGTH = 16
+
+
+@pytest.mark.parametrize("weights", [[7, 3], [1, 1, 1], [0.0004, 0.9996], [0.1, 0.2, 0.3, 0.4], [1, np.pi, 17.5]])
+def test_each_window_and_all_of_them_together_hold_the_shares_to_one_block(weights):
+    exact = WINDOW * np.array(weights) / sum(weights)
+    counts = window_counts(weights, np.arange(500))
+    assert (counts.sum(axis=1) == WINDOW).all()
+    assert abs(counts - exact).max() < 1
+    assert abs(counts.sum(axis=0) - 500 * exact).max() < 3
+
+
+def test_a_source_gives_its_blocks_one_after_another():
+    order = MixedOrder([7, 3], 2500, seed=0)
+    found = [order.source_at(place) for place in range(2500)]
+    for source in (0, 1):
+        numbers = [number for one, number in found if one == source]
+        assert numbers == list(range(len(numbers)))
+        assert order.counts_before(1234)[source] == sum(one == source for one, _ in found[:1234])
+    assert sum(source == 0 for source, _ in found[1000:2000]) == 700
+
+
+def test_a_longer_run_begins_with_a_shorter_one_and_another_seed_mixes_anew():
+    def places(num_blocks: int, seed: int = 0) -> list[tuple[int, int]]:
+        order = MixedOrder([2, 1], num_blocks, seed)
+        return [order.source_at(place) for place in range(300)]
+
+    assert places(300) == places(9000)
+    assert places(300) != places(300, seed=1)
+
+
+def write(file: Path, word: str, count: int) -> Path:
+    file.write_text("".join(json.dumps({"text": f"{word} {number} " * 9}) + "\n" for number in range(count)))
+    return file
+
+
+def prepared(folder: Path, *sources: dict[str, Any], **changes: Any) -> PreparedData:
+    settings = {
+        "source": "mixture", "heldout_share": 0.2, "num_workers": 1, "cache_dir": str(folder / "cache"),
+        "sources": [SourceConfig(**source) for source in sources],
+    }  # fmt: skip
+    return prepare(DataConfig(**(settings | changes)), "train", 300, LENGTH)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> PreparedData:
+    files = [write(tmp_path / "long.jsonl", "red", 300), write(tmp_path / "short.jsonl", "blue", 30)]
+    return prepared(tmp_path, {"path": str(files[0]), "weight": 7}, {"path": str(files[1]), "weight": 3, "name": "b"})
+
+
+def test_the_blocks_of_a_mixture_are_its_sources_in_their_shares(two):
+    from train.data import load_tokenizer
+
+    tokenizer = load_tokenizer(two.tokenizer)
+    blocks = mixture_blocks(two, 1000, seed=0)
+    texts = [tokenizer.decode(blocks[place]["input_ids"]) for place in range(1000)]
+    assert sum("red" in text for text in texts) == pytest.approx(700, abs=10)
+    assert not any("red" in text and "blue" in text for text in texts)
+    assert [source.name for source in two.sources] == ["long", "b"]
+    figures = blocks.figures(1000)
+    assert (figures["tokens/long"], figures["tokens/b"]) == (700 * LENGTH, 300 * LENGTH)
+    assert figures["epochs/b"] == 300 / (two.sources[1].train.num_tokens // LENGTH)
+
+
+def test_a_source_that_is_through_repeats_in_another_order(two):
+    blocks = mixture_blocks(two, 1000, seed=0)
+    size = len(blocks.blocks[1])
+    epochs = [[blocks.block_of(1, epoch * size + place) for place in range(size)] for epoch in range(2)]
+    assert size < 150
+    assert [sorted(epoch) for epoch in epochs] == [list(range(size))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_held_out_text_is_that_of_all_sources_and_is_read_as_one(two):
+    from train.data import TokenStream, heldout_tokens, training_blocks
+
+    assert two.heldout.num_tokens == sum(source.heldout.num_tokens for source in two.sources)
+    assert len(heldout_tokens(two)) == 1 + two.heldout.num_tokens
+    first = TokenStream(two.sources[0].folder, "train")
+    assert len(training_blocks(two)) == two.train.num_tokens // LENGTH
+    assert (TokenStream(two.folder, "train")[: len(first)] == first[:]).all()
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ([], r"data=mixture needs data\.sources="),
+        ([{"path": "a"}, {"path": "b/a.txt"}], "two sources called a: give one of them another name"),
+        ([{"path": "a", "hub": "b"}], "path=a and hub=b is none or two"),
+        ([{"path": "a", "weight": 0}], "weight=0 of the source a must be above 0"),
+        ([{"path": "a", "name": "x/y"}], "name=x/y is part of the names of records"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused_in_a_sentence(tmp_path, sources, words):
+    with pytest.raises(ValueError, match=words):
+        prepared(tmp_path, *sources)
+
+
+def test_sources_are_typed_on_the_command_line_and_a_wrong_key_is_named():
+    from conf.compose import composed
+
+    config = composed("train", ["data=mixture", "data.sources=[{path:/a/b.jsonl,weight:7},{hub:allenai/c4,subset:en}]"])
+    assert [(one.stem, one.weight, one.subset) for one in config.data.sources] == [("b", 7.0, None), ("c4", 1.0, "en")]
+    with pytest.raises(ValueError, match="wieght"):
+        composed("train", ["data=mixture", "data.sources=[{path:/a/b.jsonl,wieght:7}]"])
+
+
+def test_the_sources_of_a_run_are_told_to_eval_as_they_are_typed():
+    from conf.compose import composed
+    from train.record.summary import sources_text
+
+    sources = [
+        SourceConfig(path="/a b/it's.jsonl", weight=7),
+        SourceConfig(hub="allenai/c4", subset="en", field="meta.text"),
+    ]
+    config = composed("eval", ["folder=x", "data=mixture", f"data.sources={sources_text(sources)}"])
+    assert config.data.sources == sources

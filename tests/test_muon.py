@@ -1,0 +1,119 @@
+"""Muon: torch's own in one process, the same update on ranks, and zeros that stay zeros."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from conf.compose import composed
+from sparsity import Geometric, SparsityCallback
+from sparsity.mask import state_holder
+from tests.distributed import run_ranks
+from tests.small_trainer import small_llama, small_trainer
+from train.muon import MuonAdamW, make_muon, muon_names, orthogonalised
+
+OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_in_one_process_it_is_torchs_muon_to_the_last_bit(shape):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(5, *shape)
+    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours = MuonAdamW([{"params": [mine], "muon": True}], **OPTIONS)
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for gradient in gradients:
+        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        reference.step()
+        assert torch.equal(mine, theirs)
+
+
+def test_the_other_parameters_are_adamws_to_the_last_bit():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(6), torch.randn(5, 6)
+    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours = MuonAdamW([{"params": [mine], "muon": False}], **OPTIONS)
+    reference = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    for gradient in gradients:
+        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        reference.step()
+        assert torch.equal(mine, theirs)
+
+
+def test_experts_are_orthogonalised_one_by_one():
+    torch.manual_seed(0)
+    experts = torch.randn(3, 8, 12)
+    together = orthogonalised(experts)
+    assert all(torch.equal(together[i], orthogonalised(experts[i])) for i in range(3))
+
+
+def test_head_embedding_and_norms_are_not_muons():
+    names = muon_names(small_llama())
+    assert len(names) == 2 * 7
+    assert all("layers" in name and "proj" in name for name in names)
+
+
+class Arguments:
+    learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon = 0.02, 0.1, 0.9, 0.95, 1e-8
+
+
+def trained(sharded: bool) -> dict[str, torch.Tensor]:
+    """The weights after three steps on the same rows on every rank."""
+    model = small_llama()
+    if sharded:
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = make_muon(model, Arguments())
+    tokens = torch.arange(64).view(2, 32)
+    for _ in range(3):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach()
+        for name, param in model.named_parameters()
+    }
+
+
+def test_two_ranks_under_fsdp2_update_what_one_process_does_to_the_last_bit():
+    # Both ranks see the same rows, so that the mean of their gradients is the gradient of one process exactly.
+    expected = trained(sharded=False)
+    for found in run_ranks(trained, 2, True, timeout_s=240):
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_pruned_weights_gradients_and_momenta_are_exactly_zero(tmp_path):
+    PartialState(cpu=True)
+    callback = SparsityCallback(Geometric(sparsity=0.5, start_step=1, end_step=2, every_steps=1))
+    trainer = small_trainer(tmp_path, sparsity=callback, uses_muon=True)
+    seen = []
+
+    def look(*_: object) -> None:
+        for param, shard in zip(callback.pruner.parameters.values(), callback.shards, strict=True):
+            momentum = state_holder(trainer.optimizer).state[param]
+            tensors = [param, *(value for value in momentum.values() if value.shape == param.shape)]
+            seen.append(all(int((tensor.detach().view(-1)[~shard.mask] != 0).sum()) == 0 for tensor in tensors))
+
+    callback_step = callback.on_step_end
+
+    def on_step_end(*args: object, **kwargs: object) -> None:
+        callback_step(*args, **kwargs)
+        look()
+
+    callback.on_step_end = on_step_end
+    trainer.train()
+    assert len(seen) == 4 * 15
+    assert all(seen)
+
+
+def test_it_is_an_optimizer_by_name_and_a_wrong_one_is_refused():
+    assert composed("train", ["optim=muon"]).trainer.optim == "muon"
+    with pytest.raises(ValueError, match=r"optim.optim=muonn is not known: did you mean muon"):
+        composed("train", ["optim.optim=muonn"])

@@ -1,0 +1,93 @@
+"""The index of tokens that others wrote: which of their ids are trained on, and which are held out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data.files import aside, sha256_of
+from train.data.foreign import Span, checked_counts, document_starts
+from train.data.index import COUNTS, INDEX
+from train.data.pack import STARTS_DTYPE, id_dtype
+
+
+def write_foreign_index(
+    folder: Path,
+    spans: Sequence[Span],
+    *,
+    vocab_size: int,
+    separator: int,
+    heldout_share: float,
+    tokenizer_key: str,
+    decode: Callable[[list[int]], str],
+    hashes: Mapping[str, str],
+) -> None:
+    """Write counts, starts of documents and index.json for ids that stay where they are.
+
+    The end of each file is held out, from the start of a document on where there is one: the text, whose hash decides on
+    prepared documents, is not known.
+
+    Args:
+        folder: Where to write.
+        spans: The ids.
+        vocab_size: The tokenizer's.
+        separator: The id that ends a document.
+        heldout_share: Of each span.
+        tokenizer_key: The hash of the tokenizer's files.
+        decode: From ids to text, for the bytes of what is held out.
+        hashes: The sha256 of each file of `spans`.
+    """
+    counts = np.zeros(vocab_size, np.int64)
+    parts: list[dict[str, Any]] = []
+    for number, span in enumerate(spans):
+        counts += checked_counts(span, vocab_size)
+        starts = document_starts(span, separator)
+        cut = heldout_cut(span.num_tokens, starts, heldout_share)
+        held = span.read(cut)
+        counts -= np.bincount(held, minlength=vocab_size)
+        part: dict[str, Any] = {}
+        for split, begin, end in (("train", 0, cut), ("heldout", cut, span.num_tokens)):
+            own = starts[(starts >= begin) & (starts < end)] - begin
+            name = f"part-{number:05}.{split}.starts.bin"
+            with aside(folder / name) as partial:
+                own.astype(STARTS_DTYPE).tofile(partial)
+            part[split] = {
+                "file": span.file,
+                "offset": span.offset + begin * np.dtype(span.dtype).itemsize,
+                "dtype": span.dtype,
+                "sha256": hashes[span.file],
+                "starts": name,
+                "starts_sha256": sha256_of(folder / name),
+                "num_documents": len(own),
+                "num_tokens": end - begin,
+                "num_bytes": len(decode(held[held != separator].tolist()).encode()) if split == "heldout" else 0,
+            }
+        parts.append(part)
+    with aside(folder / COUNTS) as partial, open(partial, "wb") as file:
+        np.save(file, counts)
+    totals = {
+        split: {name: sum(part[split][name] for part in parts) for name in ("num_documents", "num_tokens", "num_bytes")}
+        for split in ("train", "heldout")
+    }
+    index = {
+        "dtype": id_dtype(vocab_size).str,
+        "vocab_size": vocab_size,
+        "separator": separator,
+        "tokenizer": tokenizer_key,
+        "splits": totals,
+        "skipped": {"count": 0, "first": []},
+        "parts": parts,
+    }
+    with aside(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def heldout_cut(num_tokens: int, starts: np.ndarray[Any, Any], share: float) -> int:
+    """Return the place from which a span is held out: the last document's start before its share, else the very place."""
+    wanted = num_tokens - round(share * num_tokens)
+    place = int(np.searchsorted(starts, wanted, side="right")) - 1
+    return int(starts[place]) if place > 0 else wanted

@@ -1,0 +1,136 @@
+"""Several sources in one order of blocks, with their shares in every window; each is gone through in an order of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from train.data.sampler import InOrder, permute, round_keys
+from train.data.stream import Blocks, blocks_of
+
+if TYPE_CHECKING:
+    from train.data.pipeline import PreparedData
+
+WINDOW = 1000
+"""Blocks among which every source has its share, to one block."""
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples, without their whole part, are spread evenly however many there are."""
+
+
+def window_counts(weights: Sequence[float], windows: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return how many blocks of each source each of `windows` holds [windows, sources].
+
+    A row sums to `WINDOW` and is a share rounded down or up. What rounding leaves goes to the sources by turns, so that
+    the shares of many windows together are exact as well.
+    """
+    exact = WINDOW * np.asarray(weights, dtype=np.float64) / sum(weights)
+    # A share that is whole but for the arithmetic's error is whole.
+    exact = np.where(abs(exact - exact.round()) < 1e-9, exact.round(), exact)
+    whole = np.floor(exact)
+    bounds = np.concatenate([[0.0], np.cumsum(exact - whole)])
+    bounds[-1] = WINDOW - whole.sum()
+    # One block for each point of an evenly spaced row, shifted from window to window, that falls between two bounds.
+    shift = (windows * GOLDEN) % 1.0
+    points = np.ceil(bounds[None, :] - shift[:, None])
+    return (whole + np.diff(points, axis=1)).astype(np.int64)
+
+
+class MixedOrder:
+    """Which source the block at each place of the order is of, and which of the source's blocks it is by number.
+
+    Args:
+        weights: The sources' shares, in any unit.
+        num_blocks: The length of the order. A longer one begins with a shorter one.
+        seed: Of the places in a window.
+    """
+
+    def __init__(self, weights: Sequence[float], num_blocks: int, seed: int) -> None:
+        self.num_blocks = num_blocks
+        self.seed = seed
+        self._counts = window_counts(weights, np.arange(-(-num_blocks // WINDOW)))
+        before = np.zeros_like(self._counts[:1])
+        self._before = np.concatenate([before, np.cumsum(self._counts, axis=0)])
+
+    def source_at(self, place: int) -> tuple[int, int]:
+        """Return (source, number of the block among all of that source, from 0)."""
+        window, slot = divmod(place, WINDOW)
+        sources = self._sources(window)
+        source = int(sources[slot])
+        return source, int(self._before[window, source]) + int((sources[:slot] == source).sum())
+
+    def counts_before(self, place: int) -> NDArray[np.int64]:
+        """Return how many blocks of each source come before a place [sources]."""
+        window, slot = divmod(place, WINDOW)
+        counts: NDArray[np.int64] = self._before[window].copy()
+        if slot:
+            counts += np.bincount(self._sources(window)[:slot], minlength=len(counts))
+        return counts
+
+    def _sources(self, window: int) -> NDArray[np.int64]:
+        return _window_sources(self.seed, window, tuple(self._counts[window].tolist()))
+
+
+@lru_cache(maxsize=4)
+def _window_sources(seed: int, window: int, counts: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return the source at each place of a window."""
+    turns = permute(np.arange(WINDOW), WINDOW, round_keys(seed, window))
+    return np.repeat(np.arange(len(counts)), counts)[turns]
+
+
+class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
+    """The blocks of several sources in the order of training: item i is the i-th block of the run.
+
+    A source is gone through in a new order each time: it repeats when it is through.
+
+    Args:
+        sources: (name, weight, blocks) of each.
+        num_blocks: Blocks of the run.
+        seed: Of the mixture's order and of each source's.
+    """
+
+    def __init__(self, sources: Sequence[tuple[str, float, Blocks]], num_blocks: int, seed: int) -> None:
+        self.names = [name for name, _, _ in sources]
+        self.blocks = [blocks for _, _, blocks in sources]
+        self.seed = seed
+        self.order = MixedOrder([weight for _, weight, _ in sources], num_blocks, seed)
+
+    def __len__(self) -> int:
+        return self.order.num_blocks
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} is outside 0..{len(self) - 1}")
+        source, number = self.order.source_at(index)
+        return self.blocks[source][self.block_of(source, number)]
+
+    def block_of(self, source: int, number: int) -> int:
+        """Return which of a source's blocks is its `number`-th of the run."""
+        epoch, place = divmod(number, len(self.blocks[source]))
+        # Sources of equal length must not be gone through in the same order.
+        keys = round_keys(self.seed, (epoch << 16) + source + 1)
+        return int(permute([place], len(self.blocks[source]), keys)[0])
+
+    def sampler(self, batch_size: int) -> InOrder:
+        """Return the sampler of the order itself."""
+        return InOrder(len(self), batch_size=batch_size)
+
+    def figures(self, num_blocks: int) -> dict[str, Any]:
+        """Return tokens and epochs of each source after `num_blocks` blocks, by the names of the records."""
+        counts = self.order.counts_before(num_blocks).tolist()
+        found: dict[str, Any] = {}
+        for name, blocks, count in zip(self.names, self.blocks, counts, strict=True):
+            found[f"tokens/{name}"] = count * blocks.sequence_length
+            found[f"epochs/{name}"] = count / len(blocks)
+        return found
+
+
+def mixture_blocks(prepared: PreparedData, num_blocks: int, seed: int) -> MixtureBlocks:
+    """Return the blocks of a run on a mixture, in the order of training."""
+    sources = [(source.name, source.weight, blocks_of(prepared, source.folder)) for source in prepared.sources]
+    return MixtureBlocks(sources, num_blocks, seed)

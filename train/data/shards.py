@@ -1,0 +1,78 @@
+"""Preparing text by itself: all of it, or one of several shares on machines that see the same cache."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from conf.schema import DataConfig
+from train.data.files import lock
+from train.data.index import is_complete
+from train.data.pack import is_done
+from train.data.pipeline import PreparedData, TokenFolder, pack_all, plan_preparation, prepare
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Share `number` of `count`, from 1."""
+
+    number: int = 1
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a share came to."""
+
+    num_parts: int
+    """Of all shares."""
+    num_waiting: int
+    """Parts of other shares that are not done yet."""
+    prepared: PreparedData | None
+    """Once no part is waiting."""
+
+
+def parse_shard(text: str) -> Shard:
+    """Return the shard that `i/n` names; a ValueError if it names none."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise ValueError(f"shard={text} is no share of the text: give shard=1/4 to shard=4/4 on four machines.")
+    return Shard(number, count)
+
+
+def prepare_shard(
+    config: DataConfig, tokenizer: str | None, vocab_size: int, sequence_length: int, shard: Shard
+) -> ShardReport:
+    """Tokenize a share of the parts of each source; whoever does the last part writes the index of all.
+
+    Parts that are done already are left as they are, so that the same command resumes.
+    """
+    num_parts = num_waiting = 0
+    if shard.count > 1:
+        plan = plan_preparation(config, tokenizer, vocab_size, config.heldout_share, sequence_length)
+        for stream in plan.streams:
+            parts, waiting = _share(stream, shard, config.num_workers)
+            num_parts += parts
+            num_waiting += waiting
+    done = num_waiting == 0
+    prepared = prepare(config, tokenizer, vocab_size, sequence_length) if done else None
+    return ShardReport(num_parts, num_waiting, prepared)
+
+
+def _share(stream: TokenFolder, shard: Shard, num_workers: int | None) -> tuple[int, int]:
+    """(parts of the source, those of other shares that are not done); tokens that are read in place have none."""
+    if stream.jobs is None or stream.finish is None:
+        return 0, 0
+    jobs = stream.jobs()
+    if is_complete(stream.folder):
+        return len(jobs), 0
+    stream.folder.mkdir(parents=True, exist_ok=True)
+    # Without the folder's lock: each part is written by one share alone, and appears whole.
+    pack_all(jobs[shard.number - 1 :: shard.count], num_workers)
+    waiting = sum(not is_done(job) for job in jobs)
+    if not waiting:
+        with lock(stream.folder):
+            if not is_complete(stream.folder):
+                stream.finish(jobs)
+    return len(jobs), waiting

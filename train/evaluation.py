@@ -1,0 +1,109 @@
+"""What a run is evaluated on: its own held-out documents, held-out sets by name, and tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from conf.schema import Config
+from train.data.pipeline import PreparedData, prepare
+from train.data.sources import config_of
+from train.data.stream import heldout_tokens
+from train.distributed import World
+from train.harness import check_tasks, run_tasks
+from train.scoring import Score, heldout_documents, reshard, score_stream
+
+
+@dataclass
+class Evaluation:
+    """The figures of a model at any time in the run; called by the Trainer and at the end."""
+
+    config: Config
+    data: PreparedData
+    sets: dict[str, PreparedData]
+    tokenizer: Any
+    world: World
+    last: tuple[Score, dict[str, float]] | None = None
+    """The score of the run's own held-out documents and the figures of the others, the last time."""
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Return loss, perplexity and bits per byte, and NAME/loss, TASK/METRIC, ... of the others. Collective."""
+        self.last = self._scored(model, self.data), self.others(model)
+        return {**heldout_figures(self.last[0], self.data), **self.last[1]}
+
+    def final(self, model: nn.Module) -> tuple[Score, dict[str, float]]:
+        """Return the finished model's score and the figures of the others. Collective.
+
+        Sets and tasks are those of the last call, which was made at the end.
+        """
+        if self.config.eval.is_empty or self.last is None:
+            return self._scored(model, self.data), {}
+        return self.last
+
+    def others(self, model: nn.Module) -> dict[str, float]:
+        """Return the figures of the sets and tasks. Collective."""
+        found: dict[str, float] = {}
+        for name, data in self.sets.items():
+            figures = heldout_figures(self._scored(model, data), data)
+            found |= {f"{name}/{figure}": value for figure, value in figures.items()}
+        asked = self.config.eval
+        if asked.tasks:
+            was_training = model.training
+            model.eval()
+            results = run_tasks(
+                asked.tasks,
+                asked.task_path,
+                getattr(model, "module", model),
+                self.tokenizer,
+                context=self.data.sequence_length,
+                batch_size=self.config.trainer.per_device_eval_batch_size,
+                world=self.world,
+                limit=asked.limit,
+                prefix="eval.",
+            )
+            model.train(was_training)
+            reshard(model)
+            found |= {f"{task}/{metric}": value for task, values in results.items() for metric, value in values.items()}
+        return found
+
+    def _scored(self, model: nn.Module, data: PreparedData) -> Score:
+        return score_stream(
+            model,
+            heldout_tokens(data),
+            documents=heldout_documents(data),
+            window=data.sequence_length,
+            batch_size=self.config.trainer.per_device_eval_batch_size,
+            world=self.world,
+            show_progress=not self.config.trainer.disable_tqdm,
+        )
+
+
+def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte(data.heldout.num_bytes),
+    }
+
+
+def prepare_sets(config: Config, data: PreparedData) -> dict[str, PreparedData]:
+    """Tokenize the held-out sets as the run's own text is, and check that the tasks are known; one process calls it.
+
+    Raises:
+        ValueError: A set cannot be read or is shorter than a window, or a task is not known.
+    """
+    if config.eval.tasks:
+        check_tasks(config.eval.tasks, config.eval.task_path, prefix="eval.")
+    found = {}
+    for asked in config.eval.sets:
+        one = config_of(asked, config.data)
+        prepared = prepare(one, data.tokenizer, data.vocab_size, data.sequence_length, heldout_only=True)
+        if prepared.heldout.num_tokens < data.sequence_length:
+            raise ValueError(
+                f"eval.sets: {asked.stem} holds {prepared.heldout.num_tokens} tokens, less than one window of "
+                f"{data.sequence_length}: give more text, or leave it out."
+            )
+        found[asked.stem] = prepared
+    return found

@@ -1,0 +1,115 @@
+"""Which stored weights make each weight of a model, by transformers' own conversions between files and models.
+
+A mixture's experts are one parameter [expert, out, in] in the model and one tensor an expert, or two, in its files. Other
+names in files are old spellings, or lack the prefix of the model around them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """The stored tensors of one weight: one that is it, or for each of its rows those that make the row."""
+
+    name: str | None = None
+    experts: tuple[tuple[str, ...], ...] = ()
+    """For expert i, the tensors [out, in] that follow each other along `out`."""
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name] if self.name is not None else [name for parts in self.experts for name in parts]
+
+
+def sources(model: Any, stored: Iterable[str]) -> dict[str, Source]:
+    """Return {name in the model: its stored tensors}; a stored name that fits nothing in the model is a key itself.
+
+    Args:
+        model: The model, on any device.
+        stored: The names in the files.
+
+    Raises:
+        ValueError: transformers makes a weight of several stored ones in another way than by stacking experts.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, Source] = {}
+    stacked: dict[str, tuple[Any, dict[tuple[int, int], str]]] = {}
+    for name in stored:
+        if name in own:
+            found[name] = Source(name)
+            continue
+        renamed = name
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        target, converter, part = _converted(renamed, converters)
+        target = _prefixed(target, own, prefix)
+        if converter is None:
+            found[target if target in own else name] = Source(name)
+        else:
+            stacked.setdefault(target, (converter, {}))[1][_expert_of(renamed), part] = name
+    for target, (converter, parts) in stacked.items():
+        found[target] = _stacked(target, converter, parts)
+    return found
+
+
+def stored_form(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return a weight of the model as its files hold it: experts one by one, so that every reader of the format knows them.
+
+    Args:
+        model: The model, for its architecture.
+        name: The weight's name in the model.
+        tensor: The whole weight, on any device.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, {name: tensor}))
+
+
+def _converted(name: str, converters: Iterable[Any]) -> tuple[str, Any, int]:
+    """Return (name in the model, the converter that makes it, which of its parts `name` is); no converter for most."""
+    for converter in converters:
+        target, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return target, converter, converter.source_patterns.index(pattern)
+    return name, None, 0
+
+
+def _prefixed(name: str, own: set[str], prefix: str) -> str:
+    if name in own:
+        return name
+    if f"{prefix}{name}" in own:
+        return f"{prefix}{name}"
+    return name.removeprefix(prefix) if name.removeprefix(prefix) in own else name
+
+
+def _expert_of(name: str) -> int:
+    found = re.search(r"experts\.(\d+)\.", name)
+    return int(found[1]) if found else 0
+
+
+def _stacked(target: str, converter: Any, parts: Mapping[tuple[int, int], str]) -> Source:
+    """Return the source of experts that are stacked along dim 0, the parts of each following each other along dim 1."""
+    kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+    num_experts, num_parts = 1 + max(expert for expert, _ in parts), len(converter.source_patterns)
+    whole = {(expert, part) for expert in range(num_experts) for part in range(num_parts)} == set(parts)
+    if kinds not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]) or not whole:
+        raise ValueError(
+            f"{target} is made of stored weights in a way that is not read here, or some of them are missing: load the folder "
+            "with transformers and write it again by save_pretrained(..., save_original_format=False)."
+        )
+    return Source(
+        experts=tuple(tuple(parts[expert, part] for part in range(num_parts)) for expert in range(num_experts))
+    )

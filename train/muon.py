@@ -1,0 +1,156 @@
+"""Muon on sharded weights: the matrices of the blocks are updated by Muon, all other parameters by AdamW.
+
+`torch.optim.Muon` orthogonalises a whole matrix and does not know DTensors. Here each rank gathers the momentum of one
+matrix at a time, orthogonalises it as `torch.optim.Muon` does, and updates its own rows: the same update for any number of
+ranks, at the cost of the same products on every rank. Experts [expert, out, in] are matrices each by itself.
+
+The update of a pruned weight is not 0, since orthogonalising mixes all weights of a matrix; `sparsity` writes the zeros again
+after each update. Its gradient and its momentum are exactly 0 and stay so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from sparsity.prunable import linear_weights, own_linear_weights, plain_name
+from sparsity.shards import local_tensor
+from train.checkpoints.write import local_rows
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic Newton-Schulz iteration (Keller Jordan's Muon), as in torch.optim.Muon."""
+NUM_ITERATIONS = 5
+MOMENTUM = 0.95
+EPS = 1e-7
+RMS_OF_ADAMW = 0.2
+"""Scales the update to the size of AdamW's, so that both share a learning rate and a decay (arXiv 2502.16982)."""
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Return about the nearest semi-orthogonal matrix of each in `matrices` [(n,) rows, columns], in bfloat16."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.bfloat16()
+    x = x[None] if matrices.dim() == 2 else x
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    for _ in range(NUM_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.mT if tall else x
+    return x[0] if matrices.dim() == 2 else x
+
+
+def update_scale(shape: torch.Size) -> float:
+    """Return what an orthogonal update of `shape` is multiplied by to be as large as AdamW's."""
+    return RMS_OF_ADAMW * math.sqrt(max(shape[-2:]))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the groups with `muon=True`, AdamW for the others. Collective: every rank steps.
+
+    Args:
+        groups: Parameter groups, each with `muon`.
+        lr: The learning rate of both.
+        weight_decay: Decoupled, of both.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        momentum: Of Muon, by Nesterov.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        momentum: float = MOMENTUM,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "momentum": momentum}
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            update = self._muon if group["muon"] else self._adamw
+            update(group, [param for param in group["params"] if param.grad is not None])
+        return loss
+
+    def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for param in params:
+            assert param.grad is not None
+            state = self.state[param]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(param)
+            gradient, momentum = param.grad, state["momentum_buffer"]
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            looked_ahead = gradient.lerp(momentum, group["momentum"])
+            full = looked_ahead.full_tensor() if isinstance(looked_ahead, DTensor) else looked_ahead
+            start, stop = local_rows(param)
+            rows = _rows_of_update(full, start, stop)
+            local = local_tensor(param)
+            local.mul_(1 - group["lr"] * group["weight_decay"])
+            local.add_(rows.to(local.dtype), alpha=-group["lr"] * update_scale(param.shape))
+
+    def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for param in params:
+            state = self.state[param]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        beta1, beta2 = group["betas"]
+        adamw(
+            [local_tensor(param) for param in params],
+            [local_tensor(param.grad) for param in params if param.grad is not None],
+            [local_tensor(self.state[param]["exp_avg"]) for param in params],
+            [local_tensor(self.state[param]["exp_avg_sq"]) for param in params],
+            [],
+            [self.state[param]["step"] for param in params],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _rows_of_update(full: Tensor, start: int, stop: int) -> Tensor:
+    """Return the rows start .. stop of the orthogonalised matrix; of experts only those are computed."""
+    return orthogonalised(full)[start:stop] if full.dim() == 2 else orthogonalised(full[start:stop])
+
+
+def muon_names(model: nn.Module) -> list[str]:
+    """Return the parameters that Muon updates: the linear weights of the blocks, without the head and embeddings."""
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    outside = {id(head.weight)} if head is not None else set()
+    own = own_linear_weights(model)
+    return [
+        plain_name(name) for name, weight in linear_weights(model).items() if name in own and id(weight) not in outside
+    ]
+
+
+def make_muon(model: nn.Module, arguments: Any) -> MuonAdamW:
+    """Return the optimizer of a model, with the rates and decays of `arguments`, a `transformers.TrainingArguments`."""
+    chosen = set(muon_names(model))
+    named = [(plain_name(name), param) for name, param in model.named_parameters() if param.requires_grad]
+    groups = [
+        {"params": [param for name, param in named if (name in chosen) == muon], "muon": muon} for muon in (True, False)
+    ]
+    return MuonAdamW(
+        groups,
+        lr=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+    )
