@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 import sparsity.compact
 import sparsity.compact.linear as linear_module
 from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
-from sparsity.compact.packed import pack, unpack
+from sparsity.compact.linear import share_storage_
+from sparsity.compact.packed import pack, rounded, unpack
 from tests.commands import run_command
 from tests.test_compact import IDS, same_bits, sparse_model
 
@@ -86,6 +87,66 @@ def test_the_kernel_multiplies_odd_shapes_empty_rows_and_full_rows(rows, columns
     packed = pack(weight.to(DEVICE))
     check_product(kernel().spmv(packed, x.to(DEVICE)), x, weight)
     check_product(kernel().spmv(packed, x.to(DEVICE), bias.to(DEVICE)), x, weight, bias)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "columns", "density"), SHAPES)
+def test_numba_multiplies_odd_shapes_empty_rows_and_full_rows(monkeypatch, rows, columns, density, dtype, threads):
+    cpu = pytest.importorskip("sparsity.compact.cpu", reason="numba is not installed", exc_type=ImportError)
+    monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight = weight_of(rows, columns, density, dtype)
+    x, bias = torch.randn(2, columns).to(dtype), torch.randn(rows).to(dtype)
+    packed = pack(weight)
+    if not cpu.can_multiply(packed):
+        pytest.skip("stored without bases: made dense a tile at a time")
+    check_product(cpu.spmv(packed, x, bias), x, weight, bias)
+    codes = rounded(packed)
+    check_product(cpu.spmv(codes, x.float()), x, unpack(codes))
+
+
+def test_a_layer_on_a_cpu_multiplies_a_vector_through_numba_and_a_prompt_a_tile_at_a_time(monkeypatch):
+    cpu = pytest.importorskip("sparsity.compact.cpu", reason="numba is not installed", exc_type=ImportError)
+    weight = weight_of(40, 300, 0.2)
+    layer, calls = SparseLinear.from_dense(weight), []
+    product = cpu.spmv
+    monkeypatch.setattr(cpu, "spmv", lambda *args: calls.append(len(args[1])) or product(*args))
+    for number in (1, 32, 33):
+        x = torch.randn(number, 300)
+        check_product(layer(x), x, weight)
+    assert calls == [1, 32]
+
+
+def test_a_kernel_multiplies_by_rounded_values_and_scales():
+    weight, x = weight_of(7, 2051, 0.3), torch.randn(3, 2051)
+    packed = rounded(pack(weight.to(DEVICE)))
+    check_product(kernel().spmv(packed, x.to(DEVICE)), x, unpack(packed).cpu())
+
+
+def test_layers_share_one_storage_and_hold_what_they_held():
+    layers = [SparseLinear.from_dense(weight_of(rows, 33, 0.3)) for rows in (5, 11)]
+    share_storage_(layers)
+    assert len({buffer.untyped_storage().data_ptr() for layer in layers for buffer in layer.buffers()}) == 1
+    for layer, rows in zip(layers, (5, 11), strict=True):
+        assert same_bits(layer.dense().contiguous(), weight_of(rows, 33, 0.3))
+
+
+def test_the_1b_model_takes_less_than_85_percent_of_a_gigabyte_in_memory():
+    """By a few rows of each layer: the bytes of a row do not depend on the number of rows."""
+    generator = torch.Generator().manual_seed(0)
+    total = 2 * (32_000 + 33) * 2048
+    for rows, columns in [(2048, 2048)] * 64 + [(8192, 2048)] * 32 + [(2048, 8192)] * 16 + [(32_000, 2048)]:
+        total += bytes_of_a_row(columns, generator) * rows
+    assert total < 0.845e9
+
+
+@cache
+def bytes_of_a_row(columns: int, generator: torch.Generator) -> float:
+    weight = torch.randn(64, columns, generator=generator).bfloat16()
+    weight[torch.rand(64, columns, generator=generator) >= 0.2] = 0
+    layer = SparseLinear.from_dense(weight)
+    return sum(buffer.nbytes for buffer in layer.buffers()) / 64
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 2), (1, 4, 4), (2, 2, 4)])

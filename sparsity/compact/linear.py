@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -14,18 +15,21 @@ from sparsity.devices import kernels_for
 
 MOST_VECTORS = 8
 """The kernel takes so many at once; for more a tile is unpacked at a time."""
+MOST_VECTORS_ON_CPU = 32
+"""There each vector reads the matrix once, in about a hundredth of the time that unpacking it takes."""
 TILE = 1 << 22
 """Weights that are dense at a time."""
-MOST_DENSITY = 0.35
-"""Denser layers stay as they are. On an H200 the kernel takes 0.6 to 0.8 of cuBLAS's time at 0.3 and up to 1.3 at 0.5."""
+MOST_DENSITY, MOST_DENSITY_EARLY = 0.35, 0.5
+"""Denser layers stay as they are; see `most_density_for`."""
 _ALIGNMENT = 256
 
 
 class SparseLinear(nn.Module):
     """`nn.Linear` with the bytes of its kept weights and one byte more for each: the columns.
 
-    Up to `MOST_VECTORS` rows of input on a GPU go through one kernel that reads only these; for others, and on a CPU,
-    rows of the matrix are made dense a tile at a time. It has no parameters and is not trained; gradients reach its input.
+    Up to `MOST_VECTORS` rows of input on a GPU, and `MOST_VECTORS_ON_CPU` on a CPU with numba, are multiplied by these alone;
+    for others rows of the matrix are made dense a tile at a time. It has no parameters and is not trained; gradients reach
+    its input.
     """
 
     values: Tensor
@@ -66,7 +70,8 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         num_vectors = x.numel() // max(1, self.in_features)
         is_differentiated = torch.is_grad_enabled() and x.requires_grad
-        kernel = _kernel(x.device) if x.is_cuda and num_vectors <= MOST_VECTORS and not is_differentiated else None
+        most = MOST_VECTORS if x.is_cuda else MOST_VECTORS_ON_CPU
+        kernel = _kernel(self.packed) if num_vectors <= most and not is_differentiated else None
         if kernel is not None:
             found = kernel.spmv(self.packed, x.reshape(-1, self.in_features), self.bias)
             return found.view(*x.shape[:-1], self.out_features)
@@ -84,8 +89,12 @@ class SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def _kernel(device: torch.device) -> ModuleType | None:
-    """The kernel's module; None if Triton is not installed or cannot run."""
+def _kernel(packed: Packed) -> ModuleType | None:
+    """The module that multiplies by `packed`; None if Triton, or on a CPU numba, is not installed or cannot."""
+    device = packed.values.device
+    if device.type == "cpu":
+        cpu = _cpu_kernel()
+        return cpu if cpu is not None and cpu.can_multiply(packed) else None
     if kernels_for(device) is None:
         return None
     from sparsity.compact import spmv
@@ -93,14 +102,36 @@ def _kernel(device: torch.device) -> ModuleType | None:
     return spmv
 
 
-def sparse_linears_(model: nn.Module, most_density: float = MOST_DENSITY) -> list[str]:
+@cache
+def _cpu_kernel() -> ModuleType | None:
+    try:
+        from sparsity.compact import cpu
+    except ImportError:
+        return None
+    return cpu
+
+
+def most_density_for(device: torch.device) -> float:
+    """Return the largest density at which the product was measured to be faster than a dense one.
+
+    On an H100, where kernels start early, it is 1.3 and 1.4 times as fast at 0.5. An H200 without early starts took 0.6 to
+    0.8 of cuBLAS's time at 0.3 and up to 1.3 at 0.5. On a CPU it is as fast as a dense product at 0.2.
+    """
+    if device.type != "cuda" or kernels_for(device) is None:
+        return MOST_DENSITY
+    from sparsity.compact.spmv import can_start_early
+
+    return MOST_DENSITY_EARLY if can_start_early(device) else MOST_DENSITY
+
+
+def sparse_linears_(model: nn.Module, most_density: float | None = None) -> list[str]:
     """Put a `SparseLinear` in place of each sparse linear layer, one at a time; return their names.
 
     Layers that share their weight with an embedding, subclasses of nn.Linear, and layers denser than `most_density` stay.
 
     Args:
         model: A module with its weights.
-        most_density: The largest share of kept weights of a layer that is replaced.
+        most_density: The largest share of kept weights of a layer that is replaced; None: `most_density_for` its device.
     """
     owners: dict[int, int] = {}
     layers: list[SparseLinear] = []
@@ -112,7 +143,8 @@ def sparse_linears_(model: nn.Module, most_density: float = MOST_DENSITY) -> lis
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or owners[id(module.weight)] > 1 or module.weight.device.type == "meta":
             continue
-        if torch.count_nonzero(module.weight).item() > most_density * module.weight.numel():
+        most = most_density_for(module.weight.device) if most_density is None else most_density
+        if torch.count_nonzero(module.weight).item() > most * module.weight.numel():
             continue
         if not name:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Decoding of one sequence with sparse weights on a GPU, layer by layer and token by token, beside dense ones.
 
-    python -m tests.benchmarks.decode [--rehearse] [--seconds 60] [--output FILE]     -> runs/bench/decode.json
+    python -m tests.benchmarks.decode [--cpu | --rehearse] [--seconds 60] [--output FILE]     -> runs/bench/decode.json
 
 First tokens a second of the 1B at 80 % and its memory: dense, sparse, and sparse with values rounded to int8, each captured in
 one CUDA graph, once with the small operations of a step in fused kernels (`tests/benchmarks/decode_kernels.py`) and once with
@@ -8,7 +8,8 @@ torch's. Then its layers at several densities: our kernel beside `F.linear` in b
 cache, all captured in one graph. Then several vectors, torch's CSR product, and 2:4 at a density of 0.5 (its vector is padded
 to 8).
 `of_bound` is the time to read the bytes of a launch at the speed of a copy, as a share of the time it takes. A part that fails,
-or that would begin after `--seconds`, is a line in the file with its reason. `--rehearse` does the same at a tiny size on a
+or that would begin after `--seconds`, is a line in the file with its reason. `--cpu` measures layers and two blocks on one
+thread, in its processor seconds. `--rehearse` does the same at a tiny size on a
 CPU, under Triton's interpreter if Triton is installed: its seconds mean nothing. Goals that are missed are named at the end and
 the exit code is then 1, never in a rehearsal.
 """
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.sparse import to_sparse_semi_structured
 
 from sparsity.compact.linear import SparseLinear, sparse_linears_
 from sparsity.compact.packed import Packed, pack, rounded
@@ -192,8 +194,6 @@ def measure_csr(rows: Rows, layer: Layer, dense: float) -> None:
 
 
 def measure_pairs(rows: Rows, layer: Layer, dense: float) -> None:
-    from torch.sparse import to_sparse_semi_structured
-
     order = torch.rand(layer.weight.numel() // 4, 4, device=layer.device).argsort(-1)
     weight = (layer.weight + 1).masked_fill((order < 2).view_as(layer.weight), 0)
     pairs, x = to_sparse_semi_structured(weight), layer.x.expand(8, -1).contiguous()
@@ -360,6 +360,65 @@ def measure(rows: Rows, size: Size, device: str) -> None:
         rows.attempt("torch 2:4", lambda shape=shape: measure_pairs(rows, of(shape, 0.5), dense[shape]))
 
 
+def measure_on_cpu(rows: Rows, layers: int) -> None:
+    """One thread: layers of the 1B beside dense bf16 and torch's CSR, and tokens of a model of so many of its blocks."""
+    torch.set_num_threads(1)
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / thread_seconds([lambda: target.copy_(source)])[0]
+    rows.add({"name": "copy", "bytes_per_second": bandwidth})
+    for shape, density in [((2048, 8192), 0.2), ((8192, 2048), 0.2), ((2048, 2048), 0.2), ((2048, 8192), 0.1)]:
+        rows.attempt(f"{shape} at {density}", measure_cpu_layer, rows, Layer(*shape, density, "cpu"), bandwidth)
+    rows.attempt("2:4", lambda: to_sparse_semi_structured(torch.zeros(64, 64, dtype=torch.bfloat16)))
+    rows.attempt("tokens", measure_cpu_tokens, rows, Size(2048, 8192, layers, 32_000), bandwidth)
+
+
+def measure_cpu_layer(rows: Rows, layer: Layer, bandwidth: float) -> None:
+    packed = SparseLinear.from_dense(layer.weight)
+    csr, x = layer.weight.float().to_sparse_csr(), layer.x.float().t().contiguous()
+    ours, dense, theirs = thread_seconds(
+        [lambda: packed(layer.x), lambda: F.linear(layer.x, layer.weight), lambda: csr @ x]
+    )
+    expected = layer.x.float() @ layer.weight.float().T
+    nbytes = packed.packed.nbytes
+    details = {
+        "density": layer.density, "bytes": nbytes, "of_bound": nbytes / bandwidth / ours,
+        "dense_bytes": layer.weight.nbytes, "dense_of_bound": layer.weight.nbytes / bandwidth / dense,
+        "error": float((packed(layer.x).float() - expected).norm() / expected.norm()),
+    }  # fmt: skip
+    name = f"{layer.name} at {layer.density}"
+    rows.add(Comparison(name, ours, "F.linear bf16", dense, details).row())
+    rows.add(Comparison(f"{name}, ours", ours, "torch CSR float32", theirs).row())
+
+
+@torch.no_grad()
+def measure_cpu_tokens(rows: Rows, size: Size, bandwidth: float) -> None:
+    torch.manual_seed(0)
+    model = Decoder(size, 256, "cpu")
+    make_sparse_(model, 0.2)
+    dense_bytes, (dense,) = weight_bytes(model), thread_seconds([model.step])
+    sparse_linears_(model)
+    nbytes, (ours,) = weight_bytes(model), thread_seconds([model.step])
+    details = {
+        "tokens_per_second": 1 / ours, "dense_tokens_per_second": 1 / dense, "weight_bytes": nbytes,
+        "dense_weight_bytes": dense_bytes, "of_bound": nbytes / bandwidth / ours,
+    }  # fmt: skip
+    name = f"a token of {size.layers} blocks of the 1B and its head at 0.2"
+    rows.add(Comparison(name, ours, "dense bf16", dense, details).row())
+
+
+def thread_seconds(calls: Sequence[Call], rounds: int = 9) -> list[float]:
+    """Processor seconds of this thread for each call, the least of rounds in which the calls take turns."""
+    found = [float("inf")] * len(calls)
+    for number in range(rounds + 1):
+        for place, call in enumerate(calls):
+            started = time.thread_time()
+            call()
+            if number:
+                found[place] = min(found[place], time.thread_time() - started)
+    return found
+
+
 def missed_goals(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence for each goal that is missed, and for each part of it that failed."""
     by_name = {row["name"]: row for row in rows}
@@ -379,6 +438,7 @@ def missed_goals(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="at a tiny size on a CPU")
+    parser.add_argument("--cpu", action="store_true", help="what a CPU makes of it, in numba, on one thread")
     parser.add_argument("--seconds", type=float, default=60.0, help="no part begins later")
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()
@@ -390,8 +450,11 @@ def main() -> None:
     if options.rehearse:
         measure(rows, TINY, "cpu")
         return
+    if options.cpu:
+        measure_on_cpu(rows, 2)
+        return
     if not torch.cuda.is_available():
-        parser.error("there is no GPU here: add --rehearse to try the code at a tiny size on a CPU.")
+        parser.error("there is no GPU here: add --cpu, or --rehearse to try the code at a tiny size on a CPU.")
     measure(rows, ONE_B, "cuda")
     finish(missed_goals(rows.rows))
 
