@@ -155,7 +155,11 @@ GOOD = b'{"text": "good"}\n'
         ("a.jsonl", GOOD + b'{"a\\nb": 1, "\\ud83d": 2}\n', r"line 2 has no field text but the fields a\?b, \?: give"),
         ("a.jsonl", json.dumps({f"k{n}": n for n in range(99)}).encode(), r"fields k0, .*, k7 and 91 more: give"),
         ("a.jsonl", "\ufeff{}".encode("utf-16-le"), r"line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
-        ("a.jsonl", gzip.compress(GOOD, mtime=0), r"line 1 is not UTF-8, and by its first bytes the file is gzip: give"),
+        (
+            "a.jsonl",
+            gzip.compress(GOOD, mtime=0),
+            r"line 1 is not UTF-8, and by its first bytes the file is gzip: give",
+        ),
         ("a.txt", b"one\ntwo\n\xff\n", r"a\.txt, line 3 is not UTF-8: convert"),
         ("a.txt", "words".encode("utf-16"), r"a\.txt, line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
         ("a.txt", "words".encode("utf-16-le"), r"a\.txt, line 1 begins a stretch with many NUL bytes, as UTF-16 and"),
