@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
 
         from eval.model.load import pick_device
         from eval.model.perplexity import evaluate, finite
-        from eval.model.series import check_published, compare_with_card, series_text
+        from eval.model.series import check_published, compare_with_card, planned_zeros, series_text
         from eval.model.text import figures_text
         from train.distributed import World, join_world
 
@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> None:
     if is_main:
         words = figures_text(figures) if config.format == "text" else ""
         if config.series:
-            found = compare_with_card(config.series, figures)
+            found = compare_with_card(config.series, figures, planned_zeros(config.series))
             words += f"\n\n{series_text(found, figures)}"
             figures = {**figures, "series": found}
         print(json.dumps(finite(figures), indent=2) if config.format == "json" else words)

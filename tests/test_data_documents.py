@@ -187,7 +187,7 @@ def test_a_line_number_counts_from_the_front_of_the_file_not_of_the_part(tmp_pat
         ({"body": ["x"]}, r"has no column text but body: name its text in data\.text_field"),
         ({"text": ["x", None]}, r"a\.parquet, row 1 has null as text"),
         ({"text": [1, 2]}, r"a\.parquet, row 0 has a number as text"),
-        ({"text": [b"x", b"\xff"]}, r"a\.parquet, row 1 is not UTF-8: write it anew"),
+        ({"text": [b"x", b"\xff"]}, r"a\.parquet, row 1 is not UTF-8: write it again"),
         ({"text": [["x"]]}, r"a\.parquet, row 0 has a list as text"),
         ({"text": [{"a": "x"}]}, r"a\.parquet, row 0 has an object as text"),
         ({"text": [datetime(2020, 1, 1)]}, r"a\.parquet, row 0 has a time as text"),
@@ -204,7 +204,7 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path: Path, parquet: Path) -> No
     content = bytearray(parquet.read_bytes())
     content[4:40] = b"\xff" * 36
     parquet.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.parquet is (damaged|not a readable parquet file) \(.*\): write it anew"):
+    with pytest.raises(ValueError, match=r"a\.parquet is (damaged|not a readable parquet file) \(.*\): write it again"):
         read(parquet)
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from conf.compose import composed
 from conf.schema.evaluation import SERIES
-from eval.model import series
 from eval.model.series import CARD_PERPLEXITY, compare_with_card, planned_zeros, series_text, with_series_defaults
 from tests.commands import run_command
 from tests.small_models import llama, prune, saved
@@ -57,8 +56,8 @@ def test_the_name_alone_chooses_the_model_and_the_text():
     ("name", "planned"),
     [
         # Linear weights of LLaMA2-1B with its head: 1.14B on the cards.
-        ("sparsellm-1b-60p", (round(0.6 * 1140850688), 1140850688)),
-        ("sparsellm-1b-80p", (round(0.8 * 1140850688), 1140850688)),
+        ("sparsellm-1b-60p", (round(0.6 * 1_139_277_824), 1_139_277_824)),
+        ("sparsellm-1b-80p", (round(0.8 * 1_139_277_824), 1_139_277_824)),
     ],
 )
 def test_the_plan_ends_with_the_zeros_of_the_card(name, planned):
@@ -69,9 +68,8 @@ def test_a_dense_twin_is_planned_without_zeros():
     assert planned_zeros("sparsellm-1b-60p-small-dense")[0] == 0
 
 
-def test_perplexities_and_zeros_are_held_against_card_and_plan(monkeypatch):
-    monkeypatch.setattr(series, "planned_zeros", lambda name: (120, 300))
-    found = compare_with_card("sparsellm-1b-60p", figures())
+def test_perplexities_and_zeros_are_held_against_card_and_plan():
+    found = compare_with_card("sparsellm-1b-60p", figures(), (120, 300))
     assert found["card_perplexity"] == 20.80
     assert found["differences"]["word_perplexity"] == pytest.approx(0.05)
     assert found["differences"]["token_perplexity"] == pytest.approx(-0.5)
@@ -89,9 +87,8 @@ def test_perplexities_and_zeros_are_held_against_card_and_plan(monkeypatch):
     assert ["all", "3", "300", "180", "60.00%", "+20.00"] in rows
 
 
-def test_a_perplexity_that_is_not_finite_has_no_difference(monkeypatch):
-    monkeypatch.setattr(series, "planned_zeros", lambda name: (180, 300))
-    found = compare_with_card("sparsellm-1b-60p", figures(word_perplexity=float("inf")))
+def test_a_perplexity_that_is_not_finite_has_no_difference():
+    found = compare_with_card("sparsellm-1b-60p", figures(word_perplexity=float("inf")), (180, 300))
     assert found["differences"]["word_perplexity"] is None
     assert found["nearest"] == "token_perplexity"
     assert "| word_perplexity " in series_text(found, figures(word_perplexity=float("inf")))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
+
 from conf.compose import composed
 from conf.schema import EvalConfig
 from sparsity.common.text import half_up, markdown_table, percent_text
@@ -66,7 +68,12 @@ def planned_zeros(series: str) -> tuple[int, int]:
     """Return the zeros and the linear weights that our plan of experiment=SERIES ends with."""
     from train.plan.run import plan_run
 
-    plan = plan_run(composed("train", [f"experiment={series}"]), 1)
+    # The command's own config is composed by hydra.main, which allows no second one beside it.
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        plan = plan_run(composed("train", [f"experiment={series}"]), 1)
+    finally:
+        GlobalHydra.instance().hydra = outer
     return plan.num_pruned, plan.counts.linear
 
 
@@ -81,12 +88,13 @@ def zeros_by_kind(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {**kind, "share": kind["zeros"] / kind["weights"]} for name, kind in kinds.items()}
 
 
-def compare_with_card(series: str, figures: dict[str, Any]) -> dict[str, Any]:
+def compare_with_card(series: str, figures: dict[str, Any], planned: tuple[int, int]) -> dict[str, Any]:
     """Return a checkpoint's figures beside its card's perplexity and beside the zeros of our plan.
 
     Args:
         series: The checkpoint's name in the series.
         figures: What `evaluate` returned for it on `data=wikitext`.
+        planned: What `planned_zeros` returned for it.
 
     Returns:
         The card's perplexity, the relative difference of each perplexity from it (None if not finite), the convention
@@ -94,7 +102,7 @@ def compare_with_card(series: str, figures: dict[str, Any]) -> dict[str, Any]:
     """
     card = CARD_PERPLEXITY[series]
     differences = {name: figures[name] / card - 1 for name in PERPLEXITIES if math.isfinite(figures[name])}
-    num_zeros, num_weights = planned_zeros(series)
+    num_zeros, num_weights = planned
     return {
         "name": series,
         "card_perplexity": card,
