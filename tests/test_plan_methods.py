@@ -27,7 +27,8 @@ GROUPS = "sparsity.groups=[{include:['*mlp*'],target:0.9},{include:['*attn*'],ta
 
 
 def plan(*overrides: str):
-    return plan_run(read_request(["experiment=demo", *overrides]).runs[0], 2)
+    overrides = ("experiment=demo", "model=llama_tiny", "batch_size=16", "trainer.max_steps=320", *overrides)
+    return plan_run(read_request(overrides).runs[0], 2)
 
 
 @pytest.mark.parametrize("kind", CURVES)
