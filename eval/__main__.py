@@ -13,12 +13,14 @@ from omegaconf import DictConfig
 
 from conf import cli, schema
 from conf.compose import check_arguments, prepared
+from eval.model.series import with_series_defaults
 from train.faults.process import die_with_parent, end_process_after
 
 COLLECTIVES_TIMEOUT_S = 1800
 EXAMPLES = """python -m eval model=DIR data=wikitext data.path=wiki.test.raw      perplexity four ways, bits per byte, zeros
 python -m eval model=DIR data=pydocs                                  a run's own held-out figures
 python -m eval model=DIR tasks=[hellaswag]                            tasks of lm-evaluation-harness
+python -m eval series=sparsellm-1b-60p                                a published checkpoint beside its card and our plan
     ... tokenizer=FOLDER dtype=bfloat16 window=2048 stride=512 batch_size=8
     ... format=json                                                   the figures for a script
 accelerate launch --config_file launch/accelerate/gpus.yaml -m eval ...  a model that one GPU cannot hold
@@ -38,6 +40,7 @@ def main(cfg: DictConfig) -> None:
 
         from eval.model.load import pick_device
         from eval.model.perplexity import evaluate, finite
+        from eval.model.series import check_published, compare_with_card, planned_zeros, series_text
         from eval.model.text import figures_text
         from train.distributed import World, join_world
 
@@ -49,9 +52,16 @@ def main(cfg: DictConfig) -> None:
             else:
                 pick_device(config.device, world)
         cli.speak()
+        if config.series:
+            world.on_main(check_published, config)
         figures = evaluate(config, world)
     if is_main:
-        print(json.dumps(finite(figures), indent=2) if config.format == "json" else figures_text(figures))
+        words = figures_text(figures) if config.format == "text" else ""
+        if config.series:
+            found = compare_with_card(config.series, figures, planned_zeros(config.series))
+            words += f"\n\n{series_text(found, figures)}"
+            figures = {**figures, "series": found}
+        print(json.dumps(finite(figures), indent=2) if config.format == "json" else words)
     world.leave()
 
 
@@ -62,7 +72,7 @@ def run_process() -> None:
         die_with_parent()
     cli.hush_other_ranks()
     with cli.user_errors():
-        sys.argv[1:] = prepared("eval", sys.argv[1:])
+        sys.argv[1:] = prepared("eval", with_series_defaults(sys.argv[1:]))
         check_arguments("eval", sys.argv[1:])
     main()
 

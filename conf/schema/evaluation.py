@@ -9,6 +9,9 @@ from omegaconf import MISSING
 from conf.schema.checks import check, check_choice
 from conf.schema.data import DataConfig
 
+SERIES = tuple(f"sparsellm-1b-{percent}p{twin}" for twin in ("", "-small-dense") for percent in (20, 40, 60, 80))
+"""The published checkpoints."""
+
 
 @dataclass
 class EvalConfig:
@@ -33,6 +36,8 @@ class EvalConfig:
     """Tasks of lm-evaluation-harness, which `pip install .[eval]` brings, to run in the place of `data`."""
     task_path: str | None = None
     """A folder of yaml files with tasks of one's own."""
+    series: str | None = None
+    """A published checkpoint, such as sparsellm-1b-60p, to hold against its card; model=FOLDER is then a copy of it."""
     format: str = "text"
 
     def __post_init__(self) -> None:
@@ -57,6 +62,12 @@ class EvalConfig:
             self.task_path is None or bool(self.tasks),
             f"task_path={self.task_path} holds tasks: name those to run in tasks=[...].",
         )
+        if self.series is not None:
+            check_choice("series", self.series, SERIES)
+            check(
+                self.data.source == "wikitext" and not self.tasks,
+                f"series={self.series} is held against the perplexity of its card: give data=wikitext and no tasks.",
+            )
         check(
             self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
             f"device={self.device} is not known: choose auto, cpu, cuda or cuda:N.",
