@@ -54,7 +54,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
     """Return `model` with the sizes that config.json gives; one without `path` is returned as it is.
 
     Raises:
-        ValueError: config.json cannot be had or is not one of a causal language model, or a key of the group `model` is set
+        ValueError: config.json cannot be fetched or is not one of a causal language model, or a key of the group `model` is set
             that such a model does not read.
     """
     if model.path is None:
