@@ -37,7 +37,13 @@ def test_every_experiment_opens_with_its_purpose_and_its_command(name):
 
 @pytest.mark.parametrize(("group", "name"), [pair for pair in GROUPS if pair[0] not in ("experiment", "sweep")])
 def test_every_choice_of_every_group_composes(group, name):
-    overrides = ["data.path=somewhere"] if (group, name) == ("data", "text") else []
+    needed = {
+        "text": "data.path=somewhere",
+        "tokens": "data.path=somewhere",
+        "hub": "data.name=somewhere",
+        "mixture": "data.sources=[{path:somewhere}]",
+    }
+    overrides = [needed[name]] if group == "data" and name in needed else []
     command = "eval" if (group, name) == ("data", "wikitext") else "train"
     assert composed(command, [f"{group}={name}", *overrides, *["folder=model"] * (command == "eval")])
 
