@@ -53,8 +53,6 @@ def commands_page() -> str:
         _block(usage()),
     ]  # fmt: skip
     for name, command in COMMANDS.items():
-        if command.module == "train.data" and not (ROOT / "train/data/__main__.py").exists():
-            continue
         parts += [
             f"## sparsellm {name}",
             f"{command.summary}: `python -m {command.module}`.",

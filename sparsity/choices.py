@@ -36,13 +36,14 @@ class Choices:
     """
 
     schedule: Schedule
-    score: str | Score = "magnitude"
-    factors: Mapping[str, float] | None = None
+    # Names are taken too; from __post_init__ on these are what the names stand for.
+    score: Score = "magnitude"  # type: ignore[assignment]
+    factors: Mapping[str, float] = None  # type: ignore[assignment]
     normalize: str = "none"
-    scope: str | Scope = "global"
+    scope: Scope = "global"  # type: ignore[assignment]
     groups: Sequence[Group] = ()
-    pattern: str | NofM | None = UNSTRUCTURED
-    update: str | Update = "shrink"
+    pattern: NofM | None = UNSTRUCTURED  # type: ignore[assignment]
+    update: Update = "shrink"  # type: ignore[assignment]
     include: Sequence[str] | None = None
     requires_dense: Sequence[str] = ()
     seed: int = 0

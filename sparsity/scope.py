@@ -7,11 +7,11 @@ event prunes. Nothing but the standard library is needed here, so that a plan an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from sparsity.registry import Method, Registry
 from sparsity.schedule import Mixed, Ramp, Schedule
@@ -127,8 +127,8 @@ class Erk(Uniform):
         return counts
 
     def counts(self, pools: Sequence[Pool], schedule: Schedule, step: int) -> list[int]:
-        done = [event for event in schedule.events() if event <= step]
-        return list(_erk_table(self, tuple(pools), schedule)[done[-1]]) if done else [0] * len(pools)
+        done, hashable = [event for event in schedule.events() if event <= step], cast(Hashable, schedule)
+        return list(_erk_table(self, tuple(pools), hashable)[done[-1]]) if done else [0] * len(pools)
 
 
 @lru_cache(maxsize=4)

@@ -84,6 +84,19 @@ class Magnitude(Score):
         return values.float().view(torch.int32) & SIGN_OFF
 
 
+class Saliency(Score):
+    """The saliency |w g|: how much the loss changes, to the first order, if the weight goes."""
+
+    name = "saliency"
+    label = "lowest |w g| first"
+    needs = ("gradient",)
+    is_zero_first = True
+
+    def values(self, shard: ParameterShard, part: slice) -> Tensor:
+        assert shard.gradient is not None
+        return (shard.values[part].float() * shard.gradient[part]).abs()
+
+
 class Random(Score):
     """A random order, the control: a hash of (seed, name, flat index in the full tensor), the same for any world size."""
 
@@ -147,7 +160,7 @@ class Given(Score):
 
 
 magnitude = Magnitude()
-SCORES: Registry[Score] = Registry("score", {score.name: score for score in (magnitude, Random())}, Score)
+SCORES: Registry[Score] = Registry("score", {score.name: score for score in (magnitude, Saliency(), Random())}, Score)
 
 
 def key_spacing_bits(shards: Sequence[ParameterShard], score: Score) -> int:

@@ -68,7 +68,8 @@ class Moving(Update):
 
     share: float = 0.3
     """Share of the kept weights that is replaced at the first move; it falls to 0 by a cosine."""
-    every_steps: int = 100
+    every_steps: int | None = None
+    """Steps between moves; without it a fortieth of the run, at most 100."""
     end: float = 0.75
 
     def __post_init__(self) -> None:
@@ -76,7 +77,7 @@ class Moving(Update):
             raise ValueError(
                 f"moves.share={self.share} is outside (0, 1): give the share of the kept weights to replace, such as 0.3."
             )
-        if self.every_steps < 1:
+        if self.every_steps is not None and self.every_steps < 1:
             raise ValueError(f"moves.every={self.every_steps} must be at least 1 step.")
         if not 0 < self.end <= 1:
             raise ValueError(
@@ -86,7 +87,8 @@ class Moving(Update):
     def moves(self, schedule: Schedule, num_steps: int) -> frozenset[int]:
         first = min(schedule.events(), default=num_steps)
         last = min(num_steps, math.ceil(self.end * num_steps))
-        return frozenset(step for step in range(0, last, self.every_steps) if step > first)
+        every = self.every_steps or max(1, min(100, num_steps // 40))
+        return frozenset(step for step in range(0, last, every) if step > first)
 
     def share_at(self, step: int, num_steps: int) -> float:
         """Return the share of the kept weights to replace at a step: share / 2 (1 + cos(pi step / end))."""

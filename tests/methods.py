@@ -68,6 +68,7 @@ METHODS = [
         )
     ),
     Method("alternating", "global", "none", "unstructured", "magnitude"),
+    *(Method(*choice, "none", "unstructured", "saliency") for choice in product(("one_shot", "cubic", "constant"), SCOPES)),
 ]  # fmt: skip
 
 
@@ -79,6 +80,8 @@ def reason_to_refuse(method: Method) -> str | None:
         return _reason_with_fixed_masks(method)
     if method.score == "own" and method.schedule == "constant":
         return "needs the optimizer's state, and the first event is before step 0"
+    if method.score == "saliency" and method.schedule == "constant":
+        return "needs the gradient of the step before, and the first event is before step 0"
     if (method.schedule == "alternating") != (method.update == "acdc"):
         return "take schedule=alternating" if method.update == "acdc" else "take update=acdc"
     if method.update in ("set", "rigl") and method.pattern != "unstructured":
@@ -108,13 +111,13 @@ REFUSED = [method for method in METHODS if reason_to_refuse(method) is not None]
 
 
 def schedule_of(method: Method) -> Schedule:
-    """Of a run of NUM_STEPS steps: gradual ones prune before steps 1, 3 and 5, one-shot before step 2."""
+    """Of a run of NUM_STEPS steps: gradual ones prune before steps 1, 3 and 5, one-shot before step 4, right after a resume."""
     sparsity = TARGETS[method.pattern]
     return {
         "geometric": Geometric(sparsity, 1, 5, 2),
         "cubic": Cubic(sparsity, 1, 5, 2),
         "linear": Linear(sparsity, 1, 5, 2),
-        "one_shot": OneShot(sparsity, 2),
+        "one_shot": OneShot(sparsity, 4),
         "constant": Constant(sparsity),
         "alternating": Alternating(sparsity, 1, 5, 2),
         "fixed": Fixed(),

@@ -17,6 +17,14 @@ from train.plan.run import plan_run
 
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+NEEDS = {
+    ("data", "text"): ["data.path=somewhere"],
+    ("data", "tokens"): ["data.path=somewhere"],
+    ("data", "hub"): ["data.name=somewhere"],
+    ("data", "mixture"): ["data.sources=[{path: somewhere, weight: 1.0}]"],
+    ("model", "hf"): ["model.path=somewhere"],
+}
+"""What a choice cannot do without."""
 GROUPS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
 
 
@@ -37,13 +45,7 @@ def test_every_experiment_opens_with_its_purpose_and_its_command(name):
 
 @pytest.mark.parametrize(("group", "name"), [pair for pair in GROUPS if pair[0] not in ("experiment", "sweep")])
 def test_every_choice_of_every_group_composes(group, name):
-    needed = {
-        "text": "data.path=somewhere",
-        "tokens": "data.path=somewhere",
-        "hub": "data.name=somewhere",
-        "mixture": "data.sources=[{path:somewhere}]",
-    }
-    overrides = [needed[name]] if group == "data" and name in needed else []
+    overrides = NEEDS.get((group, name), [])
     command = "eval" if (group, name) == ("data", "wikitext") else "train"
     assert composed(command, [f"{group}={name}", *overrides, *["folder=model"] * (command == "eval")])
 

@@ -155,7 +155,11 @@ GOOD = b'{"text": "good"}\n'
         ("a.jsonl", GOOD + b'{"a\\nb": 1, "\\ud83d": 2}\n', r"line 2 has no field text but the fields a\?b, \?: give"),
         ("a.jsonl", json.dumps({f"k{n}": n for n in range(99)}).encode(), r"fields k0, .*, k7 and 91 more: give"),
         ("a.jsonl", "\ufeff{}".encode("utf-16-le"), r"line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
-        ("a.jsonl", gzip.compress(GOOD), r"line 1 is not UTF-8, and by its first bytes the file is gzip: give"),
+        (
+            "a.jsonl",
+            gzip.compress(GOOD, mtime=0),
+            r"line 1 is not UTF-8, and by its first bytes the file is gzip: give",
+        ),
         ("a.txt", b"one\ntwo\n\xff\n", r"a\.txt, line 3 is not UTF-8: convert"),
         ("a.txt", "words".encode("utf-16"), r"a\.txt, line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
         ("a.txt", "words".encode("utf-16-le"), r"a\.txt, line 1 begins a stretch with many NUL bytes, as UTF-16 and"),
@@ -183,7 +187,7 @@ def test_a_line_number_counts_from_the_front_of_the_file_not_of_the_part(tmp_pat
         ({"body": ["x"]}, r"has no column text but body: name its text in data\.text_field"),
         ({"text": ["x", None]}, r"a\.parquet, row 1 has null as text"),
         ({"text": [1, 2]}, r"a\.parquet, row 0 has a number as text"),
-        ({"text": [b"x", b"\xff"]}, r"a\.parquet, row 1 is not UTF-8: write it anew"),
+        ({"text": [b"x", b"\xff"]}, r"a\.parquet, row 1 is not UTF-8: write it again"),
         ({"text": [["x"]]}, r"a\.parquet, row 0 has a list as text"),
         ({"text": [{"a": "x"}]}, r"a\.parquet, row 0 has an object as text"),
         ({"text": [datetime(2020, 1, 1)]}, r"a\.parquet, row 0 has a time as text"),
@@ -200,7 +204,7 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path: Path, parquet: Path) -> No
     content = bytearray(parquet.read_bytes())
     content[4:40] = b"\xff" * 36
     parquet.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.parquet is (damaged|not a readable parquet file) \(.*\): write it anew"):
+    with pytest.raises(ValueError, match=r"a\.parquet is (damaged|not a readable parquet file) \(.*\): write it again"):
         read(parquet)
 
 

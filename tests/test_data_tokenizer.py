@@ -80,7 +80,7 @@ def test_bos_ends_documents_where_there_is_no_eos_and_neither_is_refused(folder:
         ("{tmp}/a.txt", "is not a tokenizer: give"),
         ("{tmp}/a.model", "is not a SentencePiece model: give"),
         ("{tmp}/empty", "cannot be loaded .*: give a folder"),
-        ("someone/something", r"cannot be had from the hub .*: connect to the network, give a folder"),
+        ("someone/something", r"cannot be fetched from the hub .*: connect to the network, give a folder"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused(

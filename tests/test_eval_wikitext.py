@@ -117,7 +117,7 @@ def test_an_unusable_file_is_named(kind, tmp_path):
     [
         ({"page": ["a"]}, r"has no column text but page: name its text in data\.text_field"),
         ({"text": [1.5]}, r"row 0 has a number as text: give a string"),
-        ({"text": [b"a", b"\xff"]}, r"row 1 is not UTF-8: write it anew"),
+        ({"text": [b"a", b"\xff"]}, r"row 1 is not UTF-8: write it again"),
     ],
 )
 def test_a_parquet_of_something_else_is_named(table, message, tmp_path):
@@ -154,7 +154,7 @@ def test_one_page_alone_can_be_asked_for_and_none_cannot(tmp_path):
 
 def test_without_a_path_and_a_network_the_remedy_is_said(monkeypatch):
     monkeypatch.setattr("train.data.hub.is_reachable", lambda: False)
-    with pytest.raises(ValueError, match=r"cannot be had from the hub .* give its test file in data\.path"):
+    with pytest.raises(ValueError, match=r"cannot be fetched from the hub .* give its test file in data\.path"):
         read_wikitext(DataConfig(source="wikitext", cache_dir="unused"))
 
 

@@ -1,7 +1,6 @@
 """Files and folders that are whole or absent."""
 
 import stat
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +15,10 @@ from sparsity.common.files import (
 )
 
 
-def write_half(path: Path) -> None:
-    with aside(path) as partial:
-        partial.write_text("new")
+def cut_off(written):
+    """Write half of a file or folder, then fail."""
+    with written as partial:
+        (partial / "half" if partial.is_dir() else partial).write_text("new")
         raise RuntimeError("cut off")
 
 
@@ -26,7 +26,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     write_atomically(path, "old")
     with pytest.raises(RuntimeError, match="cut off"):
-        write_half(path)
+        cut_off(aside(path))
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
@@ -36,8 +36,8 @@ def test_a_folder_appears_whole_and_replaces_another(tmp_path):
     with folder_aside(folder) as partial:
         (partial / "a").write_text("1")
         assert not folder.exists()
-    with pytest.raises(RuntimeError, match="cut off"), folder_aside(folder) as partial:
-        raise RuntimeError("cut off")
+    with pytest.raises(RuntimeError, match="cut off"):
+        cut_off(folder_aside(folder))
     assert [file.name for file in folder.iterdir()] == ["a"]
     with folder_aside(folder) as partial:
         (partial / "b").write_text("2")

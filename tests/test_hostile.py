@@ -201,7 +201,7 @@ def test_a_garbled_record_is_named_and_a_cut_off_last_one_removed(tmp_path, line
     assert keep_whole_records(metrics) == [{"train/global_step": 1}]
     assert metrics.read_text() == '{"train/global_step": 1}\n'
     metrics.write_text(f'{line}\n{{"train/global_step": 1}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl holds a line that is no record"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds a line that is not a record"):
         keep_whole_records(metrics)
 
 

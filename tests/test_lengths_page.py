@@ -45,7 +45,8 @@ def run(folder: Path, words: list[str]) -> None:
         for item in tiny(folder, "logger=none", "launch.num_processes=1")
         if not item.startswith(("run_name", "runs_dir"))
     ]
-    own = {item.partition("=")[0] for item in words}
+    # The length of a decay follows from where it branches.
+    own = {item.partition("=")[0] for item in words} | ({"trainer.max_steps"} if "sweep=wsd_curve" in words else set())
     usual = [item for item in usual if item.partition("=")[0] not in own]
     flags = [word for word in words[1:] if word.startswith("-")]
     rest = [shorter(word) for word in words[1:] if not word.startswith("-") and word != "experiment=demo"]

@@ -44,15 +44,6 @@ class Columns(Score):
         return 1.0 + shard.index(part) % shard.shape[-1]
 
 
-class Saliency(Score):
-    """|w g|, with the gradient of the step before the event."""
-
-    needs = ("gradient",)
-
-    def values(self, shard: ParameterShard, part: slice) -> Tensor:
-        return (shard.values[part] * shard.gradient[part]).abs()
-
-
 def test_the_example_of_an_own_score_runs_and_prunes_to_its_target(tmp_path):
     kept = main(str(tmp_path))
     assert sum(kept[name] * size for name, size in (("up.weight", 256), ("down.weight", 32))) == 288 - round(0.8 * 288)
@@ -88,7 +79,7 @@ def gradient_masks(layout: str) -> list[Tensor]:
         fully_shard(model)
         ranks = (torch.distributed.get_rank(), 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    callback = SparsityCallback(Geometric(0.5, 1, 1, 1), score=Saliency())
+    callback = SparsityCallback(Geometric(0.5, 1, 1, 1), score="saliency")
     callback.bind(model)
     for step in (0, 1):
         state = TrainerState(global_step=step)
@@ -115,7 +106,7 @@ def test_a_score_is_lent_the_gradient_of_the_step_before_on_any_number_of_ranks(
 
 def test_a_score_that_needs_a_gradient_cannot_prune_before_the_first_step():
     with pytest.raises(ValueError, match="needs the gradient of the step before, and the first event is before step 0"):
-        SparsityCallback(Constant(0.5), score=Saliency())
+        SparsityCallback(Constant(0.5), score="saliency")
 
 
 # --- norms ---

@@ -126,7 +126,7 @@ def test_a_run_without_its_config_is_refused(sweep):
     [
         ({"heldout_loss": None}, r"s80-1/summary\.json has no figure heldout_loss: leave this run out"),
         ({"heldout_loss": math.nan}, "has heldout_loss=nan, which is not a finite number above 0"),
-        ({"bits_per_byte": "many"}, "has bits_per_byte=many, which is no number"),
+        ({"bits_per_byte": "many"}, "has bits_per_byte=many, which is not a number"),
         ({"avg_linear_params": 0}, "has avg_linear_params=0, which is not a finite number above 0"),
     ],
 )

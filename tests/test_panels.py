@@ -88,7 +88,7 @@ def test_damaged_records_are_refused_by_name(tmp_path):
         ('{"train/loss": 1.0, "train/tokens": 9}', "line 21 has train/global_step=None"),
         ('{"train/loss": 1.0, "train/tokens": 9, "train/global_step": 0}', "train/global_step=0, and records count from 1"),
         ('{"train/loss": 1.0, "train/global_step": 21}', "train/tokens=None"),
-        ('[1, 2]', "line 21 is no record"),
+        ('[1, 2]', "line 21 is not a record"),
     ],
 )  # fmt: skip
 def test_a_record_that_does_not_say_when_it_was_made_is_refused_by_line(tmp_path, line, words):

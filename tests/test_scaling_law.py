@@ -399,7 +399,7 @@ HEADER = "avg_linear_params,final_linear_params,total_tokens,loss,sparsity,data"
     ("lines", "sentence"),
     [
         ([HEADER], "holds no finished run"),
-        ([HEADER, "abc,2e5,1e7,3,0.8,"], "line 2 has avg_linear_params=abc, which is no number"),
+        ([HEADER, "abc,2e5,1e7,3,0.8,"], "line 2 has avg_linear_params=abc, which is not a number"),
         ([HEADER, "4e5,2e5,1e7,nan,0.8,"], "loss=nan, which is not a finite number above 0"),
         ([HEADER, "4e5,2e5,0,3,0.8,"], "total_tokens=0"),
         ([HEADER, "4e5,2e5,1e7,3,1.8,"], "sparsity=1.8, outside"),

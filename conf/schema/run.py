@@ -82,7 +82,7 @@ class Config:
     recipe: str = "plain"
     """`plain`, or `authors`: weights, query scale and documents as the paper's authors have them. conf/recipe has what they
     set; any of it can be set apart."""
-    prompt: str = "The "
+    prompt: str = "The"
     """Start of the sample that the finished model writes."""
     next_commands: list[str] = field(default_factory=list)
     """Commands to try next, printed at the end."""

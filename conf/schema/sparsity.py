@@ -1,4 +1,4 @@
-"""The group `sparsity`: how much is pruned, when, and what."""
+"""The group `sparsity`: how many weights are pruned, when, and which."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WindowConfig:
     start: float = 0.25
     end: float = 0.75
     every: int | None = None
-    """Steps between events; where it is null it follows the length of the window (100 for long runs)."""
+    """Steps between events; null derives it from the length of the window (100 for long runs)."""
     of: str = "auto"
     """Unit of start and end; `auto` reads two numbers up to 1 as shares of compute, larger ones as steps."""
     budget: float | None = None
@@ -67,15 +67,15 @@ class MovesConfig:
 
     share: float = 0.3
     """Share of the kept weights that set and rigl replace at first; it falls to 0 by a cosine."""
-    every: int = 100
-    """Steps between moves."""
+    every: int | None = None
+    """Steps between moves; null: a fortieth of the run, at most 100."""
     end: float = 0.75
     """Share of the run's steps after which masks stay as they are."""
 
 
 @dataclass
 class SparsityConfig:
-    """How much is pruned, when, and what."""
+    """How many weights are pruned, when, and which."""
 
     METHODS: ClassVar = {"schedule": SCHEDULES, "score": SCORES, "scope": SCOPES, "update": UPDATES}
     """Where help finds what there is to choose."""
@@ -85,22 +85,22 @@ class SparsityConfig:
     """How the density falls inside the window."""
     window: WindowConfig = field(default_factory=WindowConfig)
     score: str = "magnitude"
-    """What ranks a weight."""
+    """The rule that ranks weights."""
     factors: dict[str, float] = field(default_factory=dict)
-    """Name patterns of parameters and what their scores are multiplied by, such as {'*q_proj*': 0.0625}."""
+    """Name patterns of parameters and the factors of their scores, such as {'*q_proj*': 0.0625}."""
     normalize: str = "none"
     """Divide each parameter's scores by a norm of theirs: none, l2 or rms."""
     scope: str = "global"
     """Which weights compete."""
     groups: list[GroupConfig] = field(default_factory=list)
-    """Parameters with targets of their own; what no group names follows `target`."""
+    """Parameters with targets of their own; all others follow `target`."""
     pattern: str = "unstructured"
     """Where weights may go: anywhere, or N:M, "2:4": 2 of every 4 consecutive inputs stay."""
     update: str = "shrink"
     """Whether pruned weights may come back."""
     moves: MovesConfig = field(default_factory=MovesConfig)
     include: list[str] | None = None
-    """Name patterns (`*` matches anything) of the parameters to prune; every linear layer's weight where it is null."""
+    """Name patterns (`*` matches anything) of the parameters to prune; null takes every linear layer's weight."""
     requires_dense: list[str] = field(default_factory=list)
     """Name patterns of parameters that are never pruned."""
 
@@ -142,6 +142,6 @@ class SparsityConfig:
             check(
                 value == usual,
                 f"sparsity.moves.{key}={value} has no effect with sparsity.update={self.update}, whose masks do not move: "
-                f"leave it at {usual}, or take update=set, rigl or ste.",
+                f"leave it at {'null' if usual is None else usual}, or take update=set, rigl or ste.",
             )
         return update

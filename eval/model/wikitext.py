@@ -178,7 +178,7 @@ def _from_hub(subset: str) -> str:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         reason = first_line if is_online else f"it does not answer, and its cache here has no {REPOSITORY}"
         raise ValueError(
-            f"data=wikitext cannot be had from the hub ({reason}): connect to the network, or give its test file in "
+            f"data=wikitext cannot be fetched from the hub ({reason}): connect to the network, or give its test file in "
             "data.path."
         ) from None
     return _as_file(list(rows["text"]))

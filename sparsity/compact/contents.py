@@ -174,6 +174,7 @@ def _check_sparse(tensor: Stored, field: dict[str, Any]) -> None:
     if tensor.scales is None or tensor.scales.dtype not in _FLOATS or values.dtype not in CODE_BITS:
         raise ValueError(f"{name!r} has no scales, or codes that are neither I8 nor U8")
     bits = CODE_BITS[values.dtype]
+    codes: tuple[int, ...]
     if len(values.shape) == 1:
         codes, num_scales = (8 * -(-tensor.kept * bits // 64),), num_rows
     else:

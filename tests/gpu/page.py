@@ -131,6 +131,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "event": comparison_section("A prune event of the 1B"),
     "masking": comparison_section("Masking"),
     "decode": comparison_section("Decoding with compact weights"),
+    "decode_variants": comparison_section("Decoding: ways side by side"),
     "bench": lambda found: steps_section(found, "The steps of `make gpu-bench`"),
 }
 

@@ -113,8 +113,7 @@ def _check_pruned(where: str, step: int, saved: Mapping[str, Any] | None, plan: 
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), config))
-    assert isinstance(merged, dict)
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), config))
     # Null stands for one of these, and a run writes down which.
     merged["tokenizer"] = merged["tokenizer"] or merged["init_from"] or merged["model"]["path"] or "train"
     return {

@@ -321,7 +321,7 @@ def _read_parquet(part: Part, text_field: str, skipped: Skipped | None) -> Itera
                         _leave_out(f"{part.path}, row {row} {error}", skipped)
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{part.path} is not a readable parquet file ({reason}): write it anew.") from None
+        raise ValueError(f"{part.path} is not a readable parquet file ({reason}): write it again.") from None
 
 
 def _found(row: dict[str, Any], text_field: str) -> Any:

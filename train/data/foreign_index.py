@@ -41,14 +41,15 @@ def write_foreign_index(
         decode: From ids to text, for the bytes of what is held out.
         hashes: The sha256 of each file of `spans`.
     """
-    counts, parts = np.zeros(vocab_size, np.int64), []
+    counts = np.zeros(vocab_size, np.int64)
+    parts: list[dict[str, Any]] = []
     for number, span in enumerate(spans):
         counts += checked_counts(span, vocab_size)
         starts = document_starts(span, separator)
         cut = heldout_cut(span.num_tokens, starts, heldout_share)
         held = span.read(cut)
         counts -= np.bincount(held, minlength=vocab_size)
-        part = {}
+        part: dict[str, Any] = {}
         for split, begin, end in (("train", 0, cut), ("heldout", cut, span.num_tokens)):
             own = starts[(starts >= begin) & (starts < end)] - begin
             name = f"part-{number:05}.{split}.starts.bin"

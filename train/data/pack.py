@@ -200,7 +200,7 @@ def kept_bytes(folder: str, text: str, tokens: list[int], num_kept: int) -> int:
     if not Path(folder, FAST).exists():
         from train.data.tokenizer import load_tokenizer
 
-        return len(load_tokenizer(folder).decode(tokens[:num_kept]).encode())
+        return len(str(load_tokenizer(folder).decode(tokens[:num_kept])).encode())
     end = _fast_tokenizer(folder).encode(text, add_special_tokens=False).offsets[num_kept - 1][1]
     return len(text[:end].encode())
 

@@ -151,7 +151,7 @@ def _cut_parquet(path: Path, part_bytes: int) -> list[Part]:
                 groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
                 sizes = [group.total_byte_size for group in groups]
         except pa.ArrowException as error:
-            raise ValueError(f"{path} is not a readable parquet file ({_one_line(error)}): write it anew.") from None
+            raise ValueError(f"{path} is not a readable parquet file ({_one_line(error)}): write it again.") from None
     parts, start, num_bytes = [], 0, 0
     for index, size in enumerate(sizes, 1):
         num_bytes += size
@@ -169,7 +169,7 @@ def explained(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             # Arrow's word for a damaged file.
-            raise ValueError(f"{path} is damaged ({_one_line(error)}): write it anew.") from None
+            raise ValueError(f"{path} is damaged ({_one_line(error)}): write it again.") from None
         reason, place = error.strerror or _one_line(error), error.filename or path
         raise ValueError(f"{place} cannot be read ({reason}): give a data.path that this user can read.") from None
 

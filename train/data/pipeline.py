@@ -283,7 +283,7 @@ def _in_place(
             separator=separator,
             heldout_share=heldout_share,
             tokenizer_key=tokenizer_key,
-            decode=tokenizer.decode,
+            decode=lambda ids: str(tokenizer.decode(ids)),
             hashes=hashes,
         )
 

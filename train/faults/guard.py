@@ -120,7 +120,7 @@ class StepGuard(TrainerCallback):
             )
         if self._is_stop_agreed:
             return RunStopped(
-                "the run was preempted and has saved a checkpoint: the same command resumes from it", PREEMPTED_CODE
+                "the run was asked to stop and has saved a checkpoint: the same command resumes from it", PREEMPTED_CODE
             )
         return None
 

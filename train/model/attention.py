@@ -136,10 +136,13 @@ def _flash_by_document(
     # The kernel takes widths that are multiples of 8; columns of zeros change no product.
     missing = -width % FLASH_WIDTH_STEP
     scaling = width**-0.5 if scaling is None else scaling
-    flat = [
+    flat_query, flat_key, flat_value = (
         F.pad(states.to(dtype), (0, missing)).transpose(1, 2).reshape(num_rows * length, num_heads, width + missing)
         for states in (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    ]
+    )
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    found: Any = varlen_attn(*flat, ends, ends, length, length, scale=scaling, window_size=window)
-    return found.view(num_rows, length, num_heads, width + missing)[..., :width]  # type: ignore[no-any-return]
+    found: Any = varlen_attn(
+        flat_query, flat_key, flat_value, ends, ends, length, length, scale=scaling, window_size=window
+    )
+    attended: Tensor = found.view(num_rows, length, num_heads, width + missing)[..., :width]
+    return attended

@@ -54,13 +54,13 @@ def resolved(model: ModelConfig) -> ModelConfig:
     """Return `model` with the sizes that config.json gives; one without `path` is returned as it is.
 
     Raises:
-        ValueError: config.json cannot be had or is not one of a causal language model, or a key of the group `model` is set
+        ValueError: config.json cannot be fetched or is not one of a causal language model, or a key of the group `model` is set
             that such a model does not read.
     """
     if model.path is None:
         return model
     config = hf_config(model.path, model.overrides)
-    sizes = {name: _size(config, name) for name in SIZES}
+    sizes: dict[str, Any] = {name: _size(config, name) for name in SIZES}
     sizes["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
     for field in fields(ModelConfig):
         if field.name in OWN_KEYS:
@@ -76,7 +76,8 @@ def resolved(model: ModelConfig) -> ModelConfig:
 
 def unresolved(model: ModelConfig) -> ModelConfig:
     """Return `model` with the sizes of config.json taken back, so that other `overrides` may change them."""
-    return replace(model, **dict.fromkeys(SIZES, BY_CONFIG), tie_word_embeddings=False)
+    unset: dict[str, Any] = dict.fromkeys(SIZES, BY_CONFIG)
+    return replace(model, **unset, tie_word_embeddings=False)
 
 
 def hf_config(path: str, overrides: Mapping[str, Any], **token_ids: Any) -> Any:
@@ -142,7 +143,7 @@ def config_class(config: Mapping[str, Any], spec: str, key: str) -> Any:
     """
     from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ValueError(
             f"{key}={spec} has model_type={kind} in {CONFIG}, which this transformers does not have: give another model, or "
@@ -290,8 +291,8 @@ def _overrides(given: Mapping[str, Any], kind: Any, overrides: Mapping[str, Any]
             value = {**given[name], **value}
         changed[spellings.get(name, name)] = value
     layers = changed.get("num_hidden_layers", changed.get("n_layer"))
-    for name in PER_LAYER if layers is not None else ():
-        if isinstance(given.get(name), list) and name not in changed:
+    for name in PER_LAYER:
+        if layers is not None and isinstance(given.get(name), list) and name not in changed:
             # Left out where it is too short: the config class then repeats its own pattern.
             changed[name] = given[name][:layers] if layers <= len(given[name]) else None
     return changed

@@ -56,6 +56,6 @@ def _from_hub(name: str, key: str, weights: bool) -> Path:
         words = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         reason = "it does not answer, and its cache here has none of that name" if offline else words
         raise ValueError(
-            f"{key}={name} is no folder here and cannot be had from the hub ({reason}): give a transformers folder, or "
+            f"{key}={name} is not a folder here and cannot be fetched from the hub ({reason}): give a transformers folder, or "
             "connect to the network."
         ) from None

@@ -1,4 +1,4 @@
-"""What a configuration means in numbers: batch, steps, tokens and the prune schedule, before anything is loaded."""
+"""A configuration in numbers: batch, steps, tokens and the prune schedule, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class RunPlan:
     micro_batch_size: int
     gradient_accumulation_steps: int
     schedule: Ramp | Mixed | None
-    """Of all prunable weights together; None where the run stays dense."""
+    """Schedule of all prunable weights together; None if the run stays dense."""
     pools: tuple[Pool, ...]
-    """The weights that compete with each other; none where the run stays dense."""
+    """Groups of weights that compete with each other; empty if the run stays dense."""
     scope: Scope
-    """What shares out among the pools what is pruned."""
+    """Shares out the pruned weights among the pools."""
     update: Update
     """Whether pruned weights may come back."""
     model: ModelConfig
-    """What is trained: the configured model, or its dense twin."""
+    """The model to train: the configured one, or its dense twin."""
     counts: ParameterCounts
     target_sparsity: float | None
     """Of all prunable weights together in the end; a twin has that of its sparse run, a dense run none."""
@@ -61,12 +61,13 @@ class RunPlan:
 
     @property
     def average_density(self) -> float:
-        """Mean density of the prunable weights over the run's steps."""
+        """Return the mean density of the prunable weights over the run's steps."""
         return self.schedule.average_density(self.num_steps) if self.schedule else 1.0
 
     @property
     def extra_linear(self) -> float:
-        """Linear weights, on average over the steps, whose work comes on top of the active ones': dense gradients."""
+        """Return the linear weights, on average over the steps, that cost work beside the active ones: those of dense
+        gradients."""
         extra = self.update.extra_compute(self.schedule, self.num_steps) if self.schedule else 0.0
         return extra / self.num_steps * self.num_prunable
 
@@ -76,7 +77,7 @@ class RunPlan:
 
     @property
     def num_pruned(self) -> int:
-        """Weights that are pruned in the end."""
+        """Return the number of weights that are pruned at the end."""
         if self.schedule is None:
             return 0
         base = self.schedule.base
@@ -181,7 +182,7 @@ def _check_window_and_decay(config: Config, schedule: Ramp, num_steps: int) -> N
 
 
 def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | Mixed | None, num_steps: int) -> float:
-    """The mean density of all linear weights: those that are never pruned count in full."""
+    """Return the mean density of all linear weights; those that are never pruned count in full."""
     if schedule is None:
         return 1.0
     prunable = sum(pool.numel for pool in pools)
@@ -189,7 +190,11 @@ def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | 
 
 
 def world_size_asked(config: Config, environment: Mapping[str, str]) -> int:
-    """The number of processes that the launcher says there are; a ValueError where the config wants another."""
+    """Return the launcher's number of processes.
+
+    Raises:
+        ValueError: The config wants another.
+    """
     local, asked = int(environment.get("LOCAL_WORLD_SIZE", "1")), config.launch.num_processes
     if asked is not None and asked != local:
         raise ValueError(
@@ -200,14 +205,14 @@ def world_size_asked(config: Config, environment: Mapping[str, str]) -> int:
 
 
 def run_directory(config: Config) -> Path:
-    """runs_dir/run_name, in a sweep runs_dir/sweep_name/job; a dense twin has a name of its own."""
+    """Return runs_dir/run_name, in a sweep runs_dir/sweep_name/job; a dense twin has a name of its own."""
     sparsity = f"{100 * config.sparsity.target:g}p" if config.sparsity.target else "dense"
     name = config.run_name or f"{config.model.name}-{sparsity}"
     return Path(config.runs_dir) / (f"{name}-twin" if config.model.match else name)
 
 
 def _split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
-    """(sequences per step, per micro-batch and process, micro-batches per step)."""
+    """Return (sequences per step, per micro-batch and process, micro-batches per step)."""
     trainer = config.trainer
     micro, accumulation = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
     if config.batch_size is None:

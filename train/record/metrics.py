@@ -145,7 +145,7 @@ def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
     """Return the records of a file, and remove a last line that a kill cut off.
 
     Raises:
-        ValueError: Another line is no record.
+        ValueError: Another line is not a record.
     """
     if not metrics.exists():
         return []

@@ -109,7 +109,7 @@ def as_typed(command: str) -> str:
     return f"{place}/{program} {rest}"
 
 
-def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: int = 60) -> None:
+def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: int = 90) -> None:
     """Continue `prompt` with the finished model, loaded as any user would, and write the text to `path`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
