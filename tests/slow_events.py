@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import sparsity.callback as callback
+import sparsity.event as event
+import sparsity.pruner as pruner
 
 PAUSE_S = 0.05
 
@@ -41,6 +42,6 @@ def slowly(zero_pruned: Any) -> Any:
 
 
 if __name__ == "__main__":
-    callback.prune_smallest_ = announced(callback.prune_smallest_)
-    callback.zero_pruned_state_ = slowly(callback.zero_pruned_state_)
+    event.prune_smallest_ = announced(event.prune_smallest_)
+    pruner.zero_all_pruned_ = slowly(pruner.zero_all_pruned_)
     runpy.run_module("train", run_name="__main__", alter_sys=True)

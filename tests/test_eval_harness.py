@@ -143,6 +143,7 @@ def test_without_the_harness_the_remedy_is_said(monkeypatch):
 def test_the_harness_takes_logarithms_in_float32(monkeypatch):
     """Its own default takes them in the logits' type: in bfloat16 log-probabilities near 8 come in steps of 0.03."""
     from eval.model import harness
+    from train import harness as shared
 
     asked: dict[str, Any] = {}
     fakes = {
@@ -151,7 +152,7 @@ def test_the_harness_takes_logarithms_in_float32(monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setitem(sys.modules, name, fake)
-    monkeypatch.setattr(harness, "_manager", lambda *args: None)
+    monkeypatch.setattr(shared, "_manager", lambda *args: None)
     found = harness.run_tasks(composed("eval", ["folder=x", "tasks=[task]"]), None, None, 32, 1)
     assert asked["softmax_dtype"] == "float32"
     assert found["tasks"] == {"task": {"acc": 0.5}}

@@ -217,7 +217,9 @@ def test_a_hub_name_is_read_from_the_hubs_cache(folders, tmp_path, monkeypatch):
     assert plan.model.name == "tiny-qwen3"
     assert plan.counts.linear == describe(by_path(folders["qwen3"])).linear
     initial_weights(model_on_meta(plan.model), "some/tiny-qwen3", by_path=True)
-    with pytest.raises(ValueError, match=r"init_from=some/other is not a folder here and cannot be fetched from the hub"):
+    with pytest.raises(
+        ValueError, match=r"init_from=some/other is not a folder here and cannot be fetched from the hub"
+    ):
         initial_weights(model_on_meta(plan.model), "some/other", by_path=True)
 
 

@@ -244,7 +244,7 @@ def test_the_memory_and_the_checkpoint_of_masked_values_and_moves_are_planned():
     }
     share, move = found["cubic"].num_prunable // 2, "a move of the masks"
     assert memory["ste"].masks == 5 * memory["cubic"].masks == 5 * share
-    assert memory["granet"].transients[move] - memory["cubic"].transients[move] == 9 * share
+    assert memory["granet"].transients[move] - memory["cubic"].transients["a prune event"] == 9 * share
     bytes_of = {
         name: checkpoint_bytes(one.model, one.num_prunable, one.update.state_bytes) for name, one in found.items()
     }

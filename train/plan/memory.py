@@ -156,15 +156,16 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
         "the last block's backward": workspace + gathered_backward + kept,
         "the first block's backward": workspace + (0 if recomputed else one_block) + gathered_backward,
         "a prune event": selection,
-        "a move of the masks": selection + setting.update_move_bytes * prunable,
     }
     held = {
         "the loss": waiting + activations,
         "the last block's backward": waiting + activations,
         "the first block's backward": gradients + waiting,
         "a prune event": 0,
-        "a move of the masks": gradients if setting.update_move_bytes else 0,
     }
+    if setting.update_move_bytes:
+        transients["a move of the masks"] = selection + setting.update_move_bytes * prunable
+        held["a move of the masks"] = gradients
     return GpuMemory(
         weights=FLOAT32_BYTES * shard,
         gradients=gradients,
