@@ -74,14 +74,14 @@ def _as_float(context: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _read_halves(values, word, slot):  # type: ignore[no-untyped-def]
     """bfloat16 in pairs: the second is the high half of an int32, and the first its low half."""
     pair = values[word, slot // 2]
     return _as_float(pair & np.int32(-65536)) if slot % 2 else _as_float(pair << np.int32(16))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _read_number(values, word, slot):  # type: ignore[no-untyped-def]
     return np.float32(values[word, slot])
 
@@ -97,7 +97,7 @@ def _product(dtype: torch.dtype) -> Callable[..., None]:
     """The compiled product for values of one type, which takes a second or two the first time."""
     read = _READ[dtype]
 
-    @njit(nogil=True)  # type: ignore[untyped-decorator]
+    @njit(nogil=True)
     def multiply(values, offsets, bases, shift, starts, x, y, first, last):  # type: ignore[no-untyped-def]
         num_chunks = bases.shape[1]
         for row in range(first, last):
