@@ -123,7 +123,7 @@ def _product(dtype: torch.dtype) -> Callable[..., None]:
                     a7 += read(values, word, 7) * x[b7 + np.uint64(offsets[word, 7])]
             y[row] = ((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7))
 
-    return multiply  # type: ignore[no-any-return]
+    return multiply
 
 
 def _edges(packed: Packed) -> list[int]:
