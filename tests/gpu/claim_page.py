@@ -15,9 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conf.schema.law import ScalingLawConfig
+from eval.runs.law.fit import bootstrap, fit_law
 from eval.runs.law.points import read_points
-from eval.runs.law.report import report
+from eval.runs.law.report import interval, report
 from eval.runs.law.text import report_text
 from eval.runs.pairs.comparison import compare, read_trials
 from eval.runs.pairs.figure import draw_pairs
@@ -32,6 +35,8 @@ Made from gpu/claim.json, gpu/claim_plain.json and gpu/rates.json by `python -m 
 """
 
 
+CARDS = Path(__file__).resolve().parents[2] / "docs" / "cards.csv"
+NUM_RESAMPLES = 400
 RATES_WORDS = """The dense twin of the 80 % run of a model of 7.3 M linear parameters (width 256), 384 steps. The claim's model
 was made narrower afterwards, so that all its runs fit into nine minutes."""
 
@@ -120,11 +125,42 @@ def claim_sections(result: dict[str, Any], figure: Path | None) -> list[str]:
     return parts
 
 
+def series_section(result: dict[str, Any], cards: Path = CARDS) -> str:
+    """The losses that a power law of the dense runs predicts for the series' eight models, beside their cards'."""
+    runs = [(step.get("figures") or {}).get("summary") for step in result["steps"] if step["outcome"] == "passed"]
+    dense = [run for run in runs if run and not run["sparsity"]]
+    params, tokens, loss = (
+        np.array([run[key] for run in dense], dtype=float)
+        for key in ("avg_linear_params", "total_tokens", "heldout_loss")
+    )
+    fit = fit_law(params, tokens, loss, "power")
+    laws = bootstrap(fit, NUM_RESAMPLES, seed=0)
+    rows = []
+    for point in read_points([str(cards)]).points:
+        low, high = interval(laws, lambda law: float(law.loss(point.avg_linear_params, 1.0)), 0.95)  # noqa: B023
+        rows.append(
+            [
+                point.name,
+                f"{point.avg_linear_params / 1e9:.2f} B",
+                f"{point.loss:.3f}",
+                f"{float(fit.law.loss(point.avg_linear_params, 1.0)):.3f}",
+                f"{low:.3f} to {high:.3f}",
+            ]
+        )
+    law = ", ".join(f"{name} = {value:.4g}" for name, value in fit.law.coefficients.items())
+    head = (
+        f"## From small to large, on paper\n\nL = A / N^alpha fitted to the {len(dense)} dense runs, {law}, at the N-bar of "
+        f"the series' models; intervals of 95 %, {NUM_RESAMPLES} resamples.\n"
+    )
+    return "\n".join([head, table(["model", "N-bar", "card", "predicted", "interval"], rows)])
+
+
 def page(folder: Path, figure: Path | None = None) -> str:
     """Return the page of the result files in `folder`; a file that is not there has no section."""
     parts = [HEAD.rstrip()]
     if (file := folder / "claim.json").is_file():
-        parts += claim_sections(json.loads(file.read_text(encoding="utf-8")), figure)
+        result = json.loads(file.read_text(encoding="utf-8"))
+        parts += [*claim_sections(result, figure), series_section(result)]
         parts.insert(2, "![held-out loss against average linear parameters](claim.png)")
     if (file := folder / "claim_plain.json").is_file():
         parts.append(runs_section(json.loads(file.read_text(encoding="utf-8")), "The 80 % pair by recipe=plain"))
