@@ -15,6 +15,7 @@ import sparsity.compact  # noqa: F401 - transformers then loads compact folders
 from eval.model.zeros import count_zeros
 from sparsity.compact.folder import compact_folder
 from tests.architectures import CONFIGS, folder_of
+from tests.commands import run_command
 from tests.ranks_of_a_run import train_on_ranks
 from tests.tiny_run import write_text
 
@@ -71,6 +72,16 @@ def test_a_run_prunes_resumes_on_two_ranks_exports_and_compacts(tmp_path, name):
     found = json.loads((again / "summary.json").read_text())
     assert found["world_size"] == 2
     assert found["heldout_loss"] == pytest.approx(summary["heldout_loss"], abs=1e-5)
+
+    options = [
+        f"data.path={tmp_path}/text.jsonl",
+        "data.heldout_share=0.02",
+        f"data.cache_dir={tmp_path}/cache",
+        "window=32",
+    ]
+    done = run_command(["eval", f"model={whole / 'model'}", "data=text", *options, "batch_size=2", "format=json"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bits_per_byte"] == pytest.approx(summary["bits_per_byte"], abs=1e-6)
 
     compact_folder(whole / "model", tmp_path / "compact")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "compact")
