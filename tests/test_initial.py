@@ -18,6 +18,7 @@ from tests.interrupted import interrupted
 from tests.test_run import tiny
 from tests.wandb_file import read_records
 from train.model.initial import load_initial_weights
+from train.plan.architecture import COMPACT
 
 
 def small(hidden_size: int = 16) -> LlamaForCausalLM:
@@ -41,7 +42,7 @@ def test_a_folder_of_another_model_or_of_none_is_refused_in_a_sentence(tmp_path)
     small(32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the configured model"):
         load_initial_weights(small(), str(tmp_path))
-    with pytest.raises(ValueError, match=r"holds no model.safetensors"):
+    with pytest.raises(ValueError, match=r"does not exist: give a transformers folder or a hub name"):
         load_initial_weights(small(), str(tmp_path / "nowhere"))
     (tmp_path / "model.safetensors").write_bytes(b"not this")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -56,8 +57,10 @@ def test_a_compact_folder_is_refused_with_the_command_that_makes_it_plain(tmp_pa
 
 
 def test_a_pickled_folder_is_never_opened(tmp_path):
+    small().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     torch.save(small().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"holds no model.safetensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin"):
         load_initial_weights(small(), str(tmp_path))
 
 
@@ -105,3 +108,7 @@ def test_a_run_on_other_text_reads_it_with_the_tokenizer_of_the_model_it_starts_
     assert done.returncode == 0, done.stderr[-3000:]
     theirs, ours = (Path(run) / "model" / "tokenizer.json" for run in (whole, tmp_path / "runs" / "tiny"))
     assert json.loads(ours.read_text())["model"]["vocab"] == json.loads(theirs.read_text())["model"]["vocab"]
+
+
+def test_the_plan_knows_a_compact_folder_by_the_name_that_the_format_writes():
+    assert COMPACT == METHOD

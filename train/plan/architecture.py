@@ -123,7 +123,12 @@ def check_plain(config: Mapping[str, Any], spec: str, key: str) -> None:
 
     An `auto_map` that names only the classes that transformers itself has, as Phi-3's does, is code that is not needed.
     """
-    if config.get("quantization_config"):
+    if quantized := config.get("quantization_config"):
+        if isinstance(quantized, Mapping) and quantized.get("quant_method") == COMPACT:
+            raise ValueError(
+                f"{key}={spec} is compact: make it plain first, `python -m eval.compact model={spec} out=DIR expand=true`, and "
+                f"give {key}=DIR."
+            )
         raise ValueError(
             f"{key}={spec} has quantization_config in {CONFIG}, so it is no plain model of transformers: give a folder "
             "without it, in float32, bfloat16 or float16."
