@@ -25,6 +25,8 @@ SIZES = (
 )  # fmt: skip
 OWN_KEYS = ("name", "path", "overrides", "init", "query_scale", "attn_implementation", "match")
 """Keys of the group `model` that a model by `path` takes; all others are in config.json."""
+COMPACT = "sparsellm-compact"
+"""The quant_method of a compact folder: `METHOD` of sparsity.compact.contents, which imports torch."""
 LENGTH = 2048
 """Tokens of a block when neither data.sequence_length nor a shorter context says otherwise."""
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
