@@ -44,7 +44,7 @@ CONFIG_MISTAKES = [
     ("trainer.max_steps=many", "trainer.max_steps"),
     ("trainer.max_steps=0", "trainer.max_steps=0 must be at least 1"),
     ("model=nothing", "Could not find 'model/nothing'"),
-    ("model.hidden_size=100", "model.hidden_size=100 must be"),
+    ("model.hidden_size=101", "model.hidden_size=101 must be"),
     ("data=text", "data=text needs data.path"),
     ("data.path=corpus", "data=pydocs reads the docstrings of this Python"),
     ("prompt=''", "prompt='' is empty"),

@@ -448,7 +448,7 @@ def test_without_a_network_the_upload_says_so_and_leaves_the_run_alone(finished,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"license": "Apache 2.0"}, "no licence identifier"),
+        ({"license": "Apache 2.0"}, "is not a licence identifier"),
         ({"license": "other"}, "needs card.license_name"),
         ({"license_name": "house-rules"}, "set card.license=other"),
         ({"hub_id": "tiny"}, "give OWNER/NAME"),

@@ -444,7 +444,7 @@ def test_the_command_goes_both_ways_and_says_what_it_did(folders, tmp_path, caps
         (["model={plain}", "out={plain}/"], "is the model's own folder"),
         (["model={compact}", "out=out"], "is compact already"),
         (["model={plain}", "out=out", "expand=true"], "is not compact"),
-        (["model={compact}", "out=out", "expand=true", "dtype=bfloat16"], "has no meaning with expand=true"),
+        (["model={compact}", "out=out", "expand=true", "dtype=bfloat16"], "have no meaning with expand=true"),
         (["model={plain}", "out=out", "dtype=int8"], "dtype=int8 is not known"),
         (["model={plain}", "out=out", "expnd=true"], "did you mean expand"),
         (["model={quantized}", "out=out"], "is quantized by gptq"),
