@@ -14,6 +14,8 @@ from train.data.stream import positions_within
 from train.model.attention import attend_by_document
 
 pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKEND = "inductor" if torch.cuda.is_available() else "eager"
 ROWS, LENGTH, HEADS = 3, 64, 2
 STARTS = ([0, 10, 11, 50], [5], [0, 63])
 
@@ -39,8 +41,8 @@ def test_the_flash_kernel_attends_within_documents_at_any_head_size(width, is_co
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(ROWS, HEADS, LENGTH, width, generator=generator).bfloat16() for _ in range(3)]
     expected, expected_gradients = attended([state.float() for state in states], ends())
-    attend = torch.compile(attend_by_document) if is_compiled else attend_by_document
-    found, gradients = attended([state.cuda() for state in states], ends().cuda(), attend)
+    attend = torch.compile(attend_by_document, backend=BACKEND) if is_compiled else attend_by_document
+    found, gradients = attended([state.to(DEVICE) for state in states], ends().to(DEVICE), attend)
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
     for one, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(one, other, atol=6e-2, rtol=6e-2)
