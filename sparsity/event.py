@@ -29,6 +29,19 @@ def prune_pool_(
     always on one rank, because FSDP2 shards whole rows. During the call the candidates are in memory twice.
 
     Collective: over the shard group.
+
+    Args:
+        shards: This rank's shards of the parameters in the pool.
+        num_pruned: How many weights of the full parameters are pruned afterwards.
+        pattern: N:M; None if weights may be pruned anywhere.
+        score: The score that ranks weights.
+        layout: Which ranks hold the other shards; None: this rank holds all.
+
+    Returns:
+        The threshold, or None if nothing is to be pruned.
+
+    Raises:
+        ValueError: The pattern does not allow to prune so many weights, or there are not so many.
     """
     if pattern is None:
         return prune_smallest_(shards, num_pruned, score=score, layout=layout)

@@ -74,6 +74,7 @@ class Table:
     is_aligned: bool
 
     def launch(self, kernel: Any, *args: Any, shape: Shape, **constants: Any) -> None:
+        """Run a kernel with one program for each block of the table."""
         is_cuda = self.rows.is_cuda
         with torch.cuda.device(self.rows.device) if is_cuda else contextlib.nullcontext():
             kernel[(len(self.owners),)](

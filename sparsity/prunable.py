@@ -70,6 +70,7 @@ def prunable_parameters(
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name matches one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

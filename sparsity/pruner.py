@@ -248,7 +248,7 @@ class Pruner:
         self._end_count(counted)
 
     def restore_all(self) -> None:
-        """Unmask every weight at its current value, which is 0 for a pruned one."""
+        """Unmask every weight; each keeps its current value, normally 0 for a pruned one."""
         for shard in self.shards:
             shard.mask.fill_(True)
         self.kept = {name: param.numel() for name, param in self.parameters.items()}
@@ -359,7 +359,7 @@ class Pruner:
         self._end_count(self._start_count())
 
     def _start_count(self) -> Tensor:
-        """Start counting the kept weights of each parameter, without waiting for the device. Collective."""
+        """Start counting the kept weights of each parameter, without waiting for the device. Collective: shard group."""
         self._updates_leave_zeros = False
         return count_kept(self.shards, self.layout)
 

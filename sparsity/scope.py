@@ -45,6 +45,7 @@ class Pool:
         return self.own(schedule).density(step) if step >= 0 else 1.0
 
     def final_sparsity(self, schedule: Ramp) -> float:
+        """Return the pool's own sparsity, or the schedule's if it has none."""
         return schedule.sparsity if self.sparsity is None else self.sparsity
 
     def own(self, schedule: Schedule) -> Schedule:

@@ -43,6 +43,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
+    """The header of a safetensors file: its metadata and its tensors by name."""
+
     metadata: dict[str, str]
     entries: dict[str, Entry]
     num_bytes: int

@@ -73,6 +73,7 @@ class Stored:
 
 
 def is_compact(header: Header) -> bool:
+    """Return whether a file with this header is in the compact format."""
     return METHOD in header.metadata
 
 
@@ -116,6 +117,7 @@ def read_contents(path: Path) -> tuple[Header, list[Stored]]:
 
 
 def check_version(version: Any, place: object) -> None:
+    """Raise a ValueError if this cannot read a version of the format; `place` says where it was found."""
     if type(version) is not int or version not in VERSIONS:
         raise ValueError(
             f"{place} has version {version!r} of the compact format where this reads 1 and 2: use the version of sparsellm "

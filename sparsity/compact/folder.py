@@ -182,6 +182,7 @@ def weight_files(folder: Path) -> WeightFiles:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Return the contents of config.json in `folder`; raise a ValueError if there is none."""
     if not (folder / CONFIG).is_file() or not _is_own(folder / CONFIG, folder):
         raise ValueError(f"{folder} holds no {CONFIG}: give a transformers folder, such as a run's model/.")
     return _read_table(folder / CONFIG)
@@ -200,6 +201,7 @@ def _converted(
     names: Callable[[Sequence[Stored]], list[str]],
     is_dense: bool = False,
 ) -> Folder:
+    """Convert the weight files, write index and config, and copy the other files."""
     result = Folder(source, out, source_bytes=files.num_bytes)
     weight_map, total_size = {}, 0
     with folder_aside(out) as aside:
