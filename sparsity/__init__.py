@@ -1,6 +1,6 @@
 """Magnitude pruning of sharded models: schedules, exact selection, masks, and the callback that applies them.
 
-Names are handed on lazily (PEP 562), so that `sparsity.schedule` can be used before torch is imported.
+Names are imported on first use (PEP 562), so that `sparsity.schedule` can be used before torch is imported.
 """
 
 from importlib import import_module

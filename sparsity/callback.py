@@ -1,4 +1,4 @@
-"""SparsityCallback: *when* weights are pruned, inside any `transformers.Trainer`: one process, DDP, FSDP2 or HSDP."""
+"""SparsityCallback prunes inside any `transformers.Trainer`: in one process, or under DDP, FSDP2 or HSDP."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from sparsity.wrappers import check_weights_are_in_reach
 class SparsityCallback(TrainerCallback):
     """Prunes the smallest weights before the steps that the schedule names, and keeps them at exactly 0.
 
-    Its `pruner` holds the masks; the callback decides when it acts. Draws from no global random generator and leaves
-    survivors untouched: with a sparsity of 0 a run equals one without the callback to the last bit. It makes itself the last
-    of the Trainer's callbacks, so that what another one writes into pruned weights is 0 again before it is evaluated, saved
-    or left at the end. A Trainer takes one of them.
+    Its `pruner` holds the masks; the callback decides when the pruner acts. It uses no global random generator and does not
+    touch surviving weights: with a sparsity of 0 a run equals one without the callback to the last bit. It makes itself the
+    last of the Trainer's callbacks. If another callback writes into pruned weights, they are therefore 0 again before the
+    model is evaluated, saved or returned. A Trainer accepts only one SparsityCallback.
 
-    Collective: every rank calls it alike. An event's collectives sum counts over the shard group and compare a hash over
-    replicas.
+    Collective: all ranks must call it in the same way. An event sums counts over the shard group and compares a hash of the
+    masks over replicas.
 
     Args:
-        schedule: How the density falls, and before which steps; with `Fixed()` only the model's zeros are kept.
-        report: Put the figures into the Trainer's log history and into wandb, if a run is open there.
-        keep_zeros: Keep the zeros of a model that is sparse already; events then prune beyond them.
-        choices: Those of `Pruner`: scope, groups, pattern, score, factors, seed, include, requires_dense.
+        schedule: How the density falls, and before which steps; `Fixed()` only keeps the model's zeros.
+        report: Add the figures to the Trainer's log history, and to wandb if a run is open there.
+        keep_zeros: Keep the zeros of a model that is already sparse; events then prune further weights.
+        choices: The arguments of `Pruner`: scope, groups, pattern, score, factors, seed, include, requires_dense.
 
     Raises:
-        ValueError: says which choices do not go together.
+        ValueError: Some choices cannot be combined; the message names them.
     """
 
     def __init__(self, schedule: Schedule, *, report: bool = True, keep_zeros: bool = False, **choices: Any) -> None:
@@ -57,7 +57,7 @@ class SparsityCallback(TrainerCallback):
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule that it was given."""
+        """The schedule that the callback was given."""
         return self.pruner.schedule
 
     @property
@@ -67,12 +67,12 @@ class SparsityCallback(TrainerCallback):
 
     @property
     def kept(self) -> dict[str, int]:
-        """Kept weights of each prunable parameter, over all ranks."""
+        """The number of kept weights of each prunable parameter, over all ranks."""
         return self.pruner.kept
 
     @property
     def num_prunable(self) -> int:
-        """Weights of all prunable parameters."""
+        """The number of weights of all prunable parameters."""
         return self.pruner.num_prunable
 
     @property
@@ -82,12 +82,12 @@ class SparsityCallback(TrainerCallback):
 
     @property
     def density(self) -> float:
-        """Share of the prunable weights that is kept now."""
+        """The share of the prunable weights that is kept now."""
         return self.pruner.density
 
     @property
     def average_density(self) -> float:
-        """Mean density over the steps run so far."""
+        """The mean density over the steps run so far."""
         return self._density_sum / self._num_steps if self._num_steps else 1.0
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -108,11 +108,17 @@ class SparsityCallback(TrainerCallback):
         self._density_sum, self._num_steps = 0.0, 0
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
-        """Change the masks before `step` trains. Collective over all ranks."""
+        """Change the masks before `step` trains.
+
+        Collective: over all ranks.
+        """
         self.rule.act(step, optimizer)
 
     def move_at(self, step: int, optimizer: Any = None) -> None:
-        """Move the masks by the gradients of `step`. Collective over all ranks."""
+        """Move the masks by the gradients of `step`.
+
+        Collective: over all ranks.
+        """
         self.rule.move(step, optimizer)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -162,7 +168,7 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         if self.rule.moves_after_backward(state.global_step):
             self.move_at(state.global_step, optimizer)
-            # Without gradients an optimizer updates nothing, not even its counters.
+            # Without gradients an optimizer updates neither weights nor its step counts.
             for param in model.parameters():
                 param.grad = None
         self.rule.before_update(optimizer)
@@ -175,7 +181,7 @@ class SparsityCallback(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Zero pruned weights, whoever wrote to them, before evaluating, saving or stopping."""
+        """Zero pruned weights again before evaluating, saving or stopping, in case other code wrote to them."""
         if control.should_evaluate or control.should_save or control.should_training_stop:
             self._zero_again(model)
         if control.should_save:
@@ -207,26 +213,30 @@ class SparsityCallback(TrainerCallback):
     # --- checkpoints ---
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside the masks of `shards`: plain numbers, the same on every rank."""
+        """Return the state to save besides the masks of `shards`: plain numbers, the same on every rank."""
         return {"density_sum": self._density_sum, "num_steps": self._num_steps, **mask_state(self.pruner)}
 
     def load_state(self, state: Mapping[str, Any], global_step: int) -> None:
-        """Resume at `global_step` from `state`, after `bind` and once the saved masks are in `shards`.
+        """Resume at `global_step` from `state`, after `bind` and after the saved masks were written into `shards`.
 
-        The next on_train_begin then leaves everything as it is. Collective: over the shard group.
+        The next on_train_begin then neither binds nor restores again.
+
+        Collective: over the shard group.
 
         Raises:
-            ValueError: see `sparsity.resume.check_masks`.
+            ValueError: The masks do not fit, see `sparsity.resume.check_masks`.
         """
         check_masks(self.pruner, state, global_step)
         self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
         self._is_loaded = True
 
     def restore(self, global_step: int, saved: Mapping[str, Any] | None) -> None:
-        """Resume at `global_step` from a checkpoint that holds weights alone, after `bind`.
+        """Resume at `global_step` from a checkpoint that holds only weights, after `bind`.
 
-        Without `saved`, what `on_step_end` left in the Trainer's state at that step, every zero is a pruned weight, and
-        their number must be the schedule's. Collective: over the shard group.
+        `saved` is the state that `on_step_end` stored in the Trainer's state at that step. Without it every zero counts as
+        a pruned weight, and the number of zeros must be the schedule's.
+
+        Collective: over the shard group.
 
         Raises:
             ValueError: The weights are not as sparse as they must be.

@@ -1,4 +1,4 @@
-"""What a user chooses about pruning, checked: which choices do not go together, and why."""
+"""A user's choices about pruning, and the checks that they can be combined."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from sparsity.update import UPDATES, Update
 
 @dataclass
 class Choices:
-    """How weights are pruned. Names become methods, see `sparsity.registry`.
+    """The settings of a pruner. Names are replaced by the methods they stand for, see `sparsity.registry`.
 
     Args:
-        schedule: How many weights go, and before which steps.
-        score: What ranks a weight.
-        factors: Name patterns of parameters and what their scores are multiplied by, see `sparsity.factors`.
-        normalize: "l2" or "rms" divides each parameter's scores by that norm of theirs, at each event.
-        scope: Which weights compete, see `sparsity.scope`.
-        groups: Parameters with targets of their own.
-        pattern: Where weights may go, see `sparsity.pattern`.
+        schedule: How many weights are pruned, and before which steps.
+        score: The rule that ranks weights, see `sparsity.score`.
+        factors: Name patterns of parameters, with the factors of their scores, see `sparsity.factors`.
+        normalize: "l2" or "rms" divides each parameter's scores by their norm of that kind, at each event.
+        scope: Which weights compete with each other, see `sparsity.scope`.
+        groups: Parameters with their own targets.
+        pattern: Which positions may be pruned, see `sparsity.pattern`.
         update: Whether pruned weights may come back, see `sparsity.update`.
         include: Name patterns of the parameters to prune, see `prunable_parameters`.
         requires_dense: Name patterns of parameters that are never pruned.
-        seed: Of what is drawn: random scores, random growth.
+        seed: The seed of random scores and random growth.
 
     Raises:
-        ValueError: A name is not known, or choices do not go together.
+        ValueError: A name is unknown, or choices cannot be combined.
     """
 
     schedule: Schedule
-    # Names are taken too; from __post_init__ on these are what the names stand for.
+    # Names are accepted too; __post_init__ replaces them by the methods they stand for.
     score: Score = "magnitude"  # type: ignore[assignment]
     factors: Mapping[str, float] = None  # type: ignore[assignment]
     normalize: str = "none"
@@ -81,7 +81,7 @@ class Choices:
                 self.pattern.check_sparsity(sparsity)
 
     def _check_nothing_else_is_chosen(self) -> None:
-        """Raise a ValueError for a choice that means nothing without events."""
+        """Raise a ValueError for a choice that has no effect without events."""
         usual = Choices.__dataclass_fields__
         chosen = {
             "scope": name_of(self.scope),

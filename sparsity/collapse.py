@@ -1,4 +1,4 @@
-"""Parameters that magnitude would remove whole, because every one of their weights is 0."""
+"""Checks for parameters of all zeros, which magnitude pruning would remove entirely."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor
 from sparsity.shards import ParameterShard, RankLayout, chunks, to_device
 
 FIRST = 1 << 10
-"""Weights of a shard that are looked at first: one that isn't 0 is nearly always among them."""
+"""How many weights of a shard are read first: nearly always one of them is not 0."""
 
 
 def all_zero_names(shards: Sequence[ParameterShard], layout: RankLayout) -> list[str]:
-    """Return the parameters without a single weight other than 0. Collective: over the shard group."""
+    """Return the names of the parameters whose weights are all 0.
+
+    Collective: over the shard group.
+    """
     if not shards:
         return []
     suspects = _without_nonzero(shards, _count_nonzero_first(shards), layout)
@@ -26,13 +29,13 @@ def all_zero_names(shards: Sequence[ParameterShard], layout: RankLayout) -> list
 
 
 def _without_nonzero(shards: Sequence[ParameterShard], counts: Tensor, layout: RankLayout) -> list[ParameterShard]:
-    """The shards for which no rank has counted anything. Collective: over the shard group."""
+    """Return the shards whose counts are 0 on all ranks. Collective: over the shard group."""
     totals = layout.sum_counts(counts).tolist()
     return [shard for shard, total in zip(shards, totals, strict=True) if shard.full_numel and not total]
 
 
 def _count_nonzero_first(shards: Sequence[ParameterShard]) -> Tensor:
-    """Weights other than 0 among the first of each shard, int64 [shards]."""
+    """Count the nonzero weights among the first of each shard, int64 [shards]."""
     first = [shard.values[:FIRST] for shard in shards]
     ends = list(accumulate((len(few) for few in first), initial=0))
     upto = torch.zeros(ends[-1] + 1, dtype=torch.int64, device=first[0].device)
@@ -41,7 +44,7 @@ def _count_nonzero_first(shards: Sequence[ParameterShard]) -> Tensor:
 
 
 def _count_nonzero(values: Tensor) -> Tensor:
-    """`torch.count_nonzero` in pieces: on a GPU it takes 9 bytes a weight at once."""
+    """Apply `torch.count_nonzero` in pieces, because on a GPU it needs 9 bytes for each weight."""
     counts = torch.zeros((), dtype=torch.int64, device=values.device)
     for part in chunks(values.numel(), values.device):
         counts += torch.count_nonzero(values[part])
@@ -49,7 +52,7 @@ def _count_nonzero(values: Tensor) -> Tensor:
 
 
 def refuse_all_zero(names: Sequence[str], when: str) -> None:
-    """Raise a ValueError that names the first of `names`, if there is one."""
+    """Raise a ValueError that names the first of `names`, if there is any."""
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         example = "*lora_B*" if "lora_B" in names[0] else names[0]

@@ -1,4 +1,4 @@
-"""One event on one pool: the weights with the smallest keys go, those that the pattern lets go."""
+"""One event on one pool: prune the weights with the smallest keys, within the pattern if there is one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,24 @@ def prune_pool_(
 ) -> Threshold | None:
     """Set the masks so that exactly `num_pruned` weights of all shards are pruned; see `prune_smallest_`.
 
-    Under N:M only the M - N smallest weights of each block compete, ties to the lower index, so that the pattern holds
-    once all of them are pruned, and no block ever loses more. A block is M consecutive weights of a row: FSDP2 shards
-    whole rows, so it lies on one rank. For the time of the call the candidates are held twice. Collective over the
-    shard group.
+    Under N:M only the M - N smallest weights of each block compete (of equal ones those with the lower index). No block
+    ever loses more, and once all of them are pruned the pattern holds. A block is M consecutive weights of a row, so it is
+    always on one rank, because FSDP2 shards whole rows. During the call the candidates are in memory twice.
+
+    Collective: over the shard group.
+
+    Args:
+        shards: This rank's shards of the parameters in the pool.
+        num_pruned: How many weights of the full parameters are pruned afterwards.
+        pattern: N:M; None if weights may be pruned anywhere.
+        score: The score that ranks weights.
+        layout: Which ranks hold the other shards; None: this rank holds all.
+
+    Returns:
+        The threshold, or None if nothing is to be pruned.
+
+    Raises:
+        ValueError: The pattern does not allow to prune so many weights, or there are not so many.
     """
     if pattern is None:
         return prune_smallest_(shards, num_pruned, score=score, layout=layout)
@@ -35,14 +49,14 @@ def prune_pool_(
     if num_pruned > most:
         raise ValueError(f"pattern={pattern} lets {most:,} weights go, not {num_pruned:,}: prune less.")
     allowed = [candidates(shard, pattern, score) for shard in shards]
-    # A score that looks at places makes its keys where the weights are.
+    # A score that depends on a weight's position makes its keys before candidates are taken out.
     ranked = [shard.values if score.is_placeless else score(shard, slice(0, len(shard.values))) for shard in shards]
     compact = [
         ParameterShard(
             shard.name,
             take_candidates(values, chosen, pattern),
             take_candidates(shard.mask, chosen, pattern),
-            # Every block has as many candidates: where a shard begins among them is the same for any world size.
+            # Every block has the same number of candidates, so positions among them do not depend on the world size.
             pattern.num_candidates(shard.offset),
             pattern.num_candidates(shard.full_numel),
         )
@@ -55,9 +69,9 @@ def prune_pool_(
 
 
 def candidates(shard: ParameterShard, pattern: NofM, score: Score) -> Tensor:
-    """Bool [local numel]: the M - N smallest keys of each block of M weights; of equal keys the lower index.
+    """Mark the M - N smallest keys of each block of M weights, bool [local numel]; of equal keys the lower index wins.
 
-    Weights pruned before come first, also before survivors that are 0.
+    Weights that are pruned already come first, even before survivors that are 0.
     """
     chosen = torch.zeros_like(shard.mask)
     for part in chunks(shard.values.numel() // pattern.block, shard.values.device):
@@ -69,7 +83,7 @@ def candidates(shard: ParameterShard, pattern: NofM, score: Score) -> Tensor:
 
 
 def take_candidates(values: Tensor, chosen: Tensor, pattern: NofM) -> Tensor:
-    """The chosen elements in their order, as `values[chosen]`, which on a GPU would wait for the device."""
+    """Return `values[chosen]`; on a GPU without waiting for the device, as that index would."""
     return values[chosen] if values.device.type == "cpu" else _take_by_block(values, chosen, pattern)
 
 
@@ -84,7 +98,10 @@ def _take_by_block(values: Tensor, chosen: Tensor, pattern: NofM) -> Tensor:
 
 
 def count_overfull_blocks(shards: Sequence[ParameterShard], pattern: NofM, layout: RankLayout) -> int:
-    """Blocks that have lost more than M - N weights, over all shards. Collective over the shard group."""
+    """Count the blocks that have lost more than M - N weights, over all shards.
+
+    Collective: over the shard group.
+    """
     counts = [
         torch.count_nonzero((~shard.mask).view(-1, pattern.block).sum(dim=1) > pattern.block - pattern.kept)
         for shard in shards

@@ -1,6 +1,6 @@
-"""Factors on scores: a weight counts as its magnitude times the factor of its parameter.
+"""Factors on scores: a weight is ranked by its score times the factor of its parameter.
 
-Factors are given by name pattern. Nothing but the standard library is needed here, so that a plan and a run check alike.
+Factors are given by name pattern. This needs only the standard library, so that a plan and a run make the same checks.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def factor_of(name: str, factors: Mapping[str, float]) -> float:
 
 
 def check_factors(factors: Mapping[str, float], score: Score, scope: Scope, normalize: str = "none") -> None:
-    """Refuse factors that are no positive float32, and factors and norms that the score or the scope ignores.
+    """Check that factors are positive numbers in float32, and that score and scope use the factors and norms given.
 
     Raises:
-        ValueError: says which factor or choice, the rule and the remedy.
+        ValueError: A factor is not such a number, or a factor or norm would have no effect.
     """
     if normalize not in NORMS:
         raise ValueError(f"normalize={normalize} is not known: choose one of {', '.join(NORMS)}.")
@@ -55,10 +55,10 @@ def check_factors(factors: Mapping[str, float], score: Score, scope: Scope, norm
 
 
 def check_factor_names(names: Iterable[str], factors: Mapping[str, float]) -> None:
-    """Refuse a pattern that matches none of the prunable parameters `names`, and a parameter that two patterns match.
+    """Check that each pattern matches one of the prunable parameters `names`, and no parameter matches two patterns.
 
     Raises:
-        ValueError: names the pattern or the parameter.
+        ValueError: A pattern matches nothing, or a parameter matches two patterns.
     """
     names = list(names)
     for pattern in factors:

@@ -1,4 +1,4 @@
-"""The dense gradient of one step: of pruned weights too, before masks take their gradients away."""
+"""The dense gradient of one step, which includes pruned weights, collected before gradients are masked."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 from sparsity.shards import ParameterShard, local_values
 
 STATE = "dense_gradient"
-"""The name among the optimizer's states, from the step before an event to the event."""
+"""The key in the optimizer's state of a parameter, from the step before an event until the event."""
 
 
 class DenseGradients:
-    """Gradients of all weights, summed over the micro-batches of one step; float32 [local numel] of each parameter.
+    """Gradients of all weights, summed over the micro-batches of one step: float32 [local numel] for each parameter.
 
     `are_masked` says whether gradients of pruned weights are set to 0 after each micro-batch.
     """
@@ -25,18 +25,20 @@ class DenseGradients:
 
     @torch.no_grad()
     def add(self, shard: ParameterShard, gradient: Tensor) -> None:
-        """Take what one backward pass has left in a gradient, before it is masked."""
+        """Add a gradient after a backward pass and before it is masked."""
         found, before = local_values(gradient).float(), self._sums.get(shard.name)
-        # Kept weights accumulate in the gradient itself; pruned ones were set to 0 after the micro-batch before.
+        # Kept weights accumulate in the gradient itself; pruned ones were set to 0 after the previous micro-batch.
         if before is None or not self._are_masked:
             self._sums[shard.name] = found.clone()
         else:
             self._sums[shard.name] = torch.where(shard.mask, found, before + found)
 
     def of(self, shard: ParameterShard, param: Tensor) -> Tensor:
-        """Return the gradient of a shard, the same on all replicas; zeros if the step did not reach it.
+        """Return the gradient of a shard, the same on all replicas; zeros if the step gave it no gradient.
 
-        FSDP2 has summed it already; DDP has not when a gradient is masked. Collective: over all ranks under DDP.
+        FSDP2 has already summed gradients when they are collected; DDP has not, so they are summed here.
+
+        Collective: over all ranks under DDP.
         """
         found = self._sums.get(shard.name)
         found = torch.zeros_like(shard.values, dtype=torch.float32) if found is None else found

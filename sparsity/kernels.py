@@ -1,8 +1,8 @@
 """Triton kernels of a prune event: one launch visits the blocks of all shards. Importing this needs Triton.
 
-A kernel finds its block through a table (`sparsity.launches`): `owners` [blocks] names a row of `rows` [rows, WIDTH], and a
-row holds the columns NUMEL, FIRST, NUMBER, MASK and the pointers. `TRITON_INTERPRET=1` runs the kernels on a CPU, where the
-tests compare them with plain torch.
+A kernel finds its block through a table (`sparsity.launches`): `owners` [blocks] gives the row of each block in `rows`
+[rows, WIDTH]. A row has the columns NUMEL (elements), FIRST (its first block), NUMBER (the caller's number for it), MASK and
+the pointers. `TRITON_INTERPRET=1` runs the kernels on a CPU, where the tests compare them with plain torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POINTERS = tl.constexpr(4)
 
 @triton.jit
 def _block(rows, owners, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The row of this program's block, where the block begins in it, and how many of its elements there are."""
+    """Return this program's row, where its block begins in it, and how many elements the block has."""
     row = rows + tl.load(owners + tl.program_id(0)).to(tl.int64) * WIDTH
     start = (tl.program_id(0) - tl.load(row + FIRST)) * BLOCK
     left = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
@@ -28,7 +28,7 @@ def _block(rows, owners, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ign
 
 @triton.jit
 def _pointer(row, column, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the block begins in the tensor of a column; ALIGNED promises that the tensor begins at a multiple of 16."""
+    """Return the address of the block in a column's tensor; ALIGNED promises that the tensor is aligned to 16 bytes."""
     pointer = tl.load(row + column).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, [16])
@@ -37,7 +37,7 @@ def _pointer(row, column, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  #
 
 @triton.jit
 def _load(pointer, left, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A block's elements, 0 after the last. Without a mask, in whole blocks, loads are vectors."""
+    """Load a block's elements, 0 after the last. A whole block needs no mask, so its loads are vectorized."""
     index = tl.arange(0, BLOCK)
     if FULL:
         return tl.load(pointer + index)
@@ -46,7 +46,7 @@ def _load(pointer, left, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: igno
 
 @triton.jit
 def _as_keys(values):  # type: ignore[no-untyped-def]
-    """The bits of |w| as float32. Values come as int32 or, bfloat16, as int16 bits, or as float16."""
+    """Return the bits of |w| as float32; values are float32 bits (int32), bfloat16 bits (int16) or float16."""
     if values.dtype == tl.int16:
         bits = values.to(tl.int32) << 16
     elif values.dtype == tl.float16:
@@ -65,7 +65,7 @@ def _collect_block(  # type: ignore[no-untyped-def]
     values = _load(pointer, left, PIECE, FULL)
     for first in range(0, BLOCK, PIECE):
         found, following = _as_keys(values), first + PIECE
-        # On its way while the atomics of this piece are.
+        # Load the next piece now, so that it arrives during the atomics of this one.
         if FULL:
             values = tl.load(pointer + following + tl.arange(0, PIECE), mask=following < BLOCK, other=0)
         else:
@@ -87,10 +87,10 @@ def collect(  # type: ignore[no-untyped-def]
     rows, owners, lo, last, num_segments, room, keys, shards, cursors, below,
     WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Append keys lo .. last and their shards' numbers to segments of `room` places; count keys under lo by block.
+    """Append keys lo .. last and their shards' numbers to segments of `room` places; count the keys below lo by block.
 
-    Blocks take turns among the segments. Each key takes a place of its own by an atomic: keys are so few that this costs
-    less than a prefix sum over the block. Keys that find no room are counted and dropped. A block is read in pieces.
+    Blocks are spread over the segments in turn. Each key reserves its place with an atomic: keys are so few that this is
+    cheaper than a prefix sum over the block. Keys beyond `room` are counted but not stored. A block is read in pieces.
     """
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     pointer, shard = _pointer(row, POINTERS, start, DTYPE, ALIGNED), tl.load(row + NUMBER).to(tl.int32)
@@ -118,9 +118,9 @@ def count_bins(  # type: ignore[no-untyped-def]
     rows, owners, lo, last, shift, counts, num_bins, num_copies, below,
     WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Histograms of the keys lo .. last: of each shard if `num_copies` is 0, else `num_copies` that together are all.
+    """Count the keys lo .. last in bins: for each shard if `num_copies` is 0, else in `num_copies` histograms to be summed.
 
-    Blocks take turns among the copies, so that keys of one bin don't wait for one address.
+    Blocks are spread over the copies in turn, so that atomics on the same bin do not all wait for one address.
     """
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     pointer = _pointer(row, POINTERS, start, DTYPE, ALIGNED)
@@ -136,10 +136,10 @@ def count_bins(  # type: ignore[no-untyped-def]
 def count_digits(  # type: ignore[no-untyped-def]
     keys, numel, lo, last, shift, num_bits, prefixes, counts, num_copies, NUM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """`NUM` histograms of a digit, the `num_bits` bits from `shift` on of key - lo, of the keys lo .. last.
+    """Count the keys lo .. last by a digit, bits `shift` .. `shift` + `num_bits` - 1 of key - lo, in `NUM` histograms.
 
-    Histogram i counts the keys whose higher bits are `prefixes`[i], which only the device knows. `num_copies` of the
-    histograms together are all, as in `count_bins`.
+    Histogram i counts the keys whose higher bits are `prefixes`[i], which only the device knows. Each histogram is split
+    into `num_copies` to be summed, as in `count_bins`.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = tl.minimum(numel - start, BLOCK).to(tl.int32)
@@ -156,7 +156,7 @@ def count_digits(  # type: ignore[no-untyped-def]
 def sample(  # type: ignore[no-untyped-def]
     rows, owners, stride, keys, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The keys of every `stride`-th weight, to `keys` from NUMBER on."""
+    """Write the keys of every `stride`-th weight to `keys`, starting at NUMBER."""
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     index = tl.arange(0, BLOCK)
     pointer = _pointer(row, POINTERS, start * stride, DTYPE, False)
@@ -168,7 +168,7 @@ def sample(  # type: ignore[no-untyped-def]
 def keep_above(  # type: ignore[no-untyped-def]
     rows, owners, bounds, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Set masks: keep keys above `bounds`[NUMBER]."""
+    """Set masks that keep keys above `bounds`[NUMBER]."""
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
     bound, index = tl.load(bounds + tl.load(row + NUMBER)), tl.arange(0, BLOCK)
@@ -184,7 +184,7 @@ def keep_above(  # type: ignore[no-untyped-def]
 def count_ties(  # type: ignore[no-untyped-def]
     rows, owners, key, ties, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """How many kept weights of each block have this key."""
+    """Count the kept weights of each block that have this key."""
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
     # Beyond the last weight the mask reads as 0.
@@ -197,7 +197,7 @@ def keep_after_ties(  # type: ignore[no-untyped-def]
     rows, owners, key, ties_before, num_dropped,
     WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Set masks: keep keys above `key`, and of the kept weights with this key all but the first `num_dropped`."""
+    """Set masks that keep keys above `key`, and of the kept weights with this key all but the first `num_dropped`."""
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
     found, index = _as_keys(_load(pointer, left, BLOCK, False)), tl.arange(0, BLOCK)
@@ -209,7 +209,7 @@ def keep_after_ties(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def count_kept(rows, owners, counts, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add the kept weights of each block to `counts`[NUMBER], one atomic a block."""
+    """Add the number of kept weights of each block to `counts`[NUMBER], with one atomic for each block."""
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     mask = _pointer(row, MASK, start, tl.int8, ALIGNED)
     if left == BLOCK:
@@ -223,7 +223,7 @@ def count_kept(rows, owners, counts, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
 def hash_masks(  # type: ignore[no-untyped-def]
     rows, owners, factors, digests, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The sum of a block's `factors` int64 [BLOCK] where weights are kept."""
+    """Sum `factors`, int64 [BLOCK], over the kept weights of each block."""
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     kept = _load(_pointer(row, MASK, start, tl.int8, ALIGNED), left, BLOCK, False)
     factor = tl.load(factors + tl.arange(0, BLOCK))
@@ -232,7 +232,7 @@ def hash_masks(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _zero_block(pointer, values, kept, left, MODE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write 0 where `kept` is 0, in one of three ways, see `zero`. `values` are those there, `kept` again if not needed."""
+    """Write 0 wherever `kept` is 0, in the way that MODE says, see `zero`. Mode "store" does not read `values`."""
     index = tl.arange(0, BLOCK)
     is_pruned = kept == 0
     if not FULL:
@@ -253,7 +253,7 @@ def _zero_columns(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """`_zero_block` of every tensor of a row; one is read before zeros are written to the one before it."""
+    """Apply `_zero_block` to every tensor of a row; each tensor is read before the previous one is written."""
     pointer, values = _pointer(row, POINTERS, start, DTYPE, ALIGNED), kept
     if MODE != "store":
         values = _load(pointer, left, BLOCK, FULL)
@@ -271,10 +271,10 @@ def zero(  # type: ignore[no-untyped-def]
     rows, owners, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """Write 0 into all tensors of a row where its mask is 0, reading the mask once. Tensors are seen as integers.
+    """Write 0 into all tensors of a row wherever its mask is 0, reading the mask once. Tensors are viewed as integers.
 
-    MODE "store" reads no values and writes every pruned place; "change" reads them and writes those that are not 0 yet;
-    "rewrite" reads and writes all of them, in vectors.
+    MODE "store" reads no values and writes every pruned element; "change" reads the values and writes only pruned elements
+    that are not 0 yet; "rewrite" reads and writes all elements, in vectors.
     """
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     mask = _pointer(row, MASK, start, tl.int8, ALIGNED)
@@ -297,7 +297,7 @@ def _zero_alone(tensor, mask, left, MODE: tl.constexpr, BLOCK: tl.constexpr, FUL
 
 @triton.jit(do_not_specialize=["numel"], do_not_specialize_on_alignment=["tensor", "mask"])
 def zero_one(tensor, mask, numel, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`zero` of one tensor without a table: a gradient's. ALIGNED promises that both begin at multiples of 16 bytes."""
+    """Apply `zero` to one tensor, a gradient, without a table. ALIGNED promises that both are aligned to 16 bytes."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = tl.minimum(numel - start, BLOCK).to(tl.int32)
     tensor += start

@@ -1,8 +1,8 @@
 """Weights that are trained while they are masked: the straight-through estimator under any wrapper.
 
 Between updates the model holds masked weights, so forward, evaluation, checkpoints and export see exact zeros. The values
-of masked weights wait here; they are put in place for the optimizer's update alone. As a state of the optimizer they are
-saved and restored with it, on any number of ranks.
+of the masked weights are kept here and put back only for the optimizer's update. They are a state of the optimizer, so they
+are saved and restored with it, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from sparsity.mask import state_holder, zero_pruned_
 from sparsity.shards import ParameterShard, local_values
 
 STATE = "latent"
-"""The name among the optimizer's states."""
+"""The key in the optimizer's state of a parameter."""
 
 
 class LatentWeights:
-    """The values of masked weights of each parameter; 0 where a weight is kept."""
+    """The values of each parameter's masked weights; 0 for kept weights."""
 
     def __init__(self) -> None:
         self._values: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def put_back(self, parameters: Mapping[str, Tensor], shards: list[ParameterShard], optimizer: Any) -> None:
-        """Give masked weights their values: all weights are then as the last update left them."""
+        """Write the values of masked weights back: all weights are then as the last update left them."""
         for (name, param), shard in zip(parameters.items(), shards, strict=True):
             latent = local_values(self._of(name, param, optimizer))
             local_values(param).copy_(torch.where(shard.mask, local_values(param), latent))
 
     @torch.no_grad()
     def take(self, parameters: Mapping[str, Tensor], shards: list[ParameterShard], optimizer: Any) -> None:
-        """Keep the values of masked weights aside and write 0 into the weights."""
+        """Store the values of masked weights here and write 0 into the weights."""
         for (name, param), shard in zip(parameters.items(), shards, strict=True):
             latent = local_values(self._of(name, param, optimizer))
             latent.copy_(local_values(param)).masked_fill_(shard.mask, 0)
             zero_pruned_(param, shard.mask)
 
     def check_restored(self, parameters: Mapping[str, Tensor], optimizer: Any) -> None:
-        """Raise a ValueError if a resumed optimizer came without these values."""
+        """Raise a ValueError if the state of a resumed optimizer lacks these values."""
         holder = state_holder(optimizer)
         for name, param in parameters.items():
             state = holder.state.get(param, {})
@@ -53,14 +53,14 @@ class LatentWeights:
                 )
 
     def _of(self, name: str, param: Tensor, optimizer: Any) -> Tensor:
-        """The values of a parameter, in the optimizer's state as soon as it has one."""
+        """Return a parameter's values; keep them in the optimizer's state once it has one."""
         state = state_holder(optimizer).state.get(param, {}) if optimizer is not None else {}
         if STATE in state:
             found: Tensor = state[STATE]
             self._values[name] = found
         elif name not in self._values:
             self._values[name] = torch.zeros_like(param.detach())
-        # An optimizer makes its own states only if there are none yet.
+        # Not into an empty state: an optimizer creates its own states only if a parameter has none yet.
         if state and STATE not in state:
             state[STATE] = self._values[name]
         return self._values[name]

@@ -1,7 +1,7 @@
-"""The passes of a prune event on a GPU, each one launch over all shards of a type. Importing this needs Triton.
+"""The passes of a prune event on a GPU: one launch each over all shards of a type. Importing this needs Triton.
 
-A launch finds the shards through a table of pointers. Tables are kept by the pointers that they hold: FSDP2 may move a
-parameter between events, which then makes another table. Nothing here waits for the device.
+A launch finds the shards through a table of pointers. Tables are cached by the pointers that they hold, so a parameter that
+FSDP2 moved between events gets a new table. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sparsity import kernels
 from sparsity.shards import ParameterShard
 
 NUM_COPIES = 32
-"""Histograms that a histogram is made of."""
+"""A histogram is counted in so many copies, which are then summed."""
 MOST_SEGMENTS, LEAST_ROOM = 1 << 10, 1 << 12
-"""Parts of the buffer for collected keys, each with a cursor of its own, and the least places of one if there are several."""
+"""The most segments of the buffer for collected keys, each with its own cursor, and the fewest places in a segment."""
 _READ_AS = {torch.float32: tl.int32, torch.int32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
 _AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _WRITTEN_AS = {torch.int32: tl.int32, torch.int16: tl.int16}
@@ -32,7 +32,7 @@ _WRITTEN_AS = {torch.int32: tl.int32, torch.int16: tl.int16}
 
 @dataclass(frozen=True)
 class Shape:
-    """Elements of a block and warps of a program: `python -m tests.benchmarks.event` measures which are best."""
+    """Elements of a block and warps of a program; `python -m tests.benchmarks.event` measures the best ones."""
 
     block: int
     num_warps: int
@@ -40,7 +40,7 @@ class Shape:
 
 COLLECT = Shape(1 << 13, 4)
 PIECE = 1 << 8
-"""Of a block's elements `collect` reads so many for each warp at a time."""
+"""Elements that `collect` reads at a time for each warp."""
 COUNT_BINS = Shape(1 << 12, 8)
 COUNT_DIGITS = Shape(1 << 11, 4)
 SAMPLE = Shape(1 << 10, 4)
@@ -51,11 +51,11 @@ HASH = Shape(1 << 12, 8)
 ZERO, ZERO_MODE = Shape(1 << 11, 8), "change"
 """Most pruned weights of an event are 0 already."""
 ZERO_GRADIENT, ZERO_GRADIENT_MODE = Shape(1 << 10, 8), "rewrite"
-"""Most pruned gradients are not 0: writing whole vectors moves fewer bytes than writing here and there."""
+"""Most pruned gradients are not 0: writing whole vectors moves fewer bytes than scattered writes."""
 
 
 class Row(NamedTuple):
-    """Tensors of one type and size, by their pointers, with one mask and one number."""
+    """Pointers of tensors of one type and size that share a mask, with a number for the kernel."""
 
     dtype: torch.dtype
     numel: int
@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one launch: all of a type, of as many pointers, and all aligned to 16 bytes or not."""
+    """The rows of one launch. They agree in type, number of pointers, and alignment to 16 bytes."""
 
     rows: Tensor
     owners: Tensor
@@ -74,6 +74,7 @@ class Table:
     is_aligned: bool
 
     def launch(self, kernel: Any, *args: Any, shape: Shape, **constants: Any) -> None:
+        """Run a kernel with one program for each block of the table."""
         is_cuda = self.rows.is_cuda
         with torch.cuda.device(self.rows.device) if is_cuda else contextlib.nullcontext():
             kernel[(len(self.owners),)](
@@ -90,7 +91,7 @@ class Table:
 
 @lru_cache(maxsize=16)
 def make_tables(rows: tuple[Row, ...], block: int, device: torch.device, may_align: bool = True) -> list[Table]:
-    """The tables of these rows, in blocks of `block` elements; aligned rows apart from others if they may be."""
+    """Return the tables of these rows, in blocks of `block` elements; `may_align` gives aligned rows their own tables."""
     groups: dict[tuple[torch.dtype, int, bool], list[Row]] = {}
     for row in rows:
         is_aligned = may_align and all(pointer % 16 == 0 for pointer in (row.mask, *row.pointers))
@@ -111,7 +112,7 @@ def make_tables(rows: tuple[Row, ...], block: int, device: torch.device, may_ali
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for: the driver has taken pageable memory when the call returns."""
+    """Copy without waiting: the driver has already read pageable memory when the call returns."""
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
@@ -126,7 +127,7 @@ def _shard_tables(shards: Sequence[ParameterShard], block: int) -> list[Table]:
 def sample(
     shards: Sequence[ParameterShard], starts: Sequence[int], sizes: Sequence[int], stride: int, shape: Shape = SAMPLE
 ) -> Tensor:
-    """Keys int32 [sum of sizes]: of each shard `sizes` weights from `starts` on, `stride` apart."""
+    """Return keys int32 [sum of sizes]: for each shard `sizes` weights, `stride` apart, beginning at `starts`."""
     device = shards[0].values.device
     keys = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     filled = np.cumsum([0, *sizes]).tolist()
@@ -144,11 +145,12 @@ def collect(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Collect the keys lo .. hi - 1 of all shards.
 
-    Returns: counts int64 [3] of the keys under `lo`, of those in the range, and of those that found no room among `limit`;
-    the latter but these, int32 [limit] in no order, with -1 in the places left; and the number of each key's shard.
+    Returns:
+        Counts int64 [3] of the keys below `lo`, of those in the range, and of those in the range that found no place; the
+        collected keys, int32 [limit] in no order, with -1 in unused places; and the number of each key's shard.
     """
     device, numel = shards[0].values.device, sum(shard.values.numel() for shard in shards)
-    # A cursor is an int32, so that one must not count 2^31 keys.
+    # A cursor is an int32, so no segment may count 2^31 keys.
     num_segments = max(1, min(MOST_SEGMENTS, limit // LEAST_ROOM), numel >> 30)
     room = limit // num_segments
     keys = torch.full((limit,), -1, dtype=torch.int32, device=device)
@@ -179,7 +181,7 @@ def collect(
 def count_by_shard(
     shards: Sequence[ParameterShard], lo: int, hi: int, shift: int, shape: Shape = COUNT_BINS
 ) -> tuple[Tensor, Tensor]:
-    """How many keys are under `lo`, int64 [1], and int32 [shards, bins] of the keys lo .. hi - 1 in bins of 2^shift keys."""
+    """Count the keys below `lo`, int64 [1], and the keys lo .. hi - 1 in bins of 2^shift keys, int32 [shards, bins]."""
     device, num_bins = shards[0].values.device, ((hi - lo - 1) >> shift) + 1
     counts = torch.zeros((len(shards), num_bins), dtype=torch.int32, device=device)
     below = torch.zeros(1, dtype=torch.int64, device=device)
@@ -191,7 +193,7 @@ def count_by_shard(
 def histogram(
     tables: Iterable[Table], lo: int, hi: int, shift: int, device: torch.device, shape: Shape = COUNT_BINS
 ) -> Tensor:
-    """Counts int64 [bins] of the keys lo .. hi - 1 in bins of 2^shift keys."""
+    """Count the keys lo .. hi - 1 in bins of 2^shift keys, int64 [bins]."""
     counts = torch.zeros((NUM_COPIES, ((hi - lo - 1) >> shift) + 1), dtype=torch.int32, device=device)
     for table in tables:
         _count_bins(table, lo, hi, shift, counts, NUM_COPIES, shape)
@@ -199,12 +201,12 @@ def histogram(
 
 
 def histogram_of_shards(shards: Sequence[ParameterShard], lo: int, hi: int, shift: int) -> Tensor:
-    """`histogram` of all weights."""
+    """Return the `histogram` of all weights."""
     return histogram(_shard_tables(shards, COUNT_BINS.block), lo, hi, shift, shards[0].values.device)
 
 
 def histogram_of_keys(keys: Tensor, lo: int, hi: int, shift: int) -> Tensor:
-    """`histogram` of int32 keys."""
+    """Return the `histogram` of int32 keys."""
     row = Row(keys.dtype, keys.numel(), 0, 0, (keys.data_ptr(),))
     return histogram(make_tables((row,), COUNT_BINS.block, keys.device), lo, hi, shift, keys.device)
 
@@ -212,8 +214,11 @@ def histogram_of_keys(keys: Tensor, lo: int, hi: int, shift: int) -> Tensor:
 def count_digits(
     keys: Tensor, lo: int, hi: int, shift: int, num_bits: int, prefixes: Tensor, shape: Shape = COUNT_DIGITS
 ) -> Tensor:
-    """Counts int64 [prefixes, 2^num_bits] of the `num_bits` bits from `shift` on of key - lo, of the keys lo .. hi - 1 whose
-    higher bits are each of `prefixes`, int64 on the device."""
+    """Count the keys lo .. hi - 1 by prefix and digit, int64 [prefixes, 2^num_bits].
+
+    The digit is bits `shift` .. `shift` + `num_bits` - 1 of key - lo. The bits above it must be those of the prefix;
+    `prefixes` are int64 on the device.
+    """
     num = prefixes.numel()
     counts = torch.zeros((NUM_COPIES, num, 1 << num_bits), dtype=torch.int32, device=keys.device)
     if keys.numel():
@@ -226,7 +231,7 @@ def count_digits(
 
 
 def _count_bins(table: Table, lo: int, hi: int, shift: int, counts: Tensor, num_copies: int, shape: Shape) -> Tensor:
-    """Add to `counts` [shards or copies, bins]; return how many keys of each block are under `lo`."""
+    """Add to `counts` [shards or copies, bins]; return how many keys of each block are below `lo`."""
     below = torch.empty_like(table.owners)
     table.launch(
         kernels.count_bins,
@@ -244,14 +249,14 @@ def _count_bins(table: Table, lo: int, hi: int, shift: int, counts: Tensor, num_
 
 
 def keep_above_(shards: Sequence[ParameterShard], keys: Sequence[int], shape: Shape = KEEP) -> None:
-    """Set the masks: in each shard keep what is above its key."""
+    """Set the masks: keep in each shard the weights above its key."""
     bounds = _to_device(np.array(keys, dtype=np.int32), shards[0].values.device)
     for table in _shard_tables(shards, shape.block):
         table.launch(kernels.keep_above, bounds, DTYPE=_READ_AS[table.dtype], shape=shape)
 
 
 def keep_after_ties_(shard: ParameterShard, key: int, num_dropped: int, shape: Shape = KEEP_TIES) -> None:
-    """Set the mask: keep what is above `key`, and of the kept weights with this key all but the first `num_dropped`."""
+    """Set the mask: keep weights above `key`, and of the kept weights with this key all but the first `num_dropped`."""
     for table in _shard_tables([shard], shape.block):
         ties = torch.empty_like(table.owners)
         table.launch(kernels.count_ties, key, ties, DTYPE=_READ_AS[table.dtype], shape=shape)
@@ -265,7 +270,7 @@ def _mask_tables(shards: Sequence[ParameterShard], block: int, may_align: bool =
 
 
 def count_kept(shards: Sequence[ParameterShard], shape: Shape = COUNT_KEPT) -> Tensor:
-    """Kept weights of each local shard, int64 [shards]."""
+    """Count the kept weights of each local shard, int64 [shards]."""
     counts = torch.zeros(len(shards), dtype=torch.int32, device=shards[0].mask.device)
     for table in _mask_tables(shards, shape.block):
         table.launch(kernels.count_kept, counts, shape=shape)
@@ -273,9 +278,9 @@ def count_kept(shards: Sequence[ParameterShard], shape: Shape = COUNT_KEPT) -> T
 
 
 def digests(shards: Sequence[ParameterShard], factors: Tensor, shape: Shape = HASH) -> Tensor:
-    """The digests int64 [blocks] of the masks, block after block: sums of `factors` int64 [block] where weights are kept."""
+    """Return a digest of each block of the masks, int64 [blocks]: the sum of `factors`, int64 [block], over kept weights."""
     found = [torch.empty(0, dtype=torch.int64, device=factors.device)]
-    # One table: replicas whose memory is aligned in different ways must see blocks in the same order.
+    # One table, so that replicas with differently aligned memory see the blocks in the same order.
     for table in _mask_tables(shards, shape.block, may_align=False):
         found.append(torch.empty(len(table.owners), dtype=torch.int64, device=factors.device))
         table.launch(kernels.hash_masks, factors, found[-1], shape=shape)
@@ -283,12 +288,12 @@ def digests(shards: Sequence[ParameterShard], factors: Tensor, shape: Shape = HA
 
 
 def can_zero(tensor: Tensor) -> bool:
-    """Whether `zero_` and `zero_all_` take this tensor."""
+    """Return whether `zero_` and `zero_all_` accept this tensor."""
     return tensor.dtype in _AS_BITS and tensor.is_contiguous()
 
 
 def zero_all_(masked: Sequence[tuple[Tensor, Sequence[Tensor]]], shape: Shape = ZERO, mode: str = ZERO_MODE) -> None:
-    """Write 0 into tensors where the mask that comes with them is False. `can_zero` says which tensors are taken."""
+    """Write 0 into tensors wherever the mask in their pair is False; `can_zero` must hold for each tensor."""
     rows = []
     for mask, tensors in masked:
         by_type: dict[torch.dtype, list[int]] = {}
@@ -297,13 +302,13 @@ def zero_all_(masked: Sequence[tuple[Tensor, Sequence[Tensor]]], shape: Shape = 
         rows += [Row(dtype, mask.numel(), 0, mask.data_ptr(), tuple(found)) for dtype, found in by_type.items()]
     if rows:
         for table in make_tables(tuple(rows), shape.block, masked[0][0].device):
-            # Writes here and there are one piece for a warp where its threads take turns, not four elements each.
+            # Without alignment neighbouring threads take neighbouring elements: a warp's scattered writes stay together.
             plain = table if mode == "rewrite" else Table(table.rows, table.owners, table.dtype, False)
             plain.launch(kernels.zero, DTYPE=_WRITTEN_AS[table.dtype], MODE=mode, shape=shape)
 
 
 def zero_(tensor: Tensor, mask: Tensor, shape: Shape = ZERO_GRADIENT, mode: str = ZERO_GRADIENT_MODE) -> None:
-    """Write 0 into a tensor where its flat mask is False. `can_zero` says whether the tensor is taken."""
+    """Write 0 into a tensor wherever its flat mask is False; `can_zero` must hold for the tensor."""
     if not tensor.numel():
         return
     bits, kept = tensor.view(_AS_BITS[tensor.dtype]), mask.view(torch.int8)

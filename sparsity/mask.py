@@ -1,7 +1,7 @@
-"""A mask on weights, gradients and optimizer moments: what is pruned is exactly 0 and stays so.
+"""Masks on weights, gradients and optimizer moments: pruned weights are exactly 0 and stay 0.
 
-With its weight, gradient and both moments at zero, an AdamW update with decay leaves a weight at exactly 0.0. Zeros are
-chosen, never multiplied: a product with the mask would leave -0.0 and keep NaN.
+If a weight, its gradient and both moments are zero, an AdamW update with decay leaves the weight at exactly 0.0. Zeros are
+written, never computed as a product of the value and the mask, which would leave -0.0 and keep NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float
 
 
 def make_shards(parameters: dict[str, Tensor]) -> list[ParameterShard]:
-    """The local shard of each parameter, with a mask that keeps everything. Masks take one byte a local weight."""
+    """Return the local shard of each parameter with a mask that keeps everything: one byte for each local weight."""
     shards = []
     for name, param in parameters.items():
         check_can_prune(name, param)
@@ -32,7 +32,10 @@ def make_shards(parameters: dict[str, Tensor]) -> list[ParameterShard]:
 
 
 def check_can_prune(name: str, param: Tensor) -> None:
-    """A ValueError for what selection cannot read: other types than float32, bfloat16, float16, and strided views."""
+    """Raise a ValueError if selection cannot read a parameter.
+
+    It reads contiguous tensors in float32, bfloat16 or float16.
+    """
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"{name} is {str(param.dtype).removeprefix('torch.')}: magnitudes are compared as float32, bfloat16 or "
@@ -44,24 +47,24 @@ def check_can_prune(name: str, param: Tensor) -> None:
 
 @torch.no_grad()
 def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
-    """Write 0 into `tensor` (any shape, plain or DTensor) where the flat local `mask` is False."""
+    """Write 0 into the elements of `tensor` (any shape, plain or DTensor) for which the flat local `mask` is False."""
     local = local_tensor(tensor)
     mask = mask.view(local.shape)
     if (launches := kernels_for(local.device)) is not None and launches.can_zero(local):
         launches.zero_(local, mask.view(-1))
     elif local.device.type == "cpu" and local.dtype in _AS_BITS and local.is_contiguous():
-        # A product of integers keeps all bits or none. Torch's `where` branches at each weight, and torch's products of two
-        # types make a copy of the mask first.
+        # A product of integers keeps all bits or none. In torch, `where` branches at each weight, and a product of two
+        # types copies the mask first.
         bits, kept = local.view(_AS_BITS[local.dtype]).numpy(), mask.view(torch.int8).numpy()
         np.multiply(bits, kept, out=bits)
     else:
-        # Into itself: an inverted mask for masked_fill_ would be another byte a weight.
+        # In place: an inverted mask for masked_fill_ would take another byte for each weight.
         torch.where(mask, local, local.new_zeros(()), out=local)
 
 
 @torch.no_grad()
 def zero_all_pruned_(masked: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> None:
-    """`zero_pruned_` of many tensors, each with a mask that comes first; on a GPU one kernel writes those of a type."""
+    """Apply `zero_pruned_` to many tensors, grouped by mask; on a GPU one kernel writes all tensors of a type."""
     at_once: list[tuple[Tensor, list[Tensor]]] = []
     for mask, tensors in masked:
         launches = kernels_for(mask.device)
@@ -79,7 +82,7 @@ def zero_all_pruned_(masked: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> None:
 
 
 def states_of(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
-    """Every state of `param` that has its shape: Adam's two moments, a momentum buffer."""
+    """Return every state of `param` that has its shape, such as Adam's two moments or a momentum buffer."""
     return [
         state
         for state in optimizer.state.get(param, {}).values()
@@ -97,15 +100,15 @@ def flat_states_of(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str,
 
 
 def zero_pruned_state_(optimizer: torch.optim.Optimizer, param: Tensor, mask: Tensor) -> None:
-    """Write 0 into every state of `param` where the mask is False."""
+    """Write 0 into every state of `param` wherever the mask is False."""
     zero_all_pruned_([(mask, states_of(optimizer, param))])
 
 
 def leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an update leaves a weight at exactly 0 whose gradient and states are 0.
+    """Return whether an update keeps a weight at exactly 0 if its gradient and states are 0.
 
-    Adam's and AdamW's do: w (1 - lr decay) - lr 0 / (sqrt(0) + eps). Not with eps = 0, and in float16 the usual eps is 0.
-    Other optimizers are not asked, and some mix weights, like Muon.
+    Adam and AdamW do: w (1 - lr decay) - lr 0 / (sqrt(0) + eps). They do not if eps is 0, and the usual eps rounds to 0 in
+    float16. For all other optimizers the answer is False; some, like Muon, mix weights.
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return False
@@ -116,7 +119,7 @@ def leaves_zeros(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def count_mask(shards: Sequence[ParameterShard]) -> Tensor:
-    """Return the kept weights of each local shard, int64 [shards]."""
+    """Count the kept weights of each local shard, int64 [shards]."""
     if (launches := kernels_for(shards[0].mask.device)) is not None:
         counts: Tensor = launches.count_kept(shards)
         return counts
@@ -124,42 +127,47 @@ def count_mask(shards: Sequence[ParameterShard]) -> Tensor:
 
 
 def count_kept(shards: Sequence[ParameterShard], layout: RankLayout) -> Tensor:
-    """Kept weights of each full parameter, int64 [shards], which the host has not waited for. Collective over the shard
-    group."""
+    """Count the kept weights of each full parameter, int64 [shards], without waiting for the device.
+
+    Collective: over the shard group.
+    """
     return layout.sum_counts(count_mask(shards))
 
 
 def count_nonzero_pruned(shards: Sequence[ParameterShard], layout: RankLayout) -> int:
-    """Weights that the masks prune and that are not 0, over all shards. Collective over the shard group."""
+    """Count the weights that the masks prune but that are not 0, over all shards.
+
+    Collective: over the shard group.
+    """
     counts = [torch.count_nonzero(shard.values.masked_fill(shard.mask, 0)) for shard in shards]
     return int(layout.sum_counts(torch.stack(counts).sum()))
 
 
 def masks_from_zeros(shards: Sequence[ParameterShard]) -> None:
-    """Take the masks over from the weights: what is exactly 0 is pruned."""
+    """Set the masks from the weights: every exact 0 is pruned."""
     for shard in shards:
         torch.ne(shard.values, 0, out=shard.mask)
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """A bool mask [n] as bits, uint8 [ceil(n / 8)] on the CPU; weight i is bit i % 8 of byte i // 8."""
+    """Pack a bool mask [n] into bits, uint8 [ceil(n / 8)] on the CPU; weight i is bit i % 8 of byte i // 8."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little"))
 
 
 def unpack_mask(bits: Tensor, start: int, stop: int) -> Tensor:
-    """The masks of the weights start .. stop, bool [stop - start]; `bits` begins with the byte of weight `start`."""
+    """Unpack the mask of the weights start .. stop, bool [stop - start]; `bits` begins with the byte of weight `start`."""
     unpacked = np.unpackbits(bits.numpy(), bitorder="little").view(bool)
     return torch.from_numpy(unpacked[start % 8 : start % 8 + stop - start])
 
 
 def mask_hash(shards: Sequence[ParameterShard]) -> int:
-    """A 64-bit hash of the local masks; equal masks have equal hashes on devices of one kind."""
+    """Return a 64-bit hash of the local masks; equal masks have equal hashes on devices of the same kind."""
     device = shards[0].mask.device
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(1 << 62), 1 << 62, (4096,), generator=generator).to(device, non_blocking=True)
     digest = torch.zeros((), dtype=torch.int64, device=device)
     launches = kernels_for(device)
-    # A kernel sums up blocks of all shards at once; these sums are words that are hashed like a mask's.
+    # One kernel reduces all shards' masks to a word for each block; these words are hashed like a mask's own.
     masks = [_as_words(shard.mask) for shard in shards] if launches is None else [launches.digests(shards, factors)]
     for words in masks:
         while words.numel() > 1:
@@ -172,7 +180,10 @@ def mask_hash(shards: Sequence[ParameterShard]) -> int:
 
 
 def check_replicas_agree(shards: Sequence[ParameterShard], layout: RankLayout) -> None:
-    """Raise where ranks that hold the same shard have different masks. Collective over the replica groups."""
+    """Raise a RuntimeError if ranks that hold the same shard have different masks.
+
+    Collective: over the replica groups.
+    """
     if not layout.replica_groups:
         return
     mine = mask_hash(shards)
@@ -196,5 +207,5 @@ def _as_words(mask: Tensor) -> Tensor:
 
 
 def state_holder(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's wrapper."""
+    """Return the torch optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -1,4 +1,4 @@
-"""A move of a mask: some kept weights are dropped, as many pruned ones grow."""
+"""A move of a mask: some kept weights are dropped, and as many pruned ones grow."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ def move_(
     gradients: Mapping[str, Tensor] | None = None,
     layout: RankLayout | None = None,
 ) -> None:
-    """Drop the `num_moved` kept weights with the smallest keys, then grow as many that are pruned, the largest first.
+    """Drop the `num_moved` kept weights with the smallest keys, then grow the same number of pruned ones, largest first.
 
-    A weight that was just dropped may be among those that grow, and is then as if it had never been dropped. Changes the
-    masks alone; the caller zeroes what stays dropped. Collective: over the shard group.
+    A weight that was just dropped may grow again; it then keeps its value. Only the masks change; the caller zeroes the
+    weights that stay dropped.
+
+    Collective: over the shard group.
 
     Args:
         shards: The shards of one pool.
         num_moved: How many weights to move, at most as many as are kept.
-        drop_by: What ranks the kept weights.
-        grow_by: What ranks the pruned ones: `Magnitude` of the gradients, or a random order.
+        drop_by: The score of the kept weights.
+        grow_by: The score of the pruned ones: `Magnitude` of the gradients, or a random order.
         gradients: The dense gradient of each shard by name, for scores that read values.
         layout: Which ranks hold the other shards.
     """
@@ -42,7 +44,7 @@ def move_(
     numel = sum(shard.full_numel for shard in shards)
     kept = layout.sum_ints([sum(int(shard.mask.sum()) for shard in shards)], shards[0].mask.device)[0]
     prune_smallest_(shards, numel - kept + num_moved, score=drop_by, layout=layout)
-    # Of the pruned weights all but the largest are to be "pruned" from the candidates; the kept ones are no candidates.
+    # Selection run the other way: the candidates are the pruned weights, and what it leaves of them are those that grow.
     candidates = [replace(shard, values=_growth_values(shard, gradients), mask=~shard.mask) for shard in shards]
     prune_smallest_(candidates, numel - num_moved, score=grow_by, layout=layout)
     for shard, grown in zip(shards, candidates, strict=True):
@@ -50,11 +52,11 @@ def move_(
 
 
 def _growth_values(shard: ParameterShard, gradients: Mapping[str, Tensor] | None) -> Tensor:
-    """What is compared among the candidates, 0 for others; NaN counts as 0, so that it never grows."""
+    """Return the candidates' values to compare and 0 for other weights; NaN becomes 0, so that it never grows."""
     if gradients is None:
         return shard.values
     return gradients[shard.name].nan_to_num(nan=0.0).masked_fill_(shard.mask, 0.0)
 
 
 GRADIENT = Magnitude()
-"""Growth by the magnitude of the gradient, which candidates hold as their values."""
+"""The score for growth by gradients: candidates hold the gradient as their values."""

@@ -1,4 +1,4 @@
-"""Norms of a parameter's scores, the same to the last bit for any number of ranks: sums of integers have no order."""
+"""Norms of a parameter's scores. Sums of integers do not depend on order, so all numbers of ranks give the same bits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from sparsity.score import Score
 from sparsity.shards import ParameterShard, RankLayout, chunks
 
 BITS = 22
-"""Scores are rounded to 2^-22 of the parameter's largest before they are squared and summed."""
+"""Scores are rounded to about 2^-22 of the parameter's largest before they are squared and summed."""
 HALF = 1 << BITS
 
 
 def inverse_norms(
     shards: Sequence[ParameterShard], score: Score, normalize: str, layout: RankLayout
 ) -> dict[str, float]:
-    """Return 1 over the norm of each parameter's scores, pruned weights counted as 0; 1 for a parameter of zeros.
+    """Return 1 / norm of each parameter's scores, with pruned weights as 0; 1 for a parameter of all zeros.
 
     Collective: over the shard group.
 
     Args:
         shards: This rank's shards of the parameters.
         score: A score whose keys are the bits of float32 numbers.
-        normalize: "l2", the square root of the sum of squares, or "rms", that of their mean over all weights.
+        normalize: "l2" (root of the sum of squares) or "rms" (root of the mean square over all weights).
         layout: Which ranks hold the other shards.
     """
     largest = torch.stack([_largest_key(shard, score) for shard in shards])
@@ -47,17 +47,17 @@ def inverse_norms(
 
 
 def _largest_key(shard: ParameterShard, score: Score) -> Tensor:
-    """The key of the largest finite score, int64."""
+    """Return the key of the largest finite score, int64."""
     top = torch.zeros((), dtype=torch.int64, device=shard.values.device)
     for part in chunks(shard.values.numel(), shard.values.device):
         keys = score(shard, part)
-        # From this key on they are infinite or NaN.
+        # Keys of 0x7F800000 and above are infinite or NaN.
         top = torch.maximum(top, torch.where(keys < 0x7F800000, keys, 0).max().long())
     return top
 
 
 def _sum_of_squares(shard: ParameterShard, score: Score, exponent: int) -> Tensor:
-    """The sum of squares of scores / 2^(exponent - BITS), rounded to integers: int64 [2], the part above 2^BITS and below."""
+    """Sum the squares of scores / 2^(exponent - BITS), rounded to integers: int64 [2], the high parts and the low BITS bits."""
     sums = torch.zeros(2, dtype=torch.int64, device=shard.values.device)
     for part in chunks(shard.values.numel(), shard.values.device):
         keys = score(shard, part)

@@ -1,4 +1,4 @@
-"""What is said once when training begins: which weights stay dense, which are frozen."""
+"""Warnings at the start of training: which weights stay dense, and which are frozen."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def warn_on_rank_0(message: str) -> None:
-    """Warn on the first process alone: all of them would say the same."""
+    """Warn on the first process only, because the message is the same on all."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         warnings.warn(message, stacklevel=3)
 
 
 def left_out_notice(names: Sequence[str]) -> str | None:
-    """Name the matrices that stay dense because no rule prunes them."""
+    """Return a notice that names the matrices that no rule prunes; None if there are none."""
     if not names:
         return None
     verb = "stays" if len(names) == 1 else "stay"
@@ -27,7 +27,7 @@ def left_out_notice(names: Sequence[str]) -> str | None:
 
 
 def frozen_notice(chosen: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> str | None:
-    """Say what is pruned and what is not in a model whose linear weights are not all trained."""
+    """Return a notice of what is pruned and what is frozen; None if all linear weights are trained."""
     frozen = [name for name, weight in linear.items() if not weight.requires_grad]
     if not frozen:
         return None

@@ -1,7 +1,7 @@
-"""Where weights may be pruned: anywhere, or N:M, at most N kept of every M consecutive inputs of a neuron.
+"""Patterns of pruned weights: anywhere, or N:M, which keeps at most N of every M consecutive inputs of a neuron.
 
-N:M along the input dimension is what sparse matrix units read: 2:4 for NVIDIA's (arXiv 2104.08378). Only the standard
-library is needed here; `sparsity.prune` applies a pattern.
+Hardware for sparse matrices reads N:M along the input dimension: 2:4 on NVIDIA's (arXiv 2104.08378). This needs only the
+standard library; `sparsity.event` applies a pattern.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ UNSTRUCTURED = "unstructured"
 
 @dataclass(frozen=True)
 class NofM:
-    """At most `kept` of the weights `block * b` .. `block * b + block - 1` of each row remain."""
+    """At most `kept` of every `block` consecutive weights of a row remain; blocks begin at multiples of `block`."""
 
     kept: int
     block: int
@@ -37,11 +37,11 @@ class NofM:
         return 1 - self.kept / self.block
 
     def num_candidates(self, numel: int) -> int:
-        """How many of `numel` weights, whole blocks, the pattern lets go."""
+        """Return how many of `numel` weights, a whole number of blocks, the pattern allows to prune."""
         return numel // self.block * (self.block - self.kept)
 
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
-        """Raise a ValueError if the input dimension has no whole number of blocks: the last of [out, in], [expert, out, in]."""
+        """Raise a ValueError unless the inputs, the last dimension of [out, in] or [expert, out, in], are whole blocks."""
         if len(shape) not in (2, 3) or shape[-1] % self.block:
             raise ValueError(
                 f"pattern={self} needs weights [out, in] with a multiple of {self.block} inputs, and {name} has the shape "
@@ -49,7 +49,7 @@ class NofM:
             )
 
     def check_sparsity(self, sparsity: float) -> None:
-        """A ValueError where the schedule would end before or beyond the pattern; 0 leaves weights dense."""
+        """Raise a ValueError if a schedule's final sparsity is neither the pattern's nor 0, which leaves weights dense."""
         if sparsity and not math.isclose(sparsity, self.sparsity, abs_tol=1e-12):
             raise ValueError(
                 f"pattern={self} ends at a sparsity of {self.sparsity:g}, not {sparsity:g}: set the target to "
@@ -58,7 +58,7 @@ class NofM:
 
 
 def parse_pattern(text: str) -> NofM | None:
-    """`unstructured` as None, "2:4" as NofM(2, 4); anything else is a ValueError."""
+    """Return None for "unstructured" and NofM(2, 4) for "2:4"; raise a ValueError for other text."""
     if text == UNSTRUCTURED:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", text)

@@ -1,4 +1,4 @@
-"""Which parameters are pruned: the weights that linear layers and experts multiply by; never embeddings or norms."""
+"""The choice of parameters to prune: the weights of linear layers and experts, never embeddings or norms."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def prunable_parameters(
 ) -> dict[str, Tensor]:
     """Return the prunable parameters by name, in the model's order.
 
-    A weight that an embedding shares stays dense, with a warning, unless `include` names it.
+    A weight shared with an embedding stays dense, with a warning, unless `include` names it.
 
     Args:
         model: Any module.
-        include: Patterns over parameter names (`*` matches anything): prune these instead of all `linear_weights`.
-        requires_dense: Patterns of what stays dense.
+        include: Patterns of parameter names (`*` matches anything) to prune instead of all `linear_weights`.
+        requires_dense: Patterns of the names of parameters that stay dense.
 
     Raises:
         ValueError: A pattern matches no parameter, `include` names a frozen one, a chosen weight is computed from other
@@ -52,7 +52,7 @@ def prunable_parameters(
             raise ValueError(f"{frozen[0]} is named in include but is frozen: train it, or name others.")
     unique: dict[int, str] = {}
     for name, param in chosen.items():
-        # Old spectral_norm's weight is no function of weight_orig before the first forward.
+        # With the old spectral_norm, weight does not depend on weight_orig, nor require a gradient, before the first forward.
         is_trained = param.requires_grad or (name in computed and parameters.get(f"{name}_orig", param).requires_grad)
         if not matches(name, requires_dense) and is_trained:
             unique.setdefault(id(param), name)
@@ -70,11 +70,12 @@ def prunable_parameters(
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name matches one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_pattern(model: nn.Module, parameters: Mapping[str, Tensor], pattern: NofM) -> None:
-    """A ValueError names a parameter whose input dimension the pattern cannot run along."""
+    """Raise a ValueError if the pattern cannot run along the input dimension of a parameter."""
     for path, module in model.named_modules():
         for own in module._parameters:
             name = _joined(path, own)
@@ -97,10 +98,10 @@ def check_pattern(model: nn.Module, parameters: Mapping[str, Tensor], pattern: N
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return every weight of a linear layer or of experts by name.
 
-    These are the `weight` of each nn.Linear and of each transformers' Conv1D. Of modules that are neither torch's own
-    layers nor embeddings, norms or convolutions, they are the parameters of 2 or 3 dimensions that are called a weight
-    or a projection (routers, other libraries' linear layers, stacked linear layers), and all of 2 or 3 dimensions that
-    experts hold, biases and scales aside.
+    - The `weight` of each nn.Linear and of each Conv1D of transformers.
+    - In modules that are not torch's own layers, embeddings, norms or convolutions: parameters of 2 or 3 dimensions whose
+      names end in weight or proj (routers, other libraries' linear layers, stacked linear layers).
+    - In experts: all parameters of 2 or 3 dimensions except biases and scales.
     """
     return {
         _joined(path, own): weight
@@ -124,14 +125,14 @@ def _own_matrices(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has_own_rules(module: nn.Module) -> bool:
-    """Whether it is a layer of torch.nn that is not linear, or an embedding, norm or convolution of somebody else's."""
+    """Return whether it is a torch.nn layer that is not linear, or another library's embedding, norm or convolution."""
     of_torch = (cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules."))
     containers = ("torch.nn.modules.module", "torch.nn.modules.container")
     return any(home not in containers for home in of_torch) or bool(_OWN_RULES.search(type(module).__name__))
 
 
 def _computed_names(module: nn.Module) -> list[str]:
-    """Tensors of a module that parametrizations or torch.nn.utils.prune make out of its parameters."""
+    """Return the names of tensors that parametrizations or torch.nn.utils.prune compute from parameters."""
     old_style = [own.removesuffix("_orig") for own in module._parameters if own.endswith("_orig")]
     return [*getattr(module, "parametrizations", ()), *(own for own in old_style if hasattr(module, own))]
 
@@ -141,12 +142,12 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def is_matrix(tensor: Tensor | None) -> bool:
-    """Whether at least two dimensions are larger than 1, in a floating-point type."""
+    """Return whether a floating-point tensor has at least two dimensions larger than 1."""
     return tensor is not None and tensor.is_floating_point() and sum(size > 1 for size in tensor.shape) > 1
 
 
 def own_linear_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The `linear_weights` that are no embedding's, each once: what a model's linear parameters count."""
+    """Return the `linear_weights` that no embedding shares, each once: a model's linear parameters."""
     embeddings = _embedding_ids(model)
     found: dict[int, tuple[str, Tensor]] = {}
     for name, weight in linear_weights(model).items():
@@ -156,14 +157,14 @@ def own_linear_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """The name without what torch.compile, DDP and checkpointing wrap around modules."""
+    """Return the name without the parts that torch.compile, DDP and checkpointing add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def left_out(model: nn.Module, chosen: Mapping[str, Tensor], requires_dense: Sequence[str]) -> list[str]:
-    """Names of trained matrices that no rule prunes: attention's in_proj_weight, kernels, parameters not known here.
+    """Return the names of trained matrices that no rule prunes: attention's in_proj_weight, kernels, unknown parameters.
 
-    Embeddings and what shares their weight, norms, and what `requires_dense` names are not among them.
+    Embeddings, weights shared with them, norms, and parameters that `requires_dense` names are not included.
     """
     known = {id(param) for param in chosen.values()} | _embedding_ids(model)
     names = []

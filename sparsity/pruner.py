@@ -1,4 +1,4 @@
-"""Which weights of a model are pruned: masks, counts and checks, to be called with or without a training loop."""
+"""The masks on a model's weights, with their counts and checks; usable with or without a training loop."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layou
 
 
 class Pruner:
-    """Masks on a model's prunable parameters, and how they come about.
+    """The masks on a model's prunable parameters, and the methods that change them.
 
     Args:
-        schedule: How many weights go, and before which steps.
-        choices: Those of `sparsity.choices.Choices`.
+        schedule: How many weights are pruned, and before which steps.
+        choices: The other arguments of `sparsity.choices.Choices`.
 
     Raises:
-        ValueError: says which choices do not go together.
+        ValueError: Some choices cannot be combined; the message names them.
     """
 
     def __init__(self, schedule: Schedule, **choices: Any) -> None:
@@ -54,47 +54,47 @@ class Pruner:
         self.schedule = schedule
         self.events = self.choices.events
         self.inherited: dict[str, int] = {}
-        """Weights of each prunable parameter that were zero when the run began and are kept so."""
+        """Number of weights of each prunable parameter that were zero when the run began and stay zero."""
         self.threshold: float | None = None
-        """The largest score that the last event pruned, times the factor of its parameter if it has one; None before the
-        first event and for scores that are no numbers."""
+        """The largest score that the last event pruned, multiplied by its parameter's factor if it has one. None before
+        the first event, and for scores whose keys are not numbers."""
         self.kept: dict[str, int] = {}
-        """Kept weights of each prunable parameter, over all ranks."""
+        """Number of kept weights of each prunable parameter, over all ranks."""
         self.num_prunable = 0
         self.overall = schedule
-        """The schedule of all prunable weights together, if groups have targets of their own."""
+        """The schedule of all prunable weights together; it differs from `schedule` if groups have their own targets."""
         self.shards: list[ParameterShard] = []
-        """The local shards with their masks, after `bind`."""
+        """The local shards with their masks; set by `bind`."""
         self.pools: list[Pool] = []
-        """The weights that compete, after `bind`."""
+        """The sets of weights that compete with each other; set by `bind`."""
         self.layout = RankLayout()
-        """Which ranks share out the parameters, after `bind`."""
+        """Which ranks the parameters are sharded over; set by `bind`."""
         self.parameters: dict[str, Tensor] = {}
-        """The prunable parameters by name, after `bind`."""
+        """The prunable parameters by name; set by `bind`."""
         self.on_gradient: Callable[[ParameterShard, Tensor], bool] | None = None
-        """Called with each gradient before it is masked; what it returns says whether to mask it."""
+        """Called with each gradient before it is masked; returns whether to mask it."""
         self._has_frozen = False
         self._hooks: list[RemovableHandle] = []
         self._updates_leave_zeros = False
-        """Known of the optimizer, and of its states under these masks."""
+        """Whether the optimizer keeps zeros at 0, and its states were zeroed under the current masks."""
 
     @property
     def density(self) -> float:
-        """Share of the prunable weights that is kept now."""
+        """The share of the prunable weights that is kept now."""
         return sum(self.kept.values()) / self.num_prunable if self.num_prunable else 1.0
 
     @property
     def num_inherited(self) -> int:
-        """Weights that were zero when the run began and are kept so."""
+        """The number of weights that were zero when the run began and stay zero."""
         return sum(self.inherited.values())
 
     def target_density(self, step: int) -> float:
-        """The share that the schedule keeps while `step` trains, less where more was inherited."""
+        """Return the share that the schedule keeps while `step` trains, or less if more zeros were inherited."""
         inherited = self.num_inherited / self.num_prunable if self.num_prunable else 0.0
         return min(self.overall.density(step), 1.0 - inherited)
 
     def layer_densities(self) -> dict[str, float]:
-        """Share kept of each prunable parameter."""
+        """Return the kept share of each prunable parameter."""
         return {name: self.kept[name] / param.numel() for name, param in self.parameters.items()}
 
     def bind(self, model: nn.Module) -> None:
@@ -121,9 +121,9 @@ class Pruner:
         ]
 
     def _mask_gradient(self, shard: ParameterShard, param: Tensor) -> None:
-        """Make pruned gradients exactly 0, NaN included, as soon as they are accumulated, so before any clipping.
+        """Set pruned gradients to exactly 0, NaN included, as soon as they are accumulated and before any clipping.
 
-        Under FSDP2 the gradient is the shard's, summed over the ranks.
+        Under FSDP2 this is the gradient of the local shard, already summed over the ranks.
         """
         if param.grad is not None and (self.on_gradient is None or self.on_gradient(shard, param.grad)):
             zero_pruned_(param.grad, shard.mask)
@@ -144,7 +144,10 @@ class Pruner:
         self._hooks.clear()
 
     def inherit(self) -> None:
-        """Take the model's exact zeros as masks, and keep them whatever the schedule says. Collective."""
+        """Make every exact 0 of the model a pruned weight that stays pruned whatever the schedule says.
+
+        Collective: over the shard group.
+        """
         self.take_masks_from_zeros()
         self.note_inherited()
         for name in (name for name, kept in self.kept.items() if not kept):
@@ -153,10 +156,12 @@ class Pruner:
             )
 
     def check_adapters(self) -> None:
-        """Raise a ValueError if a model with frozen weights, as LoRA's, trains a parameter that is all zeros so far.
+        """Raise a ValueError if a model with frozen weights, such as LoRA, trains a parameter that is still all zeros.
 
-        An adapter's second matrix begins at 0 and stays far smaller than the first, so magnitude prunes it first even
-        after some steps. Collective: over the shard group.
+        An adapter's second matrix starts at 0 and stays far smaller than the first, so magnitude pruning removes it first
+        even after some steps.
+
+        Collective: over the shard group.
         """
         removes = not self.events or any(self.scheduled(max(self.events)))
         if self._has_frozen and self.choices.score.is_zero_first and removes:
@@ -167,35 +172,44 @@ class Pruner:
         self.inherited = {name: self.parameters[name].numel() - kept for name, kept in self.kept.items()}
 
     def take_masks_from_zeros(self) -> None:
-        """Take every exact 0 as pruned; raise a ValueError if the pattern has no room for it. Collective."""
+        """Mark every exact 0 as pruned; raise a ValueError if the pattern does not allow so many in a block.
+
+        Collective: over the shard group.
+        """
         masks_from_zeros(self.shards)
         self.recount()
         self.check_blocks()
 
     def scheduled(self, step: int) -> list[int]:
-        """Return how many weights each pool has lost while `step` trains; step -1 is before the run."""
+        """Return how many weights of each pool are pruned while `step` trains; step -1 is before the run."""
         return self.choices.scope.counts(self.pools, self.schedule, step)
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
-        """Run the event before `step`: prune each pool to its density there. Collective over all ranks."""
+        """Run the event before `step`: prune each pool to its scheduled density.
+
+        Collective: over all ranks.
+        """
         self.prune_to(self.scheduled(step), optimizer)
 
     def prune(self, density: float, optimizer: Any = None) -> None:
-        """Prune each pool to `density`: round((1 - density) x N) of its N weights. Collective over all ranks."""
+        """Prune each pool to `density`: round((1 - density) x N) of its N weights.
+
+        Collective: over all ranks.
+        """
         before = [self.num_pruned(pool) for pool in self.pools]
         self.prune_to(self.choices.scope.allocate(self.pools, [density] * len(self.pools), before), optimizer)
 
     def prune_to(
         self, counts: Sequence[int], optimizer: Any = None, before_zeroing: Callable[[], None] | None = None
     ) -> None:
-        """Prune the pools to as many weights as `counts` says; one that has already lost as many stays as it is.
+        """Prune each pool until `counts` of its weights are pruned; leave pools that have lost that many already.
 
-        Collective over all ranks.
+        Collective: over all ranks.
 
         Args:
-            counts: How many weights each pool has lost afterwards.
-            optimizer: Its states of pruned weights are zeroed, if it is given.
-            before_zeroing: Called between the choice of masks and the zeroing of weights.
+            counts: The number of pruned weights of each pool afterwards.
+            optimizer: The optimizer whose states of pruned weights are zeroed too.
+            before_zeroing: Called after the masks are chosen and before weights are zeroed.
         """
         self.refresh()
         before = dict(self.kept)
@@ -223,15 +237,18 @@ class Pruner:
             self.threshold = magnitude_of_key(max(keys))
 
     def masks_changed(self, optimizer: Any = None) -> None:
-        """Zero what is pruned and count what is kept after masks were changed. Collective over all ranks."""
+        """Zero the pruned weights and count the kept ones after masks were changed.
+
+        Collective: over all ranks.
+        """
         check_replicas_agree(self.shards, self.layout)
         counted = self._start_count()
-        # Before the host waits for the counts, so that the device has work meanwhile.
+        # Before the host waits for the counts, so that the device is busy meanwhile.
         self.zero_pruned(optimizer)
         self._end_count(counted)
 
     def restore_all(self) -> None:
-        """Let every weight return, at the value it has: 0 for a pruned one."""
+        """Unmask every weight; each keeps its current value, normally 0 for a pruned one."""
         for shard in self.shards:
             shard.mask.fill_(True)
         self.kept = {name: param.numel() for name, param in self.parameters.items()}
@@ -243,7 +260,10 @@ class Pruner:
 
     @contextmanager
     def event_score(self, optimizer: Any) -> Iterator[Score]:
-        """Give the score of one event, with its factors; the shards hold what it needs meanwhile. Collective."""
+        """Yield the score of one event with its factors; the shards hold the gradients and states it needs until the end.
+
+        Collective: over the shard group.
+        """
         choices = self.choices
         if choices.score.needs:
             self._lend(choices.score, optimizer)
@@ -258,7 +278,7 @@ class Pruner:
                 shard.state, shard.gradient = {}, None
 
     def _lend(self, score: Score, optimizer: Any) -> None:
-        """Put what a score needs into the shards."""
+        """Put the gradients and optimizer states that a score needs into the shards."""
         if optimizer is None:
             raise ValueError(f"score={name_of(score)} needs the optimizer: prune with one.")
         for param, shard in zip(self.parameters.values(), self.shards, strict=True):
@@ -273,7 +293,7 @@ class Pruner:
                 )
 
     def zero_pruned(self, optimizer: Any = None) -> None:
-        """Write 0 into every pruned weight, and into its states in `optimizer`."""
+        """Write 0 into every pruned weight, and into its states if `optimizer` is given."""
         holder = None if optimizer is None else state_holder(optimizer)
         zero_all_pruned_(
             (shard.mask, [param, *(states_of(holder, param) if holder is not None else ())])
@@ -283,13 +303,13 @@ class Pruner:
             self._updates_leave_zeros = leaves_zeros(holder)
 
     def follow(self, model: nn.Module) -> None:
-        """Take the parameters that `model` holds now, if others were put in their place under the same names.
+        """Switch to the parameters that `model` holds now, in case other tensors replaced them under the same names.
 
         Raises:
-            ValueError: A pruned parameter is gone or has another shape.
+            ValueError: A pruned parameter is missing or has another shape.
         """
         if any(isinstance(param, DTensor) for param in self.parameters.values()):
-            return  # FSDP2 itself shows other tensors between a forward and the next resharding.
+            return  # FSDP2 itself puts other tensors there between a forward pass and the next resharding.
         now = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
         for name, param in self.parameters.items():
             found = now.get(name)
@@ -301,16 +321,19 @@ class Pruner:
             self.parameters[name] = found
 
     def after_update(self, optimizer: Any = None) -> None:
-        """Zero the pruned weights after an update of `optimizer`, unless the update leaves them at 0 by itself.
+        """Zero the pruned weights after an update of `optimizer`, unless the update itself keeps them at 0.
 
-        `sparsity.mask.leaves_zeros` knows such optimizers. For them weights and states are zeroed once under the same
-        masks: reading masks and weights at every step is not free.
+        `sparsity.mask.leaves_zeros` recognizes such optimizers. For these, weights and states are zeroed once after each
+        change of masks, because reading all masks and weights takes time at every step.
         """
         if optimizer is None or not self._updates_leave_zeros:
             self.zero_pruned(optimizer)
 
     def check_blocks(self) -> None:
-        """Raise a ValueError if blocks of the pattern have lost more weights than it lets go. Collective."""
+        """Raise a ValueError if blocks of the pattern have lost more weights than it allows.
+
+        Collective: over the shard group.
+        """
         pattern = self.choices.pattern
         if pattern is not None and (overfull := count_overfull_blocks(self.shards, pattern, self.layout)):
             raise ValueError(
@@ -324,16 +347,19 @@ class Pruner:
         return pool.numel - sum(self.kept[name] for name in pool.names)
 
     def refresh(self) -> None:
-        """Look the shards up anew: FSDP2 may have put them into other memory."""
+        """Take new views of the shards, because FSDP2 may have moved them in memory."""
         for param, shard in zip(self.parameters.values(), self.shards, strict=True):
             shard.values = local_values(param)
 
     def recount(self) -> None:
-        """Count the kept weights after masks were changed from outside. Collective."""
+        """Count the kept weights after masks were changed from outside.
+
+        Collective: over the shard group.
+        """
         self._end_count(self._start_count())
 
     def _start_count(self) -> Tensor:
-        """Kept weights of each parameter, not waited for. Collective."""
+        """Start counting the kept weights of each parameter, without waiting for the device. Collective: shard group."""
         self._updates_leave_zeros = False
         return count_kept(self.shards, self.layout)
 

@@ -1,7 +1,7 @@
-"""Methods by name: what settings, help, plans, cards and records know of scores, schedules, scopes and updates.
+"""Methods by name: scores, schedules, scopes and updates as settings, help, plans, cards and records refer to them.
 
-A method is an object with a `name`, a `label` and a docstring. Settings give its name, or `my.module:Method` for one of their
-own; the callback takes an instance as well. Only the standard library is needed here.
+A method is an object with a `name`, a `label` and a docstring. Settings give its name, or `my.module:Method` for a method of
+the user's own; the callback accepts an instance too. This needs only the standard library.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ T = TypeVar("T")
 
 
 class Method:
-    """One way to do a part of pruning."""
+    """A score, schedule, scope or update."""
 
     name: str = ""
-    """What settings call it."""
+    """The method's name in settings."""
     label: str = ""
-    """What cards and plots call it: a phrase that fits into a sentence."""
+    """The method's description in cards and plots: a phrase that fits into a sentence."""
 
 
 def name_of(method: Any) -> str:
-    """Return the name of a method, an instance or a class; `module:Class` for one that has none."""
+    """Return the name of a method, which is an instance or a class; `module:Class` if it has none."""
     kind = method if inspect.isclass(method) else type(method)
     return getattr(method, "name", "") or f"{kind.__module__}:{kind.__qualname__}"
 
 
 def label_of(method: Any) -> str:
-    """Return the label of a method, an instance or a class; its name if it has none."""
+    """Return the label of a method, which is an instance or a class; its name if it has none."""
     return getattr(method, "label", "") or name_of(method)
 
 
@@ -38,9 +38,9 @@ class Registry(Mapping[str, T], Generic[T]):
     """The methods of one kind, by name.
 
     Args:
-        kind: What settings call the kind, such as "score".
-        members: The methods that the project has: instances, or classes if settings make the instances.
-        base: The class that a method of the user's own must extend.
+        kind: The name of the kind in settings, such as "score".
+        members: The built-in methods by name: instances, or classes if settings create the instances.
+        base: The class that a user's own method must extend.
     """
 
     def __init__(self, kind: str, members: Mapping[str, T], base: type) -> None:
@@ -59,14 +59,14 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._members)
 
     def find(self, choice: str | T, key: str = "") -> T:
-        """Return the method of a name, of `module:Name`, or `choice` itself if it is a method.
+        """Return the method that `choice` names, or `choice` itself if it is a method.
 
         Args:
-            choice: A name, the place of a method in a module, or a method.
-            key: How errors call the setting; the kind if it is empty.
+            choice: A name, `module:Name`, or a method.
+            key: The setting's name in errors; the kind if it is empty.
 
         Raises:
-            ValueError: The name is not known, or there is no such method in the module.
+            ValueError: The name is unknown, or the module has no such method.
         """
         key = key or self.kind
         if not isinstance(choice, str):

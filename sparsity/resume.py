@@ -1,7 +1,7 @@
-"""Masks of a resumed run: saved, restored and checked.
+"""Masks of a resumed run: saving, restoring and checking them.
 
-`python -m train` saves masks beside the weights, and `check_masks` verifies them. A plain Trainer's checkpoint holds weights
-alone: `state_for_trainer` leaves in trainer_state.json what tells pruned weights from weights that are 0 by chance, and
+`python -m train` saves masks with the weights, and `check_masks` verifies them. A plain Trainer's checkpoint holds only
+weights. For it, `state_for_trainer` records in trainer_state.json which weights are 0 by chance and not pruned, and
 `restore_from_weights` rebuilds the masks.
 """
 
@@ -19,28 +19,28 @@ from sparsity.scope import Pool
 from sparsity.shards import ParameterShard, RankLayout
 
 STATE_KEY = "sparsity"
-"""The key of this state in trainer_state.json, under `stateful_callbacks`; no callback's class has this name."""
+"""The key of this state in trainer_state.json, under `stateful_callbacks`. No callback's class has this name."""
 MAX_LISTED = 1 << 20
 
 
 def mask_state(pruner: Pruner) -> dict[str, Any]:
-    """Return what a checkpoint holds beside the masks of `pruner.shards`: plain numbers, the same on every rank."""
+    """Return the state to save besides the masks of `pruner.shards`: plain numbers, the same on every rank."""
     return {"threshold": pruner.threshold, "inherited": dict(pruner.inherited), "kept": dict(pruner.kept)}
 
 
 def check_masks(pruner: Pruner, state: Mapping[str, Any], global_step: int) -> None:
-    """Take the masks that were written into `pruner.shards` as those before step `global_step`.
+    """Check the masks that were loaded into `pruner.shards`, and take over the saved state before step `global_step`.
 
     Collective: over the shard group.
 
     Args:
         pruner: Bound to the model, with the saved masks in its shards.
-        state: What `mask_state` returned when they were saved.
+        state: The result of `mask_state` when the masks were saved.
         global_step: The next step to train.
 
     Raises:
-        ValueError: The masks do not have the saved counts, the weights do not fit the masks, or the number pruned is not
-            the schedule's and what was inherited.
+        ValueError: The masks do not have the saved counts, a masked weight is not 0, or the number of pruned weights is
+            not the larger of the schedule's and that of inherited zeros.
     """
     kept, inherited = state["kept"], state["inherited"]
     pruner.recount()
@@ -78,7 +78,7 @@ def check_zeros(pruner: Pruner, global_step: int, *, allow_more: bool) -> None:
     Args:
         pruner: Bound to the model.
         global_step: The next step to train.
-        allow_more: Accept more zeros than the schedule has pruned.
+        allow_more: Accept more zeros than the schedule has pruned by then.
 
     Raises:
         ValueError: The number of zeros is not the schedule's.
@@ -97,19 +97,22 @@ def check_zeros(pruner: Pruner, global_step: int, *, allow_more: bool) -> None:
 
 
 def state_for_trainer(pruner: Pruner, step: int) -> dict[str, Any]:
-    """Return what tells pruned weights from other zeros in a checkpoint of weights alone. Collective over the shard group."""
+    """Return the state that tells pruned weights from other zeros in a checkpoint that holds only weights.
+
+    Collective: over the shard group.
+    """
     pruner.refresh()
     surviving = surviving_zeros(pruner.shards, pruner.layout) if pruner.density < 1 else {}
     return {**mask_state(pruner), "step": step, "surviving_zeros": surviving}
 
 
 def restore_from_weights(pruner: Pruner, saved: Mapping[str, Any], global_step: int) -> None:
-    """Rebuild and check the masks from a checkpoint's zeros and what `state_for_trainer` returned with it.
+    """Rebuild and check the masks from a checkpoint's zeros and the result of `state_for_trainer` at that step.
 
     Collective: over the shard group.
 
     Raises:
-        ValueError: see `check_masks`.
+        ValueError: The masks do not fit, see `check_masks`.
     """
     if sum(saved["kept"].values()) < pruner.num_prunable:
         masks_from_weights(pruner.shards, saved["surviving_zeros"] or {})
@@ -117,9 +120,11 @@ def restore_from_weights(pruner: Pruner, saved: Mapping[str, Any], global_step: 
 
 
 def surviving_zeros(shards: Sequence[ParameterShard], layout: RankLayout) -> dict[str, list[int]] | None:
-    """Return the flat indices in the full tensors of kept weights that are exactly 0 by chance: nearly always none.
+    """Return, by parameter, the flat indices in the full tensors of kept weights that are exactly 0 by chance.
 
-    None if there are more than `MAX_LISTED`. Collective over the shard group.
+    Nearly always there are none. If there are more than `MAX_LISTED`, the result is None.
+
+    Collective: over the shard group.
     """
     local = [torch.nonzero((shard.values == 0) & shard.mask).view(-1) + shard.offset for shard in shards]
     count = layout.sum_counts(torch.tensor([sum(map(len, local))], device=shards[0].mask.device))
@@ -129,13 +134,13 @@ def surviving_zeros(shards: Sequence[ParameterShard], layout: RankLayout) -> dic
     by_rank = [mine]
     if layout.shard_group is not None:
         by_rank = [{} for _ in range(dist.get_world_size(layout.shard_group))]
-        # Between the processes of one run, so unpickling is safe.
+        # The objects come from processes of the same run, so unpickling them is safe.
         dist.all_gather_object(by_rank, mine, group=layout.shard_group)
     return {shard.name: sorted(i for one in by_rank for i in one.get(shard.name, ())) for shard in shards}
 
 
 def masks_from_weights(shards: Sequence[ParameterShard], surviving: Mapping[str, Sequence[int]]) -> None:
-    """Take every exact 0 as pruned but for the `surviving` flat indices of each parameter."""
+    """Mark every exact 0 as pruned except the `surviving` flat indices of each parameter."""
     masks_from_zeros(shards)
     for shard in shards:
         indices = (
@@ -145,7 +150,7 @@ def masks_from_weights(shards: Sequence[ParameterShard], surviving: Mapping[str,
 
 
 def _where(pool: Pool, pruner: Pruner) -> str:
-    """Which weights, in the words of an error."""
+    """Name the pool's weights for an error message."""
     if len(pruner.pools) == 1:
         return ""
     return f" in {pool.names[0]}" + (f" and {len(pool.names) - 1} others" if len(pool.names) > 1 else "")

@@ -1,4 +1,4 @@
-"""What a step of training does to masks, for each update of `sparsity.update`. The callback calls these around every step."""
+"""Rules that change masks in a training step, one for each update of `sparsity.update`; the callback calls them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Rule:
     """Masks that only shrink, at the schedule's events. Other rules extend it."""
 
     masks_gradients = True
-    """Whether pruned weights have no gradient."""
+    """Whether gradients of pruned weights are set to 0."""
 
     def __init__(self, pruner: Pruner) -> None:
         self.pruner = pruner
         self.update = pruner.choices.update
         self.num_steps = 0
         self.moves: frozenset[int] = frozenset()
-        """The steps at which masks move besides the schedule's events."""
+        """The steps at which masks move in addition to the schedule's events."""
         self._gradients: DenseGradients | None = None
         self._event_needs_them = False
 
@@ -43,11 +43,14 @@ class Rule:
         return step in self.pruner.events
 
     def act(self, step: int, optimizer: Any) -> None:
-        """Change masks before `step` trains. Collective over all ranks."""
+        """Change masks before `step` trains.
+
+        Collective: over all ranks.
+        """
         self.pruner.prune_at(step, optimizer)
 
     def begin_step(self, step: int) -> None:
-        """Collect the dense gradients of `step` if a move in it or an event after it needs them."""
+        """Start to collect the dense gradients of `step` if a move in it or the event after it needs them."""
         pruner = self.pruner
         self._event_needs_them = "gradient" in pruner.choices.score.needs and step + 1 in pruner.events
         collects = self._event_needs_them or self.moves_after_backward(step)
@@ -60,11 +63,14 @@ class Rule:
         return self.masks_gradients
 
     def moves_after_backward(self, step: int) -> bool:
-        """Return whether masks move by the gradients of `step`, which then updates no weight."""
+        """Return whether masks move by the gradients of `step`; such a step updates no weights."""
         return False
 
     def move(self, step: int, optimizer: Any) -> None:
-        """Move masks by the gradients of `step`. Collective over all ranks."""
+        """Move masks by the gradients of `step`.
+
+        Collective: over all ranks.
+        """
 
     def before_update(self, optimizer: Any) -> None:
         """Act between the backward pass and the optimizer's update."""
@@ -75,7 +81,7 @@ class Rule:
         self.pruner.after_update(optimizer)
 
     def _keep_gradients(self, optimizer: Any) -> None:
-        """Hand the dense gradients to the next event: as a state of the optimizer they are saved with a checkpoint."""
+        """Store the dense gradients for the next event as optimizer state, so that checkpoints save them."""
         if self._event_needs_them and self._gradients is not None:
             for (_, param), shard in zip(self.pruner.parameters.items(), self.pruner.shards, strict=True):
                 kept = torch.zeros_like(param.detach(), dtype=torch.float32)
@@ -88,7 +94,7 @@ class Rule:
 
 
 class RegrowRule(Rule):
-    """Drops the lowest kept weights and grows as many others, at random before a step or by the gradients of a step."""
+    """Drops the lowest kept weights and grows as many others: at random before a step, or by the gradients of a step."""
 
     update: Regrowing
 
@@ -150,7 +156,7 @@ class StraightThroughRule(Rule):
         counts = pruner.scheduled(step)
         self._latent.put_back(pruner.parameters, pruner.shards, optimizer)
         pruner.restore_all()
-        # The optimizer's states stay: masked weights are trained on.
+        # The optimizer's states are not zeroed, because masked weights are still trained.
         pruner.prune_to(counts, before_zeroing=lambda: self._latent.take(pruner.parameters, pruner.shards, optimizer))
 
     def before_update(self, optimizer: Any) -> None:
@@ -168,7 +174,7 @@ class StraightThroughRule(Rule):
 
 
 class AlternatingRule(Rule):
-    """Lets all weights return where the schedule says so; the next event chooses masks anew."""
+    """Unmasks all weights at events that begin a dense phase; the next event chooses new masks."""
 
     def act(self, step: int, optimizer: Any) -> None:
         if any(self.pruner.scheduled(step)):

@@ -1,11 +1,11 @@
-"""When weights are pruned and how many remain: density as a function of the step.
+"""Schedules: when weights are pruned, and how many remain. They give the density as a function of the step.
 
-Nothing but the standard library is needed here, so that a plan can be printed before torch is imported. A *step* is an
-optimizer step and counts from 0; `density(step)` is in force while that step trains, because an event at step s runs
-before it. *Compute* is measured in dense-equivalent steps: the sum of the density over the steps (arXiv 2501.12486).
+This needs only the standard library, so that a plan can be printed before torch is imported. A *step* is an optimizer step,
+counted from 0. `density(step)` holds while that step trains, because an event at step s runs before it. *Compute* is
+measured in dense-equivalent steps: the sum of the density over the steps (arXiv 2501.12486).
 
-Every schedule is a staircase over its events; what tells them apart is one line, `kept`: the share that is left when a
-given part of the events is done.
+Every schedule is a staircase over its events. Schedules differ in one line, `kept`: the share that is left once a given part
+of the events is done.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEFAULT_EVERY_STEPS = 100
 
 
 class Schedule(Protocol):
-    """What the callback needs to know of a schedule."""
+    """The interface of a schedule that the callback uses."""
 
     def density(self, step: int) -> float: ...
 
@@ -37,10 +37,10 @@ class Staircase:
     end_step: int
     every_steps: int
     sparsity: float
-    """Share of the prunable weights that is gone after the last event."""
+    """The share of the prunable weights that is pruned after the last event."""
 
     def density_after(self, event: int) -> float:
-        """Share of the prunable weights kept after event number `event`, counted from 0."""
+        """Return the share of the prunable weights kept after event number `event`, counted from 0."""
         raise NotImplementedError
 
     @property
@@ -48,21 +48,21 @@ class Staircase:
         return (self.end_step - self.start_step) // self.every_steps + 1
 
     def events(self) -> range:
-        """The steps before which weights are pruned."""
+        """Return the steps before which weights are pruned."""
         return range(self.start_step, self.end_step + 1, self.every_steps)
 
     def density(self, step: int) -> float:
-        """Share of the prunable weights kept while `step` trains, in (0, 1]."""
+        """Return the share of the prunable weights kept while `step` trains, in (0, 1]."""
         if step < self.start_step:
             return 1.0
         return self.density_after(min((step - self.start_step) // self.every_steps, self.num_events - 1))
 
     def average_density(self, num_steps: int) -> float:
-        """Mean of density(step) over steps 0 .. num_steps - 1."""
+        """Return the mean of density(step) over steps 0 .. num_steps - 1."""
         return self.dense_equivalent_steps(num_steps) / num_steps
 
     def dense_equivalent_steps(self, num_steps: int) -> float:
-        """Sum of density(step) over steps 0 .. num_steps - 1: the run's compute in steps of the dense model."""
+        """Return the sum of density(step) over steps 0 .. num_steps - 1: the run's compute in steps of the dense model."""
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} must be at least 1.")
         edges = [0, *self.events(), num_steps]
@@ -72,7 +72,7 @@ class Staircase:
         )
 
     def check_fits(self, num_steps: int) -> None:
-        """Refuse a run in which the last event would never run."""
+        """Raise a ValueError if the run is too short for the last event."""
         if self.end_step > num_steps - 1:
             raise ValueError(
                 f"The prune window ends at step {self.end_step}, outside a run of {num_steps} steps: its last event must "
@@ -82,10 +82,10 @@ class Staircase:
 
 @dataclass(frozen=True)
 class Ramp(Staircase, Method):
-    """A staircase down to the density 1 - sparsity, by its subclass's curve."""
+    """A staircase down to the density 1 - sparsity, along the curve of a subclass."""
 
     events_per_phase = 1
-    """The number of events is 1 and a multiple of this."""
+    """The number of events is 1 plus a multiple of this."""
 
     sparsity: float
     start_step: int
@@ -94,17 +94,17 @@ class Ramp(Staircase, Method):
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
-        """Share kept once `progress`, in (0, 1], of the events are done; 1 - sparsity at 1."""
+        """Return the share kept once the share `progress`, in (0, 1], of the events is done; 1 - sparsity at 1."""
         raise NotImplementedError
 
     @classmethod
     def kept_after(cls, sparsity: float, event: int, num_events: int) -> float:
-        """Share kept after event number `event` of `num_events`, counted from 0."""
+        """Return the share kept after event number `event` of `num_events`, counted from 0."""
         return 1.0 - sparsity if event == num_events - 1 else cls.kept(sparsity, (event + 1) / num_events)
 
     @classmethod
     def over(cls, sparsity: float, start_step: int, end_step: int, every_steps: int) -> Self:
-        """The schedule of a window."""
+        """Return the schedule of a window."""
         return cls(sparsity, start_step, end_step, every_steps)
 
     @property
@@ -237,9 +237,9 @@ class Alternating(Ramp):
 
 @dataclass(frozen=True)
 class Mixed(Staircase):
-    """Groups of weights that follow `base` to sparsities of their own, seen together.
+    """The density of groups of weights together, each of which follows `base` to its own sparsity.
 
-    `shares` holds (share of the prunable weights, sparsity) of each group; the shares add up to 1.
+    `shares` holds (share of the prunable weights, sparsity) for each group; the shares add up to 1.
     """
 
     base: Ramp
@@ -288,7 +288,7 @@ SCHEDULES: Registry[type[Ramp]] = Registry(
 
 
 def schedule_record(schedule: Ramp | Mixed) -> dict[str, Any]:
-    """The schedule as plain data: its kind and its fields."""
+    """Return the schedule as plain data: its kind and its fields."""
     return {"kind": name_of(schedule), **asdict(schedule)}
 
 

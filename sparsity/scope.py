@@ -1,7 +1,7 @@
-"""Which weights compete with each other: pools, each with one threshold, and how many weights each of them loses.
+"""Pools of weights that compete with each other: each has one threshold and a number of weights to lose.
 
-A pool is all prunable weights, one parameter, or a group named by patterns. A scope forms the pools and shares out what an
-event prunes. Nothing but the standard library is needed here, so that a plan and a run count alike.
+A pool is all prunable weights, one parameter, or a group named by patterns. A scope forms the pools and divides the weights
+that an event prunes among them. This needs only the standard library, so that a plan and a run count in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsity.schedule import Mixed, Ramp, Schedule
 
 @dataclass(frozen=True)
 class Group:
-    """The parameters whose name matches a pattern of `include` (`*` matches anything), and the sparsity they end with."""
+    """Parameters whose names match a pattern of `include` (`*` matches anything), and the sparsity they end with."""
 
     include: tuple[str, ...]
     sparsity: float
@@ -30,21 +30,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Pool:
-    """Parameters that share one threshold. They follow the schedule, to `sparsity` if it is not None."""
+    """Parameters that share one threshold. They follow the schedule, but end at `sparsity` if it is not None."""
 
     names: tuple[str, ...]
     numel: int
     sparsity: float | None = None
     group: int = 0
-    """The number of its group: pools of one group share a target."""
+    """The number of the pool's group: pools of one group share a target."""
     shape: tuple[int, ...] = ()
-    """The parameter's shape in a pool of one."""
+    """The shape of the parameter if the pool has only one."""
 
     def density(self, schedule: Schedule, step: int) -> float:
-        """Return the share of its group's weights that the schedule keeps while `step` trains; step -1 is before the run."""
+        """Return the share of the group's weights that the schedule keeps while `step` trains; step -1 is before the run."""
         return self.own(schedule).density(step) if step >= 0 else 1.0
 
     def final_sparsity(self, schedule: Ramp) -> float:
+        """Return the pool's own sparsity, or the schedule's if it has none."""
         return schedule.sparsity if self.sparsity is None else self.sparsity
 
     def own(self, schedule: Schedule) -> Schedule:
@@ -56,24 +57,24 @@ class Pool:
 
 
 def num_pruned(numel: int, density: float) -> int:
-    """Return round((1 - density) x numel): the number of weights that a pool has lost at a density."""
+    """Return how many weights a pool has lost at a density: round((1 - density) x numel)."""
     return round((1.0 - density) * numel)
 
 
 class Scope(Method):
-    """Which weights compete. Extend it and return the pools' names from `split`."""
+    """The rule that says which weights compete. A scope of your own extends it and returns the pools' names from `split`."""
 
     compares_parameters: bool = True
     """Whether weights of different parameters compete, so that factors and norms mean something."""
     is_even: bool = True
-    """Whether every layer may end at the share of its group, as a pattern demands."""
+    """Whether every layer can end at its group's share, as a pattern requires."""
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        """Return the parameters of each pool of a group, which has the parameters `names`."""
+        """Divide the parameters `names` of a group into pools; return the names of each pool."""
         raise NotImplementedError
 
     def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
-        """Return how many weights each pool has lost at the density of its group, after it had lost as many as `before`."""
+        """Return how many weights each pool has lost once its group is at its density; `before` had been lost earlier."""
         return [num_pruned(pool.numel, density) for pool, density in zip(pools, densities, strict=True)]
 
     def counts(self, pools: Sequence[Pool], schedule: Schedule, step: int) -> list[int]:
@@ -105,8 +106,8 @@ class Uniform(Scope):
 class Erk(Uniform):
     """A threshold for each parameter, small ones kept denser: densities in proportion to (inputs + outputs) / weights.
 
-    Erdos-Renyi-Kernel (Evci et al. 2020, arXiv 1911.11134), at most 1. The counts of a group add up to exactly what the
-    schedule prunes of it, and none falls from one event to the next.
+    Erdos-Renyi-Kernel (Evci et al. 2020, arXiv 1911.11134), with densities of at most 1. The counts of a group add up to
+    exactly what the schedule prunes of it, and no count falls from one event to the next.
     """
 
     name = "erk"
@@ -144,8 +145,8 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
     """Return each parameter's density by Erdos-Renyi-Kernel, so that all of them together have `density`.
 
     Args:
-        shapes: [out, in], or [expert, out, in], whose matrices count one by one.
-        density: Share of all weights that is kept.
+        shapes: [out, in], or [expert, out, in], in which each expert's matrix counts by itself.
+        density: The share of all weights that is kept.
     """
     numels = [math.prod(shape) for shape in shapes]
     raw = [sum(shape[-2:]) / math.prod(shape[-2:]) for shape in shapes]
@@ -162,9 +163,9 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
 
 
 def erk_counts(shapes: Sequence[tuple[int, ...]], density: float, before: Sequence[int]) -> list[int]:
-    """Return how many weights of each parameter are pruned: whole numbers near `erk_densities` with the sum of the schedule.
+    """Return how many weights of each parameter are pruned: `erk_densities` rounded so that the sum is the schedule's.
 
-    What is to be pruned beyond `before` is shared out by what each parameter lacks, the rest by the largest remainders.
+    Each parameter loses, beyond `before`, the whole part of what it lacks; the rest goes to the largest remainders.
     """
     numels = [math.prod(shape) for shape in shapes]
     more = num_pruned(sum(numels), density) - sum(before)
@@ -190,11 +191,11 @@ def make_pools(
 
     Args:
         shapes: The parameters' shapes by name.
-        scope: What forms pools of each group, and of the parameters in no group.
-        groups: Parameters with targets of their own.
+        scope: The scope that divides each group, and the parameters in no group, into pools.
+        groups: Parameters with their own targets.
 
     Raises:
-        ValueError: names a pattern that matches no prunable parameter, or a parameter that two groups claim.
+        ValueError: A pattern matches no prunable parameter, or a parameter is in two groups.
     """
     scope = SCOPES.find(scope)
     _check_groups(shapes, groups)
@@ -211,7 +212,7 @@ def make_pools(
 
 
 def target_shares(pools: Sequence[Pool], sparsity: float) -> tuple[tuple[float, float], ...]:
-    """Return (share of all weights, final sparsity) of each target; `sparsity` is that of pools without their own."""
+    """Return (share of all weights, final sparsity) of each target; `sparsity` is for pools without their own."""
     numels: dict[float, int] = {}
     for pool in pools:
         target = sparsity if pool.sparsity is None else pool.sparsity
@@ -221,7 +222,7 @@ def target_shares(pools: Sequence[Pool], sparsity: float) -> tuple[tuple[float, 
 
 
 def seen_together(schedule: Ramp, pools: Sequence[Pool]) -> Ramp | Mixed:
-    """Return the schedule of all pools' weights taken together: `schedule` itself if all end with its own sparsity."""
+    """Return the schedule of all pools together: `schedule` itself if all end at its sparsity."""
     shares = target_shares(pools, schedule.sparsity)
     return schedule if {sparsity for _, sparsity in shares} <= {schedule.sparsity} else Mixed(schedule, shares)
 

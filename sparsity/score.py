@@ -1,7 +1,7 @@
-"""What ranks a weight: a score turns weights into integer keys, and the smallest keys are pruned first.
+"""Scores rank weights: a score turns weights into integer keys, and the weights with the smallest keys are pruned first.
 
-A key is an int32 of at least 0. Weights that were pruned before must have the key 0, so that they stay the smallest. A score
-of your own extends `Score` and returns `values`; their bits are the keys. Importing this needs no torch.
+A key is an int32 of at least 0. Weights that are pruned already must have the key 0, so that they stay the smallest. A score
+of your own extends `Score` and returns `values`, whose bits are the keys. Importing this needs no torch.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ Need = Literal["gradient", "state"]
 
 
 class Score(Method):
-    """What ranks a weight. Extend it and return `values`, or `keys` if they are not the bits of float32 numbers."""
+    """The rule that ranks weights. A score of your own returns `values`, or `keys` that are not the bits of float32 numbers."""
 
     needs: tuple[Need, ...] = ()
-    """What a shard must hold beside values and mask: "gradient" for `shard.gradient`, the dense gradient of the step before
-    the event; "state" for `shard.state`, the optimizer's state by name."""
+    """What a shard must hold besides values and mask: "gradient" for `shard.gradient`, the dense gradient of the step
+    before the event; "state" for `shard.state`, the optimizer's state by name."""
     has_values: bool = True
-    """Whether keys are the bits of float32 numbers, so that factors, norms and the threshold mean something."""
+    """Whether keys are the bits of float32 numbers; only then do factors, norms and the threshold have a meaning."""
     is_zero_first: bool = False
-    """Whether a weight of 0 scores 0, so that a parameter of zeros would go before all others."""
+    """Whether a weight of 0 scores 0, so that a parameter of all zeros would be pruned before all others."""
     is_placeless: bool = False
-    """Whether it may be asked about weights out of their place: the candidates of a pattern."""
+    """Whether it can rank weights taken out of their tensor, such as the candidates of a pattern."""
 
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
-        """Return the scores [stop - start] of a slice of the shard's local weights, numbers of at least 0.
+        """Return the scores of a slice of the shard's local weights, numbers [stop - start] of at least 0.
 
         Args:
-            shard: A parameter's local weights, their mask and their place, see `sparsity.shards.ParameterShard`.
-            part: Which of them: `shard.values[part]`, `shard.mask[part]`, `shard.index(part)`.
+            shard: A parameter's local weights, their mask and position, see `sparsity.shards.ParameterShard`.
+            part: The slice: use `shard.values[part]`, `shard.mask[part]`, `shard.index(part)`.
         """
         raise NotImplementedError
 
@@ -54,7 +54,7 @@ class Score(Method):
         return bits.masked_fill_(~shard.mask[part], 0)
 
     def seeded(self, seed: int) -> Score:
-        """Return the score for a run's seed: itself, unless it draws."""
+        """Return the score with a run's seed: the score itself, unless it is random."""
         return self
 
     def __call__(self, shard: ParameterShard, part: slice) -> Tensor:
@@ -70,9 +70,9 @@ class Magnitude(Score):
     is_placeless = True
 
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
-        """Return the bits of |w| as float32: they have the order of |w|, denormals and infinities included; NaN comes last.
+        """Return the bits of |w| as float32, which are ordered as |w|, denormals and infinities included; NaN is last.
 
-        bfloat16 and float16 widen to float32 exactly, so parameters of different types compare by value.
+        bfloat16 and float16 convert to float32 exactly, so parameters of different types compare by value.
         """
         import torch
 
@@ -123,7 +123,7 @@ class Random(Score):
 
 
 class Scaled(Score):
-    """Another score, times a factor for each parameter."""
+    """Another score, multiplied by a factor for each parameter."""
 
     def __init__(self, score: Score, factors: Mapping[str, float]) -> None:
         self.score, self.factors = score, dict(factors)
@@ -140,18 +140,18 @@ class Scaled(Score):
 def scaled(score: Score, factors: Mapping[str, float]) -> Score:
     """Return `score` with each parameter's keys, read as float32, multiplied by the factor of its name.
 
-    A product is rounded once, to float32: its bits are the key. A power of two shifts the exponent exactly, unless the
-    product is a denormal. Products that round to 0 or to infinity tie there. The same for any world size.
+    A product is rounded once, to float32, and its bits are the key. A factor that is a power of two is exact unless the
+    product is a denormal. Products that round to 0 or to infinity are ties. Keys do not depend on the world size.
 
     Args:
-        score: A score whose keys are the bits of float32 numbers, as those of `magnitude` are.
-        factors: Name patterns and their factors, see `sparsity.factors`. Without any, `score` itself is returned.
+        score: A score whose keys are the bits of float32 numbers, such as `magnitude`.
+        factors: Name patterns and their factors, see `sparsity.factors`. If empty, `score` itself is returned.
     """
     return Scaled(score, factors) if factors else score
 
 
 class Given(Score):
-    """Keys that were made before: they are the values."""
+    """Keys that were computed before and are held as the values."""
 
     is_placeless = True
 
@@ -164,9 +164,9 @@ SCORES: Registry[Score] = Registry("score", {score.name: score for score in (mag
 
 
 def key_spacing_bits(shards: Sequence[ParameterShard], score: Score) -> int:
-    """Return how many lower bits are 0 in every key: 16 if all magnitudes are bfloat16.
+    """Return how many low bits are 0 in every key: 16 if all keys are magnitudes of bfloat16, else 0.
 
-    Those of float16 would have 13, but torch widens its NaN to more than one pattern of bits.
+    Keys of float16 would have 13, but torch converts its NaN to float32 in more than one bit pattern.
     """
     import torch
 
@@ -175,27 +175,27 @@ def key_spacing_bits(shards: Sequence[ParameterShard], score: Score) -> int:
 
 
 def is_magnitude(score: Score) -> bool:
-    """Whether keys are the weights' own bits, which numpy and the kernels read faster than a score makes them."""
+    """Return whether keys are the weights' own bits, which numpy and the kernels read faster than a score computes them."""
     return type(score) is Magnitude
 
 
 def magnitude_of_key(key: int) -> float:
-    """Return the |w| whose key this is."""
+    """Return the |w| that has this key."""
     return float(struct.unpack("<f", struct.pack("<I", key))[0])
 
 
 def score_name(score: str | Score) -> str:
-    """Return the name of a score or of a choice."""
+    """Return the name of a score; a string is already one."""
     return score if isinstance(score, str) else name_of(score)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finalizer of SplitMix64 (Steele et al. 2014) on int64, wrapping around."""
+    """Apply the finalizer of SplitMix64 (Steele et al. 2014) to int64, which wraps around."""
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch's `>>` copies the sign."""
+    """Shift right logically, because torch's `>>` copies the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

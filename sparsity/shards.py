@@ -1,4 +1,4 @@
-"""A parameter as one rank sees it: its local shard, where that lies in the full tensor, and who holds the rest."""
+"""A parameter as one rank sees it: its local shard, the shard's position in the full tensor, and who holds the rest."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 @dataclass
 class ParameterShard:
-    """The local part of one prunable parameter, its mask and its place in the full tensor.
+    """The local part of one prunable parameter, its mask and its position in the full tensor.
 
-    `values` [local numel] is a flat view of the parameter: in-place work on it changes the weight. `mask` [local numel]
-    is True where the weight is kept. Both cover the flat indices offset .. offset + local numel of the full tensor, which has
-    `full_numel` elements in the shape `shape`. `gradient` [local numel] and `state`, {name: [local numel]}, are there during
-    an event whose score needs them.
+    `values` [local numel] is a flat view of the parameter, so writing to it changes the weight. `mask` [local numel] is True
+    for kept weights. Both cover the flat indices offset .. offset + local numel of the full tensor, which has `full_numel`
+    elements in the shape `shape`. `gradient` [local numel] and `state`, {name: [local numel]}, are set only during an event
+    whose score needs them.
     """
 
     name: str
@@ -30,15 +30,15 @@ class ParameterShard:
     gradient: Tensor | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     stride: int = 1
-    """Distance in the full tensor from one of `values` to the next: 1 but in samples."""
+    """Distance in the full tensor from one of `values` to the next: 1 except in samples."""
 
     def index(self, part: slice) -> Tensor:
-        """Return the flat indices in the full tensor, int64, of a slice of the local weights."""
+        """Return the flat indices, int64, of a slice of the local weights in the full tensor."""
         places = torch.arange(part.start, part.stop, device=self.values.device)
         return self.offset + (places if self.stride == 1 else places * self.stride)
 
     def every(self, start: int, stride: int) -> ParameterShard:
-        """Return every `stride`-th local weight from `start` on, as a shard."""
+        """Return a shard of every `stride`-th local weight, beginning at `start`."""
         return replace(
             self,
             values=self.values[start::stride],
@@ -52,9 +52,9 @@ class ParameterShard:
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Which ranks share out the parameters (`shard_group`) and which hold copies of the same shard.
+    """The ranks that the parameters are sharded over (`shard_group`), and those that hold copies of the same shard.
 
-    A group of None stands for this rank alone. Counts are summed over the shard group and never over replicas.
+    A shard group of None means this rank alone. Counts are summed over the shard group and never over replicas.
     """
 
     shard_group: dist.ProcessGroup | None = None
@@ -65,19 +65,28 @@ class RankLayout:
         return 0 if self.shard_group is None else dist.get_rank(self.shard_group)
 
     def sum_counts(self, counts: Tensor) -> Tensor:
-        """Sum int64 `counts` over the shard group, in place. Collective over the shard group."""
+        """Sum int64 `counts` over the shard group, in place.
+
+        Collective: over the shard group.
+        """
         if self.shard_group is not None:
             dist.all_reduce(counts, group=self.shard_group)
         return counts
 
     def sum_ints(self, counts: Sequence[int], device: torch.device) -> list[int]:
-        """Each of `counts` summed over the shard group. Collective over the shard group."""
+        """Return each of `counts` summed over the shard group.
+
+        Collective: over the shard group.
+        """
         if self.shard_group is None:
             return list(counts)
         return [int(count) for count in self.sum_counts(to_device(counts, device)).tolist()]
 
     def gather_count(self, count: int, device: torch.device) -> list[int]:
-        """Each rank's `count`, in the order of the shard group. Collective over the shard group."""
+        """Return each rank's `count`, in the order of the shard group.
+
+        Collective: over the shard group.
+        """
         if self.shard_group is None:
             return [count]
         counts = [0] * dist.get_world_size(self.shard_group)
@@ -86,22 +95,22 @@ class RankLayout:
 
 
 def to_device(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Int64 on a device, without waiting for it: the driver has taken pageable memory when the call returns."""
+    """Copy numbers to a device as int64 without waiting: the driver has read pageable memory when the call returns."""
     return torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of `tensor` that lies on this rank: in-place work on it reaches the parameter."""
+    """Return the part of `tensor` on this rank; writing to it changes the parameter."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_values(param: Tensor) -> Tensor:
-    """A flat view [local numel] of a parameter's shard, outside autograd."""
+    """Return a flat view [local numel] of a parameter's shard, outside autograd."""
     return local_tensor(param.detach()).view(-1)
 
 
 def shard_offset(param: Tensor) -> int:
-    """Flat index in the full tensor of the local shard's first element; the shard is a run of whole rows."""
+    """Return the flat index of the local shard's first element in the full tensor; a shard is consecutive whole rows."""
     if not isinstance(param, DTensor):
         return 0
     dim = shard_dim(param)
@@ -113,7 +122,7 @@ def shard_offset(param: Tensor) -> int:
 
 
 def rank_layout(params: Sequence[Tensor]) -> RankLayout:
-    """The layout that all `params` share: plain and DDP parameters, FSDP2 (`Shard(0)`), or HSDP."""
+    """Return the layout of all `params`; raise a ValueError if they differ. It may be plain, DDP, FSDP2 or HSDP."""
     layouts = {_layout_of(param) for param in params}
     if len(layouts) > 1:
         raise ValueError(
@@ -132,7 +141,11 @@ def _layout_of(param: Tensor) -> RankLayout:
 
 
 def shard_dim(param: DTensor) -> int | None:
-    """The mesh dimension along which rows are shared out; None where the parameter is whole on every rank."""
+    """Return the mesh dimension that rows are sharded over; None if every rank holds the whole parameter.
+
+    Raises:
+        ValueError: The parameter is sharded in another way than by rows over one mesh dimension.
+    """
     sharded = [dim for dim, placement in enumerate(param.placements) if isinstance(placement, Shard)]
     whole_rows = all(param.placements[dim] == Shard(0) for dim in sharded)
     if len(sharded) > 1 or not whole_rows or any(isinstance(p, Partial) for p in param.placements):
@@ -144,7 +157,7 @@ def shard_dim(param: DTensor) -> int | None:
 
 
 def chunks(size: int, device: torch.device, on_cpu: int = 1 << 16) -> Iterator[slice]:
-    """Slices that cover `size` elements: as many at a time as stay in a CPU's cache, or as keep a GPU busy."""
+    """Yield slices that cover `size` elements: small enough for a CPU's cache, or large enough to keep a GPU busy."""
     step = on_cpu if device.type == "cpu" else 1 << 22
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

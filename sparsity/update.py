@@ -1,8 +1,8 @@
-"""How masks change beside the schedule: whether pruned weights may come back, when, and what decides it.
+"""Updates: whether pruned weights may come back, when, and by what rule.
 
-The schedule says how many weights are kept. An update says which of the others may return: none (`Shrink`, the default), a
-share of them at set steps (`Set`, `Rigl`), any at each choice of masks (`Ste`), or all in dense phases (`AcDc`). Importing
-this needs no torch; `sparsity.moves` and `sparsity.latent` do the work.
+The schedule says how many weights are kept. An update says which of the others may return: none (`Shrink`, the default), some
+at regular steps (`Set`, `Rigl`), any whenever masks are chosen (`Ste`), or all in dense phases (`AcDc`). Importing this needs
+no torch; `sparsity.rules` applies an update with `sparsity.moves` and `sparsity.latent`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from sparsity.registry import Method, Registry
 from sparsity.schedule import Alternating, Schedule
 
 WEIGHT_GRADIENT_SHARE = 1 / 3
-"""Share of a step's compute that the gradients of the weights take; forward and the gradients of inputs take the rest."""
+"""Share of a step's compute spent on weight gradients; the forward pass and input gradients take the rest."""
 
 
 @dataclass(frozen=True)
 class Update(Method):
-    """How masks change beside the schedule."""
+    """The rule by which masks change in addition to the schedule's events."""
 
     lets_return = False
     """Whether a pruned weight may come back."""
     gradients = "masked"
-    """Which weights have a gradient: the kept ones ("masked"), at moves all of them ("at moves"), or always all ("dense")."""
+    """Weights whose gradients are used: the kept ones ("masked"), all at moves ("at moves"), or always all ("dense")."""
     state_bytes = 0
-    """Bytes of a weight that are kept and saved besides its mask."""
+    """Bytes for each weight that are held and saved in addition to its mask."""
     move_bytes = 0
-    """Bytes of a weight that a move by gradients takes: the gradients in float32, a copy to compare, the candidates."""
+    """Bytes for each weight that a move by gradients takes: float32 gradients, a copy to compare, the candidates' mask."""
 
     def moves(self, schedule: Schedule, num_steps: int) -> frozenset[int]:
-        """Return the steps of a run at which masks move besides the schedule's events."""
+        """Return the steps of a run at which masks move in addition to the schedule's events."""
         return frozenset()
 
     def extra_compute(self, schedule: Schedule, num_steps: int) -> float:
@@ -44,7 +44,7 @@ class Update(Method):
         return WEIGHT_GRADIENT_SHARE * math.fsum(1 - schedule.density(step) for step in self.moves(schedule, num_steps))
 
     def check(self, schedule: Schedule, pattern: object) -> None:
-        """Raise a ValueError if the update does not go together with the schedule or the pattern (None: unstructured)."""
+        """Raise a ValueError if the update cannot be combined with the schedule or the pattern (None: unstructured)."""
         if isinstance(schedule, Alternating):
             raise ValueError(
                 f"schedule=alternating has dense phases, in which all weights return, and update={self.name} has none: take "
@@ -62,14 +62,14 @@ class Shrink(Update):
 
 @dataclass(frozen=True)
 class Moving(Update):
-    """Masks that move every `every_steps` steps, while the run is younger than the share `end` of its steps."""
+    """Masks that move every `every_steps` steps until the share `end` of the run's steps is done."""
 
     lets_return = True
 
     share: float = 0.3
     """Share of the kept weights that is replaced at the first move; it falls to 0 by a cosine."""
     every_steps: int | None = None
-    """Steps between moves; without it a fortieth of the run, at most 100."""
+    """Steps between moves; None: a fortieth of the run, at most 100."""
     end: float = 0.75
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class Moving(Update):
 
 @dataclass(frozen=True)
 class Regrowing(Moving):
-    """Moves that drop the lowest of the kept weights and grow as many of the pruned ones, which start at 0."""
+    """Moves that drop the lowest kept weights and grow as many pruned ones, which start at 0."""
 
     grows_by: Literal["gradient", "random"] = "random"
 

@@ -1,7 +1,7 @@
-"""Windows as users write them, in steps, tokens or shares of the run's compute, turned into schedules of whole steps.
+"""Conversion of windows in steps, tokens or shares of the run's compute into schedules of whole steps.
 
-The compute of a window depends on its schedule through one figure alone, the mean density between its first and its
-last event, so one solver serves all schedules.
+The compute of a window depends on its schedule only through the mean density between its first and its last event, so one
+solver works for all schedules.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from sparsity.schedule import DEFAULT_EVERY_STEPS, Geometric, Ramp
 
 Unit = Literal["auto", "steps", "tokens", "compute"]
 Shares = Sequence[tuple[float, float]]
-"""(share of the prunable weights, sparsity that they end with) of each group of weights."""
+"""(share of the prunable weights, final sparsity) for each group of weights."""
 DEFAULT_NUM_INTERVALS = 20
 
 
 def mean_window_density(kind: type[Ramp], shares: Shares, num_events: int) -> float:
-    """Mean density from the first event of a window to just before its last."""
+    """Return the mean density from the first event of a window until just before its last."""
     if num_events < 2:
         return 1.0
     return math.fsum(
@@ -40,12 +40,22 @@ def compute_window(
     kind: type[Ramp] = Geometric,
     shares: Shares | None = None,
 ) -> tuple[Ramp, int]:
-    """The schedule that prunes from the share `start` to the share `end` of the run's compute, and its steps.
+    """Return the schedule that prunes from the share `start` to the share `end` of the run's compute, and the run's steps.
 
-    Either the number of steps is given or the compute `budget` in dense-equivalent steps, from which the number of
-    steps follows. Start and window are multiples of `every_steps`, so the shares hold to within one interval. Where
-    `every_steps` is None it is a twentieth of the window, at most 100. `shares` names groups with sparsities of their
-    own; without it all weights end with `sparsity`.
+    Start and window are multiples of `every_steps`, so the shares are exact to within one interval.
+
+    Args:
+        sparsity: The final sparsity.
+        start: The share of the compute at the first event.
+        end: The share of the compute at the last event.
+        num_steps: The steps of the run; give either these or `budget`.
+        budget: The compute of the run in dense-equivalent steps, from which the number of steps follows.
+        every_steps: Steps between events; None: a twentieth of the window, at most 100.
+        kind: The class of the schedule.
+        shares: Groups with their own final sparsities; None: all weights end at `sparsity`.
+
+    Raises:
+        ValueError: The shares are not in order, or the window is too short for `every_steps`.
     """
     if (num_steps is None) == (budget is None):
         raise ValueError("Give either the number of steps or a compute budget.")
@@ -93,9 +103,21 @@ def schedule_of_window(
     kind: type[Ramp] = Geometric,
     shares: Shares | None = None,
 ) -> Ramp:
-    """The schedule of a window as users write it: in steps, in tokens, or in shares of the run's compute.
+    """Return the schedule of a window in steps, in tokens, or in shares of the run's compute.
 
-    `auto` reads two numbers up to 1 as shares and larger ones as steps. The schedule is checked to end inside the run.
+    Args:
+        sparsity: The final sparsity.
+        start: The first event, in the unit `of`.
+        end: The last event, in the unit `of`.
+        of: The unit; "auto" reads two numbers up to 1 as shares of compute and larger ones as steps.
+        every_steps: Steps between events; None derives them from the window.
+        num_steps: The steps of the run.
+        batch_tokens: Tokens of a step.
+        kind: The class of the schedule.
+        shares: Groups with their own final sparsities; None: all weights end at `sparsity`.
+
+    Raises:
+        ValueError: The window is reversed, mixes units, is not in whole steps, or does not end inside the run.
     """
     if of == "auto":
         if max(start, end) > 1 and any(0 < value < 1 for value in (start, end)):
@@ -123,7 +145,7 @@ def schedule_of_window(
 
 
 def _interval(window: int, events_per_phase: int) -> int:
-    """The longest interval of at most 100 steps that divides the window into at least 7, that is 8 events."""
+    """Return the longest interval, at most 100 steps, that divides the window into at least 7 intervals (8 events)."""
     longest = max(1, min(DEFAULT_EVERY_STEPS, window // 7))
     interval = next(n for n in range(longest, 0, -1) if n == 1 or window % (n * events_per_phase) == 0)
     if interval * 10 < longest:

@@ -1,4 +1,4 @@
-"""Wrappers that hide a model's weights: what cannot be pruned right is refused before anything is pruned wrong."""
+"""Checks for wrappers that hide a model's weights, so that pruning would not last."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.torch_version import TorchVersion
 from transformers import TrainingArguments
 
 OFFLOADS_BEFORE_HOOKS = "2.13"
-"""The first torch that has an offloaded gradient on the CPU before it calls the parameter's hooks (2.12.1 does not)."""
+"""The first torch that finishes copying an offloaded gradient before it calls the parameter's hooks (2.12.1 does not)."""
 
 
 def check_weights_are_in_reach(model: nn.Module, args: TrainingArguments | None = None) -> None:
-    """Refuse a model whose pruned weights would come back.
+    """Raise a ValueError if a wrapper would bring pruned weights back.
 
     Args:
         model: The prepared model.
-        args: The Trainer's arguments, which know of DeepSpeed.
+        args: The Trainer's arguments, which say whether DeepSpeed is used.
 
     Raises:
-        ValueError: under FSDP1, which flattens parameters; under DeepSpeed, which trains copies of its own; and when FSDP2
-            offloads to the CPU with a torch that copies gradients there while they are masked.
+        ValueError: The model is under FSDP1, which flattens parameters; under DeepSpeed, which trains its own copies; or
+            FSDP2 offloads to the CPU with a torch that still copies gradients there while they are masked.
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
@@ -50,7 +50,7 @@ def offloads_through_pinned_memory(model: nn.Module) -> bool:
 
 
 def fsdp2_groups(module: nn.Module) -> list[Any]:
-    """FSDP2's groups of parameters of this module: one or none in torch 2.11, a list from 2.13 on."""
+    """Return FSDP2's parameter groups of this module: torch 2.11 holds one or none, torch 2.13 and later a list."""
     if not isinstance(module, FSDPModule):
         return []
     state = module._get_fsdp_state()

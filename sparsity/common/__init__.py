@@ -1,1 +1,1 @@
-"""What every room may use: files that survive a crash, safetensors headers, numbers as people read them. No torch."""
+"""Helpers that all packages may use: files that survive a crash, safetensors headers, numbers as text. No torch."""

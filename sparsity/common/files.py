@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, also after a crash: written aside, synced to the disk, then renamed."""
+"""Files and folders that are whole or absent, even after a crash: written aside, synced to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8); a crash leaves the old file or the new one."""
+    """Write `text` (UTF-8) to `path`; a crash leaves the old file or the new one."""
     with aside(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`; sync the file written there and rename it to `path`, or remove it after an error."""
+    """Yield a temporary path beside `path`; sync the file written there and rename it to `path`, or remove it on error."""
     partial = _partial(path)
     try:
         yield partial
@@ -32,7 +32,7 @@ def aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_aside(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder`; publish it under that name, or remove it after an error."""
+    """Yield a new folder beside `folder`; rename it to `folder` at the end, or remove it on error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(folder)
     partial.mkdir()
@@ -44,7 +44,7 @@ def folder_aside(folder: Path) -> Iterator[Path]:
 
 
 def publish_folder(partial: Path, folder: Path) -> None:
-    """Sync all of `partial` and rename it to `folder`, whose old contents disappear in one step."""
+    """Sync all of `partial` and rename it to `folder`, after removing an old folder of that name."""
     for path in partial.rglob("*"):
         sync(path)
     sync(partial)
@@ -54,7 +54,7 @@ def publish_folder(partial: Path, folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Take the folder's name away in one step, then delete its files."""
+    """Rename the folder away in one step, then delete it, so that its name never holds half of its files."""
     if not folder.exists():
         return
     doomed = folder.with_name(f".{folder.name}.removed")
@@ -85,19 +85,19 @@ def sha256_of(path: str | Path) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free bytes of the disk that holds `path`, or will hold it."""
+    """Return the free bytes of the disk that holds or will hold `path`."""
     place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
     return shutil.disk_usage(place).free
 
 
 def check_room(path: Path, num_bytes: int, what: str, remedy: str) -> None:
-    """Refuse to write what does not fit on the disk of `path`.
+    """Raise a ValueError if the disk of `path` has too little room.
 
     Args:
         path: File or folder to write; it need not exist.
         num_bytes: Bytes to write.
-        what: What needs them, for the error: "the run's model and checkpoints".
-        remedy: What the user can do beside freeing space.
+        what: The thing that needs them, for the error: "the run's model and checkpoints".
+        remedy: What the user can do besides freeing space.
 
     Raises:
         ValueError: Fewer than `num_bytes` are free.

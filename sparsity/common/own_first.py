@@ -1,4 +1,7 @@
-"""Let `python -m` find our packages before a user's files of the same names. Run by path: nothing of ours is found yet."""
+"""Let `python -m` find our packages before a user's files of the same names.
+
+This file is run by its path, because our packages cannot be imported before it ran.
+"""
 
 import sys
 from pathlib import Path
@@ -8,5 +11,5 @@ if (
     and not sys.flags.safe_path
     and Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[2]
 ):
-    # `python -m` puts the current folder first, with a user's own train.py or conf/.
+    # `python -m` puts the current folder first, which may hold a user's own train.py or conf/.
     sys.path.append(sys.path.pop(0))

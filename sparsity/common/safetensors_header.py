@@ -1,6 +1,6 @@
-"""The header of a safetensors file, believed only after every number in it was checked against the file's size.
+"""Reading and writing the header of a safetensors file; every number read is checked against the file's size.
 
-The layout is the format's: the header's length (u64, little-endian), the header (json), the tensors one after another.
+The format's layout: the header's length (u64, little-endian), the header (json), then the tensors one after another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_DIMS = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor: `start` counts from the end of the header."""
+    """One stored tensor; `start` is its first byte, counted from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,20 +37,22 @@ class Entry:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of an item; 0 where items are not whole bytes."""
+        """Bytes of an item; 0 if items are not whole bytes."""
         return BITS[self.dtype] // 8 if BITS[self.dtype] % 8 == 0 else 0
 
 
 @dataclass(frozen=True)
 class Header:
+    """The header of a safetensors file: its metadata and its tensors by name."""
+
     metadata: dict[str, str]
     entries: dict[str, Entry]
     num_bytes: int
-    """Where the tensors begin: the header with its length."""
+    """Bytes before the first tensor: the length and the header."""
 
 
 def read_header(path: Path) -> Header:
-    """The checked header of `path`; a ValueError where the file is not a whole and sound safetensors file."""
+    """Return the checked header of `path`; raise a ValueError if it is not a complete, valid safetensors file."""
     # A pipe or a device would block or never end.
     if not path.is_file():
         raise ValueError(f"{path} is not a file: copy the folder again.")
@@ -62,7 +64,7 @@ def read_header(path: Path) -> Header:
 
 
 def format_header(metadata: Mapping[str, str], entries: Mapping[str, Entry], num_bytes: int = 0) -> bytes:
-    """Length and json of `entries`, filled up with spaces to `num_bytes` and a multiple of 8."""
+    """Return a header's length and json, padded with spaces to at least `num_bytes` and a multiple of 8."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, entry in entries.items():
         offsets = [entry.start, entry.start + entry.num_bytes]
@@ -76,7 +78,7 @@ def format_header(metadata: Mapping[str, str], entries: Mapping[str, Entry], num
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON without what JSON forbids: duplicate keys, NaN, bytes that are no text. A ValueError in one line."""
+    """Parse JSON strictly: raise a ValueError of one line for duplicate keys, NaN, and bytes that are not text."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError as error:
@@ -86,7 +88,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def checked_shape(shape: Any) -> tuple[int, ...]:
-    """A list of sizes as a tuple; a ValueError for anything else."""
+    """Return a list of sizes as a tuple; raise a ValueError for anything else."""
     if not isinstance(shape, list) or len(shape) > _MOST_DIMS:
         raise ValueError("a shape is not a list of at most 64 sizes")
     if not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):

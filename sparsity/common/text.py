@@ -1,4 +1,4 @@
-"""Numbers and tables as people read them: rounded half-up, as in the model cards of the published series, with units."""
+"""Numbers and tables as text: rounded half up, as in the model cards of the published series, and with units."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from decimal import ROUND_HALF_UP, Decimal
 
 
 def half_up(value: float | Decimal, digits: int) -> str:
-    """Return `value` with `digits` decimals, halves away from zero: 2.675 gives 2.68.
+    """Return `value` rounded to `digits` decimals, halves away from zero: 2.675 gives 2.68.
 
-    A float counts as the decimal number that Python prints for it; one of 1e15 or more is written with an exponent.
+    A float is rounded as the decimal number that Python prints; 1e15 and more are written with an exponent.
     """
     number = value if isinstance(value, Decimal) else Decimal(repr(float(value)))
     if not number.is_finite():
@@ -21,7 +21,7 @@ def half_up(value: float | Decimal, digits: int) -> str:
 
 
 def finite_text(value: float, digits: int) -> str:
-    """Return `half_up`, or "not finite"."""
+    """Return the text of `half_up`, or "not finite"."""
     return half_up(value, digits) if math.isfinite(value) else "not finite"
 
 
@@ -40,7 +40,7 @@ def percent_text(share: float) -> str:
 
 
 def power_text(value: float) -> str:
-    """Return a number by its power of ten, as the cards write learning rates: 0.0003 as 3e-4."""
+    """Return a number with its power of ten, as model cards write learning rates: 0.0003 as 3e-4."""
     mantissa, exponent = f"{value:e}".split("e")
     return f"{Decimal(mantissa).normalize():f}e{int(exponent)}"
 

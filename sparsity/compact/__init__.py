@@ -1,10 +1,11 @@
-"""Compact checkpoints: a sparse model in the bytes of its kept weights and one bit a weight (docs/compact.md).
+"""Compact checkpoints: a sparse model stored as its kept weights and one bit for each weight (docs/compact.md).
 
     import sparsity.compact
     model = AutoModelForCausalLM.from_pretrained("compact-folder")
 
-Importing this makes transformers know the format. `compact_folder` writes it, `expand_folder` a plain folder from it.
-`sparse_linears_` keeps a loaded model's linear layers sparse in memory, as `CompactWeights(dequantize=False)` does.
+Importing this registers the format with transformers. `compact_folder` writes a compact folder, and `expand_folder` turns it
+back into a plain one. `sparse_linears_` keeps a loaded model's linear layers sparse in memory, as
+`CompactWeights(dequantize=False)` does.
 """
 
 from sparsity.compact.contents import METHOD, VERSIONS

@@ -1,6 +1,6 @@
-"""A tensor as its kept items and a bitmask, block by block, on bits alone: no value is ever interpreted.
+"""A tensor as its kept items and a bitmask, converted block by block by its bits; values are never interpreted.
 
-An item is pruned only where all of its bits are zero. -0.0, NaN payloads and denormals are kept, so nothing is lost.
+An item counts as pruned only if all of its bits are zero. -0.0, NaN payloads and denormals are kept, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from sparsity.mask import pack_mask, unpack_mask
 
-# A multiple of 64, so that the blocks' masks join without shifting; small enough for a core's cache.
+# A multiple of 64, so that the masks of blocks join without shifting, and small enough for a core's cache.
 BLOCK = 1 << 18
 _BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bitmask_bytes(numel: int) -> int:
-    """Whole 64-bit words, so that what follows a mask in a file stays aligned."""
+    """Return the bytes of a bitmask: whole 64-bit words, so that data after a mask in a file stays aligned."""
     return 8 * -(-numel // 64)
 
 
 def compress(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bitmask, uint8 [bitmask_bytes(n)], and the kept ones of `items`, unsigned integers [n]."""
+    """Return the bitmask, uint8 [bitmask_bytes(n)], and the kept items of `items`, unsigned integers [n]."""
     kept = items != 0
     bits = np.zeros(bitmask_bytes(items.size), np.uint8)
     packed = pack_mask(torch.from_numpy(kept)).numpy()
@@ -33,7 +33,7 @@ def compress(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expand(bitmask: np.ndarray, kept: np.ndarray, numel: int) -> Iterator[np.ndarray]:
-    """The `numel` items in blocks; a ValueError where the mask keeps other than `kept.size` of them."""
+    """Yield the `numel` items in blocks; raise a ValueError if the mask does not keep exactly `kept.size` of them."""
     position = 0
     for places, size in _places(bitmask, numel):
         if position + places.size > kept.size:
@@ -46,7 +46,7 @@ def expand(bitmask: np.ndarray, kept: np.ndarray, numel: int) -> Iterator[np.nda
 
 
 def check_bitmask(bitmask: np.ndarray, numel: int, num_kept: int) -> None:
-    """A ValueError unless exactly `num_kept` bits are set, all of them below `numel`."""
+    """Raise a ValueError unless exactly `num_kept` bits are set, all of them below `numel`."""
     if bitmask.size != bitmask_bytes(numel):
         raise ValueError(f"a bitmask of {bitmask.size} bytes is not of {numel} weights ({bitmask_bytes(numel)} bytes)")
     found = sum(
@@ -60,7 +60,11 @@ def check_bitmask(bitmask: np.ndarray, numel: int, num_kept: int) -> None:
 
 
 def expand_tensor(bitmask: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
-    """The dense tensor of `shape` on the device of `kept`; a ValueError where mask, number and shape disagree."""
+    """Return the dense tensor of `shape` on the device of `kept`.
+
+    Raises:
+        ValueError: The mask, the number of kept values and the shape do not agree.
+    """
     numel = shape.numel()
     if bitmask.numel() != bitmask_bytes(numel):
         raise ValueError(f"a bitmask of {bitmask.numel()} bytes is not of a tensor of shape {tuple(shape)}")
@@ -76,7 +80,7 @@ def expand_tensor(bitmask: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
 
 
 def expand_on_device(bitmask: Tensor, kept: Tensor, numel: int) -> Tensor:
-    """`expand` in torch's own operations, few and large blocks: each costs an accelerator a synchronization."""
+    """Do the same as `expand` in torch; blocks are large, because each one costs a device synchronization."""
     out = torch.zeros(numel, dtype=kept.dtype, device=kept.device)
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     position, size = 0, BLOCK << 6
@@ -94,7 +98,7 @@ def expand_on_device(bitmask: Tensor, kept: Tensor, numel: int) -> Tensor:
 
 
 def _places(bitmask: np.ndarray, numel: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Which items of each block are kept, and the block's size."""
+    """Yield the places of the kept items in each block, and the block's size."""
     for start in range(0, numel, BLOCK):
         size = min(BLOCK, numel - start)
         bits = torch.from_numpy(bitmask[start // 8 : -(-(start + size) // 8)])

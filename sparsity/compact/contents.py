@@ -1,4 +1,4 @@
-"""What a compact file holds: its tensors by name, with their dense shapes and where their parts lie (docs/compact.md)."""
+"""The contents of a compact file: its tensors with their dense shapes and the places of their parts (docs/compact.md)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sparsity.common.safetensors_header import Entry, Header, checked_shape, par
 from sparsity.compact.bitmask import bitmask_bytes
 
 VERSIONS = (1, 2)
-"""Those that this reads. It writes 1, and 2 only for a file with rounded values or row starts."""
+"""The versions that this reads. It writes version 1, or 2 for a file with rounded values or row starts."""
 METHOD = "sparsellm-compact"
 """The `quant_method` in config.json, and the key of a file's metadata."""
 BITMASK, STARTS, SCALES = ".bitmask", ".bitmask_row_starts", ".bitmask_scales"
-"""What the names of a tensor's parts end with; its values have its own name."""
+"""The endings of the names of a tensor's parts; its values have the tensor's own name."""
 SUFFIXES = (BITMASK, STARTS, SCALES)
 CODE_BITS = {"I8": 8, "U8": 4}
-"""Bits of a rounded value by the type that codes are stored in."""
+"""Bits of a rounded value, by the type that its code is stored in."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of the model: its dense shape and the entries of its parts, all but `values` only if it is sparse."""
+    """One tensor of the model: its dense shape and the entries of its parts. A dense tensor has only `values`."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,11 +36,11 @@ class Stored:
     bitmask: Entry | None
     crc32: int
     starts: Entry | None = None
-    """Kept weights before each row, and all of them: I64 [rows + 1]."""
+    """The number of kept weights before each row, and the total at the end: I64 [rows + 1]."""
     scales: Entry | None = None
-    """Of rounded values, which are then codes."""
+    """The scales of rounded values; `values` are then codes."""
     kept: int | None = None
-    """The number of rounded values; others are as many as `values` has."""
+    """The number of kept values if they are rounded; None if not, because `values` then has as many items."""
 
     @property
     def dtype(self) -> str:
@@ -60,7 +60,7 @@ class Stored:
 
     @property
     def parts(self) -> dict[str, Entry]:
-        """Entries by stored name, in the order of the file and of the checksum."""
+        """The entries by stored name, in the order of the file and of the checksum."""
         found = {
             self.name + BITMASK: self.bitmask, self.name + STARTS: self.starts, self.name: self.values,
             self.name + SCALES: self.scales,
@@ -73,16 +73,17 @@ class Stored:
 
 
 def is_compact(header: Header) -> bool:
+    """Return whether a file with this header is in the compact format."""
     return METHOD in header.metadata
 
 
 def start_crc32(name: str, dtype: str, shape: Iterable[int]) -> int:
-    """The checksum of what a header says of a tensor; its mask and values continue it."""
+    """Return the checksum of a tensor's name, type and shape; the checksum of its parts continues it."""
     return zlib.crc32(f"{name} {dtype} {','.join(map(str, shape))}\n".encode())
 
 
 def format_contents(tensors: Iterable[Stored]) -> str:
-    """The text under `METHOD` in a file's metadata."""
+    """Return the text under `METHOD` in a file's metadata."""
     tensors = list(tensors)
     table = {}
     for tensor in tensors:
@@ -96,12 +97,16 @@ def format_contents(tensors: Iterable[Stored]) -> str:
 
 
 def version_of(tensors: Iterable[Stored]) -> int:
-    """The first version that has what `tensors` need."""
+    """Return the lowest version that can hold `tensors`."""
     return 2 if any(tensor.kept is not None or tensor.starts is not None for tensor in tensors) else 1
 
 
 def read_contents(path: Path) -> tuple[Header, list[Stored]]:
-    """The header of a compact file and its tensors in the order of their data; a ValueError where they contradict."""
+    """Return the header of a compact file and its tensors in the order of their data.
+
+    Raises:
+        ValueError: The file is not compact, or its header and its list of tensors contradict each other.
+    """
     header = read_header(path)
     if not is_compact(header):
         raise ValueError(f"{path} is not compact: it has no {METHOD} in its metadata, so it loads as it is.")
@@ -112,6 +117,7 @@ def read_contents(path: Path) -> tuple[Header, list[Stored]]:
 
 
 def check_version(version: Any, place: object) -> None:
+    """Raise a ValueError if this cannot read a version of the format; `place` says where it was found."""
     if type(version) is not int or version not in VERSIONS:
         raise ValueError(
             f"{place} has version {version!r} of the compact format where this reads 1 and 2: use the version of sparsellm "

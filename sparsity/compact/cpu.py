@@ -1,7 +1,8 @@
-"""A sparse matrix times a vector on a CPU, compiled by numba. Importing this needs numba (`pip install .[cpu]`).
+"""The product of a sparse matrix and a vector on a CPU, compiled by numba.
 
-The matrix is a `Packed` (`sparsity.compact.packed`) with bases. Eight sums run side by side, one a slot, so that no addition
-waits for the one before. Indices are unsigned: numba checks signed ones for negative values.
+Importing this needs numba (`pip install .[cpu]`). The matrix is a `Packed` (`sparsity.compact.packed`) with bases. Each of
+the eight slots has its own sum, so that no addition waits for the previous one. Indices are unsigned, because numba checks
+signed ones for negative values.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from torch import Tensor
 from sparsity.compact.packed import Packed
 
 LEAST_WEIGHTS = 1 << 16
-"""Kept weights that are worth a thread."""
+"""The fewest kept weights that are worth a thread."""
 
 
 def can_multiply(packed: Packed) -> bool:
-    """Return whether the matrix is of a kind that `spmv` takes: any but float16, float64 and those without bases."""
+    """Return whether `spmv` accepts the matrix: it has bases, and its values are bfloat16, float32 or int8."""
     return packed.bases.numel() > 0 and packed.values.dtype in _READ
 
 
@@ -34,9 +35,9 @@ def spmv(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x @ W.T + bias` for the few vectors x [batch, columns], summed in float32, always in the same order.
 
     Args:
-        packed: W on the CPU, one that `can_multiply`.
-        x: Vectors in any floating-point type; the result has the same.
-        bias: One number a row.
+        packed: W on the CPU; `can_multiply` must hold for it.
+        x: Vectors in any floating-point type, which the result has too.
+        bias: One number for each row of W.
     """
     y = torch.empty(len(x), packed.rows)
     multiply, values = (
@@ -66,7 +67,7 @@ def spmv(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @intrinsic
 def _as_float(context: Any, bits: Any) -> Any:
-    """The float32 of an int32's bits."""
+    """Reinterpret the bits of an int32 as a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
@@ -76,7 +77,7 @@ def _as_float(context: Any, bits: Any) -> Any:
 
 @njit(inline="always")
 def _read_halves(values, word, slot):  # type: ignore[no-untyped-def]
-    """bfloat16 in pairs: the second is the high half of an int32, and the first its low half."""
+    """Read a bfloat16 from a pair in an int32: the first is the low half, the second the high half."""
     pair = values[word, slot // 2]
     return _as_float(pair & np.int32(-65536)) if slot % 2 else _as_float(pair << np.int32(16))
 
@@ -94,7 +95,7 @@ _VIEW = {torch.bfloat16: torch.int32}
 
 @cache
 def _product(dtype: torch.dtype) -> Callable[..., None]:
-    """The compiled product for values of one type, which takes a second or two the first time."""
+    """Compile the product for values of one type, which takes a second or two the first time."""
     read = _READ[dtype]
 
     @njit(nogil=True)
@@ -127,7 +128,7 @@ def _product(dtype: torch.dtype) -> Callable[..., None]:
 
 
 def _edges(packed: Packed) -> list[int]:
-    """Rows at which the parts for torch's threads begin, and all rows."""
+    """Return the first row of each thread's part, and the number of rows at the end."""
     parts = max(1, min(torch.get_num_threads(), packed.rows, packed.values.numel() // LEAST_WEIGHTS))
     return [packed.rows * part // parts for part in range(parts + 1)]
 

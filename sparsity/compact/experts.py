@@ -1,4 +1,4 @@
-"""Experts that a compact folder holds one by one, for a model that holds them stacked in one parameter."""
+"""Loading of experts that a compact folder stores one by one into a model that stacks them in one parameter."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sparsity.compact.contents import BITMASK
 
 
 class ExpandExperts(ConversionOps):
-    """The bitmasks and values of experts -> their dense tensors, which the model's own operations then stack.
+    """The conversion of experts' bitmasks and values to dense tensors, which the model's own operations then stack.
 
     Args:
-        stacking: transformers' conversion of the dense experts.
+        stacking: The conversion by which transformers stacks dense experts.
     """
 
     def __init__(self, stacking: WeightConverter) -> None:
@@ -31,7 +31,7 @@ class ExpandExperts(ConversionOps):
         shape = torch.Size((rows // len(parts), columns))
         dense = {}
         for pattern in parts:
-            # An expert that a bitmask would not make smaller has none: its tensor is a matrix, kept values are a list.
+            # An expert that a bitmask would not make smaller is stored as a matrix; the kept values of others are a list.
             masks = iter(input_dict.get(pattern + BITMASK, ()))
             dense[pattern] = [
                 tensor if tensor.dim() == 2 else expand_tensor(next(masks), tensor, shape)
@@ -41,19 +41,19 @@ class ExpandExperts(ConversionOps):
 
 
 def stacks(conversion: Any, name: str) -> bool:
-    """Tell whether a conversion stacks the expert `name` with others, in no other way than along their own dimension."""
+    """Return whether a conversion stacks the expert `name` with others in one of the two known ways."""
     operations = [
         (type(operation), getattr(operation, "dim", None)) for operation in getattr(conversion, "operations", ())
     ]
     is_known = operations in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
-    # A copy: a conversion remembers that it was asked.
+    # On a copy, because a conversion records the names that it was asked for.
     return is_known and deepcopy(conversion).rename_source_key(name)[1] is not None
 
 
 def with_bitmasks(conversion: WeightConverter) -> WeightConverter:
-    """Return the conversion that expands experts before it stacks them."""
+    """Return a conversion that expands experts before it stacks them."""
     patterns = list(conversion.source_patterns)
-    # Bitmasks first: the name of the values is the beginning of the mask's.
+    # Bitmasks come first, because the name of the values is a prefix of the mask's name.
     return WeightConverter(
         [*(pattern + BITMASK for pattern in patterns), *patterns],
         list(conversion.target_patterns),
@@ -62,6 +62,6 @@ def with_bitmasks(conversion: WeightConverter) -> WeightConverter:
 
 
 def stacking_of(conversion: Any) -> Any:
-    """Return transformers' own conversion where `with_bitmasks` made this one, else the conversion itself."""
+    """Return transformers' own conversion if `with_bitmasks` made this one, else the conversion itself."""
     first = next(iter(getattr(conversion, "operations", ())), None)
     return first.stacking if isinstance(first, ExpandExperts) else conversion

@@ -1,4 +1,4 @@
-"""One safetensors file made compact, or plain again: streamed, with less than one tensor in memory."""
+"""Conversion of one safetensors file to the compact form and back, streamed with less than one tensor in memory."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from sparsity.compact.pieces import BITS_OF_SIZE, TORCH, How, Pieces, sparse_pie
 from sparsity.compact.rounding import restore_stored, row_counts
 
 Progress = Callable[[int], object]
-"""Called with numbers of bytes of dense data that are done."""
+"""Called with the number of bytes of dense data done since the last call."""
 _CHUNK = 4 << 20
 
 
 def compact_file(
     source: Path, target: Path | None, dtype: str | None = None, progress: Progress = int, how: How | None = None
 ) -> list[Stored]:
-    """Write the compact form of `source` to `target`, and return what it holds; nothing is written where it is None.
+    """Write the compact form of `source` to `target` and return its tensors; if `target` is None, write nothing.
 
-    At most one tensor's kept values are held. `dtype` stands for `How(dtype)`.
+    Memory holds at most one tensor's kept values. `dtype` is short for `How(dtype)`.
     """
     how = how or How(dtype)
     header = read_header(source)
@@ -59,7 +59,7 @@ def compact_file(
 
 
 def expand_file(source: Path, target: Path, progress: Progress = int) -> list[Stored]:
-    """Write the plain form of the compact file `source` to `target`; a ValueError where a tensor is damaged."""
+    """Write the plain form of the compact file `source` to `target`; raise a ValueError if a tensor is damaged."""
     header, stored = read_contents(source)
     entries, end = {}, 0
     for tensor in stored:
@@ -77,7 +77,7 @@ def expand_file(source: Path, target: Path, progress: Progress = int) -> list[St
 
 
 def check_file(path: Path) -> list[Stored]:
-    """What a compact file holds; a ValueError where a tensor has another checksum or number of kept weights."""
+    """Return the tensors of a compact file; raise a ValueError if a checksum or a number of kept weights is wrong."""
     header, stored = read_contents(path)
     with open(path, "rb", buffering=0) as file:
         for tensor in stored:
@@ -90,7 +90,7 @@ def check_file(path: Path) -> list[Stored]:
 
 
 def check_plain(path: Path, header: Header) -> None:
-    """A ValueError for a file that is compact already or could not be told from one."""
+    """Raise a ValueError if a file is compact already, or has tensor names that the format cannot hold."""
     if is_compact(header):
         raise ValueError(f"{path} is compact already: load it after `import sparsity.compact`, or expand it.")
     for name in header.entries:
@@ -106,9 +106,9 @@ def check_plain(path: Path, header: Header) -> None:
 
 
 def _compacted(file: BinaryIO, header: Header, how: How, progress: Progress, out: BinaryIO | None) -> Iterator[Stored]:
-    """Every tensor of `file` in its compact form, written to `out` one after another."""
+    """Write every tensor of `file` to `out` in its compact form, one after another; yield what was written."""
     position = 0
-    # The widest items first: masks, starts and codes are whole 64-bit words, so all tensors lie aligned.
+    # The widest items first: masks, starts and codes are whole 64-bit words, so all tensors are aligned.
     order = sorted(header.entries.items(), key=lambda item: (-_final(item[1], how.dtype).item_bytes, item[1].start))
     for name, entry in order:
         final = _final(entry, how.dtype)
@@ -118,7 +118,7 @@ def _compacted(file: BinaryIO, header: Header, how: How, progress: Progress, out
         for part, found, data in pieces.parts():
             parts[part] = replace(found, start=position)
             position += found.num_bytes
-            # Of a dense tensor nothing is read if nothing is written.
+            # If nothing is written, the data of a dense tensor is never read.
             for piece in data if out is not None else ():
                 crc32 = zlib.crc32(piece.data, crc32)
                 _write(out, piece)
@@ -127,7 +127,7 @@ def _compacted(file: BinaryIO, header: Header, how: How, progress: Progress, out
 
 
 def _pieces(file: BinaryIO, header: Header, name: str, entry: Entry, how: How) -> Pieces:
-    """A tensor's mask and kept values, or its dense values where these take no more bytes."""
+    """Return a tensor's mask and kept values, or its dense values if these take no more bytes."""
     final = _final(entry, how.dtype)
     dense = Pieces(final, _items(file, header, entry, final.dtype))
     mask_bytes = bitmask_bytes(entry.numel)
@@ -150,7 +150,7 @@ def _pieces(file: BinaryIO, header: Header, name: str, entry: Entry, how: How) -
 
 
 def _items(file: BinaryIO, header: Header, entry: Entry, dtype: str) -> Iterator[np.ndarray]:
-    """The items of a dense tensor as unsigned integers, a block at a time, converted to `dtype`."""
+    """Yield the items of a dense tensor as unsigned integers, a block at a time, converted to `dtype`."""
     size = BLOCK * entry.item_bytes or _CHUNK
     for start in range(0, entry.num_bytes, size):
         data = _read(file, header.num_bytes + entry.start + start, min(size, entry.num_bytes - start))
@@ -161,7 +161,7 @@ def _items(file: BinaryIO, header: Header, entry: Entry, dtype: str) -> Iterator
 
 
 def _dense_pieces(file: BinaryIO, header: Header, tensor: Stored, path: Path) -> Iterator[np.ndarray]:
-    """The dense items of a stored tensor; those of a sparse one only after all of it was checked."""
+    """Yield the dense items of a stored tensor; a sparse tensor is checked completely first."""
     if tensor.bitmask is not None:
         bitmask, values = _read_sparse(file, header, tensor, path)
         yield from expand(bitmask, values, tensor.numel)
@@ -176,7 +176,7 @@ def _dense_pieces(file: BinaryIO, header: Header, tensor: Stored, path: Path) ->
 
 
 def _read_sparse(file: BinaryIO, header: Header, tensor: Stored, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The mask and the kept items of a sparse tensor as unsigned integers, checked."""
+    """Read and check a sparse tensor; return its mask and its kept items as unsigned integers."""
     data, crc32 = {}, start_crc32(tensor.name, tensor.dtype, tensor.shape)
     for name, entry in tensor.parts.items():
         data[name] = _read(file, header.num_bytes + entry.start, entry.num_bytes)
@@ -209,20 +209,20 @@ def _check_crc32(tensor: Stored, found: int, path: Path) -> None:
 
 
 def _final(entry: Entry, dtype: str | None) -> Entry:
-    """The dense entry after a conversion to `dtype`, of which only floating-point tensors take part."""
+    """Return the dense entry after a conversion to `dtype`, which affects only floating-point tensors."""
     if dtype is None or entry.dtype == dtype or entry.dtype not in TORCH:
         return entry
     return replace(entry, dtype=dtype, num_bytes=entry.numel * TORCH[dtype].itemsize)
 
 
 def _room_for_header(header: Header, how: How) -> int:
-    """Bytes that the compact file's header cannot exceed: as if every tensor had every part, at the highest offsets."""
+    """Return an upper bound of the compact file's header, in bytes: every tensor with every part at the highest offsets."""
     end = sum(
         3 * max(entry.num_bytes, 8 * entry.numel) + bitmask_bytes(entry.numel) + 16 for entry in header.entries.values()
     )
     stored, entries = [], {}
     for name, entry in header.entries.items():
-        # No conversion lengthens the name of a type beyond this, and no list of codes has more sizes than two.
+        # No conversion gives a longer type name than this, and a list of codes has at most two sizes.
         shape = (*entry.shape, end, end)
         values = Entry(max(entry.dtype, "BF16", key=len), shape, end, 0)
         more = values if how.rounding else None

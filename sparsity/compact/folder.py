@@ -1,4 +1,4 @@
-"""A transformers folder made compact, or plain again: the new folder appears only when it is whole."""
+"""Conversion of a transformers folder to the compact form and back; the new folder appears only once it is complete."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack",
     ".gguf", ".onnx",
 )  # fmt: skip
-"""Other weights, and what may be a pickle."""
+"""Endings of other weight files, and of files that may be pickles."""
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
 @dataclass
 class Folder:
-    """What a conversion read and wrote."""
+    """The result of a conversion: what it read and wrote."""
 
     source: Path
     out: Path
     tensors: list[Stored] = field(default_factory=list)
     source_bytes: int = 0
     out_bytes: int = 0
-    """Of the weight files, with their headers."""
+    """Bytes of the weight files, headers included."""
     not_copied: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weight files of a folder by name, and the index where there is one."""
+    """The weight files of a folder by name, and the index if there is one."""
 
     folder: Path
     names: tuple[str, ...]
@@ -68,14 +68,14 @@ def compact_folder(
 
     Args:
         source: A transformers folder with safetensors.
-        out: A folder that does not exist; it appears only when it is whole.
-        dtype: float32, bfloat16, float16 or float64, to which the weights are rounded first; None keeps every bit.
-        progress: Called with the bytes there are; what it returns is called with numbers of bytes that are done.
+        out: A folder that does not exist; it appears only once it is complete.
+        dtype: float32, bfloat16, float16 or float64; weights are converted to it first. None keeps every bit.
+        progress: Called with the total number of bytes; its result is called with the bytes done since the last call.
         rounding: How the kept values of sparse tensors are rounded to 8 or 4 bits; None keeps every bit.
-        row_starts: Whether the kept weights before each row are written as well.
+        row_starts: Whether to write the number of kept weights before each row too.
 
     Raises:
-        ValueError: Says in one sentence what is wrong.
+        ValueError: The source cannot be converted, or `out` is taken or its disk too full.
     """
     source, out = checked_places(source, out)
     files, config = weight_files(source), read_config(source)
@@ -89,7 +89,7 @@ def compact_folder(
     for path, header in headers.items():
         check_plain(path, header)
     _check_index(files, {path.name: list(header.entries) for path, header in headers.items()})
-    # No tensor grows by more than its name, so the exact size matters only where room is short.
+    # No tensor grows by more than its name, so the exact size is computed only if room is short.
     room = 2 * files.num_bytes if final in ("F32", "F64") or row_starts else files.num_bytes
     if free_bytes(out) < room + ROOM_FOR_SMALL_FILES:
         room = sum(tensor.stored_bytes for path in files.paths for tensor in compact_file(path, None, how=how))
@@ -111,10 +111,12 @@ def compact_folder(
 
 
 def expand_folder(source: str | Path, out: str | Path, progress: Callable[[int], Progress] | None = None) -> Folder:
-    """Write the plain form of the compact folder `source` to the new folder `out`, for those who load it without us.
+    """Write the plain form of the compact folder `source` to the new folder `out`, for use without this package.
 
-    Every tensor has the bits that it had before it was made compact. A ValueError says what is wrong or damaged; `out`
-    then does not appear.
+    Every tensor has the bits that it had before it was made compact, unless its values were converted or rounded then.
+
+    Raises:
+        ValueError: The source is not compact or is damaged, or `out` is taken or its disk too full. `out` does not appear.
     """
     source, out = checked_places(source, out)
     files, config = weight_files(source), read_config(source)
@@ -136,7 +138,7 @@ def expand_folder(source: str | Path, out: str | Path, progress: Callable[[int],
 
 
 def checked_places(source: str | Path, out: str | Path) -> tuple[Path, Path]:
-    """Both as paths; a ValueError where there is no source, or where `out` is taken."""
+    """Return both as paths; raise a ValueError if `source` is not a folder or `out` exists."""
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: give a transformers folder, such as a run's model/.")
@@ -148,7 +150,7 @@ def checked_places(source: str | Path, out: str | Path) -> tuple[Path, Path]:
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """The safetensors files that transformers would load from `folder`; a ValueError where there are none."""
+    """Return the safetensors files that transformers would load from `folder`; raise a ValueError if there are none."""
     if (folder / SINGLE).is_file():
         names, index = (SINGLE,), None
     elif (folder / INDEX).is_file():
@@ -157,7 +159,7 @@ def weight_files(folder: Path) -> WeightFiles:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX} has no weight_map: copy the folder again.")
         for name in weight_map.values():
-            # Only plain file names: an index must not lead out of its folder.
+            # Only plain file names are accepted, because an index must not lead out of its folder.
             if (
                 not isinstance(name, str)
                 or Path(name).name != name
@@ -180,6 +182,7 @@ def weight_files(folder: Path) -> WeightFiles:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Return the contents of config.json in `folder`; raise a ValueError if there is none."""
     if not (folder / CONFIG).is_file() or not _is_own(folder / CONFIG, folder):
         raise ValueError(f"{folder} holds no {CONFIG}: give a transformers folder, such as a run's model/.")
     return _read_table(folder / CONFIG)
@@ -198,6 +201,7 @@ def _converted(
     names: Callable[[Sequence[Stored]], list[str]],
     is_dense: bool = False,
 ) -> Folder:
+    """Convert the weight files, write index and config, and copy the other files."""
     result = Folder(source, out, source_bytes=files.num_bytes)
     weight_map, total_size = {}, 0
     with folder_aside(out) as aside:
@@ -219,7 +223,7 @@ def _converted(
 
 
 def _copy_others(source: Path, target: Path, done: set[str]) -> list[str]:
-    """Copy tokenizer, cards and the rest; the names of what is not: weights, pickles, links that lead out, hidden."""
+    """Copy tokenizer, cards and other files; return those left out: weights, pickles, links that lead out of the folder."""
     left = []
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
@@ -234,7 +238,7 @@ def _copy_others(source: Path, target: Path, done: set[str]) -> list[str]:
 
 
 def _is_own(path: Path, folder: Path) -> bool:
-    """Whether a file lies in `folder`, or among the blobs of the hub's cache that `folder` is a snapshot in."""
+    """Return whether a file is in `folder`, or in the blobs of the hub's cache if `folder` is a snapshot there."""
     place, homes = path.resolve(), [folder.resolve()]
     if homes[0].parent.name == "snapshots":
         homes.append(homes[0].parent.parent / "blobs")
@@ -247,7 +251,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _check_index(files: WeightFiles, held: dict[str, list[str]]) -> None:
-    """A ValueError where index and files name other tensors, or two files the same."""
+    """Raise a ValueError if index and files name different tensors, or two files hold the same one."""
     found: dict[str, str] = {}
     for file, names in held.items():
         for name in names:
@@ -263,7 +267,7 @@ def _stored_names(tensors: Sequence[Stored]) -> list[str]:
 
 
 def _quantization(config: dict[str, Any]) -> str:
-    """The method by which the config says that its weights are quantized, or nothing."""
+    """Return the quantization method that the config names, or an empty text."""
     found = config.get("quantization_config")
     return "" if found is None else str(found.get("quant_method", "?") if isinstance(found, dict) else found)
 

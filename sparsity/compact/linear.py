@@ -14,22 +14,22 @@ from sparsity.compact.packed import Packed, pack, unpack
 from sparsity.devices import kernels_for
 
 MOST_VECTORS = 8
-"""The kernel takes so many at once; for more a tile is unpacked at a time."""
+"""The most vectors that the kernel takes at once; for more, the matrix is unpacked a tile at a time."""
 MOST_VECTORS_ON_CPU = 32
-"""There each vector reads the matrix once, in about a hundredth of the time that unpacking it takes."""
+"""The same on a CPU, where each vector reads the matrix once, in about a hundredth of the time to unpack it."""
 TILE = 1 << 22
-"""Weights that are dense at a time."""
+"""The number of weights that are unpacked at a time."""
 MOST_DENSITY, MOST_DENSITY_EARLY = 0.35, 0.5
-"""Denser layers stay as they are; see `most_density_for`."""
+"""Denser layers are not replaced; see `most_density_for`."""
 _ALIGNMENT = 256
 
 
 class SparseLinear(nn.Module):
-    """`nn.Linear` with the bytes of its kept weights and one byte more for each: the columns.
+    """An `nn.Linear` that holds only its kept weights, and one more byte for each kept weight's column.
 
-    Up to `MOST_VECTORS` rows of input on a GPU, and `MOST_VECTORS_ON_CPU` on a CPU with numba, are multiplied by these alone;
-    for others rows of the matrix are made dense a tile at a time. It has no parameters and is not trained; gradients reach
-    its input.
+    Up to `MOST_VECTORS` rows of input on a GPU, and `MOST_VECTORS_ON_CPU` on a CPU with numba, are multiplied directly by the
+    kept weights. For more rows, the matrix is unpacked a tile at a time. The layer has no parameters and cannot be trained,
+    but gradients reach its input.
     """
 
     values: Tensor
@@ -49,7 +49,7 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> SparseLinear:
-        """Pack `weight` [out, in]; a ValueError if it is no matrix."""
+        """Return the layer of a dense `weight` [out, in]; raise a ValueError if it is not a matrix."""
         return cls(pack(weight), bias)
 
     @property
@@ -60,7 +60,7 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense matrix, made anew: models look at a weight's type and device."""
+        """The dense matrix, unpacked at each access, for models that ask a weight for its type and device."""
         return self.dense()
 
     def dense(self) -> Tensor:
@@ -90,7 +90,7 @@ class SparseLinear(nn.Module):
 
 
 def _kernel(packed: Packed) -> ModuleType | None:
-    """The module that multiplies by `packed`; None if Triton, or on a CPU numba, is not installed or cannot."""
+    """Return the module that can multiply by `packed`; None without Triton, or on a CPU without numba."""
     device = packed.values.device
     if device.type == "cpu":
         cpu = _cpu_kernel()
@@ -112,10 +112,10 @@ def _cpu_kernel() -> ModuleType | None:
 
 
 def most_density_for(device: torch.device) -> float:
-    """Return the largest density at which the product was measured to be faster than a dense one.
+    """Return the largest density at which the sparse product is worth using, by measurements.
 
-    On an H100, where kernels start early, it is 1.3 and 1.4 times as fast at 0.5. An H200 without early starts took 0.6 to
-    0.8 of cuBLAS's time at 0.3 and up to 1.3 at 0.5. On a CPU it is as fast as a dense product at 0.2.
+    On an H100, where kernels start early, it is 1.3 and 1.4 times as fast as a dense one at 0.5. An H200 without early starts
+    took 0.6 to 0.8 of cuBLAS's time at 0.3 and up to 1.3 at 0.5. On a CPU it is as fast as a dense product at 0.2.
     """
     if device.type != "cuda" or kernels_for(device) is None:
         return MOST_DENSITY
@@ -125,13 +125,13 @@ def most_density_for(device: torch.device) -> float:
 
 
 def sparse_linears_(model: nn.Module, most_density: float | None = None) -> list[str]:
-    """Put a `SparseLinear` in place of each sparse linear layer, one at a time; return their names.
+    """Replace each sparse linear layer by a `SparseLinear`, one at a time; return the layers' names.
 
-    Layers that share their weight with an embedding, subclasses of nn.Linear, and layers denser than `most_density` stay.
+    Layers that share their weight with another module, subclasses of nn.Linear, and layers denser than `most_density` stay.
 
     Args:
         model: A module with its weights.
-        most_density: The largest share of kept weights of a layer that is replaced; None: `most_density_for` its device.
+        most_density: The largest share of kept weights at which a layer is replaced; None: `most_density_for` its device.
     """
     owners: dict[int, int] = {}
     layers: list[SparseLinear] = []
@@ -164,9 +164,9 @@ def sparse_linears_(model: nn.Module, most_density: float | None = None) -> list
 
 
 def share_storage_(layers: Sequence[SparseLinear]) -> None:
-    """Put the buffers of all layers, which are on one device each, into one storage a device.
+    """Move the buffers of all layers into one storage for each device.
 
-    An allocator rounds each tensor up: on a GPU by half a megabyte, some 13 MB for a 1B.
+    An allocator rounds the size of each tensor up: on a GPU by half a megabyte, some 13 MB for a 1B model.
     """
     by_device: dict[torch.device, list[tuple[SparseLinear, str, Tensor]]] = {}
     for layer in layers:

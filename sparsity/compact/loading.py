@@ -1,7 +1,7 @@
-"""transformers loads compact folders: a quantizer that turns mask and values into ordinary dense parameters.
+"""Support for compact folders in transformers: a quantizer that expands masks and values into dense parameters.
 
-The loading is transformers' own, tensor by tensor, with its `device_map` and `dtype`. What it gives is a plain model:
-`save_pretrained` writes a plain folder. With `CompactWeights(dequantize=False)` sparse linear layers then become
+transformers loads tensor by tensor as always, with its `device_map` and `dtype`. The result is a plain model, and
+`save_pretrained` writes a plain folder. With `CompactWeights(dequantize=False)` sparse linear layers are then replaced by
 `SparseLinear` one by one, for inference.
 """
 
@@ -31,17 +31,17 @@ from sparsity.compact.rounding import restore_stored
 
 @register_quantization_config(METHOD)
 class CompactWeights(QuantizationConfigMixin):
-    """`quantization_config` of a compact folder's config.json, or an argument of `from_pretrained`.
+    """The `quantization_config` in config.json of a compact folder, or an argument of `from_pretrained`.
 
     Args:
         version: The format's version.
         quant_method: The format's name.
-        dequantize: Whether the loaded model is dense. False gives layers that stay sparse in memory, for inference; such a
-            model cannot be saved.
+        dequantize: Whether the loaded model is dense. If False, layers stay sparse in memory, for inference; such a model
+            cannot be saved.
     """
 
     dequantize = True
-    """transformers then forgets the quantization once the weights are loaded."""
+    """If True, transformers drops the quantization once the weights are loaded."""
 
     def __init__(self, version: Any = 1, quant_method: Any = METHOD, dequantize: bool = True, **others: Any) -> None:
         check_version(version, "The model's quantization_config")
@@ -50,25 +50,25 @@ class CompactWeights(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.version = version
         if not dequantize:
-            # Not an attribute of the instance otherwise: to_dict would write it to config.json.
+            # An attribute of the instance only if False, because to_dict writes instance attributes to config.json.
             self.dequantize = False
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What of an argument of `from_pretrained` counts beside the folder's own config."""
+        """Return the settings that an argument of `from_pretrained` adds to the folder's own config."""
         return {"dequantize": self.dequantize}
 
 
-# transformers asks these classes, and no others, for their loading attributes.
+# transformers asks only these classes for their loading attributes.
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, CompactWeights)  # type: ignore[assignment]
 
 
 @register_quantizer(METHOD)
 class CompactLoader(HfQuantizer):
-    """Checks the files before anything is loaded, then hands transformers the operation that expands a tensor."""
+    """The quantizer: checks the files before loading, then gives transformers the operation that expands a tensor."""
 
     quantization_config: CompactWeights
     requires_calibration = True
-    """Weights are made compact by `compact_folder`, not while they are loaded."""
+    """Weights are made compact by `compact_folder`, not during loading."""
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -85,11 +85,11 @@ class CompactLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, dtype: Any = None, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        """A ValueError where a file is damaged, or holds another shape than the model."""
+        """Raise a ValueError if a file is damaged or has other shapes than the model."""
         if not checkpoint_files:
             raise ValueError("A compact model is loaded from its folder: give from_pretrained that, and no state_dict.")
         expected = model.state_dict()
-        # Models with a plan of their own keep some weights in float32.
+        # Models with their own plan of types keep some weights in float32.
         self.dtypes = {} if model._get_dtype_plan(dtype) else {name: p.dtype for name, p in model.named_parameters()}
         names: dict[str, str] = {}
         for file in checkpoint_files:
@@ -112,15 +112,15 @@ class CompactLoader(HfQuantizer):
         return [*expanding, *expansions(left, weight_conversions)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        """Keep the type of codes and scales: what they stand for is rounded to the model's type once."""
+        """Keep the type of codes and scales, so that values are rounded to the model's type only once."""
         is_rounded = _expands(converter) and any(tensor.scales is not None for tensor in self.sparse)
         return None if is_rounded else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        # What save_pretrained would otherwise have to undo.
+        # Restore the plain conversions: save_pretrained would otherwise try to undo ours.
         used = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [stacking_of(conversion) for conversion in used if not _expands(conversion)]
-        # transformers 5.17 leaves the file's type where a base model's names differ from the file's.
+        # transformers 5.17 leaves the file's type if a base model's names differ from the file's.
         for name, param in model.named_parameters():
             if param.dtype != self.dtypes.get(name, param.dtype) and param.device.type != "meta":
                 param.data = param.data.to(self.dtypes[name])
@@ -129,7 +129,7 @@ class CompactLoader(HfQuantizer):
 
 
 class ExpandBitmask(ConversionOps):
-    """A bitmask, the values that it keeps or their codes and scales -> the dense tensor."""
+    """The conversion of a bitmask with its kept values, or with their codes and scales, to the dense tensor."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -153,7 +153,12 @@ class ExpandBitmask(ConversionOps):
 def expansions(sparse: Sequence[str], conversions: Iterable[Any]) -> list[WeightConverter]:
     """Return the conversion that collects the parts of every sparse tensor under the tensor's name.
 
-    Names are those of the files; a model whose own conversions merge or split such tensors is refused.
+    Args:
+        sparse: Names of the sparse tensors in the files.
+        conversions: The model's own conversions.
+
+    Raises:
+        ValueError: The model's conversions merge or split a sparse tensor.
     """
     if not sparse:
         return []
@@ -167,13 +172,13 @@ def expansions(sparse: Sequence[str], conversions: Iterable[Any]) -> list[Weight
                         f"{name} is merged or split while it is loaded, which compact tensors cannot be: expand the folder "
                         "with `python -m eval.compact model=DIR out=OUT expand=true` and load that."
                     )
-    # An empty match in front of exactly these names: dense tensors are left to transformers.
+    # An empty match before exactly these names, so that transformers handles dense tensors itself.
     values = f"^(?=(?:{'|'.join(map(re.escape, names))})$)"
     return [WeightConverter([*map(_part, SUFFIXES), values], "", [ExpandBitmask()])]
 
 
 def _part(ending: str) -> str:
-    """The pattern of a stored name that ends so."""
+    """Return a pattern for stored names with this ending."""
     return re.escape(ending) + "$"
 
 
@@ -197,7 +202,7 @@ def _only(tensors: Any, name: str) -> Tensor:
 
 
 def _check_shape(tensor: Stored, expected: dict[str, Tensor], prefix: str) -> None:
-    """A ValueError where the model has `tensor` in another shape, under its own name or that of the base model."""
+    """Raise a ValueError if the model has `tensor` in another shape, under its own name or that of the base model."""
     for name in (tensor.name, f"{prefix}.{tensor.name}", tensor.name.removeprefix(f"{prefix}.")):
         if name in expected and tuple(expected[name].shape) != tensor.shape:
             raise ValueError(

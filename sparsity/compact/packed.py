@@ -1,17 +1,18 @@
-"""The kept weights of a matrix in an order that a GPU multiplies fast: values and one byte a value for its column.
+"""The kept weights of a matrix in an order that a GPU multiplies fast: each has its value and one byte for its column.
 
-A row's kept weights are split into `8 * num_chunks` groups of consecutive ones, of `lanes` weights each; `lanes` is the row's
-own. A group has a base, at or shortly before the column of its first weight, and a weight's byte is its distance from that.
-Eight groups are a chunk, of which lane l of a warp holds weight l of every group:
+A row's kept weights are split into `8 * num_chunks` groups of `lanes` consecutive weights; each row has its own `lanes`. A
+group has a base, at or shortly before the column of its first weight, and the byte of a weight is its distance from the base.
+Eight groups form a chunk, in which lane l of a warp holds weight l of every group:
 
     values, offsets [words, 8]            word = starts[row] + chunk * lanes + lane, column in the word = group % 8
     bases           [rows, num_chunks, 8] column of the base >> shift
     starts          [rows + 1]            words before each row; lanes = (starts[row + 1] - starts[row]) / num_chunks
 
-So a lane reads 8 values and 8 bytes at once, and the 32 lanes read neighbouring elements of the vector at each step, which
-are in few cache lines. Bases are bytes if the groups are still narrow with bases that are multiples of `1 << shift`, else int16
-or int32 and exact. Rows end in up to `8 * num_chunks - 1` fillers, which are what has no bits set: kept weights have some. A
-matrix whose groups would need far more chunks to span less than 256 columns stores columns instead of distances, and no bases.
+So a lane reads 8 values and 8 bytes at once, and at each step the 32 lanes read nearby elements of the vector, which are in
+few cache lines. Bases are bytes if rounding them down to multiples of `1 << shift` still leaves distances below 256; otherwise
+they are exact, in int16 or int32. A row ends in up to `8 * num_chunks - 1` fillers, recognized by values with no bits set:
+every kept weight has some. If groups would need far more chunks to span less than 256 columns, the matrix stores columns
+instead of distances and has no bases.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix of `rows` x `columns`; see the module."""
+    """A packed matrix of `rows` x `columns`, in the layout that the module describes."""
 
     values: Tensor
     offsets: Tensor
@@ -39,7 +40,7 @@ class Packed:
     num_chunks: int
     shift: int = 0
     scales: Tensor | None = None
-    """Of int8 values: what those of each row are multiplied by, float32."""
+    """For int8 values: the float32 factor of each row."""
 
     @property
     def rows(self) -> int:
@@ -47,19 +48,19 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         tensors = (self.values, self.offsets, self.bases, self.starts, self.scales)
         return sum(t.nbytes for t in tensors if t is not None)
 
 
 def pack(weight: Tensor) -> Packed:
-    """Return the kept weights of a matrix: those whose bits are not all 0, so that `unpack` is exact.
+    """Pack the kept weights of a matrix: all whose bits are not all 0, so that `unpack` is exact.
 
     Args:
         weight: A matrix on any device, of a floating-point type.
 
     Raises:
-        ValueError: It has not two dimensions, or more than 2^31 kept weights.
+        ValueError: It does not have two dimensions, or has 2^31 or more kept weights.
     """
     if weight.dim() != 2:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix: pack the weight of a linear layer")
@@ -101,7 +102,7 @@ def pack(weight: Tensor) -> Packed:
 def _narrow(
     row: Tensor, column: Tensor, group: Tensor, is_first: Tensor, shape: tuple[int, int], columns: int
 ) -> tuple[Tensor, Tensor, int] | None:
-    """Bases of the groups, distances in bytes and the bases' shift; None if a group spans too many columns."""
+    """Return the groups' bases, the distances as bytes, and the bases' shift; None if a group spans too many columns."""
     first = torch.zeros(shape, dtype=torch.int64, device=row.device)
     first[row[is_first], group[is_first]] = column[is_first]
     byte_shift = max(0, (columns - 1).bit_length() - 8)
@@ -121,7 +122,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def rounded(packed: Packed) -> Packed:
-    """Return `packed` with int8 values and a scale for each row, its largest magnitude over 127."""
+    """Return `packed` with values rounded to int8, and for each row a scale: its largest magnitude divided by 127."""
     row = torch.repeat_interleave(packed.starts.diff().long())
     most = torch.zeros(packed.rows, device=row.device)
     most.scatter_reduce_(0, row, packed.values.abs().amax(1).float(), "amax")
@@ -131,15 +132,15 @@ def rounded(packed: Packed) -> Packed:
 
 
 def _places(number: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """Group and lane of each weight by its number in its row."""
+    """Return the group and lane of each weight from its number in its row."""
     group = number // lanes
     return group, number - group * lanes
 
 
 def unpack(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
-    """Return rows `first` to `last` (exclusive; None: all the rest) as a dense matrix, bit for bit, in torch's operations.
+    """Return rows `first` to `last` (exclusive; None: up to the end) as a dense matrix, bit for bit, in plain torch.
 
-    The host reads two numbers of the device unless all rows are asked for.
+    Unless all rows are requested, the host reads two numbers from the device.
     """
     num_rows = packed.rows
     last = num_rows if last is None else last
@@ -155,7 +156,7 @@ def unpack(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
     if packed.bases.numel():
         column = column + (packed.bases[row, chunk].long() << packed.shift)
     is_filler = _bits(packed.values[start:stop]) == 0
-    # Fillers go to one place after the last, because a real weight may be where they point to.
+    # Fillers are written to an extra place at the end, because a real weight may be at the column that they name.
     num_weights = (last - first) * packed.columns
     place = torch.where(is_filler, num_weights, (row - first)[:, None] * packed.columns + column)
     out = torch.zeros(num_weights + 1, dtype=packed.values.dtype, device=word.device)

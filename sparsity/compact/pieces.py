@@ -1,4 +1,4 @@
-"""A tensor in the parts that a compact file holds of it, before they have a place in the file."""
+"""The parts of a tensor in a compact file, before they have a place in the file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BITS_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class How:
-    """What is written beyond the exact kept values.
+    """Options of what is written instead of, or in addition to, the exact kept values.
 
     Args:
-        dtype: F64, F32, F16 or BF16, to which floating-point tensors are converted first; None keeps every bit.
+        dtype: F64, F32, F16 or BF16; floating-point tensors are converted to it first. None keeps every bit.
         rounding: How the kept values of sparse floating-point tensors are rounded; None keeps every bit.
-        row_starts: Whether the kept weights before each row are written as well, for readers of single rows.
+        row_starts: Whether to write the number of kept weights before each row too, for readers of single rows.
     """
 
     dtype: str | None = None
@@ -33,10 +33,10 @@ class How:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor ready to be written: its values in pieces, and what else it has if it is sparse."""
+    """A tensor ready to be written: its values in pieces, and its other parts if it is sparse."""
 
     entry: Entry
-    """Of the values, without their place."""
+    """The entry of the values, without their place in the file."""
     values: Iterable[np.ndarray]
     bitmask: np.ndarray | None = None
     starts: np.ndarray | None = None
@@ -46,7 +46,7 @@ class Pieces:
     """The number of kept values."""
 
     def parts(self) -> Iterator[tuple[str, Entry, Iterable[np.ndarray]]]:
-        """Name, entry and data of each part, in the order of the file; entries begin at 0."""
+        """Yield the name, entry and data of each part, in the order of the file; entries start at 0."""
         for name, dtype, array in (("bitmask", "U8", self.bitmask), ("starts", "I64", self.starts)):
             if array is not None:
                 yield name, Entry(dtype, array.shape, 0, array.nbytes), [array]
@@ -59,10 +59,10 @@ def sparse_pieces(bitmask: np.ndarray, kept: list[np.ndarray], final: Entry, how
     """Return the parts of a sparse tensor.
 
     Args:
-        bitmask: Its mask.
+        bitmask: The tensor's mask.
         kept: The kept values in pieces, as unsigned integers.
         final: The entry of the dense tensor.
-        how: What is written.
+        how: The options of what is written.
 
     Raises:
         ValueError: Values are to be rounded and are not all finite.

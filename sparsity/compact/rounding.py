@@ -1,7 +1,7 @@
-"""Kept values rounded to 8 or 4 bits: symmetric codes and a scale for each row, or for each group of kept values.
+"""Rounding of kept values to 8 or 4 bits: symmetric codes, with a scale for each row or each group of kept values.
 
-A value is its code times its scale, rounded once to the tensor's type. Codes are -127 to 127 or -7 to 7, and scales are of the
-tensor's type. All of it is arithmetic on segments: consecutive kept values that share a scale.
+A restored value is its code times its scale, rounded once to the tensor's type. Codes are -127 to 127 or -7 to 7, and scales
+have the tensor's type. A segment here means consecutive kept values that share a scale.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsity.compact.bitmask import bitmask_bytes
 BITS_OF_VALUES = {"int8": 8, "int4": 4}
 GROUP_OF_INT4 = 64
 _FRACTIONS = tuple(1 - step / 24 for step in range(13))
-"""Of the largest magnitude, what a scale may cover: clipping a few values leaves finer steps for the others."""
+"""The shares of the largest magnitude that a scale may cover: clipping a few values gives the others finer steps."""
 _AT_A_TIME = 1 << 20
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 _COUNTS = torch.tensor([byte.bit_count() for byte in range(256)])
@@ -28,15 +28,15 @@ _COUNTS = torch.tensor([byte.bit_count() for byte in range(256)])
 
 @dataclass(frozen=True)
 class Rounding:
-    """How kept values are rounded.
+    """The rule by which kept values are rounded.
 
     Args:
         bits: 8 or 4.
-        group: Kept values that share a scale, a multiple of 16; 0 for one scale a row.
-        rule: "mse" takes the scale with the least squared error, "absmax" the largest magnitude over the largest code.
+        group: The number of kept values that share a scale, a multiple of 16; 0 for one scale for each row.
+        rule: "mse" takes the scale with the least squared error, "absmax" the largest magnitude divided by the largest code.
 
     Raises:
-        ValueError: A group that is no multiple of 16.
+        ValueError: The group is not a multiple of 16.
     """
 
     bits: int
@@ -58,7 +58,7 @@ def round_values(values: Tensor, sizes: Tensor, rounding: Rounding) -> tuple[Ten
 
     Args:
         values: Kept values [n] of a floating-point type.
-        sizes: Values of each segment; they sum up to n.
+        sizes: The number of values in each segment; the sum is n.
         rounding: The rule.
 
     Raises:
@@ -86,15 +86,16 @@ def round_values(values: Tensor, sizes: Tensor, rounding: Rounding) -> tuple[Ten
 
 
 def restore_values(codes: Tensor, scales: Tensor, sizes: Tensor) -> Tensor:
-    """Return the values [n] of `codes` in the scales' type: the one inverse of `round_values`, on any device."""
+    """Return the values [n] of `codes` in the scales' type, on any device; all readers of codes use this function."""
     wide = torch.promote_types(scales.dtype, torch.float32)
     return (codes.to(wide) * torch.repeat_interleave(scales.to(wide), sizes)).to(scales.dtype)
 
 
 def stored_codes(codes: Tensor, rounding: Rounding) -> np.ndarray:
-    """Codes as a file holds them: int8 or two to a byte, the first in the low half; [n] or [groups, values of a group].
+    """Return codes as a file holds them: int8, or two in a byte with the first in the low half.
 
-    The end is filled up with zeros, so that each list or group takes a multiple of 8 bytes.
+    The shape is [bytes], or [groups, bytes of a group]. The end is padded with zeros, so that each list or group takes a
+    multiple of 8 bytes.
     """
     unit = rounding.group or 64 // rounding.bits
     full = torch.zeros(-(-codes.numel() // unit) * unit, dtype=torch.int8)
@@ -108,26 +109,26 @@ def stored_codes(codes: Tensor, rounding: Rounding) -> np.ndarray:
 
 
 def read_codes(stored: Tensor, kept: int) -> Tensor:
-    """Return the first `kept` codes, int8, of what `stored_codes` gave."""
+    """Return the first `kept` codes, int8, from a result of `stored_codes`."""
     flat = stored.reshape(-1)
     if flat.dtype == torch.uint8:
         low, high = flat << 4, flat & 0xF0
-        # The arithmetic shift of int8 brings the sign down.
+        # The right shift of int8 is arithmetic, so it extends the sign.
         flat = torch.stack([low, high], 1).view(-1).view(torch.int8) >> 4
     return flat[:kept]
 
 
 def group_of(stored: Tensor) -> int:
-    """Values that share a scale by the shape of the stored codes; 0 for a row's."""
+    """Return how many values share a scale, from the shape of the stored codes; 0 for one scale for each row."""
     return 0 if stored.dim() == 1 else stored.shape[1] * (2 if stored.dtype == torch.uint8 else 1)
 
 
 def segment_sizes(kept: int, group: int, rows: Tensor | None) -> Tensor:
-    """Kept values of each scale: those of `rows`, or `group` each and what is left."""
+    """Return the number of kept values of each scale: `rows`, or `group` each with the remainder last."""
     if not group:
         assert rows is not None
         return rows
-    # Models are built while the default device is meta.
+    # An explicit device, because transformers builds models while the default device is meta.
     device = "cpu" if rows is None else rows.device
     sizes = torch.full((-(-kept // group),), group, dtype=torch.int64, device=device)
     if kept % group:
@@ -136,14 +137,18 @@ def segment_sizes(kept: int, group: int, rows: Tensor | None) -> Tensor:
 
 
 def restore_stored(bitmask: Tensor, stored: Tensor, scales: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the values [kept] of a file's codes and scales, on their device; a ValueError if mask and shape disagree."""
+    """Return the values [kept] of a file's codes and scales, on their device.
+
+    Raises:
+        ValueError: The mask does not fit the shape.
+    """
     rows = row_counts(bitmask, shape)
     kept = int(rows.sum())
     return restore_values(read_codes(stored, kept), scales, segment_sizes(kept, group_of(stored), rows))
 
 
 def row_counts(bitmask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Kept weights of each row, int64 [rows]; a row is what runs along the last dimension."""
+    """Count the kept weights of each row, int64 [rows]; rows run along the last dimension."""
     numel, columns = math.prod(shape), shape[-1] if shape else 1
     if bitmask.numel() != bitmask_bytes(numel):
         raise ValueError(f"a bitmask of {bitmask.numel()} bytes is not of a tensor of shape {shape}")
@@ -161,12 +166,12 @@ def row_counts(bitmask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _codes(values: Tensor, scale: Tensor, most: int) -> Tensor:
-    # A segment of zeros has a scale of 0, and codes of 0.
+    # A segment of all zeros has a scale of 0, so its codes are set to 0 without a division.
     return torch.where(scale > 0, values / scale, 0).round().clamp(-most, most)
 
 
 def _pieces(sizes: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Whole segments of some million values: first and last segment, first and last value."""
+    """Yield runs of whole segments of about a million values: first and last segment, first and last value (exclusive)."""
     ends = sizes.cumsum(0)
     first, start = 0, 0
     while first < len(sizes):

@@ -1,7 +1,7 @@
-"""A sparse matrix times a few vectors in one Triton kernel. Importing this needs Triton.
+"""The product of a sparse matrix and a few vectors in one Triton kernel. Importing this needs Triton.
 
-The matrix is a `Packed` (`sparsity.compact.packed`). Every kept weight is read once for all vectors, 8 at a time, and no pruned
-one is visited. `TRITON_INTERPRET=1` runs the kernel on a CPU.
+The matrix is a `Packed` (`sparsity.compact.packed`). Every kept weight is read once for all vectors, 8 weights at a time;
+pruned weights are not read. `TRITON_INTERPRET=1` runs the kernel on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsity.compact.packed import Packed
 
 
 class Shape(NamedTuple):
-    """Rows of a program, chunks of a row that it reads at once, and its warps."""
+    """Rows of a program, chunks of a row that it reads at once, and its number of warps."""
 
     rows: int
     chunks: int
@@ -27,14 +27,14 @@ class Shape(NamedTuple):
 
 
 MANY_CHUNKS = 1 << 13
-"""From so many chunks on there is work for all of a GPU's warps."""
+"""So many chunks are enough work for all warps of a GPU."""
 
 
 def shape_for(num_rows: int, num_chunks: int) -> Shape:
-    """Return the shape for so many rows of so many chunks, a chunk a warp.
+    """Return the shape for `num_rows` rows of `num_chunks` chunks each; a warp reads one chunk.
 
-    These were the fastest on an H100, for the layers of a 1B (`tests/benchmarks/decode_variants.py`): rows of many chunks are
-    read four at a time, those of few one after the other if the layer is large.
+    These shapes were the fastest on an H100 for the layers of a 1B model (`tests/benchmarks/decode_variants.py`). If rows have
+    many chunks, four are read at a time. If they have few and the layer is large, chunks are read one after the other.
     """
     chunks = 4 if num_chunks > 6 else triton.next_power_of_2(min(4, num_chunks))
     if num_chunks <= 6 and num_rows * num_chunks >= MANY_CHUNKS:
@@ -49,13 +49,13 @@ def multiply(  # type: ignore[no-untyped-def]
     HAS_BASES: tl.constexpr, SHIFT: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, VECTORS: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y[vector, row] of `ROWS` rows and all vectors; products are summed in float32, always in the same order."""
+    """Compute y[vector, row] for `ROWS` rows and all vectors; products are summed in float32, always in the same order."""
     if EARLY:
         gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.load(starts + row, mask=row < num_rows, other=0)
     stop = tl.load(starts + row + 1, mask=row < num_rows, other=0)
-    # Lanes come first: among dimensions of equal contiguity Triton gives a warp the first.
+    # Lanes are the first dimension: among equally contiguous dimensions Triton spreads a warp over the first.
     start, lanes = start[None, None, :], ((stop - start) // num_chunks)[None, None, :]
     lane, slot = tl.arange(0, 32)[:, None, None], tl.arange(0, 8)[None, None, None, :]
     vector = tl.arange(0, VECTORS)
@@ -72,12 +72,12 @@ def multiply(  # type: ignore[no-untyped-def]
             group = tl.broadcast_to(group, [32, CHUNKS, ROWS, 8])
             column += tl.load(bases + group, mask=is_there, other=0).to(tl.uint32) << SHIFT
         if EARLY:
-            # Only x may come from the kernel before; the weights of the first step are on their way by now.
+            # Only x may come from the kernel before; loads of the first step's weights have been issued by now.
             gdc_wait()
-        # Where no weight is, the column is 0. Unsigned: a signed sum would cost a second addition of 64 bits.
+        # Without a weight the column is 0. Columns are unsigned, because a signed sum costs a second 64-bit addition.
         found = tl.load(x + (column[:, :, :, :, None] * VECTORS + vector[None, None, None, None, :])).to(tl.float32)
         if HAS_SCALES:
-            # The same as a conversion, which has a quarter of an addition's throughput.
+            # Equal to a conversion, which has only a quarter of an addition's throughput.
             number = (value.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
         else:
             number = value.to(tl.float32)
@@ -99,14 +99,14 @@ def spmv(
 
     Args:
         packed: W.
-        x: Vectors on W's device, in any floating-point type; the result has the same.
-        bias: One number a row.
-        shape: How the work is split; the default is `shape_for`.
-        early: Start before the kernel ahead in the stream ends, and read weights until it does; the default is
+        x: Vectors on W's device, in any floating-point type, which the result has too.
+        bias: One number for each row of W.
+        shape: How the work is split; None: `shape_for`.
+        early: Whether to start before the previous kernel in the stream ends, reading weights meanwhile; None:
             `can_start_early`. The weights must have been written before that kernel was launched.
 
     Raises:
-        ValueError: x is no matrix of W's columns.
+        ValueError: x is not a matrix with as many columns as W.
     """
     if x.dim() != 2 or x.shape[1] != packed.columns:
         raise ValueError(f"x of shape {tuple(x.shape)} does not fit a weight of {packed.columns} columns")
@@ -133,13 +133,15 @@ def spmv(
 
 @cache
 def can_start_early(device: torch.device) -> bool:
-    """Return whether kernels may start before the one ahead of them ends: on Hopper GPUs and later."""
+    """Return whether kernels may start before the previous one ends, as on Hopper GPUs and later."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _by_column(x: Tensor, num_vectors: int) -> Tensor:
-    """The vectors' elements column by column, so that one read gives a column of all; what is missing to a power of two is
-    whatever the memory holds, of which nothing is stored."""
+    """Transpose the vectors, so that one read gives a column of all of them.
+
+    The padding to a power of two is not initialized, because its results are never stored.
+    """
     if len(x) == 1:
         return x.contiguous()
     found = x.new_empty(x.shape[1], num_vectors)

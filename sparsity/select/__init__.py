@@ -1,8 +1,7 @@
-"""The smallest keys of all shards: exact, with no gather of weights and no sort.
+"""Exact selection of the smallest keys of all shards, without gathering weights and without sorting.
 
-`search` finds the k-th smallest key over all ranks. It asks a device for passes over the local shards: `passes` says which
-there are, `numpy_passes`, `torch_passes` and `triton_passes` implement them, and `device` picks one of the three, once a
-selection.
+`search` finds the k-th smallest key over all ranks with passes over the local shards. `passes` defines them; `numpy_passes`,
+`torch_passes` and `triton_passes` implement them; `device` chooses one of the three for each selection.
 """
 
 from sparsity.select.search import Threshold, prune_smallest_

@@ -1,4 +1,4 @@
-"""Histograms of keys, and the bins in which given ranks fall."""
+"""Histograms of keys, and the bins that contain given ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def histogram_in_numpy(keys: Iterable[Tensor], lo: int, hi: int, shift: int) -> 
     size = num_bins(lo, hi, shift)
     counts = torch.zeros(size, dtype=torch.int64)
     for part in keys:
-        # numpy counts int64, so a few at a time; hi can be 2^31, which an int32 would wrap.
+        # numpy converts to int64 to count, so take a few at a time. hi can be 2^31, which overflows int32, hence hi - 1.
         for few in part.split(1 << 14):
             found = few.numpy()
             found = found[(found >= np.int32(lo)) & (found <= np.int32(hi - 1))]
@@ -34,7 +34,7 @@ def histogram_in_torch(keys: Iterable[Tensor], lo: int, hi: int, shift: int, dev
     size = num_bins(lo, hi, shift)
     counts = torch.zeros(size, dtype=torch.int64, device=device)
     for part in keys:
-        # torch.bincount and a boolean index would wait for the device; a last bin takes what is outside instead.
+        # torch.bincount and a boolean index would wait for the device, so an extra last bin takes keys outside the range.
         is_inside = (part >= lo) & (part <= hi - 1)
         bins = torch.where(is_inside, (part.long() - lo) >> shift, size)
         counted = torch.zeros(size + 1, dtype=torch.int64, device=device)
@@ -43,17 +43,18 @@ def histogram_in_torch(keys: Iterable[Tensor], lo: int, hi: int, shift: int, dev
 
 
 def find_bin(counts: Tensor, rank: int) -> tuple[int, int, int]:
-    """Find the bin that holds the `rank`-th element, from 1.
+    """Find the bin that holds the `rank`-th element, counted from 1.
 
-    Returns: the bin, how many elements are in bins before it, and how many in it.
+    Returns:
+        The bin, the number of elements in bins before it, and the number in it.
     """
     return find_bins(counts, [rank])[0]
 
 
 def find_bins(counts: Tensor, ranks: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return `find_bin` of each of `ranks`, with one host sync for all."""
+    """Return the result of `find_bin` for each of `ranks`, with one host sync for all."""
     upto = torch.cumsum(counts, dim=0)
     index = torch.searchsorted(upto, to_device(ranks, counts.device))
-    # A tensor of no dimensions as an index would be read by the host: take reads it on the device.
+    # Indexing with a zero-dimensional tensor would make the host read it; take reads it on the device.
     found = torch.stack([index, counts.take(index), upto.take(index)], dim=1).tolist()
     return [(bin_index, last - held, held) for bin_index, held, last in found]

@@ -1,4 +1,4 @@
-"""One rank's keys of a range, in the form in which a pass returned them."""
+"""One rank's keys inside a range, in the form that a pass returned them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from sparsity.select.histograms import num_bins
 from sparsity.shards import to_device
 
 MOST_COUNTED = 64
-"""Up to so many different keys in a range they are counted one by one and not collected."""
+"""If a range has at most so many different keys, each is counted and none is collected."""
 HistogramOfKeys = Callable[[Tensor, int, int, int], Tensor]
-"""Counts int64 [bins] of keys int32 [n]: of lo .. hi - 1, in bins of 2^shift keys."""
+"""Function of keys int32 [n], lo, hi and shift: counts int64 [bins] of lo .. hi - 1 in bins of 2^shift keys."""
 
 
 class Inside(Protocol):
-    """This rank's keys of a range; none of the methods is collective."""
+    """This rank's keys inside a range. No method is collective."""
 
     def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
         """Return counts int64 [bins] of the keys lo .. hi - 1, within the range, in bins of 2^shift keys."""
 
     def num_equal(self, key: int) -> list[int]:
-        """Return how many keys of each shard are `key`, which is in the range."""
+        """Return how many keys of each shard equal `key`, which is in the range."""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """The keys themselves, int32 [n], shard after shard: those of shard i are starts[i] .. starts[i + 1]."""
+    """The keys themselves, int32 [n], shard after shard: shard i has the keys starts[i] .. starts[i + 1] - 1 of the list."""
 
     keys: Tensor
     starts: list[int]
@@ -42,7 +42,7 @@ class Collected:
 
     def num_equal(self, key: int) -> list[int]:
         if self.keys.device.type == "cpu":
-            # Few places, and no sum beside each key.
+            # Keys equal to `key` are few, so listing them is cheaper than a running sum over all keys.
             places = (self.keys == key).nonzero().view(-1)
             return torch.searchsorted(places, torch.tensor(self.starts)).diff().tolist()
         upto = torch.zeros(len(self.keys) + 1, dtype=torch.int32, device=self.keys.device)
@@ -52,7 +52,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class Tagged:
-    """The keys themselves, int32 [n] in no order, with -1 in unused places; and the number of each one's shard, int16 or
+    """The keys themselves, int32 [n] in no order with -1 in unused places, and the number of each key's shard, int16 or
     int32 [n]."""
 
     keys: Tensor
@@ -70,7 +70,7 @@ class Tagged:
 
 @dataclass(frozen=True)
 class Counted:
-    """`counts` int64 [shards, keys]: how often each shard has the key lo + (i << spacing_bits)."""
+    """The number of each key: `counts`[shard, i], int64, is how often a shard has the key lo + (i << spacing_bits)."""
 
     counts: np.ndarray
     lo: int

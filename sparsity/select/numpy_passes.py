@@ -28,7 +28,7 @@ class NumpyPasses(Passes):
                     counts[number] += np.bincount((found - np.int32(lo)) >> self.spacing_bits, minlength=num_keys)
             return below, int(counts.sum()), Counted(counts, lo, self.spacing_bits, self.device)
 
-        # Memory that is never written to takes no room.
+        # Pages that are never written take no memory, so a buffer of the full limit costs nothing.
         keys, starts, below, inside = np.empty(limit, dtype=np.int32), [0], 0, 0
         for shard in self.shards:
             for num_below, found in scan(shard, self.score, lo, hi):
@@ -74,10 +74,10 @@ class NumpyPasses(Passes):
 
 
 class Keys:
-    """A shard's keys, read by numpy in chunks: magnitudes of float32 and bfloat16 from the weights' own bits.
+    """A shard's keys, read by numpy in chunks; magnitudes of float32 and bfloat16 are read from the weights' own bits.
 
-    Of a bfloat16's key only the upper 16 bits can be set, so its chunks are int16, half as many bytes: they leave out the
-    lower `shift` bits, and a key is above a bound if its upper bits are above the bound's.
+    The lower 16 bits of a bfloat16's key are always 0, so its chunks are int16, which halves the bytes. They leave out the
+    lower `shift` bits; a key is above a bound if its upper bits are above the bound's.
     """
 
     def __init__(self, shard: ParameterShard, score: Score) -> None:
@@ -88,7 +88,7 @@ class Keys:
         self.shift = 16 if dtype == torch.int16 else 0
 
     def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield each chunk's place and its keys >> shift, which the next one may overwrite."""
+        """Yield each chunk's slice and its keys >> shift; the next chunk may overwrite these keys."""
         if self._bits is None:
             for part in _chunks(self._shard):
                 yield part, self._score(self._shard, part).numpy()
@@ -100,12 +100,12 @@ class Keys:
             yield part, np.bitwise_and(bits, no_sign, out=buffer)
 
     def bound(self, key: int) -> np.integer:
-        """Return `key`, -1 included, in the type and scale of the chunks, which `chunk > bound` compares with it."""
+        """Return `key`, which may be -1, in the type and scale of the chunks, for the comparison `chunk > bound`."""
         return np.int16(key >> 16) if self.shift else np.int32(key)
 
 
 def scan(shard: ParameterShard, score: Score, lo: int, hi: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield of each chunk how many keys are below `lo`, and the keys lo .. hi - 1."""
+    """Yield for each chunk the number of keys below `lo`, and the keys lo .. hi - 1."""
     keys = Keys(shard, score)
     below, last = keys.bound(lo - 1), keys.bound(hi - 1)
     for _, chunk in keys.chunks():

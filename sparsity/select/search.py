@@ -1,10 +1,14 @@
 """The exact k-th smallest key over all ranks, and the masks that follow from it.
 
-Every key is on some rank. Only counts of keys cross ranks, so the traffic does not grow with the model's weights: it is a
-few histograms, and for ties a count of each parameter and of each rank. A sample brackets the threshold; one pass counts
-what is below the bracket and collects the few keys inside it; histograms of those narrow the bracket to a single key; a
-second pass writes the masks (Floyd and Rivest 1975, in the key space of a radix sort). A bracket that misses costs a few
-more passes and never the exactness.
+Ranks exchange only counts of keys, so the traffic does not grow with the model: a few histograms, and for ties a count for
+each parameter and each rank. The search (Floyd and Rivest 1975, in the key space of a radix sort) has these steps:
+
+1. A sample gives a bracket, a range of keys that very likely holds the threshold.
+2. One pass counts the keys below the bracket and collects the few keys inside it.
+3. Histograms of the collected keys narrow the bracket to a single key.
+4. A second pass writes the masks.
+
+If the bracket misses the threshold, the search needs a few more passes and is still exact.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from sparsity.shards import ParameterShard, RankLayout
 NUM_BIN_BITS = 12
 SAMPLE_SIZE = 1 << 17
 SAMPLE_SHARE = 1 / 256
-"""The sample is so many keys, or so much of the weights' memory if that is more, over all ranks."""
+"""Over all ranks, the sample has SAMPLE_SIZE keys, or takes this share of the weights' memory if that is more."""
 SAMPLE_SIGMAS = 3.0
 MIN_CANDIDATES = 1 << 12
 CANDIDATE_SHARE = 1 / 32
@@ -35,7 +39,7 @@ CANDIDATE_SHARE = 1 / 32
 
 @dataclass(frozen=True)
 class _Range:
-    """Keys lo .. hi - 1, with `below` keys of all ranks under lo."""
+    """The keys lo .. hi - 1; `below` keys of all ranks are below lo."""
 
     lo: int
     hi: int
@@ -44,7 +48,7 @@ class _Range:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every key below `key` is pruned, and `num_ties_pruned` of the `num_ties` keys equal to it."""
+    """The result of a selection: keys below `key` are pruned, and `num_ties_pruned` of the `num_ties` keys equal to it."""
 
     key: int
     num_below: int
@@ -58,20 +62,22 @@ def prune_smallest_(
 ) -> Threshold | None:
     """Set the masks so that exactly `num_pruned` weights of all shards are pruned: those with the smallest keys.
 
-    Weights pruned before stay pruned and are counted; ties go in the order (parameter, flat index in the full tensor),
-    so that the masks do not depend on the world size. Changes the masks alone. Collective: over the shard group, every
-    rank with the same parameters in the same order.
+    Weights that are pruned already stay pruned and count. Ties are pruned in the order (parameter, flat index in the full
+    tensor), so that the masks do not depend on the world size. Only the masks change.
+
+    Collective: over the shard group; all ranks pass the same parameters in the same order.
 
     Args:
         shards: This rank's shards of the parameters that compete.
-        num_pruned: How many weights of the full parameters are pruned in the end.
-        score: What ranks a weight.
-        layout: Which ranks hold the other shards; without it this rank holds all.
+        num_pruned: How many weights of the full parameters are pruned afterwards.
+        score: The score that ranks weights.
+        layout: Which ranks hold the other shards; None: this rank holds all.
 
-    Returns: the threshold, or None if nothing is to be pruned.
+    Returns:
+        The threshold, or None if nothing is to be pruned.
 
     Raises:
-        ValueError: `num_pruned` is more than there are weights.
+        ValueError: `num_pruned` is larger than the number of weights.
     """
     layout = layout or RankLayout()
     if not shards or num_pruned == 0:
@@ -90,7 +96,7 @@ def prune_smallest_(
 def _find_threshold(passes: Passes, k: int, layout: RankLayout) -> tuple[Threshold, Inside]:
     """Find the k-th smallest key of all shards, counted from 1, and this rank's keys of a range that holds it.
 
-    Collective over the shard group.
+    Collective: over the shard group.
     """
     bracket, share = _sample_bracket(passes, k, layout)
     numel = sum(shard.values.numel() for shard in passes.shards)
@@ -120,7 +126,7 @@ def _find_threshold(passes: Passes, k: int, layout: RankLayout) -> tuple[Thresho
 
 
 def share_ties(totals: Sequence[int], quota: int) -> tuple[int, int]:
-    """Return the parameter in which a quota of ties runs out, and how many of its ties the quota still covers."""
+    """Return the parameter in which a quota of ties is used up, and how many of its ties the quota covers."""
     for index, total in enumerate(totals):
         if quota <= total:
             return index, quota
@@ -129,15 +135,15 @@ def share_ties(totals: Sequence[int], quota: int) -> tuple[int, int]:
 
 
 def _bin_bits(bracket: _Range, spacing_bits: int) -> int:
-    """The bits of a bin's width: 2^NUM_BIN_BITS bins cover the range, none finer than the keys."""
+    """Return log2 of the bins' width, so that 2^NUM_BIN_BITS bins cover the range and none is finer than the keys."""
     return max(spacing_bits, (bracket.hi - bracket.lo - 1).bit_length() - NUM_BIN_BITS)
 
 
 def _sample_bracket(passes: Passes, k: int, layout: RankLayout) -> tuple[_Range, float]:
     """Find a range of keys that very likely holds the k-th smallest, and the share of the sample inside it.
 
-    The sample is every n-th weight, n odd so that it wanders over the columns: it needs no generator, and as it decides
-    the cost alone, never the result, its patterns do no harm.
+    The sample is every n-th weight, with n odd so that it covers all columns. This needs no random generator. Patterns in
+    the sample do no harm, because it affects only the cost, never the result.
     """
     shards = passes.shards
     numel = sum(shard.full_numel for shard in shards)
@@ -172,9 +178,9 @@ def _sample_bracket(passes: Passes, k: int, layout: RankLayout) -> tuple[_Range,
 
 
 def _prune_some_ties(passes: Passes, num_pruned: int, threshold: Threshold, inside: Inside, layout: RankLayout) -> None:
-    """Set the masks if only the first of the keys equal to the threshold are pruned. Collective over the shard group.
+    """Set the masks if only the first of the keys equal to the threshold are pruned. Collective: over the shard group.
 
-    A key of 0 can be that of weights pruned before: there the ties that the quota is for are the survivors among them.
+    Weights that are pruned already have the key 0. If that is the threshold, only the survivors count as ties.
     """
     ties, quota = inside.num_equal(threshold.key), threshold.num_ties_pruned
     if threshold.key == 0:
@@ -193,7 +199,7 @@ def _prune_some_ties(passes: Passes, num_pruned: int, threshold: Threshold, insi
 
 
 def _num_ties_dropped(ties: list[int], quota: int, layout: RankLayout, device: torch.device) -> list[int]:
-    """How many of each local shard's ties a quota over all ranks covers. Collective over the shard group."""
+    """Return how many ties of each local shard a quota over all ranks covers. Collective: over the shard group."""
     totals = layout.sum_ints(ties, device)
     last, quota = share_ties(totals, quota)
     before = sum(layout.gather_count(ties[last], device)[: layout.shard_rank])

@@ -1,4 +1,4 @@
-"""Passes in torch's own operations: for scores without a kernel, and for devices without Triton."""
+"""Passes in plain torch operations, for scores without a kernel and for devices without Triton."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sparsity.shards import ParameterShard, chunks
 
 
 class TorchPasses(Passes):
-    """Passes in torch. `kernels`, `sparsity.launches` if it runs here, counts keys that are in memory already."""
+    """Passes in torch; if `kernels` (`sparsity.launches`) is available, it counts keys that are already in memory."""
 
     def __init__(self, shards: Sequence[ParameterShard], score: Score, kernels: ModuleType | None = None) -> None:
         super().__init__(shards, score)
         self._kernels = kernels
 
     def collect(self, lo: int, hi: int, limit: int) -> tuple[int, int, Inside]:
-        # One place more takes what is not collected: a boolean index would wait for the device at each chunk.
+        # An extra place takes keys that are not collected, because a boolean index would wait for the device at each chunk.
         keys = torch.empty(limit + 1, dtype=torch.int32, device=self.device)
         below = torch.zeros(1, dtype=torch.int64, device=self.device)
         inside = torch.zeros(1, dtype=torch.int64, device=self.device)

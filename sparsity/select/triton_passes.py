@@ -1,8 +1,8 @@
 """Passes in Triton kernels, for magnitudes on a GPU: each is launched once for all shards (`sparsity.launches`).
 
-If one rank has all weights, no count crosses ranks, and the device needs no help of the host: `find_bracket` and
-`collect_and_find` queue all their kernels before the host waits once. Histograms find a key digit by digit, as a radix
-sort would, and the digits found so far stay on the device.
+If one rank has all weights, no counts are exchanged and the device can work without the host: `find_bracket` and
+`collect_and_find` queue all their kernels before the host waits once. They find a key digit by digit from histograms, like a
+radix sort, and the digits found so far stay on the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIGIT_BITS = 12
 
 
 class TritonPasses(Passes):
-    """Passes in `launches`, which is `sparsity.launches`."""
+    """Passes that call the kernels in `launches`, the module `sparsity.launches`."""
 
     def __init__(self, shards: Sequence[ParameterShard], score: Score, launches: ModuleType) -> None:
         super().__init__(shards, score)
@@ -36,7 +36,7 @@ class TritonPasses(Passes):
         return keys
 
     def collect(self, lo: int, hi: int, limit: int) -> tuple[int, int, Inside]:
-        """All kernels run before the one look at their counts."""
+        """Collect with one host sync: all kernels are queued before their counts are read."""
         num_keys = num_bins(lo, hi, self.spacing_bits)
         if num_keys <= MOST_COUNTED:
             num_below, by_shard = self._launches.count_by_shard(self.shards, lo, hi, self.spacing_bits)
@@ -104,14 +104,16 @@ def radix_select(
 
     Args:
         launches: `sparsity.launches`.
-        keys: int32 [n] in no order; others than those of the range don't count.
+        keys: int32 [n] in no order; keys outside the range are ignored.
         lo: The first key of the range.
         hi: The key after the last of the range.
-        ranks: int64 [ranks] on the device, from 1. Those that are too small or large find any bin.
-        spacing_bits: Lower bits that are 0 in every key.
-        num_digits: Stop after so many digits of 12 bits; without it the bins are single keys.
+        ranks: int64 [ranks] on the device, counted from 1. For a rank that is too small or too large, the bin is arbitrary.
+        spacing_bits: The number of low bits that are 0 in every key.
+        num_digits: Stop after so many digits of 12 bits; None: continue until bins are single keys.
 
-    Returns: int64 [ranks, 3] of each rank's bin, the keys in lower bins and those in it; and the bits of a bin's width.
+    Returns:
+        int64 [ranks, 3] with the bin of each rank, the number of keys in lower bins and the number in it; and log2 of the
+        bins' width.
     """
     shift = max((hi - lo - 1).bit_length(), spacing_bits)
     ranks = ranks.view(-1, 1)
