@@ -45,14 +45,14 @@ COMMANDS = {
     "claim": Command(claim.claim_steps, budget_s=530.0, parallel=6, takes_overrides=True),
 }
 REHEARSAL_BUDGET_S = 1800.0
-"""A rehearsal takes minutes on an idle machine; on a busy one it is not to be cut short."""
+"""Long enough for a rehearsal, which takes minutes on an idle machine, to finish on a busy one."""
 REHEARSAL_PARALLEL = 2
 REHEARSAL_PATIENCE = 4.0
-"""By how much longer a step may take in a rehearsal."""
+"""Factor on the time that a step may take in a rehearsal."""
 
 
 def environment(rehearse: bool, work: Path) -> dict[str, str]:
-    """The variables of every step: offline, unbuffered, one device or none, and this checkout first on the path."""
+    """Return the variables of every step: offline, unbuffered, one device or none, this checkout first on the path."""
     python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
