@@ -1,7 +1,7 @@
-"""One process of a run, like `python -m train`, whose prune events last long enough to be killed in.
+"""One process of a run, like `python -m train`, whose prune events last long enough for a kill during one.
 
 `accelerate launch ... -m tests.slow_events` with EVENTS_FILE set: rank 0 writes each event's number there when the event
-begins; masks are decided, and weights and moments zeroed, in slow motion.
+begins; it then decides masks and zeroes weights and moments slowly.
 """
 
 import os
