@@ -17,7 +17,7 @@ PAUSE_S = 0.05
 
 
 def announced(prune_smallest: Any) -> Any:
-    """`prune_smallest_` with pauses around it, so that a kill finds masks that weights do not have yet."""
+    """Wrap `prune_smallest_` in pauses, so that a kill finds masks not yet applied to the weights."""
     events = 0
 
     def prune(*args: Any, **kwargs: Any) -> Any:

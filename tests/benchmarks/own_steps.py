@@ -217,7 +217,7 @@ def plain_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def compiled_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss that runs use: one pass over the logits, which widens them to float32 on its way."""
+    """Return the loss that runs use: one pass over the logits, which widens them to float32 on the way."""
     compiled = (
         torch.compile(widened_cross_entropy, dynamic=False) if model.device.type == "cuda" else widened_cross_entropy
     )
@@ -225,7 +225,7 @@ def compiled_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def chunked_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """Logits of a few tokens at a time, computed again in the backward: they never exist as a whole."""
+    """Return a loss with logits of a few tokens at a time, recomputed in the backward pass: they never exist as a whole."""
 
     def summed(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
@@ -236,7 +236,7 @@ def chunked_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
         return compiled(F.linear(hidden, weight), targets)  # type: ignore[no-any-return]
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        # Not called as a module: under FSDP2 the head belongs to the root, whose weights are there for the whole forward.
+        # Not called as a module: under FSDP2 the head belongs to the root, whose weights stay gathered for the whole forward.
         weight = model.lm_head.weight
         pieces = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         sums = [checkpoint(part, some, wanted, weight, use_reentrant=False) for some, wanted in pieces]
@@ -256,7 +256,7 @@ LOSSES = {"plain": plain_loss, "compiled": compiled_loss, "chunked": chunked_los
 
 
 def predicted_bytes(work: Workload, variant: Variant, device: str) -> int | None:
-    """The peak of `launch.plan` for such a step; None where it cannot be computed here."""
+    """Return the peak of `launch.plan` for such a step, or None if it cannot be computed here."""
     try:
         from conf.schema import ModelConfig
         from train.plan.memory import Setting, gpu_memory

@@ -5,8 +5,9 @@
     python -m tests.gpu rates [--rehearse]     learning rate of the claim's runs, by recipe; 3 minutes at most
     python -m tests.gpu claim [--rehearse]     the paper's claim: sparse runs and their dense twins; 9 minutes at most
 
-`claim` and `rates` take overrides of their runs as well (optim.learning_rate=0.004). They read the docstrings that this
-Python has; `data=text data.path=FOLDER` gives them more, such as the folder that `python -m tests.gpu.docstrings` writes.
+`claim` and `rates` also take overrides of their runs (optim.learning_rate=0.004). They read the docstrings of this
+Python environment; `data=text data.path=FOLDER` gives them more, such as the folder that `python -m tests.gpu.docstrings`
+writes.
 
 Prints a line for each step as it ends. The results are in $OUT (without it, in runs/gpu): COMMAND.json, written again after
 each step, and COMMAND.log with the end of what each step printed. Exits with 1 unless every step that ran passed.

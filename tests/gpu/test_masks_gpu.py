@@ -28,7 +28,7 @@ NUM_KEPT = 154
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """This process alone in a group of its own."""
+    """Make a mesh of this process alone."""
     if DEVICE.type == "cuda":
         torch.cuda.set_device(0)
     backend = "nccl" if DEVICE.type == "cuda" else "gloo"
