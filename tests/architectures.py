@@ -56,14 +56,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def folder_of(name: str, folder: Path, **options: Any) -> Path:
-    """Write a model's folder; `options` are those of save_pretrained, and `dtype`."""
+    """Write a model's folder and return it; `options` are those of save_pretrained, and `dtype`."""
     set_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]())
     return saved(model.to(options.pop("dtype", model.dtype)), folder, **options)
 
 
 def by_path(path: Path | str, **keys: Any) -> Any:
-    """Return the group `model` as `model=hf model.path=PATH` makes it."""
+    """Return the config group `model` as `model=hf model.path=PATH` makes it."""
     from conf.schema import ModelConfig
     from train.plan.architecture import SIZES as KEYS
 

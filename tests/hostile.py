@@ -1,4 +1,4 @@
-"""Compact folders damaged at random: what comes of them is the same tensors or a ValueError, in bounded memory.
+"""Damage compact folders at random: reading one must give the same tensors or a ValueError, in bounded memory.
 
 python -m tests.hostile [--count 20000] [--first 0]
 """
@@ -25,11 +25,11 @@ from sparsity.compact.rounding import Rounding
 
 INDEX = "model.safetensors.index.json"
 ROOM = 64 << 20
-"""The address space, beyond that of the process, in which all of it must happen."""
+"""Bytes of address space beyond those of the process, which must suffice for everything."""
 
 
 def write_plain(folder: Path) -> None:
-    """A folder of two small shards with sparse, dense, empty and odd tensors in several types."""
+    """Write a folder of two small shards with sparse, dense, empty and odd tensors in several types."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "a": (40, 33),
@@ -56,7 +56,7 @@ def write_plain(folder: Path) -> None:
 
 
 def all_tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Type, shape and bits of every tensor of a plain folder."""
+    """Return type, shape and bits of every tensor of a plain folder."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -196,7 +196,7 @@ def change_contents(metadata: Any, rng: random.Random) -> Any:
 
 
 def swap_data(path: Path, rng: random.Random) -> None:
-    """Two tensors trade their bytes, in a header that is sound."""
+    """Swap the bytes of two tensors under a valid header."""
     header, data = split_file(path)
     entries = [entry for name, entry in header.items() if name != "__metadata__"]
     first, second = rng.sample(entries, 2)
@@ -242,7 +242,7 @@ def damage(folder: Path, rng: random.Random) -> None:
 
 
 def attempt(whole: Path, place: Path, seed: int, expected: Any) -> str:
-    """Damage a copy of `whole` and expand it: "same" or "refused"; anything else raises."""
+    """Damage a copy of `whole` and expand it; return "same" or "refused", and raise at anything else."""
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(whole, place / "compact")
     damage(place / "compact", random.Random(seed))
@@ -257,7 +257,7 @@ def attempt(whole: Path, place: Path, seed: int, expected: Any) -> str:
 
 
 def fuzz(count: int, first: int = 0, show_progress: bool = False) -> dict[str, int]:
-    """Damage a folder `count` times in an address space of `ROOM` more bytes; how often it was refused, or the same."""
+    """Damage a folder `count` times with `ROOM` bytes more address space; count how often it was refused or the same."""
     found: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)

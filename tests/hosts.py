@@ -25,7 +25,7 @@ class Host:
 
 
 def missing_for_hosts() -> str | None:
-    """Why there can be no two hosts here, None where there can."""
+    """Return why two hosts cannot be made here, or None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -39,7 +39,7 @@ def missing_for_hosts() -> str | None:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[list[Host]]:
-    """Two hosts that reach each other over the cable and nothing else; gone afterwards."""
+    """Make two hosts that reach only each other, over the cable, and remove them afterwards."""
     hosts = [Host(_name(str(number)), address) for number, address in enumerate(ADDRESSES)]
     try:
         for host in hosts:

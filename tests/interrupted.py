@@ -1,4 +1,4 @@
-"""The run that the tests interrupt: small, in several epochs, with a prune window, and what is compared afterwards."""
+"""The run that the tests interrupt: small, with several epochs and a prune window; and the parts they compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ STEPS = 60
 
 
 def interrupted(folder: Path, name: str, *overrides: str) -> list[str]:
-    """60 steps of 12 sequences, 11 an epoch, three micro-batches a step, pruned at steps 20 to 40; saved out of step."""
+    """Return overrides for 60 steps of three micro-batches, 11 steps an epoch, pruned at steps 20 to 40.
+
+    A step has 12 sequences. Checkpoints, every 7 steps, are out of step with epochs and events.
+    """
     return tiny(
         folder, f"run_name={name}", f"trainer.max_steps={STEPS}", "data.max_documents=44", "trainer.save_steps=7",
         "trainer.logging_steps=3", "sparsity.window.of=steps", "sparsity.window.start=20", "sparsity.window.end=40",
@@ -25,7 +28,7 @@ def interrupted(folder: Path, name: str, *overrides: str) -> list[str]:
 
 
 def records_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's records, without the figures that are a matter of time."""
+    """Return the run's records without the figures that depend on time."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
         {
@@ -38,7 +41,7 @@ def records_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def tensors_of(run_dir: Path, pattern: str) -> dict[str, bytes]:
-    """Every tensor's bytes, of all files that fit."""
+    """Return the bytes of every tensor in the files that match `pattern`."""
     return {
         f"{path.name}:{name}": tensor.contiguous().view(-1).numpy().tobytes()
         for path in sorted(run_dir.glob(pattern))
@@ -47,7 +50,7 @@ def tensors_of(run_dir: Path, pattern: str) -> dict[str, bytes]:
 
 
 def unfinished(folder: Path, whole: Path, name: str) -> Path:
-    """A copy of the whole run as it would be had it been killed in its evaluation."""
+    """Copy the whole run as if it had been killed during its evaluation."""
     run_dir = folder / "runs" / name
     shutil.copytree(whole, run_dir)
     for file in ("summary.json", "report.png", "sample.txt"):
@@ -58,7 +61,7 @@ def unfinished(folder: Path, whole: Path, name: str) -> Path:
 
 
 def one_error(command: list[str], **options: Any) -> str:
-    """The one line that `python -m launch` says is wrong."""
+    """Return the single error line that `python -m launch` prints."""
     done = run_command(["launch", *command, *[f"{key}={value}" for key, value in options.items()]])
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""What kernels must give, computed on the CPU by numpy from copies: keys, masks, zeros. And the shards to try them on."""
+"""Expected results of kernels, computed on the CPU by numpy from copies: keys, masks, zeros. And shards to try them on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ["normal", "ties", "denormal", "mostly zeros", "mixed"]
 
 
 def tensors_of(kind: str, dtype: str, sizes: tuple[int, ...] = SIZES) -> list[Tensor]:
-    """Weights on the CPU with NaN, both infinities and -0.0 among them."""
+    """Return weights on the CPU with NaN, both infinities and -0.0 among them."""
     generator = torch.Generator().manual_seed(0)
     found = [torch.randn(size, generator=generator) for size in sizes]
     if kind == "ties":
@@ -30,8 +30,10 @@ def tensors_of(kind: str, dtype: str, sizes: tuple[int, ...] = SIZES) -> list[Te
 
 
 def shards_on(device: str, tensors: list[Tensor], offset: int = 0) -> list[ParameterShard]:
-    """Shards with copies of the tensors, which begin `offset` elements into their memory; a third of the masks' last weights
-    is pruned."""
+    """Return shards with copies of the tensors, which begin `offset` elements into their memory.
+
+    The last third of each mask is pruned.
+    """
     shards = []
     for number, tensor in enumerate(tensors):
         values = torch.empty(len(tensor) + offset, dtype=tensor.dtype, device=device)[offset:]
@@ -43,19 +45,19 @@ def shards_on(device: str, tensors: list[Tensor], offset: int = 0) -> list[Param
 
 
 def keys_of(tensor: Tensor) -> np.ndarray:
-    """Int64 keys from a CPU copy: the bits of |w| as float32."""
+    """Return int64 keys from a CPU copy: the bits of |w| as float32."""
     return np.abs(tensor.detach().cpu().float().numpy()).view(np.uint32).astype(np.int64)
 
 
 def zeroed(tensor: Tensor, mask: Tensor) -> Tensor:
-    """A copy on the CPU with zeros where the mask is False."""
+    """Return a copy on the CPU with zeros where the mask is False."""
     found = tensor.detach().cpu().clone()
     found.view(-1)[~mask.cpu().view(-1)] = 0
     return found
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, NaN and signs of zeros included."""
+    """Return whether two tensors are equal to the last bit, NaN and signs of zeros included."""
     bits = {4: torch.int32, 2: torch.int16}[one.element_size()]
     return torch.equal(one.detach().cpu().contiguous().view(bits), other.detach().cpu().contiguous().view(bits))
 
@@ -63,7 +65,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def small_model(
     dtype: str, device: str, shapes: tuple[tuple[int, int], ...], seed: int = 0
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Linear layers and an AdamW whose moments are random, the same on every device."""
+    """Return linear layers and an AdamW with random moments, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     kind = getattr(torch, dtype)
     model = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes).to(kind).to(device)
@@ -80,7 +82,7 @@ def small_model(
 
 
 class HostReads(TorchFunctionMode):
-    """Counts what a device would have to be waited for: values that become Python's, and shapes that depend on values."""
+    """A counter of operations that wait for a device: values read into Python, and shapes that depend on values."""
 
     NAMES = frozenset(
         """item tolist cpu numpy nonzero masked_select unique equal allclose

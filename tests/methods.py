@@ -1,4 +1,4 @@
-"""Every way to prune that the settings can spell, each with whether it is allowed: one table for all tests of methods."""
+"""Every combination of settings for pruning, with whether it is allowed: one table for all tests of methods."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SCORES = ("magnitude", "random", "scaled", "own")
 """`scaled` is magnitude with the factors below and divided by norms; `own` is `Steps`."""
 FACTORS = {"*q_proj*": 0.0625, "*down_proj*": 3.0}
 UPDATES = {"shrink": Shrink(), "set": Set(0.5, 2, 1), "rigl": Rigl(0.5, 2, 1), "ste": Ste(0.5, 2, 1), "acdc": AcDc()}
-"""Masks move before or at the steps 2 and 4."""
+"""Masks move before or at steps 2 and 4."""
 
 
 class Steps(Score):
-    """How far the last updates went: |w| times the first moment, plus something of the column."""
+    """A score of |w| times the first moment, the size of recent updates, plus a little of the column index."""
 
     needs = ("state",)
 
@@ -54,7 +54,7 @@ class Method:
         return "-".join(parts).replace(" ", "_").replace("-shrink", "")
 
     def target(self, name: str) -> float:
-        """The sparsity that the parameter `name` ends with under a uniform scope, and its group under a global one."""
+        """Return the final sparsity of the parameter `name` under a uniform scope, or of its group under a global one."""
         return next((g.sparsity for g in GROUPS[self.groups] if g.matches(name)), TARGETS[self.pattern])
 
 
@@ -73,7 +73,7 @@ METHODS = [
 
 
 def reason_to_refuse(method: Method) -> str | None:
-    """Part of the sentence that refuses a method; None for what is allowed."""
+    """Return part of the sentence that refuses a method, or None if it is allowed."""
     if method.score == "scaled" and method.scope != "global":
         return f"factors have no effect with scope={method.scope}"
     if method.schedule == "fixed":
@@ -111,7 +111,10 @@ REFUSED = [method for method in METHODS if reason_to_refuse(method) is not None]
 
 
 def schedule_of(method: Method) -> Schedule:
-    """Of a run of NUM_STEPS steps: gradual ones prune before steps 1, 3 and 5, one-shot before step 4, right after a resume."""
+    """Return the schedule of a run of NUM_STEPS steps.
+
+    Gradual ones prune before steps 1, 3 and 5; one-shot prunes before step 4, right after a resume.
+    """
     sparsity = TARGETS[method.pattern]
     return {
         "geometric": Geometric(sparsity, 1, 5, 2),

@@ -1,4 +1,4 @@
-"""Small run folders as a run leaves them, made without a run."""
+"""Small run folders with a run's files, made without a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = (
 def write_run(
     folder: Path, *, sparsity: float = 0.0, linear: int = LINEAR, steps: int = 20, finished: bool = True, **figures: Any
 ) -> Path:
-    """A run whose density falls from 1 at half its steps, and whose loss falls with tokens and average size."""
+    """Write a run whose density falls from 1 at half its steps, and whose loss falls with tokens and average size."""
     folder.mkdir(parents=True)
     records, kept = [], 0.0
     for step in range(1, steps + 1):
@@ -62,7 +62,7 @@ def write_run(
 
 
 def write_sweep(folder: Path) -> Path:
-    """Two sparse runs, the twin of one, a dense run, and a sparse one that still goes on."""
+    """Write two sparse runs, the twin of one, a dense run, and a sparse one that is still running."""
     write_run(folder / "dense")
     write_run(folder / "half", sparsity=0.5)
     write_run(folder / "most", sparsity=0.8)

@@ -1,4 +1,4 @@
-"""A launched run to do harm to: its processes by name, its progress, and signals at chosen steps."""
+"""A launched run for tests that harm it: its processes by name, its progress, and signals at chosen steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 from tests.commands import ROOT, quiet_environment
 
 PATIENCE_S = 300.0
-"""Other work on the machine must not read as a hang."""
+"""Long enough that other work on the machine does not look like a hang."""
 PYTHON_LAUNCH = (sys.executable, "-m", "launch")
 
 
 class LaunchedRun:
     """`python -m launch ARGUMENTS` in the background; its output goes to files beside `run_dir`.
 
-    `command` is started in the place of `python -m launch`.
+    `command` is started instead of `python -m launch`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LaunchedRun:
         return last_step(self.run_dir)
 
     def ranks(self) -> list[int]:
-        """The process ids of the ranks, in rank order."""
+        """Return the process ids of the ranks, in rank order."""
         found = {}
         for pid in descendants(self.process.pid):
             environment = environment_of(pid)
@@ -61,7 +61,7 @@ class LaunchedRun:
         return [found[rank] for rank in sorted(found)]
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
-        """Return as soon as `condition()`; an AssertionError where the run ends first or the time is up."""
+        """Return as soon as `condition()` is true; raise AssertionError if the run ends first or the time is up."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, f"the run ended first: {self.stderr[-2000:]}"
@@ -72,7 +72,7 @@ class LaunchedRun:
         self.wait_until(lambda: self.last_step() >= step)
 
     def kill_all(self) -> None:
-        """SIGKILL to the launcher, its agent and every rank."""
+        """Send SIGKILL to the launcher, its agent and every rank."""
         pids = [self.process.pid, *descendants(self.process.pid)]
         for pid in pids:
             send(pid, signal.SIGKILL)
@@ -90,7 +90,7 @@ class LaunchedRun:
 def launched(
     arguments: Sequence[str], run_dir: Path, command: Sequence[str] = PYTHON_LAUNCH, **environment: str
 ) -> Iterator[LaunchedRun]:
-    """A run that is certainly over afterwards."""
+    """Start a run, and kill it afterwards if it has not ended."""
     run = LaunchedRun(arguments, run_dir, command, **environment)
     try:
         yield run
@@ -100,7 +100,7 @@ def launched(
 
 
 def last_step(run_dir: Path) -> int:
-    """The step of the last whole record, 0 before the first."""
+    """Return the step of the last complete record, 0 before the first."""
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists():
         return 0
@@ -114,7 +114,7 @@ def send(pid: int, number: int) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, whatever sessions they made."""
+    """Return all processes below `pid`, including those in other sessions."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""Run a whole training command on ranks that are forked from a server which has imported torch: seconds a run."""
+"""Run a training command on ranks forked from a server that has imported torch, which takes seconds a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-"""What accelerate sets by launch/accelerate/cpu.yaml."""
+"""Variables that accelerate sets for launch/accelerate/cpu.yaml."""
 
 
 def train_on_ranks(num_ranks: int, overrides: Sequence[str], timeout_s: float = 240) -> None:

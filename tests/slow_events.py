@@ -1,7 +1,7 @@
-"""One process of a run, like `python -m train`, whose prune events last long enough to be killed in.
+"""One process of a run, like `python -m train`, whose prune events last long enough for a kill during one.
 
 `accelerate launch ... -m tests.slow_events` with EVENTS_FILE set: rank 0 writes each event's number there when the event
-begins; masks are decided, and weights and moments zeroed, in slow motion.
+begins; it then decides masks and zeroes weights and moments slowly.
 """
 
 import os
@@ -17,7 +17,7 @@ PAUSE_S = 0.05
 
 
 def announced(prune_smallest: Any) -> Any:
-    """`prune_smallest_` with pauses around it, so that a kill finds masks that weights do not have yet."""
+    """Wrap `prune_smallest_` in pauses, so that a kill finds masks not yet applied to the weights."""
     events = 0
 
     def prune(*args: Any, **kwargs: Any) -> Any:

@@ -54,7 +54,7 @@ PartitionName=urgent Nodes={host} PriorityTier=2 OverSubscribe=NO MaxTime=INFINI
 
 
 def missing_for_slurm() -> str | None:
-    """Why SLURM cannot be started here, None where it can."""
+    """Return why SLURM cannot be started here, or None if it can."""
     if os.geteuid() != 0:
         return "starting a SLURM needs root"
     missing = [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
@@ -67,7 +67,7 @@ def search_path() -> str:
 
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """A running cluster of this machine; hands out the environment in which sbatch and srun find it."""
+    """Run a cluster on this machine; yield the environment in which sbatch and srun find it."""
     host = socket.gethostname().split(".")[0]
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)

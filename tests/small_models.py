@@ -16,7 +16,7 @@ TEXT = 'the town has a long history , with 1 @,@ 200 people ( or so ) who said "
 
 
 def wiki_source(num_pages: int = 3, words_per_page: int = 120) -> str:
-    """Pages in WikiText's format, each other words."""
+    """Return pages in WikiText's format, each with different words."""
     vocabulary, pages = TEXT.split(), []
     for page in range(num_pages):
         words = [vocabulary[(7 * page + 5 * word + word * word) % len(vocabulary)] for word in range(words_per_page)]
@@ -46,7 +46,7 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
 
 
 def saved(model: Any, folder: Path, **options: Any) -> Path:
-    """The model and a byte-level tokenizer in a folder, beside it `text.raw` for both."""
+    """Write the model and a byte-level tokenizer to a folder, with `text.raw` for both beside it."""
     model.save_pretrained(folder, **options)
     train_bpe([wiki_source()], VOCABULARY, folder / "bpe.json")
     wrap_bpe(folder / "bpe.json", CONTEXT).save_pretrained(folder)
@@ -57,7 +57,7 @@ def saved(model: Any, folder: Path, **options: Any) -> Path:
 
 @torch.no_grad()
 def prune(model: Any, share: float) -> int:
-    """Zero the first rows of each linear layer; the number of zeros."""
+    """Zero the first rows of each linear layer and return the number of zeros."""
     from sparsity.prunable import own_linear_weights
 
     total = 0

@@ -1,4 +1,4 @@
-"""Our Trainer on a tiny model and rows of random tokens, for tests that look into its steps."""
+"""Our Trainer on a tiny model and rows of random tokens, for tests that inspect its steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def random_rows(num_rows: int, length: int = LENGTH, vocab_size: int = VOCABULAR
 
 
 def document_rows(num_rows: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of `random_rows` in which the documents differ in number and length from row to row."""
+    """Return the rows of `random_rows` cut into documents, whose number and length differ from row to row."""
     rows = []
     for number, row in enumerate(random_rows(num_rows)):
         starts = np.arange(3 + number % 7, LENGTH, 5 + number % 3)
@@ -63,7 +63,10 @@ def small_trainer(
     by_document: bool = False,
     **changes: Any,
 ) -> PretrainingTrainer:
-    """Four steps of two micro-batches of two rows, nothing saved, every step logged; `changes` are TrainingArguments."""
+    """Return a Trainer for four steps of two micro-batches of two rows, which logs every step and saves nothing.
+
+    `changes` are TrainingArguments.
+    """
     options: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "optim": "adamw_torch_fused",

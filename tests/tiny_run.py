@@ -9,7 +9,7 @@ STEPS = 24
 
 
 def write_text(path: Path) -> Path:
-    """A little language whose next word follows from the last two: quickly learnt, hard for a unigram model."""
+    """Write a small language whose next word follows from the last two: quickly learnt, hard for a unigram model."""
     words = ["red", "green", "blue", "black", "white", "grey", "pink"]
     with open(path, "w") as file:
         for number in range(600):

@@ -1,9 +1,9 @@
-"""A run killed, preempted, damaged and starved of disk, many times: `make torture`, or by hand
+"""Kill, preempt, damage and starve a run of disk space, many times: `make torture`, or by hand
 
     python -m tests.torture [--kills 20] [--damages 50] [--signals 10] [--seed 0] [--folder DIR] [--only WORDS]
 
-Each trial ends with the finished run compared with one that nothing happened to: same records, same model to the last
-bit. Prints a table of tried, survived, lost, and exits 1 where anything was lost. About a minute a trial on two cores.
+Each trial compares the finished run with an undisturbed one: same records, same model to the last bit. Prints a table of
+trials tried, survived and lost, and exits with 1 if any was lost. A trial takes about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from train.distributed import World
 from train.faults.stop import PREEMPTED_CODE
 
 PATIENCE_S = 900.0
-"""For a run to end: other work on the machine must not read as loss."""
+"""Seconds for a run to end, long enough that other work on the machine does not count as a loss."""
 ORPHANS_S = 10.0
-"""For the ranks to end once their launcher is gone."""
+"""Seconds for the ranks to end after their launcher."""
 
 Trial = Callable[[random.Random, LaunchedRun], Container[int]]
-"""Does harm to a running run; the exit codes that it may end with."""
+"""A function that harms a running run and returns the exit codes that it may end with."""
 ANY = range(-64, 256)
 
 
@@ -83,7 +83,7 @@ def main() -> int:
 def tally(
     whole: Path, chance: random.Random, trials: Sequence[Trial], start: Sequence[str] = PYTHON_LAUNCH
 ) -> tuple[int, int]:
-    """(tried, survived) of runs that each trial interrupts once, or twice in every third."""
+    """Return (tried, survived) of runs that a trial interrupts once, and every third trial twice."""
     survived = 0
     for number, trial in enumerate(trials):
         run_dir = whole.with_name("victim")
@@ -113,13 +113,13 @@ def models_agree(run_dir: Path, whole: Path) -> bool:
 
 
 def slow_events(folder: Path) -> list[str]:
-    """What `python -m launch` starts, with prune events that last long enough to be killed in."""
+    """Return the command that `python -m launch` starts, with events that last long enough for a kill during one."""
     command = accelerate_command(composed("train", interrupted(folder, "victim")), [], gpus=0)
     return [*command[: command.index("train")], "tests.slow_events"]
 
 
 def kill_all(chance: random.Random, run: LaunchedRun) -> Container[int]:
-    """At a random moment, the start of the processes and the evaluation included."""
+    """Kill at a random moment, which may be during the start of the processes or the evaluation."""
     if chance.random() < 0.2:
         time.sleep(chance.uniform(0, 15))
     else:
@@ -152,7 +152,7 @@ def kill_agent(chance: random.Random, run: LaunchedRun) -> Container[int]:
 
 
 def all_gone(pids: Sequence[int]) -> bool:
-    """Whether the processes end by themselves in time."""
+    """Return whether the processes end by themselves in time."""
     deadline = time.monotonic() + ORPHANS_S
     while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -188,21 +188,21 @@ def kill_while_exporting(chance: random.Random, run: LaunchedRun) -> Container[i
 
 
 def signals(num_trials: int) -> list[Trial]:
-    """Each signal to the launcher alone, as a user sends it, and to every process, as a cluster does."""
+    """Return trials of each signal to the launcher alone, as a user sends it, and to every process, as a cluster does."""
     kinds = list(product((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), (False, True)))
     return [partial(preempt, *kinds[number % len(kinds)]) for number in range(num_trials)]
 
 
 def preempt(number: signal.Signals, to_all: bool, chance: random.Random, run: LaunchedRun) -> Container[int]:
-    """At a step; where the run has been there before, while its processes start."""
+    """Send a signal at a step, or while the processes start if the run has reached that step before."""
     step = chance.randrange(1, STEPS - 3)
     if run.last_step() >= step:
-        # Before Python runs at all nobody can answer.
+        # Before Python runs, no process can handle a signal.
         time.sleep(chance.uniform(0.5, 10))
     reach(run, step)
     for pid in [run.process.pid, *(descendants(run.process.pid) if to_all else [])]:
         send(pid, number)
-    # 0 where the run was over before the signal came.
+    # 0 if the run was over before the signal came.
     return ANY if number == signal.SIGINT else (0, PREEMPTED_CODE)
 
 
@@ -211,15 +211,15 @@ def reach(run: LaunchedRun, step: int) -> None:
 
 
 def watch(run: LaunchedRun, condition: Callable[[], bool]) -> None:
-    """Until `condition()`, or until the run is over: then there is nothing left to interrupt."""
+    """Wait until `condition()` is true or the run is over, which leaves nothing to interrupt."""
     while run.process.poll() is None and not condition():
         time.sleep(0.002)
 
 
 def damage_files(num_trials: int, chance: random.Random, whole: Path) -> tuple[int, int]:
-    """A bit flipped, a tail cut off or a file removed, in any file of the newest checkpoint.
+    """Flip a bit, cut off the end or remove a file, in any file of the newest checkpoint.
 
-    Survived where it is named in a warning and the checkpoint before it is taken.
+    A trial is survived if one warning names that checkpoint and the one before it is chosen.
     """
     survived, alone = 0, World(0, 1, torch.device("cpu"))
     victim = whole.with_name("damaged")

@@ -1,4 +1,4 @@
-"""Reading an offline .wandb file: a 7-byte header, then LevelDB-style log blocks of 32 KiB."""
+"""Read an offline .wandb file: a 7-byte header, then LevelDB-style log blocks of 32 KiB."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The logged records by their keys."""
+    """Return the logged records by their keys."""
     return [_values(r.history.item) for r in read_records(path) if r.WhichOneof("record_type") == "history"]
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The run's summary as it stood in the end."""
+    """Return the run's final summary."""
     summary: dict[str, Any] = {}
     for record in read_records(path):
         if record.WhichOneof("record_type") == "summary":
@@ -52,13 +52,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_labels(path: Path) -> tuple[str, str, list[str]]:
-    """(group, job type, tags) of the run."""
+    """Return (group, job type, tags) of the run."""
     run = next(record.run for record in read_records(path) if record.WhichOneof("record_type") == "run")
     return run.run_group, run.job_type, list(run.tags)
 
 
 def step_metrics(path: Path) -> dict[str, str]:
-    """The x axis of each metric, or group of metrics, that was defined to have one."""
+    """Return the x axis of each metric, or group of metrics, that has one defined."""
     return {
         record.metric.name or record.metric.glob_name: record.metric.step_metric
         for record in read_records(path)

@@ -1,12 +1,12 @@
-"""All benchmarks, one after the other, each beside its peers: what `docs/speed.md` is made from.
+"""Run all benchmarks one after the other, each beside its peers: the figures that `docs/speed.md` explains.
 
-    python -m tests.benchmarks             minutes, on any machine; on one with a GPU its figures as well
+        python -m tests.benchmarks             minutes, on any machine; also the figures of its GPU, if it has one
     python -m tests.benchmarks --all       the real models' sizes, many ranks, the memory model
     python -m tests.benchmarks --gpu       what needs a GPU, and nothing else
 
 Each can be run alone as well, `python -m tests.benchmarks.selection --help` and so on.
-Random tokens and no network. A benchmark whose packages are not installed is left out by name, one that fails or misses a
-goal does not end the others; the last lines say of each how it went. Exits with 1 unless all that ran reached their goals.
+The benchmarks use random tokens and no network. If packages of one are not installed, it is skipped by name. If one fails
+or misses a goal, the others still run. The last lines say how each went. Exits with 1 unless all that ran reached their goals.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ ON_GPU = (
 
 
 def chosen(everything: bool, gpu_alone: bool, has_gpu: bool) -> list[Benchmark]:
-    """What is to run: each once, in its longest form among those asked for."""
+    """Return the benchmarks to run, each once, in the longest form that was asked for."""
     on_any = [*QUICK, *LONG] if everything else list(QUICK)
     found = ON_GPU if gpu_alone else [*on_any, *((EVENT, THROUGHPUT) if has_gpu else ())]
     return list({benchmark.name: benchmark for benchmark in found}.values())
 
 
 def run(benchmark: Benchmark) -> str:
-    """How it went, in a few words."""
+    """Run one benchmark and return in a few words how it went."""
     missing = [package for package in benchmark.needs if find_spec(package) is None]
     if missing:
         return f"left out: {', '.join(missing)} not installed"

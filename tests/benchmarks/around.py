@@ -1,11 +1,11 @@
-"""Everything around a step, beside what one would do by hand: from the import of the launcher to the finished model.
+"""Measure everything around a step, from the launcher's import to the finished model, beside the same done by hand.
 
     python -m tests.benchmarks.around [--scale 1.0] [--rounds 3]     -> runs/bench/around.json
 
-Imports, start-up to the first step, tokenizing, loading, scoring, exporting. One thread a process, text and weights made
-here. The two of a pair take turns and the best round of each counts. The import of the launcher is given in processor
-seconds, so that other work on the machine does not count; it must stay below 0.6 of them and must not bring torch in.
-Exits with 1 where it does not.
+This covers imports, start-up to the first step, tokenizing, loading, scoring and exporting, with one thread a process, and
+text and weights made here. The two of a pair take turns and the best round of each counts. The launcher's import is given
+in processor seconds, so that other work on the machine does not count. Exits with 1 if it takes 0.6 of them or more, or
+imports torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROBE = "import sys; import launch.__main__; sys.exit('torch' in sys.modules)"
 
 
 def processor_seconds(code: str) -> float:
-    """User and system time of a fresh Python; an error where it does not end well."""
+    """Return user and system time of a fresh Python; raise if it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **ONE_THREAD}, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -50,7 +50,7 @@ def best_in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: in
 
 
 def tokenizing(scale: float, rounds: int, folder: Path) -> Comparison:
-    """Documents to ids with separators, against the tokenizers library alone."""
+    """Turn documents into ids with separators, against the tokenizers library alone."""
     from tokenizers import Tokenizer
 
     from train.data.pack import _batches, encoder
@@ -82,7 +82,7 @@ def tokenizing(scale: float, rounds: int, folder: Path) -> Comparison:
 
 
 def loading(scale: float, rounds: int) -> Comparison:
-    """Batches in the sampler's order through a DataLoader, against slices of the array."""
+    """Load batches in the sampler's order through a DataLoader, against slices of the array."""
     from torch.utils.data import DataLoader
     from transformers import default_data_collator
 
@@ -108,7 +108,7 @@ def loading(scale: float, rounds: int) -> Comparison:
 
 
 def scoring(scale: float, rounds: int) -> Comparison:
-    """Held-out likelihood, against forward and cross entropy by hand."""
+    """Compute the held-out likelihood, against forward and cross entropy by hand."""
     from train.distributed import World
     from train.scoring import score_stream
 
@@ -134,7 +134,7 @@ def scoring(scale: float, rounds: int) -> Comparison:
 
 
 def exporting(scale: float, rounds: int, folder: Path) -> Comparison:
-    """The finished model's folder, against transformers' save_pretrained."""
+    """Write the finished model's folder, against transformers' save_pretrained."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -163,7 +163,7 @@ def exporting(scale: float, rounds: int, folder: Path) -> Comparison:
 
 
 def measure(scale: float, rounds: int) -> list[Comparison]:
-    """All comparisons, in this process but for the imports."""
+    """Return all comparisons, made in this process except the imports."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         found = [

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows of runs/bench/*.json, the table, this machine, and this process's memory."""
+"""Parts that the benchmarks share: rows of runs/bench/*.json, the table, this machine, and this process's memory."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from typing import Any
 
 RESULTS = Path("runs/bench")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-# One memory arena, and what is larger than a few pages mapped on its own: freed memory leaves the resident set, and no piece
-# is put now here, now there among the heap's free pages, each of which would stay.
+# One memory arena, with every block of more than a few pages mapped by itself, so that freed memory leaves the resident set.
+# In the heap such a block would land among different free pages each time, and all of them would stay resident.
 EXACT_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "32768"}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measurement beside what it is measured against; `details` are further keys of the row."""
+    """One measurement beside its baseline; `details` are further keys of the row."""
 
     name: str
     seconds: float
@@ -57,7 +57,7 @@ PACKAGES = ("torch", "numpy", "transformers", "accelerate", "triton")
 
 
 def machine() -> dict[str, Any]:
-    """Where the numbers come from: processor, cores, GPU, Python and packages."""
+    """Return the origin of the numbers: processor, cores, GPU, Python and packages."""
     import torch
 
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
@@ -69,25 +69,25 @@ def machine() -> dict[str, Any]:
 
 
 def command() -> str:
-    """This process's command, as one would type it."""
+    """Return this process's command, as one would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return shlex.join(["python", "-m", spec.name, *sys.argv[1:]] if spec else sys.argv)
 
 
 def devices() -> list[str]:
-    """Where figures are made: on the CPU, and on a GPU where there is one."""
+    """Return the devices to measure on: the CPU, and a GPU if there is one."""
     import torch
 
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def can_compile(device: str) -> bool:
-    """Whether torch.compile can be measured on a CPU here: with a C++ compiler."""
+    """Return whether torch.compile can be measured on a CPU here, which needs a C++ compiler."""
     return device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def write_rows(rows: Sequence[dict[str, Any]], output: Path) -> None:
-    """The file of a benchmark: each row with the command and machine it comes from."""
+    """Write the file of a benchmark: each row with the command and machine that it comes from."""
     where = {"command": command(), **machine()}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps([{**row, **where} for row in rows], indent=2) + "\n")
@@ -112,7 +112,7 @@ def publish(comparisons: Sequence[Comparison], output: Path, columns: Sequence[s
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        # A bare machine with a GPU: the file has it all.
+        # A bare machine with a GPU may lack rich; the file has everything.
         print(output.read_text())
         return
 
@@ -121,14 +121,14 @@ def publish(comparisons: Sequence[Comparison], output: Path, columns: Sequence[s
         figures = [f"{found.seconds:.4g}", found.baseline, f"{found.baseline_seconds:.4g}", f"{found.ratio:.3g}"]
         table.add_row(found.name, *figures, *(_cell(found.details.get(column)) for column in columns))
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
-    # Wide enough for every column where the output is a file or a log.
+    # Wide enough for every column if the output is a file or a log.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print(f"{output} ({where})", highlight=False)
 
 
 def finish(missed: Sequence[str]) -> None:
-    """Exit with 1 and the sentences where goals were missed."""
+    """Exit with 1 and the sentences if goals were missed."""
     if missed:
         raise SystemExit(" ".join(missed))
 
@@ -140,7 +140,7 @@ def _cell(value: Any) -> str:
 
 
 def in_process(module: str, function: str, *arguments: object, **environment: str) -> Any:
-    """`module.function(*arguments)` in a fresh process of one thread; arguments and value as JSON."""
+    """Return `module.function(*arguments)` of a fresh process with one thread; arguments and value travel as JSON."""
     call = (
         f"import json; from importlib import import_module; body = import_module({module!r}).{function}; "
         f"print(json.dumps(body(*json.loads({json.dumps(arguments)!r}))))"
@@ -151,7 +151,7 @@ def in_process(module: str, function: str, *arguments: object, **environment: st
 
 
 def clock(body: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
-    """Seconds of a call, and its value."""
+    """Return the seconds of a call, and its value."""
     synchronize(device)
     started = time.perf_counter()
     value = body()
@@ -160,8 +160,10 @@ def clock(body: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
 
 
 def clock_alone(body: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
-    """Seconds of a call of one thread, and its value; on a CPU those of the processor, so that other work on the machine
-    does not count."""
+    """Return the seconds of a call of one thread, and its value.
+
+    On a CPU these are processor seconds, so that other work on the machine does not count.
+    """
     if device != "cpu":
         return clock(body, device)
     started = time.process_time()
@@ -177,7 +179,7 @@ def synchronize(device: str) -> None:
 
 
 def mark(device: str) -> Any:
-    """A point in time of the device; on a GPU the host does not wait for it."""
+    """Record a point in time of the device; on a GPU the host does not wait for it."""
     if device != "cuda":
         return time.perf_counter()
     import torch
@@ -188,7 +190,7 @@ def mark(device: str) -> Any:
 
 
 def laps_between(marks: Sequence[Any], device: str) -> list[float]:
-    """Seconds from each mark to the next."""
+    """Return the seconds from each mark to the next."""
     synchronize(device)
     if device == "cuda":
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
@@ -199,7 +201,7 @@ def laps_between(marks: Sequence[Any], device: str) -> list[float]:
 
 
 def peak_beyond(body: Callable[[], Any], device: str = "cpu") -> int | None:
-    """By how much the peak during a call exceeds what is in use before; None where it cannot be measured."""
+    """Return how far the peak during a call exceeds the memory in use before, or None if it cannot be measured."""
     if device == "cuda":
         import torch
 
@@ -207,7 +209,7 @@ def peak_beyond(body: Callable[[], Any], device: str = "cpu") -> int | None:
         before = torch.cuda.memory_allocated()
         body()
         return torch.cuda.max_memory_allocated() - before
-    # First: pages that are held cannot be given back.
+    # This comes first, because held pages cannot be given back.
     give_back_free_memory()
     with held_pages():
         if not reset_peak():
@@ -228,7 +230,7 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak() -> bool:
-    """Forget the peak so far; False where the system does not allow it."""
+    """Reset the peak so far; return False if the system does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -237,8 +239,10 @@ def reset_peak() -> bool:
 
 
 def give_back_free_memory() -> None:
-    """Free what only cycles hold, and have glibc's malloc return what it keeps: a measurement that is served from either,
-    or during which it goes, would seem to take less."""
+    """Collect reference cycles, and make glibc's malloc return its free memory.
+
+    A measurement that reuses such memory, or during which it is freed, would seem to take less.
+    """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -247,8 +251,10 @@ def give_back_free_memory() -> None:
 
 @contextlib.contextmanager
 def held_pages() -> Iterator[None]:
-    """Keep what this process has in memory there, on a Linux that allows it: pages of code that the system takes back
-    during a measurement would hide as many of its own."""
+    """Lock this process's pages in memory, if Linux allows it.
+
+    If the system took back pages of code during a measurement, they would hide as many pages of its own.
+    """
     if sys.platform != "linux":
         yield
         return

@@ -1,11 +1,11 @@
-"""The compact checkpoint against what else would be done with a sparse model's file: copy it, or gzip or zstd it.
+"""Compare the compact checkpoint with the other things to do with a sparse model's file: copy it, or gzip or zstd it.
 
     python -m tests.benchmarks.compact [--numel 100000000] [--sparsity 0.8] [--rounds 3]   -> runs/bench/compact.json
 
-Seconds are a core's: the processor time of one thread, its system calls included, so that neither the disk nor what else
-runs counts. Files lie in the page cache and are synced; the best round of each method counts, and what comes back is
+Seconds are the processor time of one thread, its system calls included, so that neither the disk nor other work counts.
+Files are in the page cache and are synced. The best round of each method counts, and the tensors that it gives back are
 compared. Rates are megabytes of dense data a second. Extra memory (the peak of the process beyond what it used before)
-comes from a process of its own with exact malloc settings. Exits with 1 where a goal is missed.
+comes from a process of its own with exact malloc settings. Exits with 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def write_dense(path: Path, numel: int, sparsity: float, dtype: str, num_tensors: int = 8) -> int:
-    """A file of `numel` weights in equal tensors, that share of them zero; the bytes of a tensor."""
+    """Write `numel` weights in equal tensors with that share of zeros; return the bytes of a tensor."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for index in range(num_tensors):
@@ -89,7 +89,7 @@ def sync(path: Path) -> None:
 
 
 def core_seconds(body: Callable[[], object]) -> float:
-    """Processor time of a call, with that of the processes it runs."""
+    """Return the processor time of a call, with that of the processes it runs."""
 
     def spent() -> float:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -101,7 +101,7 @@ def core_seconds(body: Callable[[], object]) -> float:
 
 
 def methods(folder: Path) -> dict[tuple[str, str], Callable[[], object]]:
-    """What is timed, by what it does and with what; each reads what the one of the same name wrote."""
+    """Return the calls to time, by task and method; each reads the file that the method's write left."""
     plain, target = folder / "plain", folder / "target"
     found: dict[tuple[str, str], Callable[[], object]] = {
         ("compact", "ours"): partial(compact_file, plain, folder / "ours"),
@@ -120,7 +120,7 @@ def methods(folder: Path) -> dict[tuple[str, str], Callable[[], object]]:
 
 
 def time_methods(folder: str, numel: int, sparsity: float, rounds: int, dtype: str) -> dict[str, Any]:
-    """Best seconds of each method, and the sizes of their files."""
+    """Return the best seconds of each method, and the sizes of their files."""
     torch.set_num_threads(1)
     place = Path(folder)
     write_dense(place / "plain", numel, sparsity, dtype)
@@ -141,7 +141,7 @@ def _files(place: Path) -> dict[str, str]:
 
 
 def extra_bytes(folder: str, numel: int, sparsity: float, dtype: str, num_tensors: int = 8) -> dict[str, int | None]:
-    """Peaks of both ways beyond the memory used before, and the size of a tensor."""
+    """Return the peaks of writing and reading beyond the memory used before, and the size of a tensor."""
     torch.set_num_threads(1)
     place = Path(folder)
     found: dict[str, int | None] = {}
@@ -177,7 +177,7 @@ def measure(numel: int, sparsity: float, rounds: int) -> list[Comparison]:
 
 
 def missed_goals(comparisons: list[Comparison]) -> list[str]:
-    """A sentence for each goal that was not reached."""
+    """Return a sentence for each goal that was not reached."""
     missed = {}
     for found in comparisons:
         rate, bits = found.details["megabytes_per_second"], found.details["bits_per_weight"]

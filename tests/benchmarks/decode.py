@@ -1,17 +1,17 @@
-"""Decoding of one sequence with sparse weights on a GPU, layer by layer and token by token, beside dense ones.
+"""Measure decoding of one sequence with sparse weights on a GPU, by layer and by token, beside dense weights.
 
     python -m tests.benchmarks.decode [--cpu | --rehearse] [--seconds 60] [--output FILE]     -> runs/bench/decode.json
 
-First tokens a second of the 1B at 80 % and its memory: dense, sparse, and sparse with values rounded to int8, each captured in
-one CUDA graph, once with the small operations of a step in fused kernels (`tests/benchmarks/decode_kernels.py`) and once with
-torch's. Then its layers at several densities: our kernel beside `F.linear` in bf16, each launch reading weights that are in no
-cache, all captured in one graph. Then several vectors, torch's CSR product, and 2:4 at a density of 0.5 (its vector is padded
-to 8).
-`of_bound` is the time to read the bytes of a launch at the speed of a copy, as a share of the time it takes. A part that fails,
-or that would begin after `--seconds`, is a line in the file with its reason. `--cpu` measures layers and two blocks on one
-thread, in its processor seconds. `--rehearse` does the same at a tiny size on a
-CPU, under Triton's interpreter if Triton is installed: its seconds mean nothing. Goals that are missed are named at the end and
-the exit code is then 1, never in a rehearsal.
+It first measures tokens a second and memory of the 1B at 80 %: dense, sparse, and sparse with values rounded to int8. Each is
+captured in one CUDA graph, once with a step's small operations in fused kernels (`tests/benchmarks/decode_kernels.py`) and once
+with torch's. Then come the 1B's layers at several densities: our kernel beside `F.linear` in bf16, all captured in one graph;
+each launch reads weights that are in no cache. Last come several vectors, torch's CSR product, and 2:4 at a density of 0.5 (its
+vector is padded to 8).
+
+`of_bound` is the time to read the bytes of a launch at the speed of a copy, as a share of the time it takes. If a part fails,
+or would begin after `--seconds`, the file has a line with the reason. `--cpu` measures layers and two blocks on one thread, in
+processor seconds. `--rehearse` does the same as on a GPU at a tiny size on a CPU, under Triton's interpreter if Triton is
+installed: its seconds mean nothing. Missed goals are named at the end, and the exit code is then 1, but never in a rehearsal.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ NUM_TOKENS = 40
 GOALS = {("2048 x 8192", 0.2): 2.5, ("32000 x 2048", 0.2): 2.5, ("2048 x 8192", 0.5): 1.3, ("32000 x 2048", 0.5): 1.3}
 TOKENS_GOAL, MEMORY_GOAL = 2.0, 0.85e9
 MORE_THAN_CACHES = 150_000_000
-"""Bytes of weights that take turns; an H200's L2 has 60 MB."""
+"""Bytes of all copies of a weight that take turns, so that none is in the cache; an H200's L2 has 60 MB."""
 
 
 class Rows:
-    """The rows so far, written after each; parts that fail or come too late leave a row with the reason."""
+    """Rows of the file, which is written after each; a part that fails or comes too late leaves a row with the reason."""
 
     def __init__(self, output: Path, seconds: float) -> None:
         self.output, self.deadline = output, time.monotonic() + seconds
@@ -64,7 +64,7 @@ class Rows:
         write_rows(self.rows, self.output)
 
     def attempt(self, name: str, part: Callable[..., Any], *arguments: Any) -> Any:
-        """What the part returns; None if it fails or there is no time for it."""
+        """Return the value of a part, or None if it fails or there is no time for it."""
         if time.monotonic() > self.deadline:
             self.add({"name": name, "left_out": "out of time"})
             return None
@@ -78,7 +78,7 @@ class Rows:
 
 
 def seconds_of_each(calls: Sequence[Call], device: str, rounds: int = 7) -> float:
-    """Median seconds of a call in a row of all `calls`: on a GPU one captured graph, after all have run once."""
+    """Return the median seconds of one of `calls` run in a row: on a GPU as one captured graph, after all ran once."""
     for call in calls:
         call()
     if device == "cpu":
@@ -100,7 +100,7 @@ def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def replayed(graph: torch.cuda.CUDAGraph, rounds: int) -> float:
-    """Median seconds of a replay."""
+    """Return the median seconds of a replay."""
     taken = []
     for _ in range(rounds + 2):
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -113,7 +113,7 @@ def replayed(graph: torch.cuda.CUDAGraph, rounds: int) -> float:
 
 
 def turns(nbytes: int, device: str) -> int:
-    """How many copies of so many bytes take turns."""
+    """Return how many copies of `nbytes` bytes take turns."""
     return 1 if device == "cpu" else min(96, max(4, -(-MORE_THAN_CACHES // nbytes)))
 
 
@@ -170,7 +170,7 @@ def measure_layer(rows: Rows, layer: Layer, kernel: Any, dense: float, bandwidth
 
 
 def measure_vectors(rows: Rows, layer: Layer, kernel: Any) -> None:
-    """From how many vectors on is the dense product faster?"""
+    """Measure from how many vectors on the dense product is faster."""
     packed = pack(layer.weight)
     all_copies = copies(packed, turns(packed.nbytes, layer.device))
     weights = [layer.weight, *(layer.weight.clone() for _ in range(turns(layer.weight.nbytes, layer.device) - 1))]
@@ -184,7 +184,7 @@ def measure_vectors(rows: Rows, layer: Layer, kernel: Any) -> None:
 
 
 def measure_csr(rows: Rows, layer: Layer, dense: float) -> None:
-    """Without a graph, since cuSPARSE may allocate; the next launch is queued while one runs."""
+    """Measure torch's CSR product without a graph, since cuSPARSE may allocate; a launch is queued while one runs."""
     weight, x = layer.weight.to_sparse_csr(), layer.x.t().contiguous()
     weight @ x
     end = queue_timer(layer.device)
@@ -214,7 +214,7 @@ def queue_timer(device: str) -> Callable[[], float]:
 
 
 class Tokens:
-    """One way of decoding: seconds of a captured step, its tokens, and what its kernels take."""
+    """One way of decoding: seconds of a captured step, its tokens, and the time of its kernels."""
 
     def __init__(self, model: Decoder, device: str, is_fused: bool) -> None:
         from sparsity.compact.spmv import can_start_early
@@ -245,7 +245,7 @@ class Tokens:
         self.seconds = replayed(self.graph, 50)
 
     def kernels(self) -> dict[str, list[float]]:
-        """Microseconds of a step, and launches, of each kernel; the first eight."""
+        """Return the ten kernels that take most of a step, with their microseconds and launches a step."""
         if self.graph is None:
             return {}
         from torch.profiler import ProfilerActivity, profile
@@ -261,7 +261,7 @@ class Tokens:
 
 @torch.no_grad()
 def measure_model(rows: Rows, size: Size, head: int, device: str, bandwidth: float) -> None:
-    """Tokens a second and memory: dense, sparse, and sparse in int8, each with fused and with single small operations."""
+    """Measure tokens a second and memory: dense, sparse and sparse int8, with fused and with single small operations."""
     torch.manual_seed(0)
     before = allocated(device)
     model = Decoder(size, head, device)
@@ -300,7 +300,7 @@ def measure_model(rows: Rows, size: Size, head: int, device: str, bandwidth: flo
 
 
 def decoded(model: Decoder, device: str, is_fused: bool) -> dict[str, Any]:
-    """Seconds, tokens and kernels of one way, whose graph is gone afterwards."""
+    """Return seconds, tokens and kernels of one way of decoding, whose graph is freed afterwards."""
     found = Tokens(model, device, is_fused)
     return {"seconds": found.seconds, "tokens": found.tokens, "kernels": found.kernels() if is_fused else {}}
 
@@ -319,7 +319,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def allocated(device: str) -> int:
-    """Bytes of tensors; cuBLAS keeps its workspaces among them, so these are given back first."""
+    """Return the bytes of tensors, after freeing cuBLAS's workspaces, which count among them."""
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if device == "cuda" and clear is not None:
         gc.collect()
@@ -361,7 +361,7 @@ def measure(rows: Rows, size: Size, device: str) -> None:
 
 
 def measure_on_cpu(rows: Rows, layers: int) -> None:
-    """One thread: layers of the 1B beside dense bf16 and torch's CSR, and tokens of a model of so many of its blocks."""
+    """Measure one thread: the 1B's layers beside dense bf16 and torch's CSR, and tokens of a model with some of its blocks."""
     torch.set_num_threads(1)
     source = torch.ones(1 << 26)
     target = torch.empty_like(source)
@@ -408,7 +408,7 @@ def measure_cpu_tokens(rows: Rows, size: Size, bandwidth: float) -> None:
 
 
 def thread_seconds(calls: Sequence[Call], rounds: int = 9) -> list[float]:
-    """Processor seconds of this thread for each call, the least of rounds in which the calls take turns."""
+    """Return this thread's processor seconds for each call: the least of rounds in which the calls take turns."""
     found = [float("inf")] * len(calls)
     for number in range(rounds + 1):
         for place, call in enumerate(calls):
@@ -420,7 +420,7 @@ def thread_seconds(calls: Sequence[Call], rounds: int = 9) -> list[float]:
 
 
 def missed_goals(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each goal that is missed, and for each part of it that failed."""
+    """Return a sentence for each goal that is missed, and for each part that failed."""
     by_name = {row["name"]: row for row in rows}
     goals = {f"{shape} at {density}": goal for (shape, density), goal in GOALS.items()}
     goals["a token of the 1B at 0.2"] = TOKENS_GOAL
@@ -443,7 +443,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()
     if options.rehearse and find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
-        # Triton asks for its interpreter when it is imported, which torch may have done by now.
+        # Triton reads the variable when it is imported, and torch may have imported it already.
         command = [sys.executable, "-m", "tests.benchmarks.decode", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
     rows = Rows(options.output, options.seconds)

@@ -1,6 +1,6 @@
-"""The small operations of a decoding step in four Triton kernels; dense and sparse layers share them.
+"""The small operations of a decoding step in four Triton kernels, which dense and sparse layers share.
 
-A step of single torch operations takes some twenty launches a block beside its four products, and each takes about 2
+As single torch operations they take some twenty launches a block beside the four products, and each launch takes about 2
 microseconds however little it does. `TRITON_INTERPRET=1` runs them on a CPU.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 HEAD_SLICE = 32
-"""Dimensions of a head that one program mixes; every program of a head computes the head's scores."""
+"""Dimensions of a head that one program mixes; every program of a head computes all scores of that head."""
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _attention(  # type: ignore[no-untyped-def]
     own_value = tl.load(value + mine)
     keys = cache + head.to(tl.int64) * LENGTH * HEAD
     values = keys + num_heads * LENGTH * HEAD
-    # Programs of a head write the same bytes of its key.
+    # All programs of a head write the same bytes of its key, so the order does not matter.
     tl.store(keys + now * HEAD + half, key_first)
     tl.store(keys + now * HEAD + HALF + half, key_second)
     tl.store(values + now * HEAD + mine, own_value)

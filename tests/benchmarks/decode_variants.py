@@ -1,9 +1,9 @@
-"""Shapes of the sparse product side by side on one GPU: which of them should `spmv.shape_for` choose?
+"""Compare shapes of the sparse product on one GPU, to see which of them `spmv.shape_for` should choose.
 
     python -m tests.benchmarks.decode_variants [--rehearse] [--seconds 60] [--output FILE]
 
-Layers of the 1B at densities of 0.2 and 0.5, in bf16 and int8, started early or not. A part that fails or comes too late is a
-line with its reason. `python -m tests.benchmarks.decode` measures what is then chosen.
+It measures layers of the 1B at densities of 0.2 and 0.5, in bf16 and int8, started early or not. A part that fails or comes too
+late gives a line with the reason. `python -m tests.benchmarks.decode` measures the shapes that are then chosen.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ LAYERS = [
 ]  # fmt: skip
 WIDE = {0.2: [(2, 4, 8), (1, 8, 8), (4, 2, 8)], 0.5: [(1, 4, 4), (2, 4, 8), (4, 2, 8)]}
 NARROW = {0.2: [(8, 1, 8), (2, 2, 4), (16, 1, 8), (8, 2, 16)], 0.5: [(8, 1, 4), (8, 1, 8), (16, 1, 8)]}
-"""Rows, chunks and warps by density: of layers of 8192 columns, and of those of 2048."""
+"""Rows, chunks and warps by density, for layers of 8192 columns and for layers of 2048."""
 
 
 def compare_layer(
     rows: Rows, layer: Layer, kernel: Any, variants: Sequence[tuple[tuple[int, int, int], bool]], bandwidth: float
 ) -> None:
-    """Seconds of each shape, early or not, in bf16; then in int8 the fastest."""
+    """Measure each shape in bf16, started early or not, then the fastest in int8."""
     dense = layer.dense_seconds()
     packed = pack(layer.weight)
     expected = layer.x.float() @ layer.weight.float().T
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "decode_variants.json")
     options = parser.parse_args()
     if options.rehearse and find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
-        # Triton asks for its interpreter when it is imported, which torch may have done by now.
+        # Triton reads the variable when it is imported, and torch may have imported it already.
         command = [sys.executable, "-m", "tests.benchmarks.decode_variants", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
     rows = Rows(options.output, options.seconds)

@@ -48,14 +48,14 @@ class Block(nn.Module):
         kernels: ModuleType,
         early: bool,
     ) -> tuple[Tensor, Tensor]:
-        """`forward` in three kernels and the products: takes x with its norm, and returns x with what is to be added."""
+        """Run `forward` in three kernels and the products: take x with its norm, return x and the delta to add to it."""
         mixed = kernels.attention(self.qkv(normed), self.cache, turns, position, early)
         x, normed = kernels.add_norm(x, self.norms[1], self.out(mixed), early=early)
         return x, self.down(kernels.gate(self.gate_up(normed), early))
 
 
 class Decoder(nn.Module):
-    """A Llama of random weights whose step takes its last token to the next, with nothing read by the host."""
+    """A Llama of random weights whose step goes from its last token to the next without a read by the host."""
 
     def __init__(self, size: Size, head: int, device: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         self.position.copy_((self.position + 1) % CACHE_LENGTH)
 
     def fused_step(self, kernels: ModuleType, early: bool = False) -> None:
-        """`step` with its small operations in the kernels of `tests.benchmarks.decode_kernels`."""
+        """Run `step` with its small operations in the kernels of `tests.benchmarks.decode_kernels`."""
         turns = self.cosines, self.sines
         x, normed = kernels.add_norm(self.embedding.weight, self.blocks[0].norms[0], token=self.token, early=early)
         for number, block in enumerate(self.blocks):
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         self.token.zero_()
 
     def linear_calls(self) -> list[Callable[[], Any]]:
-        """Every linear layer once, in order, each on an input of its own size."""
+        """Return a call of every linear layer, in order, each on an input of its own size."""
         found = [m for m in self.modules() if isinstance(m, (nn.Linear, SparseLinear))]
         inputs = {
             n: torch.randn(1, n, device=self.norm.device).to(self.norm.dtype) for n in {m.in_features for m in found}

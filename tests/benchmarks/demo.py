@@ -1,11 +1,11 @@
-"""Tokens a second of a sparse run like the demo, with model=llama_tiny, beside a plain loop in torch, in one CPU process.
+"""Measure tokens a second of a sparse run like the demo, with model=llama_tiny, beside a plain torch loop, on one CPU.
 
     python -m tests.benchmarks.demo [--pairs 30] [key=value ...]     -> runs/bench/demo.json
 
-The two are threads that take turns, a step each, so that noise of the machine meets both. The loop is what one would write
-by hand: batches that are there already, forward, backward, clip, fused AdamW. A step of the run is divided by the mean of
-the loop's steps around it. Where there is a C++ compiler the run is measured with `trainer.torch_compile=true` as well, in
-a process of its own. Exits with 1 where the run as it is makes less than 0.95 of the loop's tokens a second.
+Both are threads of one process that take turns, a step each, so that noise of the machine affects both. The loop is what
+one would write by hand: prepared batches, forward, backward, clip, fused AdamW. A step of the run is divided by the mean of
+the loop's steps around it. If there is a C++ compiler, the run is also measured with `trainer.torch_compile=true`, in a
+process of its own. Exits with 1 if the run without it makes less than 0.95 of the loop's tokens a second.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEAST_SPEED = 0.95
 
 
 class Laps(TrainerCallback):
-    """Seconds from one step's begin to the next one's, in turns with the loop."""
+    """Seconds from the start of one step to the start of the next, in turns with the loop."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns, self.seconds, self.started = turns, list[float](), 0.0
@@ -51,7 +51,7 @@ class Laps(TrainerCallback):
 
 
 def plain_loop(plan: RunPlan, tokens: np.ndarray, turns: Turns) -> list[float]:
-    """Seconds of each step of a loop written by hand."""
+    """Return the seconds of each step of a loop written by hand."""
     model = make_model(plan).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batches = torch.from_numpy(tokens).view(plan.num_steps, plan.batch_size, plan.sequence_length)
@@ -88,7 +88,7 @@ def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
 
 
 def compare(run: list[float], loop: list[float], details: dict[str, Any]) -> Comparison:
-    """The row of the laps: `ratio` is the run's tokens a second as a share of the loop's."""
+    """Return the row of the laps: `ratio` is the run's tokens a second as a share of the loop's."""
     ratios = [2 * lap / (before + after) for lap, before, after in zip(run, loop, loop[1:], strict=False)]
     ratio, step = statistics.median(ratios), statistics.median(loop)
     speed = {"pairs": len(ratios), "tokens_per_second": details["batch_tokens"] / (step * ratio)}
@@ -96,7 +96,7 @@ def compare(run: list[float], loop: list[float], details: dict[str, Any]) -> Com
 
 
 def measured_rows(pairs: int, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """The body of a process: the measurement as plain data."""
+    """Measure in a process of its own and return the rows as plain data."""
     torch.set_num_threads(1)
     return [asdict(found) for found in measure(pairs, overrides)]
 
@@ -117,7 +117,7 @@ def main() -> None:
         cases["step of the demo, compiled by blocks"] = [*options.overrides, "trainer.torch_compile=true"]
     found = []
     for name, overrides in cases.items():
-        # On a CPU also where there is a GPU: the loop is one of a CPU.
+        # On the CPU even if there is a GPU, because the loop runs on the CPU.
         rows = in_process(MODULE, "measured_rows", options.pairs, overrides, CUDA_VISIBLE_DEVICES="")
         found += [Comparison(**{**row, "name": name}) for row in rows]
     publish(found, options.output, ["pairs", "tokens_per_second"])

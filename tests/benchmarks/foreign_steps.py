@@ -1,4 +1,4 @@
-"""The steps of others that `tests.benchmarks.throughput` measures: `transformers.Trainer` as it comes."""
+"""Steps of other code that `tests.benchmarks.throughput` measures: `transformers.Trainer` unchanged."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def run_trainer(work: Workload, device: str, variant: Variant, warm_up: int) -> tuple[list[float], float]:
-    """Seconds of each step after the warm-up, and the last loss: `transformers.Trainer` with bf16 and nothing else, which is
-    what a user would write first; or compiled as runs are."""
+    """Return the seconds of each step after the warm-up, and the last loss, of `transformers.Trainer`.
+
+    It has bf16 and no other setting, as a user would first write it, or is compiled as runs are.
+    """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from train.speed.compiled import compile_by_blocks

@@ -1,10 +1,10 @@
-"""Zeros in a gradient by its mask: a byte a weight, as the masks are, beside bits and what torch offers.
+"""Measure zeroing a gradient by its mask: one byte a weight, as masks are, beside bits and torch's own operations.
 
     python -m tests.benchmarks.masking [--numel 50000000] [--rounds 5] [--device cuda]     -> runs/bench/masking.json
 
 Every step does this once to each gradient. The methods take turns and the best round of each counts; on a CPU the
-seconds are one thread's of the processor. All give the same zeros, which is checked. `one read pass` is the floor: what
-reading the gradients once would take at the bandwidth of a copy.
+seconds are processor time of one thread. It checks that all give the same zeros. `one read pass` is the floor: the time to
+read the gradients once at the bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ MODULE = "tests.benchmarks.masking"
 OURS = "zero_pruned_"
 DENSITY = 0.2
 SIZES = {OURS: 1.0, "bits": 1 / 8, "where": 1.0, "masked_fill": 2.0, "multiply": 1.0}
-"""Bytes of a mask a weight; masked_fill_ wants the opposite of what masks are."""
+"""Bytes of a mask for each weight; masked_fill_ needs the inverse of a mask."""
 
 
 def by_bits(gradient: Tensor, bits: Tensor) -> None:
-    """Unpack in chunks and zero as with bytes: on a CPU by numpy, on a GPU with shifts."""
+    """Unpack bits in chunks and zero as with bytes: on a CPU by numpy, on a GPU with shifts."""
     flat = gradient.view(-1)
     if flat.device.type == "cpu":
         as_integers = flat.view(torch.int32 if flat.dtype == torch.float32 else torch.int16)
-        # As many weights at a time as with bytes; the last byte may hold fewer than eight.
+        # Chunks have as many weights as with bytes; the last byte may hold fewer than eight.
         for part in chunks(bits.numel(), flat.device, on_cpu=1 << 13):
             weights = as_integers[8 * part.start : 8 * part.stop]
             kept = np.unpackbits(bits[part].numpy(), bitorder="little", count=len(weights))
@@ -55,12 +55,12 @@ def by_masked_fill(gradient: Tensor, pruned: Tensor) -> None:
 
 
 def by_product(gradient: Tensor, mask: Tensor) -> None:
-    """Quick to write, but it leaves -0.0 and keeps NaN."""
+    """Multiply by the mask: short to write, but it leaves -0.0 and keeps NaN."""
     gradient.view(-1).mul_(mask)
 
 
 def time_masking(numel: int, rounds: int, device: str, dtype: str) -> dict[str, float]:
-    """Best seconds of each method on the same gradients and masks, after a warm-up; zeros are compared once."""
+    """Return each method's best seconds on the same gradients and masks, after a warm-up; compare zeros once."""
     torch.set_num_threads(1)
     gradients = make_weights(numel, device, dtype)
     generator = torch.Generator(device).manual_seed(1)
@@ -94,7 +94,7 @@ def time_masking(numel: int, rounds: int, device: str, dtype: str) -> dict[str, 
 
 
 def compare(numel: int, rounds: int, device: str, dtype: str) -> list[Comparison]:
-    """Ours beside each peer, in a process of its own."""
+    """Measure ours beside each peer, in a process of its own."""
     seconds = in_process(MODULE, "time_masking", numel, rounds, device, dtype)
     details = {"numel": numel, "dtype": dtype, "device": device, "mask_bytes_per_weight": SIZES[OURS]}
     return [

@@ -1,10 +1,10 @@
-"""Peak memory of training steps: measured, as the plan's `train.plan.memory` has it, and sparse over dense.
+"""Measure the peak memory of training steps, beside the plan's (`train.plan.memory`), and sparse over dense.
 
     python -m tests.benchmarks.memory        -> runs/bench/memory.json
 
 Each case is a process of its own (two under FSDP2) that trains a few steps of a random model and reports the growth of
 its peak resident memory over the moment before the model was made; on a GPU `torch.cuda.max_memory_allocated`. A sparse
-case prunes at every step, so that its peak holds that of an event. The dense ones are there to be compared with.
+case prunes at every step, so that its peak includes that of an event. The dense cases are the baseline.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def measure(case: Case) -> dict[str, float | str | int]:
 
 
 def train_steps(case: Case, num_steps: int = 2) -> dict[str, float | str | int]:
-    """The body of a measured process."""
+    """Train a few steps in the measured process."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -159,7 +159,7 @@ def train_steps(case: Case, num_steps: int = 2) -> dict[str, float | str | int]:
 
 
 def pruning(model, optimizer, num_steps: int):  # type: ignore[no-untyped-def]
-    """What the callback does after each update, with an event in every one, up to 80 % at the last."""
+    """Do what the callback does after each update, with an event in every one, up to 80 % at the last."""
     from sparsity import Geometric, SparsityCallback
 
     callback = SparsityCallback(Geometric(0.8, 0, 0, 1), report=False)
@@ -173,7 +173,7 @@ def pruning(model, optimizer, num_steps: int):  # type: ignore[no-untyped-def]
 
 
 def warm_up(device) -> None:  # type: ignore[no-untyped-def]
-    """Load what the first step would load: the libraries' code is no part of a step."""
+    """Load what the first step would load, because the libraries' code is not part of a step's memory."""
     import torch
     from transformers import LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""The steps that `tests.benchmarks.throughput` measures: transformers' LLaMA in a loop of our own, setting by setting."""
+"""Steps that `tests.benchmarks.throughput` measures: transformers' LLaMA in a loop of our own, for each setting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 OWN_ATTENTIONS = ("eager", "flash_attention", "flex_attention")
-"""How the names of attentions begin that transformers knows beside sdpa."""
+"""Prefixes of the attentions that transformers has beside sdpa."""
 
 
 class Training:
@@ -46,7 +46,7 @@ class Training:
             )
         self.masters = [param.detach().clone() for param in self.model.parameters()] if self.has_copies else []
         if self.has_copies:
-            # The parameters alone: the rotary table stays in float32.
+            # Only the parameters change type: the rotary table stays in float32.
             for param in self.model.parameters():
                 param.data = param.data.to(torch.bfloat16)
         if variant.attention == "document":
@@ -58,7 +58,7 @@ class Training:
                 block.compile(backend=variant.backend, dynamic=False)
         objective = Objective(self.model, LOSSES[variant.loss](self.model), work, variant, device)
         if variant.precision == "fsdp2":
-            # FSDP2 makes parameters of its own, which are the ones to update.
+            # FSDP2 replaces the parameters, and the optimizer must update the new ones.
             in_forward = variant.loss in ("plain", "compiled")
             shard(
                 self.model,
@@ -85,7 +85,7 @@ class Training:
         return self.variant.precision == "copies"
 
     def step(self, tokens: Tensor) -> Tensor:
-        """An update from `accumulation` micro-batches of the same tokens; the last one's loss."""
+        """Update from `accumulation` micro-batches of the same tokens; return the last one's loss."""
         kernel = sdpa_kernel(self.backend) if self.backend is not None else contextlib.nullcontext()
         number = self.variant.accumulation
         with kernel:
@@ -122,7 +122,7 @@ class Training:
         self.callback.pruner.prune(DENSITY, self.optimizer)
 
     def after_update(self) -> None:
-        """What the callback does after each update."""
+        """Do what the callback does after each update."""
         if self.callback is not None:
             self.callback.on_optimizer_step(None, None, None, optimizer=self.optimizer)
 
@@ -132,9 +132,10 @@ class Training:
 
 
 class Objective(nn.Module):
-    """From tokens [batch, length] to the loss: one module, which FSDP2 can have as its root.
+    """One module from tokens [batch, length] to the loss, which FSDP2 can have as its root.
 
-    It calls the blocks themselves: transformers' model asks the device in every forward whether sequences are packed.
+    It calls the blocks itself, because transformers' model waits for the device in every forward to learn whether
+    sequences are packed.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class Objective(nn.Module):
         self.by_transformers = variant.attention.startswith(("eager", "flash_attention"))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The last hidden states [batch, length, hidden]."""
+        """Return the last hidden states [batch, length, hidden]."""
         inner: Any = self.model.model
         if self.by_transformers:
             return inner(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
@@ -174,7 +175,7 @@ class Objective(nn.Module):
 
 
 def document_batch(work: Workload, device: str) -> dict[str, Tensor]:
-    """Positions and ends of documents with 5 to 2,500 tokens, some 500 on average, in a micro-batch."""
+    """Return positions and ends of a micro-batch's documents of 5 to 2,500 tokens, some 500 on average."""
     lengths = [5, 60, 2500, 150, 700, 20, 400, 300, 90, 1000]
     ends = [sum(lengths[: count + 1]) for count in range(len(lengths))]
     every = work.batch * work.length
@@ -194,7 +195,7 @@ def flex_mask(work: Workload, device: str) -> Any:
 
 
 def use_float8(model: nn.Module) -> None:
-    """torchao's tensorwise float8 linears, the head excluded."""
+    """Convert the linear layers except the head to torchao's tensorwise float8."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     convert_to_float8_training(
@@ -216,7 +217,7 @@ def plain_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def compiled_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss that runs use: one pass over the logits, which widens them to float32 on its way."""
+    """Return the loss that runs use: one pass over the logits, which widens them to float32 on the way."""
     compiled = (
         torch.compile(widened_cross_entropy, dynamic=False) if model.device.type == "cuda" else widened_cross_entropy
     )
@@ -224,7 +225,7 @@ def compiled_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def chunked_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """Logits of a few tokens at a time, computed again in the backward: they never exist as a whole."""
+    """Return a loss with logits of a few tokens at a time, recomputed in the backward pass: they never exist as a whole."""
 
     def summed(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
@@ -235,7 +236,7 @@ def chunked_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
         return compiled(F.linear(hidden, weight), targets)  # type: ignore[no-any-return]
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        # Not called as a module: under FSDP2 the head belongs to the root, whose weights are there for the whole forward.
+        # Not called as a module: under FSDP2 the head belongs to the root, whose weights stay gathered for the whole forward.
         weight = model.lm_head.weight
         pieces = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         sums = [checkpoint(part, some, wanted, weight, use_reentrant=False) for some, wanted in pieces]
@@ -255,7 +256,7 @@ LOSSES = {"plain": plain_loss, "compiled": compiled_loss, "chunked": chunked_los
 
 
 def predicted_bytes(work: Workload, variant: Variant, device: str) -> int | None:
-    """The peak of `launch.plan` for such a step; None where it cannot be computed here."""
+    """Return the peak of `launch.plan` for such a step, or None if it cannot be computed here."""
     try:
         from conf.schema import ModelConfig
         from train.plan.memory import Setting, gpu_memory

@@ -32,7 +32,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def figure(value: float, digits: int = 3) -> str:
-    """With at least so many significant digits, never as a power of ten."""
+    """Format a number with at least so many significant digits, never as a power of ten."""
     rounded = float(f"{value:.{digits - 1}e}")
     if not rounded:
         return "0"
@@ -40,7 +40,7 @@ def figure(value: float, digits: int = 3) -> str:
 
 
 def selection(rows: list[Row]) -> str:
-    """A line for each measurement, a column for each peer."""
+    """Return a table with a line for each measurement and a column for each peer."""
     peers = list(dict.fromkeys(row["baseline"] for row in rows))
     runs: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -60,7 +60,7 @@ def selection(rows: list[Row]) -> str:
 
 
 def pairs(*details: str) -> Callable[[list[Row]], str]:
-    """A line a comparison, with some of its details."""
+    """Return a table with a line for each comparison and some of its details."""
 
     def made(rows: list[Row]) -> str:
         lines = []
@@ -140,7 +140,7 @@ def section(name: str, rows: list[Row]) -> str:
 
 
 def page(folders: Sequence[Path]) -> str:
-    """The whole page; what a folder lacks is left out."""
+    """Return the whole page, without the sections whose files a folder lacks."""
     parts = [HEAD]
     for name in SECTIONS:
         files = [folder / f"{name}.json" for folder in folders]

@@ -1,4 +1,4 @@
-"""Perplexity of a sparse model whose weights are rounded, kept weights alone or all of them.
+"""Measure the perplexity of a sparse model with rounded weights, only the kept ones or all of them.
 
     python -m tests.benchmarks.rounding --model runs/demo/model --text FILE [--bytes 200000]   -> runs/bench/rounding.json
 
@@ -26,7 +26,7 @@ INT8, INT4 = Rounding(8), Rounding(4, 64)
 
 
 def dense_rounded(folder: Path, out: Path, names: set[str], rounding: Rounding) -> float:
-    """Round all weights of the tensors `names`; the bits of one, its share of the scales included."""
+    """Round all weights of the tensors `names`; return the bits for each weight, with its share of the scales."""
     shutil.copytree(folder, out)
     bits = weights = 0
     for file in out.glob("*.safetensors"):

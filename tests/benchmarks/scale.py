@@ -1,11 +1,11 @@
-"""What grows with the number of ranks: a prune event, start-up, sampling and checkpoints, from measured constants.
+"""Compute what grows with the number of ranks, from measured constants: events, start-up, sampling and checkpoints.
 
     python -m tests.benchmarks.scale [--figure docs/scale.png]     -> runs/bench/scale.json
 
 Measured in this run, on one thread: selection per weight and per parameter, the sampler per block, and, in torch's fake
 process group, the sharding of a model without weights and the masks' bookkeeping as one rank of each world does it.
 Assumed, by options: the latency of one hop (an all-reduce takes log2(world) of them there and back) and a rank's
-bandwidth. Everything else is arithmetic. The seconds of an event are a CPU's; what counts here is how they grow.
+bandwidth. Everything else is arithmetic. The seconds of an event are those of a CPU; only their growth matters here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORLDS = (2, 8, 64, 512, 4096)
 BATCH = 4096
 BYTES_PER_BIN = 8
 HSDP_SHARDS = 64
-"""Ranks that share one copy of the model where larger worlds hold several."""
+"""Ranks that share one copy of the model, if a larger world holds several copies."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Row:
 
 
 def measure_constants(numel: int = 50_000_000) -> dict[str, float]:
-    """The body of a process: selection over few large and many small parameters, and a step's blocks."""
+    """Measure, in a process of its own, selection over few large and many small parameters, and a step's blocks."""
     from sparsity.mask import make_shards
     from sparsity.select import prune_smallest_
     from train.data.sampler import PermutationSampler
@@ -91,9 +91,9 @@ def measure_constants(numel: int = 50_000_000) -> dict[str, float]:
 
 
 def shard_in_fake_world(model: dict[str, Any], world_size: int, shard_ranks: int) -> dict[str, float]:
-    """The body of a process: the last rank of a fake world shards a model without weights and makes its masks.
+    """Shard a model without weights and make its masks, as the last rank of a fake world, in a process of its own.
 
-    The world holds copies of the model, each shared out among `shard_ranks` ranks; one alone is FSDP2, several are HSDP.
+    The world holds copies of the model, each shared by `shard_ranks` ranks; one copy is FSDP2, several are HSDP.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -130,8 +130,11 @@ def shard_in_fake_world(model: dict[str, Any], world_size: int, shard_ranks: int
 
 
 def event_traffic(num_shards: int, world_size: int) -> tuple[int, int]:
-    """(all-reduces, bytes of one rank's counts) of an event: two histograms for the sample, two for the candidates, the
-    counts around the bracket, the ties of each parameter, one count a rank, and the kept weights of each parameter."""
+    """Return the number of all-reduces of an event and the bytes of one rank's counts in them.
+
+    They are two histograms for the sample, two for the candidates, the counts around the bracket, the ties of each
+    parameter, one count for each rank, and the kept weights of each parameter.
+    """
     from sparsity.select.search import NUM_BIN_BITS
 
     counts = [*[1 << NUM_BIN_BITS] * 4, 2, num_shards, world_size, num_shards]
@@ -139,8 +142,10 @@ def event_traffic(num_shards: int, world_size: int) -> tuple[int, int]:
 
 
 def gathered_bytes(world_size: int) -> int:
-    """What rank 0 receives at a checkpoint: the checksum and size of every rank's file (`train.checkpoints.write`). This
-    grows with the world, on that rank alone."""
+    """Return the bytes that rank 0 receives at a checkpoint: checksum and size of every file (`train.checkpoints.write`).
+
+    They grow with the world, on that rank alone.
+    """
     return world_size * len(pickle.dumps(("0" * 64, 1 << 40)))
 
 
@@ -165,9 +170,9 @@ def row(
         sharding_seconds=found["sharding_seconds"],
         hsdp_sharding_seconds=hsdp_sharding_seconds,
         bookkeeping_seconds=found["bookkeeping_seconds"],
-        # Every rank works out the order of the whole batch and takes its share.
+        # Every rank computes the order of the whole batch and takes its share.
         sampling_seconds=BATCH * constants.per_block,
-        # Weights and two moments in float32, and a bit a prunable weight.
+        # Weights and two moments in float32, and a bit for each prunable weight.
         checkpoint_bytes_written=12 * total // world_size + found["local_weights"] // 8,
         checkpoint_bytes_gathered=gathered_bytes(world_size),
     )
@@ -192,7 +197,7 @@ def measure(models: Sequence[str], worlds: Sequence[int], latency: float, bandwi
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+    """Return the rows in Markdown."""
     lines = [
         "| model | ranks | weights a rank | event, this rank | event, network | sent in it | sharding | "
         f"sharding, copies of {HSDP_SHARDS} ranks | masks | a step's order | checkpoint a rank | told rank 0 |",
@@ -210,7 +215,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Four panels over the number of ranks, a line a model; the network's seconds over a scale on which log2 is straight."""
+    """Draw four panels over the number of ranks, a line for each model; on the network's scale log2 is a straight line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")

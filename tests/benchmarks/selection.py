@@ -1,16 +1,16 @@
-"""Global magnitude pruning: our selection and masks against what torch offers, exactness checked on the way.
+"""Measure global magnitude pruning: our selection and masks against torch's own; check that the masks are exact.
 
     python -m tests.benchmarks.selection [--numel 50000000] [--sparsity 0.8] [--rounds 3] [--large] [--device cuda]
         [--dtype bfloat16]    -> runs/bench/selection.json, with --large also of 200 M and 1.14 B weights
 
-The methods of one process take turns in it and the best round of each counts, one round where that takes long. Where one
-thread of a CPU computes alone the seconds are the processor's, so that other work on the machine does not count. Extra
-memory (the peak beyond weights and masks) comes from a process of its own, because the settings of malloc that make it
-exact cost time; a peer that would need more than this machine has, by what it took at the first size, is left out and
-named. `one read pass` is what reading the weights once would take at the bandwidth of a copy measured in the same rounds:
-the floor. `compiled passes` are the two passes of a selection whose threshold is known, by torch.compile on a CPU: what
-compiled kernels would bring. A `prune event` is all that the callback does at one: selection, zeros in weights and both
-moments, counts. On a machine with a GPU every measurement is made there as well. Exits with 1 where a goal is missed.
+The methods of one process take turns and the best round of each counts; a slow method has one round. If a single thread of
+a CPU computes, the seconds are processor time, so that other work on the machine does not count. Extra memory (the peak
+beyond weights and masks) comes from a process of its own, because the malloc settings that make it exact cost time. If a
+peer would need more memory than this machine has, by its use at the first size, it is left out and named. `one read pass`
+is the floor: the time to read the weights once, at the bandwidth of a copy measured in the same rounds. `compiled passes`
+are the two passes of a selection with a known threshold, by torch.compile on a CPU: what compiled kernels would bring. A
+`prune event` is everything that the callback does at one: selection, zeros in weights and both moments, counts. On a
+machine with a GPU every measurement is also made there. Exits with 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -62,26 +62,26 @@ MODULE = "tests.benchmarks.selection"
 LEAST_SPEEDUP = 50.0
 MOST_EXTRA_SHARE = 0.01
 LEAST_MEASURED_NUMEL = 20_000_000
-"""Below this the fixed buffers and calls are most of the cost: the goals are for models."""
+"""The goals hold from this size on: below it, fixed buffers and calls are most of the cost."""
 MOST_PASSES_ON_GPU = 3.0
 MOST_EVENT_SECONDS_ON_GPU = 0.010
 OURS = "prune_smallest_"
 PEERS = {"float32": [*BASELINES, COMPILED], "bfloat16": [*BASELINES]}
 GATHERED = ("kthvalue", "sort")
 EVENT_BYTES = 13
-"""A weight's, with mask and two moments."""
+"""Bytes of a weight with its mask and two moments."""
 RANK_BYTES = 7
-"""A weight's at most, of a rank that holds all weights and masks to compare with, and its shards' masks."""
+"""Most bytes for each weight on a rank, which holds all weights, the masks to compare with and its shards' masks."""
 LARGE = (200_000_000, 1_139_277_824)
 SLOW_SECONDS = 5.0
 FREE_SHARE = 0.9
-"""Of the memory that is free a measurement may take so much."""
+"""Share of the free memory that a measurement may take."""
 
 
 def time_one_process(
     numel: int, sparsity: float, rounds: int, device: str, dtype: str, threads: int, baselines: list[str]
 ) -> dict[str, float]:
-    """Best seconds of each method on the same weights, after a warm-up on a few; masks are compared in each round."""
+    """Return each method's best seconds on the same weights, after a warm-up on a few; compare masks in each round."""
     torch.set_num_threads(threads)
     timed = clock_alone if threads == 1 else clock
     seconds: dict[str, list[float]] = {}
@@ -111,12 +111,12 @@ def time_one_process(
 
 
 def is_slow(taken: list[float]) -> bool:
-    """Whether a method's first measurement behind its warm-up took so long that it is enough."""
+    """Return whether the first measurement after the warm-up took so long that no other is needed."""
     return len(taken) > 1 and taken[-1] > SLOW_SECONDS
 
 
 def time_event(numel: int, sparsity: float, rounds: int, device: str) -> dict[str, float]:
-    """Best seconds of a whole event of the callback, moments included, and of one read pass over the weights."""
+    """Return the best seconds of a whole event of the callback, moments included, and of one read pass over the weights."""
     torch.set_num_threads(1)
     weights = make_weights(numel, device)
     model = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in weights)
@@ -133,7 +133,7 @@ def time_event(numel: int, sparsity: float, rounds: int, device: str) -> dict[st
 
 
 def time_ranks(numel: int, sparsity: float, rounds: int, dtype: str, baselines: list[str]) -> dict[str, float]:
-    """The body of a rank: row shards as FSDP2 makes them, ours against gathering all scores for a method of one process."""
+    """Time, on one rank, ours on row shards as FSDP2 makes them against gathering all scores for a one-process method."""
     num_pruned = round(sparsity * numel)
     seconds: dict[str, list[float]] = {name: [] for name in (OURS, *baselines)}
     weights = make_weights(numel, dtype=dtype)
@@ -175,12 +175,12 @@ def time_ranks(numel: int, sparsity: float, rounds: int, dtype: str, baselines: 
 
 
 def extra_bytes(numel: int, sparsity: float, device: str, dtype: str, baselines: list[str]) -> dict[str, int | None]:
-    """Each method's peak memory beyond weights and our masks; None where it cannot be measured."""
+    """Return each method's peak memory beyond weights and our masks, or None if it cannot be measured."""
     torch.set_num_threads(1)
     small, large = make_weights(max(1000, numel // 100), device, dtype), make_weights(numel, device, dtype)
     found = {}
     for name in [OURS, *baselines]:
-        # What a method needs once and for all, such as code that it is the first to run, is there after the small weights.
+        # A run on small weights loads what a method needs only once, such as its code.
         for weights in (small, large):
             num_pruned = round(sparsity * sum(weight.numel() for weight in weights))
             if name == OURS:
@@ -196,7 +196,7 @@ def extra_bytes(numel: int, sparsity: float, device: str, dtype: str, baselines:
 def compare_one_process(
     numel: int, sparsity: float, rounds: int, device: str, dtype: str, threads: int, baselines: Sequence[str]
 ) -> list[Comparison]:
-    """Ours against the baselines and the floor, in processes of their own."""
+    """Compare ours with the baselines and the floor, in processes of their own."""
     peers = [name for name in baselines if name in BASELINES]
     seconds = in_process(MODULE, "time_one_process", numel, sparsity, rounds, device, dtype, threads, baselines)
     extra = in_process(MODULE, "extra_bytes", numel, sparsity, device, dtype, peers, **EXACT_MEMORY)
@@ -228,8 +228,7 @@ def compare_ranks(
     baselines: Sequence[str],
     reference: float | None = None,
 ) -> list[Comparison]:
-    """Ours on row shards against gathering, and against `reference`, the processor's seconds of torch's pruning in one
-    process."""
+    """Compare ours on row shards with gathering, and with `reference`: processor seconds of torch's pruning in one process."""
     ranks = run_ranks(time_ranks, num_ranks, numel, sparsity, rounds, dtype, list(baselines), timeout_s=900)[0]
     peers = {**{f"gather + {name}": ranks[name] for name in baselines}, FLOOR: ranks[FLOOR]}
     if reference is not None:
@@ -242,13 +241,13 @@ def compare_ranks(
 def where(
     numel: int, sparsity: float, device: str, dtype: str = "float32", threads: int = 1, ranks: int = 1
 ) -> dict[str, Any]:
-    """What every row tells of its circumstances."""
+    """Return the circumstances that every row names."""
     details = {"numel": numel, "sparsity": sparsity, "threads": threads, "dtype": dtype, "device": device}
     return {**details, "ranks": ranks}
 
 
 def that_fit(needs: dict[str, float], numel: int, device: str) -> list[str]:
-    """Of peers with the bytes that each takes a weight those that memory is enough for; the others are named."""
+    """Return the peers for which there is enough memory, by their bytes for each weight; print the others."""
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     for name, bytes_per_weight in needs.items():
         if numel * bytes_per_weight > FREE_SHARE * free:
@@ -266,7 +265,7 @@ def measure(
     dtypes: Sequence[str] = tuple(PEERS),
     num_ranks: int = 2,
 ) -> list[Comparison]:
-    """All comparisons, sizes in rising order, on the devices `on`; ranks are of a CPU, events of float32."""
+    """Return all comparisons on the devices `on`, sizes in rising order; ranks are on a CPU, events in float32."""
     found: list[Comparison] = []
     for device in on:
         for dtype in dtypes:
@@ -293,7 +292,7 @@ def measure(
 
 
 def said(rows: list[Comparison]) -> list[Comparison]:
-    """The rows of a measurement, with a line for who waits."""
+    """Return the rows of a measurement, after printing a line of progress."""
     details = rows[0].details
     where = f"{details['numel']:,} {details['dtype']} weights on {details['device']}, {details['threads']} threads"
     print(f"{rows[0].name}: {where}: {rows[0].seconds:.3g} s", file=sys.stderr, flush=True)
@@ -301,7 +300,7 @@ def said(rows: list[Comparison]) -> list[Comparison]:
 
 
 def bytes_per_weight(rows: Sequence[Comparison]) -> dict[str, float]:
-    """What the peers of one process took beside weights and masks, and those."""
+    """Return the bytes for each weight that peers took in one process, weights and masks included."""
     return {
         row.baseline: (extra / row.details["numel"]) + getattr(torch, row.details["dtype"]).itemsize + 1
         for row in rows
@@ -310,7 +309,7 @@ def bytes_per_weight(rows: Sequence[Comparison]) -> dict[str, float]:
 
 
 def missed_goals(comparisons: list[Comparison]) -> list[str]:
-    """A sentence for each goal that is missed: speed on a CPU and on a GPU, and extra memory."""
+    """Return a sentence for each missed goal: speed on a CPU and on a GPU, and extra memory."""
     missed = []
     for found in comparisons:
         details = found.details

@@ -1,8 +1,8 @@
-"""From the command to the first step: `python -m launch` beside `torchrun` of a script that one would write.
+"""Measure the time from the command to the first step: `python -m launch` beside `torchrun` of a hand-written script.
 
-`tests.benchmarks.around` measures it among the rest. Both commands start as many processes, train the demo's model and are
-timed until a file tells of their first step. Both write offline wandb files. Ours finds its data prepared: the first round
-makes it and does not count; it checks the data and shards the model, which the script does not.
+`tests.benchmarks.around` includes this measurement. Both commands start the same number of processes, train the demo's
+model, write offline wandb files, and are timed until a file marks their first step. Ours finds its data prepared by the
+first round, which does not count; it also checks the data and shards the model, which the script does not.
 
     python -m tests.benchmarks.startup FILE     is that script: a plain Trainer on random tokens, whose first step makes FILE
 """
@@ -24,7 +24,7 @@ TIMEOUT_S = 300
 
 
 def small_llama() -> Any:
-    """The demo's model, `model=llama_micro`, made by hand."""
+    """Return the demo's model, `model=llama_micro`, made by hand."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,7 +46,7 @@ def starting(rounds: int, folder: Path) -> Comparison:
         *(sys.executable, "-m", "launch", "experiment=demo", f"runs_dir={folder / 'runs'}", "run_name=start"),
         *("overwrite=true", "trainer.max_steps=4", "trainer.logging_steps=1"),
     ]
-    # Not accelerate launch: with --cpu it starts one process, whatever --num_processes says.
+    # Not accelerate launch, because with --cpu it starts one process whatever --num_processes says.
     theirs = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes),
         *("-m", "tests.benchmarks.startup", str(mark)),
@@ -62,19 +62,19 @@ def starting(rounds: int, folder: Path) -> Comparison:
 
 
 def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str]) -> float:
-    """From the start of a command until the file `sign` is there anew; the command runs on to its end.
+    """Return the seconds from a command's start until it makes the file `sign`; the command then runs to its end.
 
-    A RuntimeError with the end of its output where it fails.
+    Raises RuntimeError with the end of the output if the command fails.
     """
     sign.unlink(missing_ok=True)
     started = time.perf_counter()
     taken = 0.0
-    # Not a pipe: nobody reads it while the command runs.
+    # Not a pipe, because nobody reads it while the command runs.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             while not taken:
-                # Asked before the file is looked for: a command may make it and end in between.
+                # Polled before the file is checked, because a command may make the file and end in between.
                 ended = process.poll() is not None
                 if sign.exists() and sign.stat().st_size:
                     taken = time.perf_counter() - started
@@ -94,7 +94,7 @@ def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str
 
 
 def first_step(mark: Path) -> None:
-    """The script: rank 0 makes `mark` at the end of the first step."""
+    """Run the script, in which rank 0 makes `mark` at the end of the first step."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 

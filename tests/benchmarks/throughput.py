@@ -1,4 +1,4 @@
-"""Tokens a second and MFU of training one model on one device, setting by setting: attention, loss, precision, batch.
+"""Measure tokens a second and MFU of training on one device, by setting: attention, loss, precision, batch.
 
     python -m tests.benchmarks.throughput [--profile]                   -> runs/bench/throughput.json
     python -m tests.benchmarks.throughput --together --seconds 200      most telling variants first, in one process
@@ -6,7 +6,7 @@
 
 By default the 1B model of the series on a GPU; on a CPU give a small one, as in the last line. Random tokens, no
 network, and nothing but torch and transformers. Every variant trains from the same seed, in a process of its own or, with
-`--together`, one after the other in this one, where memory is freed in between. The host waits for the device only after
+`--together`, one after the other in this one, which frees memory in between. The host waits for the device only after
 the last step. A variant that this machine cannot run is recorded with the reason. MFU counts 6 FLOPs a linear weight and
 12 x layers x hidden x length a token, against --peak TFLOP/s.
 """
@@ -36,16 +36,16 @@ from tests.benchmarks.common import in_process, laps_between, mark, write_rows
 MODULE = "tests.benchmarks.throughput"
 OUTPUT = Path("runs/bench/throughput.json")
 PEAK_TFLOPS = 989.5
-"""Dense bf16 of an H100 SXM and an H200."""
+"""Peak TFLOP/s of an H100 SXM and an H200 in dense bf16."""
 WARM_UP = 3
 MOST_TRACE_BYTES = 15 << 20
 BEST = "best"
-"""As an attention: that of the fastest variant before."""
+"""Name of an attention: that of the fastest variant so far."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, the same for every variant."""
+    """Model, batch and steps, the same for every variant."""
 
     hidden: int = 2048
     layers: int = 16
@@ -83,7 +83,7 @@ class Variant:
     `own_steps.LOSSES`; `precision`: autocast, fsdp2 (casts each unit's weights, as runs do),
     or copies (a bf16 model beside float32 weights); `compiled`: nothing, each block, or the model as a whole;
     `batch_factor`: sequences in a micro-batch over those of the workload; `accumulation`: micro-batches of an update;
-    `trained_by`: the loop of this benchmark, or the code of somebody else, for which most other settings say nothing.
+    `trained_by`: the loop of this benchmark, or other code, for which most other settings have no effect.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Variant:
     batch_factor: int = 1
     accumulation: int = 1
     inductor: tuple[tuple[str, Any], ...] = ()
-    """Settings of torch._inductor.config."""
+    """Values for torch._inductor.config."""
     trained_by: Literal["loop", "Trainer", "torchtitan"] = "loop"
 
 
@@ -134,7 +134,7 @@ TELLING = (
     replace(LARGE, name="FSDP2, batch x2, flex", attention="flex_attention"),
     replace(TUNED, name="bf16 copies, batch x2, best, one graph", precision="copies", compiled="model"),
 )  # fmt: skip
-"""What a device that is lent for minutes is asked, the most telling first."""
+"""Variants for a device that is lent for minutes, the most telling first."""
 VARIANTS = (
     *TELLING,
     replace(TUNED, name="FSDP2, batch x2, best, 80 % sparse, fp8", fp8=True, sparse=True),
@@ -155,27 +155,27 @@ VARIANTS = (
 class Result:
     name: str
     seconds: float = 0.0
-    """Median of an update."""
+    """Median seconds of an update."""
     tokens_per_second: float = 0.0
     mfu: float | None = None
     peak_bytes: int | None = None
     predicted_bytes: int | None = None
-    """The peak that `launch.plan` states for such a run; under FSDP2 alone."""
+    """The peak that `launch.plan` states for such a run; only under FSDP2."""
     last_loss: float | None = None
     skipped: str | None = None
     """Why the variant did not run."""
     settings: dict[str, Any] = field(default_factory=dict)
     profile: list[dict[str, Any]] = field(default_factory=list)
     dense_seconds: float | None = None
-    """Of a sparse variant: an update with the masks taken off, measured before and after."""
+    """In a sparse variant, seconds of an update without masks, measured before and after the masked ones."""
     after_update_seconds: float | None = None
-    """Of a sparse variant: what follows each update, by itself."""
+    """In a sparse variant, seconds of the masking after each update."""
     wall_seconds: float = 0.0
-    """With building and compiling."""
+    """All seconds, building and compiling included."""
 
 
 def measured(work: dict[str, int], name: str, device: str, peak_tflops: float, profile: bool) -> dict[str, Any]:
-    """The body of a process: one variant alone on the device, as plain data."""
+    """Measure one variant alone on the device, in a process of its own, and return plain data."""
     (variant,) = (variant for variant in VARIANTS if variant.name == name)
     variant = replace(variant, attention="sdpa") if variant.attention == BEST else variant
     return asdict(measure(Workload(**work), variant, device, peak_tflops, profile))
@@ -218,7 +218,7 @@ def train(result: Result, work: Workload, variant: Variant, device: str, profile
         if variant.trained_by == "torchtitan":
             step = titan.make_step(work, device)
         else:
-            # Masks go on after the steps without them.
+            # Masks are installed after the steps without them.
             training = own_steps.Training(work, replace(variant, sparse=False), device)
             step = training.step
         seconds, result.last_loss = run_steps(step, work, device)
@@ -234,7 +234,7 @@ def train(result: Result, work: Workload, variant: Variant, device: str, profile
 
 
 def measure_sparse(result: Result, training: Any, dense: list[float], work: Workload, device: str) -> None:
-    """Prune, train with masks, train without them again: dense steps lie on both sides of the sparse ones."""
+    """Prune, train with masks, then without them again, so that dense steps are on both sides of the sparse ones."""
     training.prune()
     sparse, result.last_loss = run_steps(training.step, work, device)
     result.after_update_seconds = statistics.median(run_steps(lambda _: training.after_update(), work, device)[0])
@@ -245,13 +245,13 @@ def measure_sparse(result: Result, training: Any, dense: list[float], work: Work
 
 
 def make_step(work: Workload, variant: Variant, device: str) -> Callable[[Tensor], Tensor]:
-    """A function from tokens [batch, length] to the loss on the device, with the update made."""
+    """Return a function that trains on tokens [batch, length] and returns the loss on the device."""
     training = own_steps.Training(work, variant, device)
     return training.step
 
 
 def run_steps(step: Callable[[Tensor], Any], work: Workload, device: str) -> tuple[list[float], float]:
-    """Seconds of each step after the warm-up, and the last loss; the host waits for the device once, after the last."""
+    """Return seconds of each step after the warm-up, and the last loss; the host waits once, after the last step."""
     batches, marks = work.batches(device), []
     loss: Any = None
     for index in range(WARM_UP + work.steps):
@@ -269,7 +269,7 @@ def run_steps(step: Callable[[Tensor], Any], work: Workload, device: str) -> tup
 def profiled(
     step: Callable[[Tensor], Tensor], work: Workload, device: str, trace: Path | None = None, rows: int = 25
 ) -> list[dict[str, Any]]:
-    """The operations that take most of three steps, in microseconds of the device; `trace` gets the whole as .json.gz."""
+    """Return the costliest operations of three steps, in device microseconds; write all of them to `trace` as .json.gz."""
     batches = work.batches(device)
     with torch.profiler.profile() as found:
         for index in range(3):
@@ -285,7 +285,7 @@ def profiled(
 
 
 def top_operations(events: Any, device: str, rows: int) -> list[dict[str, Any]]:
-    """Kernels alone on a GPU: there an operation's row repeats the time of the kernels that it launched."""
+    """Return only kernels on a GPU, because an operation's row repeats the time of the kernels that it launched."""
     if device == "cuda":
         events = [event for event in events if "CUDA" in str(event.device_type)]
 
@@ -306,7 +306,7 @@ def top_operations(events: Any, device: str, rows: int) -> list[dict[str, Any]]:
 
 
 class TimeIsUp(BaseException):
-    """No Exception, so that nothing on the way takes it for a failure of its own."""
+    """The end of the time; no Exception, so that no code in between handles it as a failure of its own."""
 
 
 @contextlib.contextmanager
@@ -317,7 +317,7 @@ def at_most(seconds: float) -> Iterator[None]:
         raise TimeIsUp(f"took longer than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, raise_it)
-    # Again and again: it is lost if it comes while the interpreter cleans up.
+    # Repeated, because it is lost if it comes while the interpreter cleans up.
     signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
     try:
         yield
@@ -330,14 +330,14 @@ def measure_together(
     work: Workload, variants: list[Variant], device: str, peak_tflops: float, seconds: float, trace: Path | None,
     most_seconds: float = 90.0,
 ) -> Iterator[Result]:  # fmt: skip
-    """The variants one after the other in this process, as long as there is time; then the fastest one's profile.
+    """Measure the variants one after the other in this process while there is time, then profile the fastest.
 
-    An attention `best` is that of the fastest bf16 variant so far. After a variant for which memory was not enough no later
-    one has as large a batch.
+    An attention `best` is that of the fastest bf16 variant so far. If a variant runs out of memory, no later one has as
+    large a batch.
     """
     import torch._functorch.config as functorch
 
-    # Its key does not hold which attention kernels are allowed: the second variant would get the first one's graph.
+    # The cache's key does not include the allowed attention kernels: the second variant would get the first one's graph.
     functorch.enable_autograd_cache = False
     deadline, found = time.monotonic() + seconds, dict[str, tuple[float, Variant]]()
     reserve = 25.0 if trace is not None else 0.0
@@ -384,7 +384,7 @@ def free_memory(device: str) -> None:
 def measure_apart(
     work: Workload, variants: list[Variant], device: str, peak_tflops: float, profile: bool
 ) -> Iterator[Result]:
-    """Each variant in a process of its own, so that none finds the memory of another."""
+    """Measure each variant in a process of its own, so that none finds the memory of another."""
     for variant in variants:
         try:
             yield Result(**in_process(MODULE, "measured", asdict(work), variant.name, device, peak_tflops, profile))
@@ -393,7 +393,7 @@ def measure_apart(
 
 
 def line(result: Result) -> str:
-    """A result for people."""
+    """Format a result for people."""
     if result.skipped:
         return f"{result.name:<48} skipped: {result.skipped[:160]}"
     words = f"{result.name:<48} {result.tokens_per_second:10,.0f} tokens/s"

@@ -1,7 +1,7 @@
-"""torchtitan's LLaMA of the benchmark's size as torchtitan trains it: its blocks compiled, its FSDP2 units, bf16 compute on
-float32 masters, its compiled loss. For `tests.benchmarks.throughput`, where torchtitan is installed (written against 0.3).
+"""torchtitan's LLaMA of the benchmark's size as torchtitan trains it, for `tests.benchmarks.throughput`.
 
-Its data loader, checkpoints and metrics stay out, so that what is compared is the step.
+It has torchtitan's compiled blocks, FSDP2 units, bf16 compute on float32 masters and compiled loss. It needs torchtitan
+(written against 0.3). Data loader, checkpoints and metrics are left out, so that only the step is compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def make_step(work: Workload, device: str) -> Callable[[Tensor], Tensor]:
-    """A function from tokens [batch, length] to the loss on the device, with the update made."""
+    """Return a function that trains on tokens [batch, length] and returns the loss on the device."""
     from torchtitan.components.loss import cross_entropy_loss
     from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 

@@ -1,4 +1,4 @@
-"""Two loops that take turns, a step each, so that noise of the machine meets both; and the Trainer as runs have it."""
+"""Two loops that take turns, a step each, so that noise of the machine affects both; and the Trainer as runs have it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WARM_UP = 10
 
 
 class Turns:
-    """Two threads of which one works at a time; the first begins."""
+    """Two threads, of which only one works at a time; the first begins."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -61,14 +61,14 @@ class Turns:
 
 
 def run_in_turns(bodies: Sequence[Callable[[], Any]], turns: Turns) -> None:
-    """Run two functions as threads in turns. A rank that fails ends at once: its peers would wait for ever."""
+    """Run two functions as threads in turns. A rank that fails exits at once, because its peers would wait for ever."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def work(mine: int) -> None:
         turns.wait(mine)
         try:
             if device is not None:
-                # Each thread has a device of its own, and begins with the first.
+                # The current device is set for each thread, and a new thread starts with the first one.
                 torch.cuda.set_device(device)
             bodies[mine]()
         except BaseException:
@@ -84,13 +84,13 @@ def run_in_turns(bodies: Sequence[Callable[[], Any]], turns: Turns) -> None:
 
 
 def random_tokens(plan: RunPlan) -> np.ndarray:
-    """As many as the run takes."""
+    """Return as many random tokens as the run needs."""
     num_tokens = plan.batch_size * plan.num_steps * plan.sequence_length
     return np.random.default_rng(0).integers(plan.model.vocab_size, size=num_tokens)
 
 
 def make_model(plan: RunPlan) -> LlamaForCausalLM:
-    """The run's model, each time the same."""
+    """Return the run's model, the same each time."""
     set_seed(0)
     return LlamaForCausalLM._from_config(llama_config(plan.model), dtype=torch.float32)
 
@@ -104,7 +104,7 @@ def make_trainer(
     callbacks: list[TrainerCallback],
     folder: Path,
 ) -> PretrainingTrainer:
-    """The Trainer of a run on these tokens, without records and evaluation."""
+    """Return the Trainer of a run on these tokens, without records and evaluation."""
     model, arguments = make_model(plan), training_arguments(config, plan, folder)
     compile_by_blocks(model, arguments)
     trainer = PretrainingTrainer(

@@ -5,8 +5,9 @@
     python -m tests.gpu rates [--rehearse]     learning rate of the claim's runs, by recipe; 3 minutes at most
     python -m tests.gpu claim [--rehearse]     the paper's claim: sparse runs and their dense twins; 9 minutes at most
 
-`claim` and `rates` take overrides of their runs as well (optim.learning_rate=0.004). They read the docstrings that this
-Python has; `data=text data.path=FOLDER` gives them more, such as the folder that `python -m tests.gpu.docstrings` writes.
+`claim` and `rates` also take overrides of their runs (optim.learning_rate=0.004). They read the docstrings of this
+Python environment; `data=text data.path=FOLDER` gives them more, such as the folder that `python -m tests.gpu.docstrings`
+writes.
 
 Prints a line for each step as it ends. The results are in $OUT (without it, in runs/gpu): COMMAND.json, written again after
 each step, and COMMAND.log with the end of what each step printed. Exits with 1 unless every step that ran passed.
@@ -45,14 +46,14 @@ COMMANDS = {
     "claim": Command(claim.claim_steps, budget_s=530.0, parallel=6, takes_overrides=True),
 }
 REHEARSAL_BUDGET_S = 1800.0
-"""A rehearsal takes minutes on an idle machine; on a busy one it is not to be cut short."""
+"""Long enough for a rehearsal, which takes minutes on an idle machine, to finish on a busy one."""
 REHEARSAL_PARALLEL = 2
 REHEARSAL_PATIENCE = 4.0
-"""By how much longer a step may take in a rehearsal."""
+"""Factor on the time that a step may take in a rehearsal."""
 
 
 def environment(rehearse: bool, work: Path) -> dict[str, str]:
-    """The variables of every step: offline, unbuffered, one device or none, and this checkout first on the path."""
+    """Return the variables of every step: offline, unbuffered, one device or none, this checkout first on the path."""
     python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),

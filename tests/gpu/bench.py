@@ -15,9 +15,9 @@ TINY = (
     "--backend", "eager",
 )  # fmt: skip
 FREE_MEMORY = {**MORE_CORES, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""What one variant leaves in pieces serves the next."""
+"""Memory that one variant leaves in fragments can serve the next."""
 VARIANT_SECONDS, REHEARSED_SECONDS = 80, 120
-"""Of the budget for the variants of the 1B; starting the process comes on top."""
+"""Seconds of the budget for the variants of the 1B; starting the process takes more."""
 DECODE_SECONDS = 65
 
 
@@ -26,7 +26,7 @@ def benchmark(name: str, output: Path, *arguments: str) -> tuple[str, ...]:
 
 
 def steps(work: Path, output: Path, rehearse: bool, more: Sequence[str] = ()) -> list[Step]:
-    """All alone on the device: the event, decoding, the variants with a profile of the best, a user's run, masking."""
+    """Return the steps, each alone on the device: event, decoding, variants and a profile of the best, a run, masking."""
     tiny = ("--rehearse",) if rehearse else ()
     seconds = REHEARSED_SECONDS if rehearse else VARIANT_SECONDS
     throughput = (

@@ -15,7 +15,7 @@ from tests.gpu.runner import Step
 
 PYTHON = sys.executable
 SPARSITIES = (0.2, 0.4, 0.6)
-"""Beside the 80 % pair, one seed each."""
+"""The sparsities beside the 80 % pair, with one seed each."""
 SEEDS = (0, 1, 2)
 RATES = (3e-3, 6e-3, 1.2e-2)
 RATE_SEEDS = (0, 1)
@@ -23,7 +23,7 @@ RATE_STEPS = 384
 RECIPES = ("authors", "plain")
 TWIN = "model.match=average"
 RUN_SECONDS, REHEARSED_SECONDS = 60.0, 5.0
-"""Under this much budget left no further run starts."""
+"""Seconds of budget that must be left for a further run to start."""
 RUN_LIMIT_S = 420.0
 
 
@@ -36,12 +36,12 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """Name of the run's folder: that of a twin is marked."""
+        """The name of the run's folder, which marks a twin."""
         return f"{self.name}-twin" if TWIN in self.overrides else self.name
 
 
 def claim_arms() -> list[Arm]:
-    """Four sparsities and their dense twins, three seeds of the 80 % pair; what matters most comes first."""
+    """Return four sparsities and their dense twins, three seeds of the 80 % pair; the most important come first."""
     pairs = [(0.8, seed) for seed in SEEDS] + [(sparsity, 0) for sparsity in SPARSITIES]
     return [arm for sparsity, seed in pairs for arm in pair(sparsity, seed)]
 
@@ -53,7 +53,7 @@ def pair(sparsity: float, seed: int, *more: str) -> tuple[Arm, Arm]:
 
 
 def rate_arms() -> list[Arm]:
-    """The twin of the 80 % run at three learning rates, two seeds and both recipes."""
+    """Return the twin of the 80 % run at three learning rates, two seeds and both recipes."""
     return [
         Arm(
             f"{recipe}-{rate:g}-seed{seed}",
@@ -77,7 +77,7 @@ def rates_steps(work: Path, output: Path, rehearse: bool, more: Sequence[str] = 
 
 
 def steps(arms: Sequence[Arm], work: Path, rehearse: bool, more: Sequence[str]) -> list[Step]:
-    """The device, the text, then the runs. `more` are overrides of every run, such as another text."""
+    """Return the device, the text, then the runs. `more` are overrides of every run, such as another text."""
     if rehearse:
         write_rehearsal_text(work / "text")
     shared = (*common(work, rehearse), *more)
@@ -93,7 +93,7 @@ def steps(arms: Sequence[Arm], work: Path, rehearse: bool, more: Sequence[str]) 
 
 
 def run_step(arm: Arm, work: Path, shared: Sequence[str], rehearse: bool) -> Step:
-    # Of a key that is given twice the last counts: what is shared overrides the arm.
+    # If a key is given twice the last one counts, so the shared overrides win over the arm's.
     command = (
         PYTHON, "-m", "tests.gpu.claim_run", str(work / "runs" / arm.folder), f"run_name={arm.name}", *arm.overrides, *shared,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
     python -m tests.gpu.claim_page [docs/gpu] [--output docs/claim.md]
 
-The files hold each run's settings and summary, so that the pairs are compared and the law is fitted here, without the machine.
+The files hold each run's settings and summary, so that this command can compare the pairs and fit the law without the GPU.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def device_of(result: dict[str, Any]) -> str:
 
 
 def rates_section(result: dict[str, Any]) -> str:
-    """Held-out loss of the dense twin by recipe and learning rate, mean and every seed."""
+    """Return the dense twin's held-out loss by recipe and learning rate: the mean and every seed."""
     found: dict[tuple[str, float], list[float]] = {}
     for step in result["steps"]:
         figures = step.get("figures") or {}
@@ -109,7 +109,7 @@ def runs_section(result: dict[str, Any], title: str = "Runs") -> str:
 
 
 def claim_sections(result: dict[str, Any], figure: Path | None) -> list[str]:
-    """The runs, their pairs and the law; the figure is drawn if a path is given."""
+    """Return the runs, their pairs and the law; draw the figure if a path is given."""
     parts = [runs_section(result)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "claim"
@@ -126,7 +126,7 @@ def claim_sections(result: dict[str, Any], figure: Path | None) -> list[str]:
 
 
 def series_section(result: dict[str, Any], cards: Path = CARDS) -> str:
-    """The losses that a power law of the dense runs predicts for the series' eight models, beside their cards'."""
+    """Return the losses that a power law of the dense runs predicts for the series' eight models, beside the cards'."""
     runs = [(step.get("figures") or {}).get("summary") for step in result["steps"] if step["outcome"] == "passed"]
     dense = [run for run in runs if run and not run["sparsity"]]
     params, tokens, loss = (
@@ -156,7 +156,7 @@ def series_section(result: dict[str, Any], cards: Path = CARDS) -> str:
 
 
 def page(folder: Path, figure: Path | None = None) -> str:
-    """Return the page of the result files in `folder`; a file that is not there has no section."""
+    """Return the page of the result files in `folder`, without the sections of missing files."""
     parts = [HEAD.rstrip()]
     if (file := folder / "claim.json").is_file():
         result = json.loads(file.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ CURVE_POINTS = 64
 
 
 def figures(run_dir: Path, seconds: float) -> dict[str, Any]:
-    """Return what the finished run's files say: config.yaml, summary.json and its curve, thinned to 64 records."""
+    """Return the finished run's config.yaml, summary.json and curve, which is thinned to 64 records."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "train/loss" in record]
     thin = max(1, len(steps) // CURVE_POINTS)

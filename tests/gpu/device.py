@@ -1,4 +1,4 @@
-"""What machine this is: versions, memory, copy bandwidth and the rate of a bf16 matrix product, in a few seconds."""
+"""Describe this machine in a few seconds: versions, memory, copy bandwidth and the rate of a bf16 matrix product."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.gpu.runner import FIGURES
 
 
 def seconds_of(body: Callable[[], Any], rounds: int, device: str) -> float:
-    """Median seconds of a call, after two to warm up."""
+    """Return the median seconds of a call, after two to warm up."""
     taken = []
     for index in range(rounds + 2):
         if device == "cuda":
@@ -38,14 +38,14 @@ def seconds_of(body: Callable[[], Any], rounds: int, device: str) -> float:
 
 
 def copy_bandwidth(num_bytes: int, device: str) -> float:
-    """Bytes a second of a copy on the device, read and written counted."""
+    """Return the bytes per second that a copy on the device reads and writes together."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / seconds_of(lambda: target.copy_(source), 10, device)
 
 
 def product_flops(size: int, device: str) -> float:
-    """FLOP/s of a bf16 product of two square matrices of random numbers."""
+    """Return the FLOP/s of a bf16 product of two square matrices of random numbers."""
     first, second = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / seconds_of(lambda: first @ second, 20, device)
 

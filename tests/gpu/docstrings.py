@@ -45,13 +45,13 @@ def python_files(wheel: Path, folder: Path) -> int:
 
 
 def is_below(name: str) -> bool:
-    """True unless a name of an archive leads out of the folder that it is unpacked into."""
+    """Return whether a name of an archive stays in the folder that it is unpacked into."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
 
 
 def download(requirement: str, folder: Path) -> Path | None:
-    """Download the wheel of a package, any version of Python and Linux; None if it has none."""
+    """Download a package's wheel for any version of Python and Linux; return None if there is none."""
     folder.mkdir()
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
     command = [
@@ -63,7 +63,7 @@ def download(requirement: str, folder: Path) -> Path | None:
 
 
 def fetch(requirement: str, work: Path) -> Path | None:
-    """Return a folder with the Python files of a package, None if it cannot be downloaded."""
+    """Return a folder with the Python files of a package, or None if it cannot be downloaded."""
     name = requirement.partition("==")[0]
     wheel = download(requirement, work / f"{name}.wheel")
     if wheel is None:
@@ -74,12 +74,12 @@ def fetch(requirement: str, work: Path) -> Path | None:
 
 
 def compress(folder: Path) -> int:
-    """Replace the jsonl files of a folder by jsonl.gz and return the bytes of text before."""
+    """Replace the jsonl files of a folder by jsonl.gz and return their bytes before compression."""
     num_bytes = 0
     for file in sorted(folder.glob("*.jsonl")):
         content = file.read_bytes()
         num_bytes += len(content)
-        # Without a time, the same text gives the same file.
+        # No time stamp, so that the same text gives the same file.
         file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(content, mtime=0))
         file.unlink()
     return num_bytes

@@ -24,12 +24,12 @@ from conf.schema.trainer import TrainerConfig
 from tests.gpu.runner import FIGURES, ROOT
 
 SKIPPED_STEPS = 5
-"""At the start of a run, where it compiles and warms up; they are left out of its median."""
+"""Steps at the start of a run, while it compiles and warms up; its median leaves them out."""
 EVENTS = (10, 15, 20)
 
 
 def write_text(path: Path, num_bytes: int) -> None:
-    """Documents of pseudo-random words: enough different ones for a vocabulary of 32,000."""
+    """Write documents of pseudo-random words, enough different ones for a vocabulary of 32,000."""
     drawn = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(drawn.choices(letters, k=drawn.randint(2, 9))) for _ in range(20_000)]
@@ -42,7 +42,7 @@ def write_text(path: Path, num_bytes: int) -> None:
 
 
 def overrides(work: Path, num_steps: int, batch: int, dense: bool, rehearse: bool) -> list[str]:
-    """The run's command line after `python -m launch`."""
+    """Return the run's command line after `python -m launch`."""
     found = [
         "trainer=gpu", "model=llama2_1b", "data=text", f"data.path={work}/text.jsonl", "data.heldout_share=0.1",
         f"data.cache_dir={work}/cache", f"runs_dir={work}/runs", f"run_name={run_name(dense)}", "logger=none", "overwrite=true",
@@ -71,11 +71,11 @@ def run_name(dense: bool) -> str:
 
 
 def figures(run_dir: Path, planned: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """What the run's files say: seconds of a step, tokens a second, and each event's step, beside the plan."""
+    """Return seconds of a step, tokens a second and each event's step from the run's files, beside the plan."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "train/loss" in record]
     summary = json.loads((run_dir / "summary.json").read_text())
-    # Of training steps alone where the log has it, else of all time between two records.
+    # Time of training steps alone if the log has it, else all time between two records.
     rate = "perf/tokens_per_second" if "perf/tokens_per_second" in steps[-1] else "train/tokens_per_second"
     rates = values_of(steps, rate)
     settled = rates[SKIPPED_STEPS:] or rates
@@ -103,7 +103,7 @@ def values_of(records: list[dict[str, Any]], key: str) -> list[float]:
 
 
 def top_kernels(trace: dict[str, Any], rows: int = 25) -> list[dict[str, Any]]:
-    """The kernels that take most of a profiler's trace, in microseconds."""
+    """Return the kernels that take most of a profiler's trace, in microseconds."""
     found: dict[str, list[float]] = {}
     for event in trace["traceEvents"]:
         if event.get("cat") == "kernel":
@@ -117,7 +117,7 @@ def top_kernels(trace: dict[str, Any], rows: int = 25) -> list[dict[str, Any]]:
 
 
 def read_trace(run_dir: Path) -> dict[str, Any] | None:
-    """The trace that `trainer.profile_steps` left in the run's folder, None if there is none."""
+    """Return the trace that `trainer.profile_steps` left in the run's folder, or None."""
     for path in sorted(run_dir.rglob("*trace*.json*")):
         content = path.read_bytes()
         return json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
@@ -134,7 +134,7 @@ def plan(arguments: list[str], environment: dict[str, str]) -> dict[str, Any] | 
 
 
 def problems(found: dict[str, Any], num_steps: int, dense: bool) -> list[str]:
-    """What a right run has and this one has not."""
+    """Return a sentence for each check that the run fails."""
     summary, losses = found["summary"], found["losses"]
     wrong = []
     if summary["steps"] != num_steps or len(losses) != num_steps:

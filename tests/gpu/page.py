@@ -2,7 +2,7 @@
 
     python -m tests.gpu.page [docs/gpu] [--output docs/gpu.md]
 
-Copy what `check` and `bench` left in $OUT to the folder, then run this. Every section names its command, device and versions.
+Copy the files that `check` and `bench` left in $OUT to the folder, then run this. Each section names command, device, versions.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ WHERE = ("gpu", "python", "torch", "triton", "transformers", "accelerate", "cuda
 
 
 def origin(row: Row) -> str:
-    """The device and versions that a row comes from, in one line."""
+    """Return a row's device and versions in one line."""
     known = [f"{key} {row[key]}" if key != "gpu" else f"{row[key]}" for key in WHERE if key in row]
     return ", ".join(known)
 
 
 def steps_section(result: dict[str, Any], title: str) -> str:
-    """Every step of `check` or `bench` with its outcome."""
+    """Return a table of all steps of `check` or `bench` with their outcomes."""
     steps = result["steps"]
     found = (step["figures"] for step in steps if step["name"] == "device" and step.get("figures"))
     device = next(found, result.get("device", {}))
@@ -51,13 +51,13 @@ def steps_section(result: dict[str, Any], title: str) -> str:
 
 
 def words(text: str) -> str:
-    """The step's last words, short enough for a cell."""
+    """Return the end of the step's output, short enough for a cell."""
     short = " ".join(text.split()).replace("|", "/")
     return short if len(short) <= 110 else short[:107] + "..."
 
 
 def planned(row: Row) -> str:
-    """What `launch.plan` says today of a variant's peak, in GiB; nothing for what it does not plan."""
+    """Return the peak that `launch.plan` now gives for a variant, in GiB; empty if it does not plan such a variant."""
     if not row.get("predicted_bytes"):
         return ""
     work = Workload(**{field.name: row[field.name] for field in fields(Workload)})
@@ -67,7 +67,7 @@ def planned(row: Row) -> str:
 
 
 def throughput_section(rows: list[Row]) -> str:
-    """Tokens a second, MFU and memory by variant, and where the time of the fastest goes."""
+    """Return tokens a second, MFU and memory by variant, and where the time of the fastest goes."""
     ran = [row for row in rows if not row["skipped"] and not row["name"].startswith("profile of")]
     lines = [
         [
@@ -104,7 +104,7 @@ def throughput_section(rows: list[Row]) -> str:
 
 
 def comparison_section(title: str) -> Callable[[list[Row]], str]:
-    """Rows of {name, seconds, baseline, baseline_seconds, ratio}, as the event's, masking's and decoding's."""
+    """Return a table of {name, seconds, baseline, baseline_seconds, ratio}, as event, masking and decoding write them."""
 
     def section(rows: list[Row]) -> str:
         lines = [
@@ -137,7 +137,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
 
 
 def page(folder: Path) -> str:
-    """Return the page of the result files in `folder`; a file that is not there has no section."""
+    """Return the page of the result files in `folder`, without the sections of missing files."""
     parts = [
         section(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
         for name, section in SECTIONS.items()

@@ -1,4 +1,4 @@
-"""A process of its own for a test on a GPU: what it sets for CUDA and torch ends with it."""
+"""A process of its own for a test on a GPU, so that its settings of CUDA and torch end with it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from tests.processes import environment_of, is_alive, send
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = "STEP_FIGURES"
 MARK = "SPARSELLM_STEP"
-"""In the environment of every process of a step, whatever session it moved to: how the runner finds what it started."""
+"""Variable in the environment of a step's processes: the runner finds them by it, even in another session."""
 GRACE_S = 2.0
 POLL_S = 0.05
 TAIL_BYTES = {"passed": 6_000, "failed": 24_000}
@@ -40,7 +40,7 @@ Outcome = Literal["passed", "failed", "timed out", "not run"]
 class Step:
     """One process. It starts only if `expected_s` of the budget are left, and ends after `timeout_s` at the latest.
 
-    A step that is `alone` shares the device with no other step: its times count. `needs` are packages that must be
+    A step that is `alone` shares the device with no other step, because it is timed. `needs` are packages that must be
     importable.
     """
 
@@ -52,7 +52,7 @@ class Step:
     needs: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     says: str = ""
-    """Words of the line of its output that is shown; without them the last line is."""
+    """Words that mark the output line to show; without them it is the last line."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Result:
     outcome: Outcome
     seconds: float
     words: str
-    """One line: the last of the output, or the reason why it did not run."""
+    """One line: the last line of the output, or the reason why the step did not run."""
     command: str
     figures: Any = None
 
@@ -87,7 +87,7 @@ class Running:
         return time.monotonic() - self.started
 
     def end(self) -> None:
-        """End every process of the step, those in sessions of their own too."""
+        """End every process of the step, also those in other sessions."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + GRACE_S
             while (pids := processes_with(self.mark)) and time.monotonic() < deadline:
@@ -99,7 +99,7 @@ class Running:
             self.process.wait(GRACE_S)
 
     def result(self) -> Result | None:
-        """What became of the step; None while it runs."""
+        """Return the outcome of the step, or None while it runs."""
         code = self.process.poll()
         is_late = code is None and self.seconds > self.limit_s
         if code is None and not is_late:
@@ -123,13 +123,13 @@ class Running:
 
 
 def processes_with(mark: str) -> list[int]:
-    """Ids of the living processes that carry `mark` in their environment."""
+    """Return the ids of living processes that have `mark` in their environment."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return [pid for pid in pids if environment_of(pid).get(MARK) == mark and is_alive(pid)]
 
 
 def last_line(output: Path, words: str = "", width: int = 240) -> str:
-    """The last line that holds `words`, else the last one that is more than a rule."""
+    """Return the last line that contains `words`, else the last one that is more than a rule."""
     lines = [line for line in tail(output, 4_000).splitlines() if line.strip(" -=\t")]
     lines = [line for line in lines if words in line] or lines
     return lines[-1].strip()[:width] if lines else ""
@@ -170,7 +170,7 @@ class Record:
 
 
 def telling_lines(text: str, most: int = 6, width: int = 200) -> list[str]:
-    """The lines of a failed step's output that say what is wrong: pytest's FAILED and ERROR lines, else the last ones."""
+    """Return the lines that say why a step failed: pytest's FAILED and ERROR lines, else the last ones."""
     lines = [line.rstrip()[:width] for line in text.splitlines() if line.strip()]
     return [line for line in lines if line.startswith(("FAILED", "ERROR", "error:"))][-most:] or lines[-most:]
 
@@ -231,7 +231,7 @@ def may_start(step: Step, running: Sequence[Step], parallel: int) -> bool:
 
 
 def refusal(step: Step, left_s: float, is_there: Callable[[str], Any] = find_spec) -> str | None:
-    """Why a step is not started, None if it is."""
+    """Return why a step is not started, or None if it is."""
     missing = [package for package in step.needs if is_there(package) is None]
     if missing:
         return f"{', '.join(missing)} not installed"

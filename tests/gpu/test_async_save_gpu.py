@@ -1,4 +1,4 @@
-"""Checkpoints in the background on the device: they hold what was there when the save began, bit for bit."""
+"""Checkpoints in the background on the device hold, bit for bit, the values from when the save began."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.mark.gpu
 def test_copies_to_the_host_hold_what_the_stream_had_written_before_and_nothing_after():
-    """A long product is still running when the copy is asked for, and the tensor changes right after."""
+    """A long product is still running when the copy is requested, and the tensor changes right after."""
     from train.checkpoints.background import host_copies
 
     size = 4096 if DEVICE.type == "cuda" else 64
@@ -41,7 +41,7 @@ def test_copies_to_the_host_hold_what_the_stream_had_written_before_and_nothing_
 
 
 def sixteen_steps(folder: Path, async_save: bool) -> dict[str, Any]:
-    """Save after every second of sixteen steps, pruned before the fourth; the files of checkpoints 4 and 16."""
+    """Prune before the fourth of sixteen steps, save after every second; return the files of checkpoints 4 and 16."""
     from train.determinism import compute_deterministically
 
     compute_deterministically()

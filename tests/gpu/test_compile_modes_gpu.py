@@ -14,7 +14,7 @@ STEPS = 4
 
 
 def train_compiled(folder: Path, mode: str) -> dict[str, Any]:
-    """The losses of a few steps, pruned before the third, compiled in `mode`; eager on a CPU."""
+    """Return the losses of a few steps, pruned before the third, compiled in `mode`; eager on a CPU."""
     from sparsity import Geometric, SparsityCallback
     from tests.small_trainer import small_trainer
     from train.arguments import name_matmul_precision
@@ -41,6 +41,6 @@ def test_a_run_tunes_its_kernels_under_bf16_and_tf32(tmp_path, mode):
     found = in_own_process(train_compiled, tmp_path, mode)
     assert found["precision"] == "high"
     assert found["density"] == 0.5
-    # The logarithm of the vocabulary: nothing is learnt from random rows.
+    # The loss stays at the logarithm of the vocabulary, because random rows teach nothing.
     assert found["losses"][0] == pytest.approx(4.85, abs=0.1)
     assert found["losses"][-1] == pytest.approx(4.85, abs=0.3)

@@ -61,7 +61,7 @@ def test_a_few_vectors_are_captured_in_a_graph_and_many_give_the_same():
 
 
 def test_products_that_start_early_give_the_bits_of_those_that_wait():
-    """A chain, in which each product reads what the one before writes, in memory that is used again and again."""
+    """In a chain each product reads what the previous one wrote, in memory that is reused again and again."""
     from sparsity.compact.spmv import spmv
 
     packed = [pack((weight_of(2048, 2048, 0.2) / 16).bfloat16().cuda()) for _ in range(4)]
@@ -115,7 +115,7 @@ def test_a_layer_takes_the_bytes_of_its_kept_weights_and_their_columns():
     before = torch.cuda.memory_allocated()
     layer = SparseLinear.from_dense(weight_of(4096, 4096, 0.2, torch.bfloat16).cuda())
     held = sum(buffer.nbytes for buffer in layer.buffers())
-    # Values and half as many bytes of columns, places left empty between groups, and the groups' bases.
+    # The values, half as many bytes for their columns, empty slots between groups, and the groups' bases.
     assert held < 0.37 * 2 * 4096 * 4096
     assert torch.cuda.memory_allocated() - before < 1.05 * held
     with torch.no_grad():

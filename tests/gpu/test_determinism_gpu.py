@@ -23,7 +23,7 @@ ON_CPU = {
 
 
 def six_steps(folder: Path, resume_from: Path | None) -> dict[str, Any]:
-    """Six bf16 steps in deterministic mode, pruned before steps 1 and 4, saved after step 3."""
+    """Train six bf16 steps in deterministic mode, prune before steps 1 and 4, save after step 3."""
     from train.determinism import compute_deterministically
 
     compute_deterministically()

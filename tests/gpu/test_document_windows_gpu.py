@@ -15,7 +15,7 @@ POSITIONS = torch.stack([torch.cat([torch.arange(length) for length in row]) for
 
 
 def oracle(states: list[Tensor], window: int | None) -> Tensor:
-    """[batch, length, heads, width]"""
+    """Compute attention [batch, length, heads, width] in float64 on the CPU."""
     query, key, value = states
     groups = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(groups, 1) for part in (key, value))

@@ -1,4 +1,4 @@
-"""A model that was trained on the device: exported, loaded there plain and compact, and made to write."""
+"""A model trained on the device is exported, loaded there as a plain and a compact folder, and generates text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = torch.arange(24).view(2, 12) % 61
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> dict[str, Any]:
-    """A folder that was written from FSDP2 shards on the device, and the float32 weights that the shards held."""
+    """Export a folder from FSDP2 shards on the device; return it and the float32 weights of the shards."""
     from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("export")

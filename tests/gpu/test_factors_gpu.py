@@ -39,7 +39,7 @@ def inputs(kind: str) -> dict[str, Tensor]:
 
 
 def masks_on(device: torch.device, kind: str) -> list[Tensor]:
-    """The masks after each of four events."""
+    """Return the masks after each of four events."""
     shards = [
         ParameterShard(name, t.to(device, copy=True), torch.ones(len(t), dtype=torch.bool, device=device), 0, len(t))
         for name, t in inputs(kind).items()

@@ -1,4 +1,4 @@
-"""On a GPU: weights drawn into its memory are those drawn on a CPU, and the host holds one layer of them."""
+"""Weights drawn into a GPU's memory equal those drawn on a CPU, and the host holds one layer at a time."""
 
 from __future__ import annotations
 

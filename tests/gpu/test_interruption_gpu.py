@@ -1,4 +1,4 @@
-"""A run through `python -m launch` on the device: SIGTERM ends it behind a checkpoint, and the same command ends it well."""
+"""A run of `python -m launch` on the device: SIGTERM ends it after a checkpoint, and the same command completes it."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ def test_a_run_that_is_stopped_by_sigterm_resumes_where_it_was_and_ends_as_spars
         if "proj" in name or "lm_head" in name
     )
     assert kept == summary["nonzero_linear_params"] == round(0.2 * summary["linear_params"])
-    # Under bf16 on a GPU, too, a loss is logged in float32: a bfloat16 number ends with 16 zero bits.
+    # Losses are logged in float32 under bf16 on a GPU too; a bfloat16 number would end with 16 zero bits.
     assert sum(is_bfloat16(record["train/loss"]) for record in records) < STEPS / 4

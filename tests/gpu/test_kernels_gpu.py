@@ -1,4 +1,4 @@
-"""Kernels at the size of a model on a GPU, against numpy on the CPU; what an event compiles and waits for."""
+"""Kernels at the size of a model on a GPU, against numpy on the CPU; the compilations and host syncs of an event."""
 
 import warnings
 

@@ -28,7 +28,7 @@ NUM_KEPT = 154
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """This process alone in a group of its own."""
+    """Make a mesh of this process alone."""
     if DEVICE.type == "cuda":
         torch.cuda.set_device(0)
     backend = "nccl" if DEVICE.type == "cuda" else "gloo"
@@ -79,7 +79,7 @@ def copied_to_cpu(model: nn.Sequential) -> nn.Sequential:
 
 
 def masks_on_cpu(model: nn.Sequential) -> list[Tensor]:
-    """The oracle: which weights the CPU keeps of the same model."""
+    """Return the expected masks: the weights that the CPU keeps in the same model."""
     bound(model).pruner.prune(0.2)
     return [param != 0 for param in model.parameters()]
 
@@ -118,7 +118,7 @@ def test_an_event_under_fsdp2_prunes_what_the_cpu_prunes_and_steps_keep_it(mesh,
 
 
 class Weighted(nn.Linear):
-    """A layer whose weights' gradients are the factors it is called with."""
+    """A layer whose weights get as gradients the factors that it is called with."""
 
     def forward(self, factors: Tensor) -> Tensor:
         return (self.weight * factors).sum()

@@ -1,4 +1,4 @@
-"""Between two logged steps the host waits for nothing: torch raises at whatever would make it wait."""
+"""Between two logged steps the host waits for nothing: torch raises at any operation that would make it wait."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from tests.gpu.process import in_own_process
 
 STEPS, QUIET_FROM, QUIET_TO = 10, 3, 9
-"""The run's steps, and between which step ends torch raises; the last one logs."""
+"""The number of steps, and the step ends between which torch raises; the last step logs."""
 
 
 def train_in_silence(folder: Path, compiled: bool, by_document: bool = False) -> dict[str, Any]:
-    """How many steps ran while torch raised at host syncs, and the loss."""
+    """Return the steps that ran while torch would have raised at a host sync, and the losses."""
     import torch
     from transformers import TrainerCallback
 
@@ -48,5 +48,5 @@ def train_in_silence(folder: Path, compiled: bool, by_document: bool = False) ->
 def test_steps_between_logs_make_the_host_wait_for_nothing(tmp_path, compiled, by_document):
     found = in_own_process(train_in_silence, tmp_path, compiled, by_document)
     assert found["quiet"] == list(range(QUIET_FROM + 1, QUIET_TO + 1))
-    # The logarithm of the vocabulary: nothing is learnt from random rows.
+    # The loss stays at the logarithm of the vocabulary, because random rows teach nothing.
     assert found["losses"][0] == pytest.approx(4.85, abs=0.1)

@@ -1,4 +1,4 @@
-"""Two gloo ranks that share one device: real shards of CUDA tensors, with the counts of an event exchanged between them."""
+"""Two gloo ranks share one device: real shards of CUDA tensors, and an event's counts exchanged between the ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def device() -> torch.device:
 
 
 def network() -> nn.Sequential:
-    """Rows that two ranks share out evenly and unevenly, with many equal weights."""
+    """Return layers whose rows split evenly and unevenly over two ranks, with many equal weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 7, bias=False))
     with torch.no_grad():
@@ -48,7 +48,7 @@ def sharded() -> nn.Sequential:
 
 
 def shards_of(model: nn.Module) -> list[torch.Tensor]:
-    """This rank's rows of each weight, on the CPU."""
+    """Return this rank's rows of each weight, on the CPU."""
     return [local_tensor(param.detach()).cpu() for param in model.parameters()]
 
 
@@ -64,7 +64,7 @@ def prune_shards() -> tuple[list[torch.Tensor], int, str]:
 
 
 def train(model: nn.Module) -> list[float]:
-    """The losses of a few steps, pruned before the last."""
+    """Return the losses of a few steps, pruned before the last."""
     callback = bound(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
