@@ -57,7 +57,8 @@ def find_start(
     Collective: every rank calls it.
 
     Raises:
-        RunStopped: On every rank, if the checkpoint belongs to other settings, or its data has changed.
+        RunStopped: On every rank, if there are checkpoints but all are damaged.
+        SystemExit: On every rank, if the checkpoint belongs to other settings, or its data has changed.
     """
     with user_errors(quiet=not world.is_main):
         prunable = tuple(prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense))
