@@ -76,8 +76,7 @@ def check_same_tokenizer(config: Config, before: str | None, now: str) -> None:
 
 
 def take_over_checkpoint(source: Path, checkpoints: Path) -> Path:
-    """Copy a checkpoint of the other run into the new run, by hard links if the file system allows; it appears only when
-    whole."""
+    """Copy a checkpoint of the other run into the new run, by hard links if possible; it appears only when whole."""
     aside, folder = layout.aside_of(checkpoints, layout.step_of(source)), checkpoints / source.name
     aside.mkdir(parents=True)
     for path in sorted(source.iterdir()):

@@ -25,8 +25,7 @@ PREPARATION_LIMIT = timedelta(days=2)
 
 @dataclass(frozen=True)
 class World:
-    """This process and its peers. `control` is a gloo group for small objects; its long timeout allows for data
-    preparation."""
+    """This process and its peers. `control` is a gloo group for small objects, with a timeout of days."""
 
     rank: int
     size: int
@@ -179,8 +178,7 @@ def reduce_in_float32(accelerator: Accelerator) -> None:
 
 
 def check_ranks_gather_alike(world: World, accelerator: Accelerator) -> None:
-    """Check that all ranks agree on freeing gathered weights: otherwise some would wait forever for others to gather
-    again.
+    """Check that all ranks agree on freeing gathered weights, since a mixed group would wait forever.
 
     Collective: every rank calls it.
 

@@ -123,8 +123,7 @@ class _Gather:
 
 @cache
 def _manager(tasks: tuple[str, ...], folder: str | None, prefix: str) -> Any:
-    """Return the harness's task manager, limited to `folder` if it has all the tasks: reading the harness's own takes a
-    minute."""
+    """Return the task manager of `folder` alone if it has all tasks: reading the harness's own takes a minute."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:

@@ -34,8 +34,7 @@ RMS_OF_ADAMW = 0.2
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Return, for each matrix in `matrices` [(n,) rows, columns], approximately the nearest semi-orthogonal one, in
-    bfloat16."""
+    """Return about the nearest semi-orthogonal matrix of each in `matrices` [(n,) rows, columns], in bfloat16."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.bfloat16()

@@ -145,8 +145,7 @@ def checked_arguments(config: Config, plan: RunPlan, directory: RunDirectory, wo
 
 
 def blocks_of_run(config: Config, plan: RunPlan, data: PreparedData) -> Blocks | MixtureBlocks:
-    """Return the blocks to train on; raise a ValueError if a batch needs more than the text has. A mixture repeats its
-    sources."""
+    """Return the blocks to train on, which a mixture repeats; raise a ValueError if a batch is more than the text."""
     if data.sources:
         seed = config.trainer.seed if config.trainer.data_seed is None else config.trainer.data_seed
         return mixture_blocks(data, plan.num_steps * plan.batch_size, seed)

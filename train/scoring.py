@@ -30,8 +30,7 @@ ROWS_AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class Window:
-    """One forward pass over part of a text: the model reads tokens start .. stop - 2, and tokens first .. stop - 1 are
-    scored."""
+    """One forward pass: the model reads tokens start .. stop - 2, and tokens first .. stop - 1 are scored."""
 
     start: int
     stop: int
@@ -107,8 +106,7 @@ def perplexity(nats: float, count: int) -> float:
 
 
 def disjoint_windows(num_tokens: int, window: int) -> list[Window]:
-    """Return consecutive windows of `window` inputs. All tokens but the first are scored, also the one after a window's
-    inputs."""
+    """Return consecutive windows of `window` inputs, which together score every token but the first."""
     starts = range(0, num_tokens - 1, window)
     return [Window(start, min(start + window + 1, num_tokens), start + 1) for start in starts]
 

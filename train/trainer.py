@@ -45,8 +45,7 @@ class RunState:
     carried: dict[str, Any] = field(default_factory=dict)
     """Plain data that is saved in every checkpoint: the data's fingerprint, the tokenizer."""
     branch_step: int | None = None
-    """The step of the checkpoint that came from another run: its schedule and learning rates are ignored in favour of this
-    run's."""
+    """The step of a checkpoint from another run, whose schedule and learning rates are then not loaded."""
     keep_steps: tuple[int, ...] = ()
     """Steps whose checkpoints are never removed."""
     before_save: Callable[[], None] = lambda: None

@@ -49,8 +49,7 @@ class CheckpointReader:
         return torch.cat(pieces) if pieces else None
 
     def mask(self, name: str, start: int, stop: int, per_row: int) -> Tensor:
-        """Return the mask of the flat weights start .. stop, which are whole rows of `per_row` weights; bool [stop -
-        start]."""
+        """Return the mask of the flat weights start .. stop, whole rows of `per_row` weights; bool [stop - start]."""
         pieces = [torch.empty(0, dtype=torch.bool)]
         for rank, offset, first, last in self._parts(name, start // per_row, stop // per_row):
             begin, end = (first - offset) * per_row, (last - offset) * per_row
@@ -59,8 +58,7 @@ class CheckpointReader:
         return torch.cat(pieces)
 
     def _parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (rank, first row in its file, first and last row to take) for the files that cover start .. stop, in
-        order."""
+        """Yield (rank, first row in its file, first and last row to take) for the files that cover start .. stop."""
         size = self._pieces.rows[name]
         for index in range(start // size, -(-stop // size)):
             offset = index * size

@@ -33,8 +33,7 @@ def local_files(path: str, subset: str | None) -> list[Path]:
 
 
 def hub_files(subset: str | None, max_documents: int | None, cache: Path) -> tuple[str, list[Path]]:
-    """Return (key of the content, files): the subset's parquet files in the hub's own cache, or its first documents as
-    jsonl.
+    """Return (key of the content, files): the subset's parquet files from the hub, or its first documents as jsonl.
 
     With `max_documents` only those documents are streamed, instead of downloading whole files.
     """

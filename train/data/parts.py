@@ -114,8 +114,7 @@ def cut_file(path: Path, part_bytes: int) -> list[Part]:
 
 
 def text_cuts(data: bytes | mmap.mmap, size: int) -> Iterator[int]:
-    """Yield the ends of pieces of `size` to 2 x `size` bytes: at a blank line, else a line end, else a space, else
-    anywhere.
+    """Yield where pieces of `size` to 2 x `size` bytes end: at a blank line, a line end, a space, or anywhere.
 
     The last piece is the rest, at most 2 x `size`. Pieces never end inside a UTF-8 character.
     """

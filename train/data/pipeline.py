@@ -4,8 +4,7 @@
     cache_dir/bpe/KEY/          tokenizer.json of a trained tokenizer
     cache_dir/tokenizers/KEY/   a transformers folder
     cache_dir/tokens/KEY/       part-00000.{train,heldout}.bin .{train,heldout}.starts.bin .counts.npy .json, ...,
-                                counts.npy, index.json; only the index for tokens of
-                                    other tools and for a mixture
+                                counts.npy, index.json; for tokens of other tools, and for a mixture, the index alone
 
 A key is a hash of everything that its folder's content depends on.
 """

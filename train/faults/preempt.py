@@ -54,8 +54,7 @@ class Preemption:
 
 
 def end_when_asked() -> None:
-    """Make the first signal end the process as preempted, until another handler is installed: there is nothing to save
-    yet.
+    """Make the first signal end the process as preempted, until another handler is installed.
 
     Call it first in a process: importing torch takes seconds, and a request in that time must not look like a failure.
     It raises SystemExit, as Ctrl-C raises KeyboardInterrupt, so that callers can clean up.

@@ -78,8 +78,7 @@ def attend_by_document(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally within documents: by the flash kernel for variable lengths if it is available, else by SDPA and a
-    mask.
+    """Attend causally within documents, by the flash kernel for variable lengths or else by SDPA and a mask.
 
     Args:
         module: The attention layer; `query` to `scaling` are as in transformers' own functions, [batch, heads,

@@ -66,8 +66,7 @@ def sources(model: Any, stored: Iterable[str]) -> dict[str, Source]:
 
 
 def stored_form(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return a weight of the model in the form of its files: experts one by one, so that every reader of the format knows
-    them.
+    """Return a weight of the model in the form of its files: experts one by one, which every reader knows.
 
     Args:
         model: The model, for its architecture.

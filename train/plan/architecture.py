@@ -279,8 +279,7 @@ def _experts(config: Any) -> tuple[int, int]:
 
 
 def _overrides(given: Mapping[str, Any], kind: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changed fields of config.json; lists with a value for each layer are cut to an overridden number of
-    layers."""
+    """Return the changed fields of config.json; lists with a value for each layer are cut to the new number."""
     spellings = getattr(kind, "attribute_map", None) or {}
     known = {*kind().to_dict(), *given, *spellings}
     changed: dict[str, Any] = {}

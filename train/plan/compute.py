@@ -21,7 +21,7 @@ REDUCED_BYTES = 4
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of the whole run: `dense` as a GPU computes them, including masked weights; `average` for active weights only."""
+    """FLOPs of the whole run: `dense` as a GPU computes them, including masked weights; `average` for active ones only."""
 
     dense: float
     average: float

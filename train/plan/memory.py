@@ -6,18 +6,16 @@ and the buffers that FSDP2 holds; the formulas for these are given where they ar
 width, kv the width of keys, c the bytes of a compute element (2 for bf16), per token and block:
 
     2 norms:  2 (4 h + c h + c h)   the float32 input, the normalized input, the output
-    attention:  c (h + 2 kv) + c h + 4 heads   queries, keys and values; the output; its log-sum-exp (arXiv
-        2205.14135)
+    attention:  c (h + 2 kv) + c h + 4 heads   queries, keys and values; the output; its log-sum-exp (arXiv 2205.14135)
     MLP:  4 c f   gate, its activation, up, their product
 
 A block compiled by torch.compile saves less, since it computes norms and activations again:
 
-    c (4 h + h + 2 kv + h + 3 f) + 4 heads   inputs and outputs of the norms; queries, keys, values; output; gate, up,
-product
+    c (4 h + h + 2 kv + h + 3 f) + 4 heads   inputs and outputs of the norms; queries, keys, values; output; gate, up, product
 
-A compiled loss holds only the logits and their gradient, in the compute type. The computed peak differs by less than 5
-% from peaks measured on a CPU in float32 (`tests/benchmarks/memory.py`: 10 M and 50 M parameters, plain and two FSDP2
-ranks, with and without accumulation and checkpointing, sparse and dense), and by less than 1 % from those of the
+A compiled loss holds only the logits and their gradient, in the compute type. The computed peak is off by less than 5 %
+against peaks measured on a CPU in float32 (`tests/benchmarks/memory.py`: 10 M and 50 M parameters, plain and two FSDP2
+ranks, with and without accumulation and checkpointing, sparse and dense), and by less than 1 % against those of the
 compiled 1B in bf16 on an H200 (docs/gpu.md).
 """
 

@@ -66,8 +66,7 @@ class RunPlan:
 
     @property
     def extra_linear(self) -> float:
-        """The extra linear weights, on average over the steps, that cost compute beside the active ones: for dense
-        gradients."""
+        """The linear weights, averaged over the steps, whose dense gradients cost compute beside the active ones."""
         extra = self.update.extra_compute(self.schedule, self.num_steps) if self.schedule else 0.0
         return extra / self.num_steps * self.num_prunable
 

@@ -32,8 +32,7 @@ def final_loss(step_losses: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def count_nonzero_linear(model: nn.Module) -> int:
-    """Count the weights of the linear layers that are not exactly 0, over all shards. Collective: the shard group calls
-    it."""
+    """Count the non-zero weights of the linear layers, over all shards. Collective: the shard group calls it."""
     weights = list(own_linear_weights(model).values())
     counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights])
     return int(rank_layout(weights).sum_counts(counts).sum())
