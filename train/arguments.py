@@ -140,6 +140,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def check_extra(extra: dict[str, object]) -> None:
+    """Raise a ValueError for a key of `trainer.extra` that is unknown or is set elsewhere."""
     known = {field.name for field in fields(TrainingArguments)}
     for name in extra:
         if name not in known:

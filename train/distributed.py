@@ -155,6 +155,7 @@ def _join_again(backend: str, timeout: timedelta) -> None:
 
 
 def wants_fsdp() -> bool:
+    """Return whether accelerate was asked for FSDP, by the variable that it sets for its processes."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 

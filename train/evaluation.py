@@ -82,6 +82,7 @@ class Evaluation:
 
 
 def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
+    """Return a score's loss, perplexity and bits per byte by name."""
     return {
         "loss": score.loss,
         "perplexity": score.perplexity,

@@ -249,6 +249,7 @@ def train(trainer: PretrainingTrainer, recorder: Recorder | None, start: Start, 
 
 
 def say(world: World, words: str) -> None:
+    """Print `words` on rank 0."""
     if world.is_main:
         print(words, flush=True)
 
@@ -262,6 +263,7 @@ def make_recorder(
     clock: StepClock,
     device: torch.device,
 ) -> Recorder:
+    """Return rank 0's recorder; start its wandb run if one is wanted."""
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
     with user_errors():
@@ -277,6 +279,7 @@ def make_recorder(
 
 
 def make_profiler(config: Config, directory: RunDirectory, clock: StepClock) -> StepProfiler | None:
+    """Return the profiler of trainer.profile_steps; None if there are none."""
     steps = config.trainer.profile_steps
     return StepProfiler(steps[0], steps[1], directory.profile, clock) if steps else None
 

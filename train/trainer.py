@@ -374,4 +374,5 @@ def move_schedule_to(scheduler: Any, step: int) -> None:
 
 
 def row_size(param: Tensor) -> int:
+    """Return the number of weights in a row of a parameter."""
     return param.numel() // param.shape[0] if param.shape[0] else 1

@@ -39,6 +39,7 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def aside_of(root: Path, step: int) -> Path:
+    """Return the temporary folder in which the checkpoint of `step` is written."""
     return root / f".checkpoint-{step}.tmp"
 
 

@@ -25,6 +25,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(states: Mapping[str, Tensor]) -> None:
+    """Restore the states that `rng_state` returned."""
     torch.set_rng_state(states["torch"])
     version, internal, gauss = _from_bytes(states["python"])
     random.setstate((version, tuple(internal), gauss))

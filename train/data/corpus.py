@@ -18,6 +18,8 @@ from train.data.parts import KINDS, Part, cut_files, explained, find_files, kind
 
 @dataclass(frozen=True)
 class Corpus:
+    """The files of one source and the way to read them."""
+
     key: str
     """Equal for equal content, regardless of the files' names and folders."""
     files: tuple[Path, ...]

@@ -55,6 +55,8 @@ BPE_PARTS = 256
 
 @dataclass(frozen=True)
 class SplitCounts:
+    """The size of the training or the held-out split."""
+
     num_documents: int
     num_tokens: int
     """Includes bos and eos."""

@@ -169,6 +169,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, spec: str) -> None:
+    """Raise a ValueError if the tokenizer has more tokens than the model."""
     if (size := vocabulary_of(tokenizer)) > vocab_size:
         raise ValueError(
             f"tokenizer={spec} has {size} tokens, more than model.vocab_size={vocab_size}: "

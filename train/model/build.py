@@ -21,6 +21,7 @@ def transformers_config(model: ModelConfig, **token_ids: Any) -> Any:
 
 
 def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
+    """Return the transformers config of a LLaMA from the group `model`."""
     return LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,

@@ -31,6 +31,14 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
     one file at a time.
 
     Collective: every rank calls it.
+
+    Args:
+        model: The trained model, sharded or not.
+        tokenizer: The tokenizer to save with it.
+        folder: Where to write.
+        dtype: The type of the stored weights, a key of `DTYPES`.
+        max_shard_size: The largest size of a file, such as 5GB.
+        world: This process and its peers.
     """
     aside = folder.with_name(f"{folder.name}.tmp")
     if world.is_main:
@@ -89,4 +97,5 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def unwrapped(model: Any) -> Any:
+    """Return the model inside torch.compile's wrapper, or the model itself."""
     return getattr(model, "_orig_mod", model)

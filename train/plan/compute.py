@@ -28,6 +28,7 @@ class Flops:
 
 
 def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length: int, total_tokens: int) -> Flops:
+    """Return the FLOPs of a run; `avg_linear_params` are the linear weights active on average."""
     linear = count_parameters(model).linear
     return Flops(
         dense=total_tokens * flops_per_token(model, linear, sequence_length),
@@ -36,6 +37,7 @@ def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length
 
 
 def training_days(flops: float, num_devices: int, peak_tflops: float, mfu: float) -> float:
+    """Return the days that `flops` take on `num_devices` at a share `mfu` of their peak."""
     return flops / (num_devices * peak_tflops * 1e12 * mfu) / SECONDS_PER_DAY
 
 

@@ -17,6 +17,7 @@ def checkpoint_bytes(model: ModelConfig, num_prunable: int, update_state_bytes: 
 
 
 def export_bytes(model: ModelConfig, dtype: str) -> int:
+    """Return the bytes of the exported model's weights."""
     return (2 if dtype == "bfloat16" else 4) * count_parameters(model).total
 
 

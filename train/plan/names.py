@@ -44,6 +44,7 @@ def planned_pools(model: ModelConfig, sparsity: SparsityConfig) -> list[Pool]:
 
 
 def pruned_groups(sparsity: SparsityConfig) -> tuple[Group, ...]:
+    """Return the groups of weights that have a target of their own."""
     return tuple(Group(tuple(group.include), group.target) for group in sparsity.groups)
 
 

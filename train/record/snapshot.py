@@ -62,6 +62,7 @@ def kept_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_secret(name: str) -> bool:
+    """Return whether a variable may hold a secret, judged by its name."""
     return any(word in name.upper().removeprefix("TOKENIZERS_") for word in SECRET)
 
 
@@ -84,6 +85,7 @@ def code_version(root: Path) -> dict[str, Any]:
 
 
 def git(root: Path, *words: str) -> str | None:
+    """Return the output of a git command in `root`; None if it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *words],
@@ -100,6 +102,7 @@ def git(root: Path, *words: str) -> str | None:
 
 
 def devices() -> list[str]:
+    """Return the names of this machine's GPUs, else a description of its CPU."""
     import torch
 
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]

@@ -92,6 +92,7 @@ def closing_words(summary: dict[str, Any], directory: RunDirectory, commands: Se
 
 
 def own_commands(summary: dict[str, Any], directory: RunDirectory) -> list[str]:
+    """Return the commands that a user may run next: evaluation, and wandb's upload."""
     options = [f"{key}={shlex.quote(str(value))}" for key, value in summary["eval_overrides"].items()]
     commands = [" ".join([f"python -m eval model={directory.model} data={summary['data']}", *options])]
     if any("offline" in path.name for path in directory.wandb.glob("*run-*")):
