@@ -16,7 +16,6 @@ from launch.local import plan_jobs
 from launch.machines import Machines, find_machines
 from launch.sweep import job_name, places, read_sweep
 from tests.commands import ROOT, run_command
-from train.plan.run import plan_run
 
 
 @pytest.mark.parametrize(
@@ -255,12 +254,10 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 
 
 def test_the_command_that_prepares_the_text_fits_every_experiment():
-    (printed,) = re.findall(r"srun -N1 -n1 python -m launch (.*)", (ROOT / "docs" / "clusters.md").read_text())
+    (printed,) = re.findall(r"srun -N1 -n1 python -m train\.data (.*)", (ROOT / "docs" / "clusters.md").read_text())
     assert len(EXPERIMENTS) > 10
     for experiment in EXPERIMENTS:
-        config = composed("train", printed.replace("experiment=NAME", f"experiment={experiment}").split())
-        plan = plan_run(config, 8)
-        assert (plan.num_steps, plan.run_dir.name) == (1, "prepare")
+        assert composed("train", printed.replace("experiment=NAME", f"experiment={experiment}").split()).data.source
 
 
 def test_named_sweeps_have_their_jobs():

@@ -36,7 +36,8 @@ def main(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig) -> None:
-    # What every rank finds alike in the configuration is said by rank 0; torch is imported only when it holds.
+    # All ranks find the same errors in the configuration, so only rank 0 prints them. torch is imported after the
+    # checks.
     is_main = os.environ.get("RANK", "0") == "0"
     with cli.user_errors(quiet=not is_main):
         config = cli.typed(cfg)
@@ -77,10 +78,10 @@ def run_process() -> None:
         return
     keep_writing()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Without the agent's number a rank that starts while the agent dies would not notice.
+        # Without the agent's process id, a rank that starts while the agent dies would not notice that death.
         agent = os.environ.get(AGENT)
         die_with_parent(int(agent) if agent else None)
-        # Ctrl-C before there is anything to save ends a rank without a traceback.
+        # Until there is something to save, Ctrl-C ends a rank without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     cli.hush_other_ranks()
     with cli.user_errors():

@@ -28,7 +28,16 @@ SET_HERE = {
 
 
 def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> TrainingArguments:
-    """TrainingArguments for this run; a ValueError names a key that they do not have."""
+    """Return the run's TrainingArguments.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        output_dir: The folder of the checkpoints.
+
+    Raises:
+        ValueError: `trainer.extra` has a key that TrainingArguments lack or that another key sets.
+    """
     values = asdict(config.trainer)
     extra = values.pop("extra")
     if values["decay_steps"] is not None:
@@ -39,10 +48,10 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
         del values[name]
     check_extra(extra)
     if "min_lr" not in values["lr_scheduler_type"]:
-        # Only the schedules that end above 0 know the key, which is there for the default one.
+        # `min_lr_rate` is set for the default schedule; schedules that end at 0 do not accept it.
         values["lr_scheduler_kwargs"].pop("min_lr_rate", None)
     if values["optim"] == MUON:
-        # transformers has no name for it: the Trainer makes it by itself.
+        # transformers does not know Muon; `PretrainingTrainer` makes the optimizer itself.
         values["optim"] = "adamw_torch"
     if values["bf16"] is None:
         values["bf16"] = torch.cuda.is_available() and not values["fp16"]
@@ -53,7 +62,7 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     values["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
     values["disable_tqdm"] = bool(values["disable_tqdm"])
     if not values["gradient_checkpointing"]:
-        # Newer transformers have another name for it and warn at the mere mention.
+        # Newer versions of transformers have renamed the key and warn whenever it is given.
         del values["gradient_checkpointing"]
     # transformers' own mode makes the host wait for each kernel; `train.determinism` has set ours.
     values["full_determinism"] = False
@@ -80,22 +89,25 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
 
 
 def name_matmul_precision() -> None:
-    """Name the precision that transformers set by torch's newer option by the older one too.
+    """Set torch's older name of the matmul precision to what transformers set by the newer one.
 
-    transformers asks for TF32 by `torch.backends.fp32_precision` alone. `torch.get_float32_matmul_precision()`, which
-    inductor calls when it tunes a matrix product, then raises because the two names disagree.
+    transformers turns TF32 on through `torch.backends.fp32_precision` alone. `torch.get_float32_matmul_precision()`,
+    which inductor calls when it tunes a matrix product, then raises because the two settings disagree.
     """
-    # A module attribute that torch's own annotations leave out.
+    # torch's own annotations leave this module attribute out.
     if getattr(torch.backends, "fp32_precision", None) == "tf32":
         torch.set_float32_matmul_precision("high")
 
 
 def check_recipe(arguments: TrainingArguments, model: PreTrainedModel) -> None:
-    """Raise a ValueError if optimizer, learning rate schedule or compiler cannot be made: found before the data is prepared.
+    """Check, before the data is prepared, that optimizer, learning rate schedule and compiler can be made.
 
     Args:
-        arguments: Those of the run.
-        model: Of the run's parameters, on any device: some optimizers look at their names.
+        arguments: The run's arguments.
+        model: A model with the run's parameters, on any device: some optimizers look at the parameters' names.
+
+    Raises:
+        ValueError: One of them cannot be made.
     """
     weight = nn.Parameter(torch.zeros(1))
     try:
@@ -128,6 +140,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def check_extra(extra: dict[str, object]) -> None:
+    """Raise a ValueError for a key of `trainer.extra` that is unknown or is set elsewhere."""
     known = {field.name for field in fields(TrainingArguments)}
     for name in extra:
         if name not in known:

@@ -1,5 +1,5 @@
-"""The first act of a run that branches: another run's checkpoint becomes its own first one, and its records begin as that
-run's did."""
+"""The start of a branch: a run that takes over another run's checkpoint as its first one, and that run's metrics up to
+there."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ def begin_branch(
     data_folder: str,
     tokenizer: str,
 ) -> Branch | None:
-    """Make the folder of a run that branches, once; return where it branched, None for a run that does not.
+    """Create the folder of a run that branches, if it does not exist yet, and return where the run branched.
 
     One process calls it, after the data is prepared and before the checkpoint to resume from is chosen.
 
     Args:
         config: The new run.
-        plan: What follows from it.
+        plan: The plan made from it.
         directory: Its folder.
-        identity: What a step of it is.
+        identity: Settings that must match for a checkpoint to be resumed.
         data_folder: Its prepared data.
         tokenizer: The prepared data's tokenizer.
+
+    Returns:
+        The branch; None for a run that does not branch.
 
     Raises:
         ValueError: The other run's checkpoint does not fit.
@@ -60,10 +63,10 @@ def begin_branch(
 
 
 def check_same_tokenizer(config: Config, before: str | None, now: str) -> None:
-    """Refuse other ids under the embeddings that are taken over, such as those of a tokenizer trained on other text.
+    """Refuse a tokenizer with other token ids than the embeddings that are taken over, such as one trained on other text.
 
     Raises:
-        ValueError: It names the tokenizer of the other run.
+        ValueError: The tokenizers differ; the message names the other run's.
     """
     if before is not None and Path(before).name != Path(now).name:
         raise ValueError(
@@ -73,7 +76,7 @@ def check_same_tokenizer(config: Config, before: str | None, now: str) -> None:
 
 
 def take_over_checkpoint(source: Path, checkpoints: Path) -> Path:
-    """Give the new run a checkpoint of the other one, by hard links where the file system has them; it appears whole."""
+    """Copy a checkpoint of the other run into the new run, by hard links if possible; it appears only when whole."""
     aside, folder = layout.aside_of(checkpoints, layout.step_of(source)), checkpoints / source.name
     aside.mkdir(parents=True)
     for path in sorted(source.iterdir()):
@@ -92,7 +95,7 @@ def take_over_checkpoint(source: Path, checkpoints: Path) -> Path:
 
 
 def take_over_records(source: Path, metrics: Path, step: int) -> None:
-    """Begin the new run's records with the other one's up to `step`; a line that is being written is left out."""
+    """Start the new run's metrics with the other run's up to `step`, without a last line that is only half written."""
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True) if source.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["train/global_step"] <= step]

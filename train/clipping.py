@@ -1,8 +1,8 @@
-"""Clipping of gradients by a norm that is the same number on every rank.
+"""Gradient clipping by a norm that is the same number on every rank.
 
-Under HSDP each replica sums the squares of its shards itself, in an order that its network decides. Two orders of the same
-floats differ in the last bit about every second time. Replicas that scale the same gradient by different factors drift
-apart until their masks disagree. So one rank's norm is everybody's.
+Under HSDP each replica sums the squares of its shards itself, in an order that its network decides. Sums of the same
+floats in two orders differ in the last bit about every second time. Replicas that scale the same gradient by different
+factors drift apart until their masks disagree. So all ranks use the norm of one rank.
 """
 
 from __future__ import annotations

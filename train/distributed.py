@@ -1,6 +1,6 @@
-"""The processes of a run: FSDP2 through accelerate on GPUs and on CPUs, checked, and ended in order.
+"""The processes of a run: joining, FSDP2 through accelerate on GPUs and CPUs, checks, and leaving in order.
 
-Everything that has to know how accelerate sets up FSDP2 without a GPU is in this file.
+Everything that depends on how accelerate sets up FSDP2 without a GPU is in this file.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ PREPARATION_LIMIT = timedelta(days=2)
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `control` is a gloo group for small objects, patient enough for data
-    preparation."""
+    """This process and its peers. `control` is a gloo group for small objects, with a timeout of days."""
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
     group: dist.ProcessGroup | None = None
-    """Of every other collective; None is the default group."""
+    """The group of all other collectives; None is the default group."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def on_main(self, function: Callable[..., Result], *args: Any) -> Result:
-        """`function(*args)` on rank 0 alone, its result on every rank. Collective; what a user did wrong ends all."""
+        """Call `function(*args)` on rank 0 and return its result on every rank.
+
+        Collective: every rank calls it. A user error on rank 0 ends all ranks.
+        """
         answer: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -48,7 +50,7 @@ class World:
             except USER_ERRORS as error:
                 answer[1] = error
         if self.control is not None:
-            # Between the processes of one run, so unpickling is safe.
+            # The objects come from processes of the same run, so unpickling is safe.
             dist.broadcast_object_list(answer, src=0, group=self.control)
         if answer[1] is not None:
             self.leave()
@@ -56,60 +58,68 @@ class World:
         return answer[0]
 
     def gather(self, value: Result) -> list[Result]:
-        """Each rank's `value`, in rank order, on all ranks. Collective; a peer that died ends it with an error."""
+        """Return each rank's `value`, in rank order, on all ranks.
+
+        Collective: every rank calls it. If a peer has died, it raises an error.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        # Between the processes of one run, so unpickling is safe.
+        # The objects come from processes of the same run, so unpickling is safe.
         dist.all_gather_object(values, value, group=self.group)
         return values
 
     def to_main(self, value: Result) -> list[Result]:
-        """Each rank's `value`, in rank order, on rank 0; nothing on the others. Collective."""
+        """Return each rank's `value`, in rank order, on rank 0, and an empty list on the others. Collective."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
-        # Between the processes of one run, so unpickling is safe.
+        # The objects come from processes of the same run, so unpickling is safe.
         dist.gather_object(value, values, group=self.group)
         return values or []
 
     def problems(self, problem: str | None) -> list[str]:
-        """What went wrong, of each rank where something did, on all ranks: a flag is all they send otherwise.
-        Collective."""
+        """Gather the problems of all ranks on all ranks; exchange only a flag if there are none. Collective."""
         flag = torch.tensor(int(problem is not None), device=self.device)
         return [found for found in self.gather(problem) if found] if int(self.largest(flag)) else []
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean of `values` over the ranks. Collective."""
+        """Average `values` over the ranks, in place, and return them. Collective."""
         if self.size > 1:
             dist.all_reduce(values, group=self.group)
             values /= self.size
         return values
 
     def largest(self, values: torch.Tensor) -> torch.Tensor:
-        """The largest of each value over the ranks. Collective."""
+        """Take the largest of each value over the ranks, in place, and return them. Collective."""
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over the ranks. Collective."""
+        """Sum `values` over the ranks, in place, and return them. Collective."""
         if self.size > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
     def leave(self) -> None:
-        """End the process group in order. Collective: without the barrier a rank now and then aborts at exit."""
+        """Leave the process group in order. Collective: without the barrier a rank sometimes aborts at exit."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 
 
 def join_world(timeout_s: int) -> World:
-    """Join the process group that accelerate launched this process for. Collective.
+    """Join the process group that accelerate launched this process for.
 
-    A ValueError says when the world is not what accelerate was asked for: accelerate itself would start independent
-    runs that each believe to be alone.
+    Collective: every rank calls it.
+
+    Args:
+        timeout_s: Seconds that a collective waits for a rank.
+
+    Raises:
+        ValueError: The world is not the one that accelerate was asked for. accelerate itself would start
+            independent runs that do not know of each other.
     """
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if wants_fsdp() and "WORLD_SIZE" not in os.environ:
@@ -122,7 +132,7 @@ def join_world(timeout_s: int) -> World:
         _join_again("gloo" if on_cpu else "nccl", timedelta(seconds=timeout_s))
     state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
     if on_cpu and wants_fsdp() and state.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate turns only GPU worlds into FSDP worlds; FSDP2 itself runs on gloo all the same.
+        # accelerate makes FSDP worlds only of GPU worlds, although FSDP2 itself runs on gloo.
         state.distributed_type = DistributedType.MULTI_GPU
     if state.num_processes != asked:
         raise ValueError(
@@ -134,7 +144,7 @@ def join_world(timeout_s: int) -> World:
 
 
 def _join_again(backend: str, timeout: timedelta) -> None:
-    """Join after a restart under fresh keys: the agent's store still holds the addresses of ranks that are gone."""
+    """Join after a restart, under fresh keys: the agent's store still holds the addresses of the ranks that died."""
     environment = os.environ
     store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
     fresh = dist.PrefixStore(f"restart-{environment['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -145,15 +155,16 @@ def _join_again(backend: str, timeout: timedelta) -> None:
 
 
 def wants_fsdp() -> bool:
+    """Return whether accelerate was asked for FSDP, by the variable that it sets for its processes."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def reduce_in_float32(accelerator: Accelerator) -> None:
-    """Have FSDP2 sum gradients over the ranks in float32 and leave the loss in float32.
+    """Make FSDP2 sum gradients over the ranks in float32 and leave the loss in float32.
 
-    accelerate would round both to the compute type. A bfloat16 sum over many ranks loses what small gradients add; a
-    float32 sum moves twice the bytes in a reduce-scatter. A bfloat16 loss near 2 comes in steps of 0.016. Outputs keep the
-    type that the model gives them (`output_dtype=None`): float32 for the loss, and no float32 copy of the logits.
+    accelerate would round both to the compute dtype. A bfloat16 sum over many ranks loses small gradients; a float32
+    sum moves twice the bytes in a reduce-scatter. A bfloat16 loss near 2 has steps of 0.016. Outputs keep the dtype
+    that the model gives them (`output_dtype=None`): float32 for the loss, and no float32 copy of the logits.
 
     Args:
         accelerator: The accelerator, before it prepares the model.
@@ -168,12 +179,12 @@ def reduce_in_float32(accelerator: Accelerator) -> None:
 
 
 def check_ranks_gather_alike(world: World, accelerator: Accelerator) -> None:
-    """Refuse ranks that disagree on freeing gathered weights: some would wait for ever for the others to gather again.
+    """Check that all ranks agree on freeing gathered weights, since a mixed group would wait forever.
 
-    Collective.
+    Collective: every rank calls it.
 
     Raises:
-        ValueError: on every rank, if machines with different GPUs made different choices.
+        ValueError: On every rank, if machines with different GPUs made different choices.
     """
     if accelerator.is_fsdp2 and len(set(world.gather(bool(accelerator.state.fsdp_plugin.reshard_after_forward)))) > 1:
         raise ValueError(
@@ -183,7 +194,7 @@ def check_ranks_gather_alike(world: World, accelerator: Accelerator) -> None:
 
 
 def set_group_timeouts(world: World, timeout_s: int) -> None:
-    """Give every process group the run's timeout: a device mesh, as HSDP has, makes its groups with the backend's default.
+    """Give every process group the run's timeout. The groups of a device mesh, as in HSDP, have the backend's default.
 
     Args:
         world: This process, whose `control` group keeps its longer timeout.
@@ -195,7 +206,7 @@ def set_group_timeouts(world: World, timeout_s: int) -> None:
 
 
 def check_fsdp2(accelerator: Accelerator) -> None:
-    """Refuse to train where FSDP2 was asked for and is not in force."""
+    """Raise a ValueError if FSDP2 was asked for but is not in use."""
     if wants_fsdp() and not accelerator.is_fsdp2:
         raise ValueError(
             f"FSDP2 was asked for, but accelerate {accelerate_version} set up {accelerator.distributed_type.value}: on "

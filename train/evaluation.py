@@ -1,4 +1,4 @@
-"""What a run is evaluated on: its own held-out documents, held-out sets by name, and tasks of lm-evaluation-harness."""
+"""Evaluation during a run: on its own held-out documents, named held-out sets, and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.scoring import Score, heldout_documents, reshard, score_stream
 
 @dataclass
 class Evaluation:
-    """The figures of a model at any time in the run; called by the Trainer and at the end."""
+    """Evaluation of the run's model; called by the Trainer and at the end."""
 
     config: Config
     data: PreparedData
@@ -26,17 +26,18 @@ class Evaluation:
     tokenizer: Any
     world: World
     last: tuple[Score, dict[str, float]] | None = None
-    """The score of the run's own held-out documents and the figures of the others, the last time."""
+    """The latest result: the score of the run's own held-out documents, and the figures of the sets and tasks."""
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Return loss, perplexity and bits per byte, and NAME/loss, TASK/METRIC, ... of the others. Collective."""
+        """Return loss, perplexity and bits per byte, and NAME/loss, TASK/METRIC, ... of the sets and tasks. Collective."""
         self.last = self._scored(model, self.data), self.others(model)
         return {**heldout_figures(self.last[0], self.data), **self.last[1]}
 
     def final(self, model: nn.Module) -> tuple[Score, dict[str, float]]:
-        """Return the finished model's score and the figures of the others. Collective.
+        """Return the finished model's score and the figures of the sets and tasks. Collective.
 
-        Sets and tasks are those of the last call, which was made at the end.
+        If there are sets or tasks, they are not evaluated again: the result of the last call is returned, which was
+        made at the end.
         """
         if self.config.eval.is_empty or self.last is None:
             return self._scored(model, self.data), {}
@@ -81,6 +82,7 @@ class Evaluation:
 
 
 def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
+    """Return a score's loss, perplexity and bits per byte by name."""
     return {
         "loss": score.loss,
         "perplexity": score.perplexity,
@@ -89,7 +91,9 @@ def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
 
 
 def prepare_sets(config: Config, data: PreparedData) -> dict[str, PreparedData]:
-    """Tokenize the held-out sets as the run's own text is, and check that the tasks are known; one process calls it.
+    """Tokenize the held-out sets in the same way as the run's own text, and check that the tasks exist.
+
+    One process calls it.
 
     Raises:
         ValueError: A set cannot be read or is shorter than a window, or a task is not known.

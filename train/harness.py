@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model that is loaded already, on one rank or shared out over all."""
+"""Tasks of lm-evaluation-harness on a model in memory, on one rank or divided among all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.distributed import World
 
 
 def check_tasks(tasks: Sequence[str], task_path: str | None, prefix: str = "") -> None:
-    """Raise a ValueError if the harness is not installed or knows no such task; `prefix` is that of the user's keys."""
+    """Raise a ValueError if the harness is not installed or lacks a task; `prefix` is put before the keys in messages."""
     known = set(_manager(tuple(tasks), task_path, prefix).all_tasks)
     if unknown := [name for name in tasks if name not in known]:
         raise ValueError(
@@ -36,10 +36,21 @@ def run_tasks(
     limit: int | None = None,
     prefix: str = "",
 ) -> dict[str, dict[str, float]]:
-    """Return {task: {metric: value}}.
+    """Run tasks of lm-evaluation-harness and return {task: {metric: value}}.
 
-    Collective: every rank calls it. Without `world` each runs all of it in step, as FSDP needs; with it they share out the
-    examples, and all get the figures.
+    Collective: every rank calls it. Without `world` every rank runs all examples in step, as FSDP needs. With `world`
+    the ranks divide the examples among them, and all return the figures.
+
+    Args:
+        tasks: Names of tasks.
+        task_path: A folder with task yamls of the user's own, or None.
+        model: The model, already loaded.
+        tokenizer: Its tokenizer.
+        context: The longest input in tokens.
+        batch_size: Inputs in one forward pass of a rank.
+        world: The ranks that divide the examples.
+        limit: Examples of each task; None for all.
+        prefix: What the user's keys begin with, for messages.
 
     Raises:
         ValueError: A task could not be run.
@@ -49,20 +60,20 @@ def run_tasks(
 
     manager = _manager(tuple(tasks), task_path, prefix)
     try:
-        # Its cache of logits confuses windows of a batch that read the same tokens (lm-eval 0.4.13).
+        # The harness's cache of logits mixes up windows of a batch that read the same tokens (lm-eval 0.4.13).
         harness = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
             max_length=context,
             batch_size=batch_size,
             logits_cache=False,
-            # In bfloat16 a log-probability near 8 would come in steps of 0.03.
+            # In bfloat16 a log-probability near 8 would have steps of 0.03.
             softmax_dtype="float32",
         )
         if world is not None and world.size > 1:
             harness._rank, harness._world_size = world.rank, world.size
             harness.accelerator = _Gather(world)
-            # Ranks would make different numbers of forward passes, for which FSDP waits for ever.
+            # Generating, ranks would make different numbers of forward passes, and FSDP would wait forever.
             harness.generate_until = _refuse_to_generate
         found = simple_evaluate(
             harness,
@@ -71,7 +82,7 @@ def run_tasks(
             limit=limit,
             log_samples=False,
             bootstrap_iters=0,
-            # The generators are the run's.
+            # The random generators belong to the run, so the harness must not seed them.
             random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,
@@ -92,13 +103,13 @@ def _refuse_to_generate(*_: Any, **__: Any) -> Any:
 
 
 class _Gather:
-    """The little that the harness asks of accelerate, over the run's own process group."""
+    """The few methods of accelerate's Accelerator that the harness calls, over the run's own process group."""
 
     def __init__(self, world: World) -> None:
         self.world = world
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return a number of each rank, in rank order."""
+        """Return the tensors of all ranks, flattened, in rank order."""
         pieces = [torch.zeros_like(tensor.reshape(-1)) for _ in range(self.world.size)]
         dist.all_gather(pieces, tensor.reshape(-1))
         return torch.cat(pieces)
@@ -112,8 +123,7 @@ class _Gather:
 
 @cache
 def _manager(tasks: tuple[str, ...], folder: str | None, prefix: str) -> Any:
-    """The tasks there are: those of `folder` alone if it has all that are asked for, since the harness takes a minute to
-    read its own."""
+    """Return the task manager of `folder` alone if it has all tasks: reading the harness's own takes a minute."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -134,5 +144,5 @@ def _manager(tasks: tuple[str, ...], folder: str | None, prefix: str) -> Any:
 
 
 def plain_metrics(values: dict[str, Any]) -> dict[str, float]:
-    """Return {metric: value}: the harness writes metric,filter, and the name of the task among them."""
+    """Return {metric: value} without the task's name that the harness puts among them, and without the filter "none"."""
     return {key.removesuffix(",none"): float(value) for key, value in values.items() if isinstance(value, int | float)}

@@ -1,4 +1,4 @@
-"""Every step's training loss, kept on the device until it is asked for, and carried by checkpoints."""
+"""The training loss of every step, kept on the device until it is needed and saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from train.distributed import World
 class StepLosses:
     """The loss of each step [num_steps, float64]: this rank's own at first, the mean over the ranks once averaged.
 
-    In float64 the sum of a few float32 losses is exact, so that a mean does not depend on when it was taken or in which
-    order ranks were added: a resumed run logs the same numbers to the last bit.
+    In float64 the sum of a few float32 losses is exact. A mean then depends neither on when it is taken nor on the
+    order of the ranks, so a resumed run logs the same numbers to the last bit.
     """
 
     def __init__(self, num_steps: int, world: World) -> None:
@@ -25,7 +25,7 @@ class StepLosses:
         self._values[step] += loss
 
     def averaged(self, num_steps: int) -> Tensor:
-        """The losses of the steps before `num_steps`, over all ranks. Collective."""
+        """Return the losses of the first `num_steps` steps, averaged over all ranks. Collective."""
         if num_steps > self._num_averaged:
             fresh = self._values[self._num_averaged : num_steps]
             fresh.copy_(self._world.mean(fresh.clone()))
@@ -33,11 +33,11 @@ class StepLosses:
         return self._values[:num_steps]
 
     def latest(self, step: int) -> Tensor:
-        """This rank's own loss of a step that was not averaged yet."""
+        """Return this rank's own loss of a step that is not averaged yet."""
         return self._values[step]
 
     def load(self, averaged: Tensor) -> None:
-        """Go on behind the losses of a checkpoint."""
+        """Continue from the losses of a checkpoint."""
         self._values.zero_()
         self._values[: len(averaged)] = averaged.to(self._values)
         self._num_averaged = len(averaged)

@@ -1,11 +1,12 @@
-"""Muon on sharded weights: the matrices of the blocks are updated by Muon, all other parameters by AdamW.
+"""Muon on sharded weights: Muon updates the matrices of the blocks, AdamW all other parameters.
 
-`torch.optim.Muon` orthogonalises a whole matrix and does not know DTensors. Here each rank gathers the momentum of one
-matrix at a time, orthogonalises it as `torch.optim.Muon` does, and updates its own rows: the same update for any number of
-ranks, at the cost of the same products on every rank. Experts [expert, out, in] are matrices each by itself.
+`torch.optim.Muon` orthogonalises a whole matrix and does not support DTensors. Here each rank gathers the momentum of
+one matrix at a time, orthogonalises it as `torch.optim.Muon` does, and updates its own rows. The update is the same for
+any number of ranks, but every rank computes the same products. Experts [expert, out, in] are treated as separate
+matrices.
 
-The update of a pruned weight is not 0, since orthogonalising mixes all weights of a matrix; `sparsity` writes the zeros again
-after each update. Its gradient and its momentum are exactly 0 and stay so.
+The update of a pruned weight is not 0, since orthogonalising mixes all weights of a matrix; `sparsity` writes the zeros
+again after each update. The gradient and the momentum of a pruned weight are exactly 0 and stay 0.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sparsity.shards import local_tensor
 from train.checkpoints.write import local_rows
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration (Keller Jordan's Muon), as in torch.optim.Muon."""
+"""Coefficients of the quintic Newton-Schulz iteration (Keller Jordan's Muon), as in torch.optim.Muon."""
 NUM_ITERATIONS = 5
 MOMENTUM = 0.95
 EPS = 1e-7
@@ -48,20 +49,22 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def update_scale(shape: torch.Size) -> float:
-    """Return what an orthogonal update of `shape` is multiplied by to be as large as AdamW's."""
+    """Return the factor that makes an orthogonal update of `shape` as large as AdamW's."""
     return RMS_OF_ADAMW * math.sqrt(max(shape[-2:]))
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the groups with `muon=True`, AdamW for the others. Collective: every rank steps.
+    """Muon for the groups with `muon=True`, AdamW for the others.
+
+    Collective: every rank calls `step`.
 
     Args:
-        groups: Parameter groups, each with `muon`.
+        groups: Parameter groups, each with a bool `muon`.
         lr: The learning rate of both.
-        weight_decay: Decoupled, of both.
-        betas: Of AdamW.
-        eps: Of AdamW.
-        momentum: Of Muon, by Nesterov.
+        weight_decay: The decoupled weight decay of both.
+        betas: The betas of AdamW.
+        eps: The epsilon of AdamW.
+        momentum: The Nesterov momentum of Muon.
     """
 
     def __init__(
@@ -125,12 +128,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _rows_of_update(full: Tensor, start: int, stop: int) -> Tensor:
-    """Return the rows start .. stop of the orthogonalised matrix; of experts only those are computed."""
+    """Return the rows start .. stop of the orthogonalised matrix; of experts, only these are computed."""
     return orthogonalised(full)[start:stop] if full.dim() == 2 else orthogonalised(full[start:stop])
 
 
 def muon_names(model: nn.Module) -> list[str]:
-    """Return the parameters that Muon updates: the linear weights of the blocks, without the head and embeddings."""
+    """Return the names of the parameters that Muon updates: the blocks' linear weights, not head and embeddings."""
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
     outside = {id(head.weight)} if head is not None else set()
@@ -141,7 +144,7 @@ def muon_names(model: nn.Module) -> list[str]:
 
 
 def make_muon(model: nn.Module, arguments: Any) -> MuonAdamW:
-    """Return the optimizer of a model, with the rates and decays of `arguments`, a `transformers.TrainingArguments`."""
+    """Return the model's optimizer, with the learning rate, weight decay and betas of TrainingArguments."""
     chosen = set(muon_names(model))
     named = [(plain_name(name), param) for name, param in model.named_parameters() if param.requires_grad]
     groups = [

@@ -1,4 +1,4 @@
-"""The sparsity callback of a run, from its configuration."""
+"""The sparsity callback of a run, made from its configuration."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from train.speed.throughput import StepClock
 
 
 class RunSparsity(SparsityCallback):
-    """What does not fit, in a model or a checkpoint, ends the run in a sentence: all ranks find it alike.
+    """A SparsityCallback that turns a mismatch of model or checkpoint into RunStopped on all ranks.
 
-    Prune events pause `clock`.
+    Pruning pauses `clock`, so that it does not count as step time.
     """
 
     clock = StepClock(torch.device("cpu"), is_read=False)
@@ -31,9 +31,11 @@ class RunSparsity(SparsityCallback):
             return super().prune_at(*args, **kwargs)
 
     def carry_over(self, saved: dict[str, Any] | None, step: int) -> None:
-        """Take over the masks and the average density of another run at `step`. Collective.
+        """Take over the masks and the average density of another run at `step`.
 
-        Where this run's schedule has pruned fewer weights by then, the others are kept at 0 like inherited zeros.
+        If this run's schedule has pruned fewer weights by then, the additional zeros are kept like inherited ones.
+
+        Collective: every rank calls it.
 
         Args:
             saved: The other run's state; None if it was dense.
@@ -70,7 +72,7 @@ def _stopping() -> Iterator[None]:
 
 
 def sparsity_callback(config: Config, plan: RunPlan, branch: Branch | None = None) -> RunSparsity | None:
-    """Return the callback of a sparse run, or of one that may start sparse; its figures go out through the Recorder."""
+    """Return the callback of a run that is sparse or may start from zeros, else None. The Recorder reports its figures."""
     sparsity = config.sparsity
     keep_zeros = config.init_from is not None or (branch is not None and branch.is_sparse)
     patterns: Any = {"include": sparsity.include, "requires_dense": sparsity.requires_dense}

@@ -50,11 +50,20 @@ from train.start import Start, check_beginning, find_start, identity
 from train.trainer import KeepSteps, PretrainingTrainer, RunState
 
 SETUP_ERRORS = (ImportError,)
-"""Beside a user's errors: transformers raises it for a library that a setting needs."""
+"""Errors shown like a user's: transformers raises ImportError if a setting needs a library that is not installed."""
 
 
 def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
-    """Train, evaluate and export one model. Collective: every rank of the world calls it.
+    """Train, evaluate and export one model.
+
+    Collective: every rank of the world calls it.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        world: This process and its peers.
+        preemption: Tells whether the run was asked to stop.
+        heartbeat: This rank's signs of life.
 
     Raises:
         RunStopped: On every rank, if the run ends early; the same command resumes it.
@@ -127,7 +136,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
 
 
 def checked_arguments(config: Config, plan: RunPlan, directory: RunDirectory, world: World) -> Any:
-    """Return the TrainingArguments; end the run if a setting cannot be used here."""
+    """Return the TrainingArguments; end the run if a setting cannot be used on this machine."""
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         arguments = training_arguments(config, plan, directory.checkpoints)
         check_fp8(config, plan, world.device, world.is_main)
@@ -136,7 +145,7 @@ def checked_arguments(config: Config, plan: RunPlan, directory: RunDirectory, wo
 
 
 def blocks_of_run(config: Config, plan: RunPlan, data: PreparedData) -> Blocks | MixtureBlocks:
-    """Return what the run trains on; a ValueError if a batch is more than the text. A mixture repeats its sources."""
+    """Return the blocks to train on, which a mixture repeats; raise a ValueError if a batch is more than the text."""
     if data.sources:
         seed = config.trainer.seed if config.trainer.data_seed is None else config.trainer.data_seed
         return mixture_blocks(data, plan.num_steps * plan.batch_size, seed)
@@ -148,7 +157,7 @@ def blocks_of_run(config: Config, plan: RunPlan, data: PreparedData) -> Blocks |
 def repeat_ending(
     config: Config, plan: RunPlan, directory: RunDirectory, world: World, summary: dict[str, Any]
 ) -> None:
-    """Say again what a finished run said at its end, with the card of today's settings. Collective."""
+    """Print a finished run's closing lines again, and rewrite its model card with today's settings. Collective."""
     world.on_main(renew_card, config, plan, directory, summary)
     say(world, closing_words(summary, directory, config.next_commands))
     world.on_main(push_to_hub, config.card, directory.model)
@@ -157,7 +166,7 @@ def repeat_ending(
 def build(
     config: Config, plan: RunPlan, data: PreparedData, arguments: Any, world: World
 ) -> tuple[Any, Any, Blocks | MixtureBlocks]:
-    """Return the model without weights, ready to be sharded, the tokenizer and the blocks to train on."""
+    """Return the model without weights and not yet sharded, the tokenizer, and the blocks to train on."""
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         blocks = blocks_of_run(config, plan, data)
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
@@ -226,7 +235,7 @@ def make_trainer(
 
 
 def train(trainer: PretrainingTrainer, recorder: Recorder | None, start: Start, world: World) -> None:
-    """Train from the start or from the checkpoint; close the records if the run ends early. Collective."""
+    """Train from the beginning or from the checkpoint; close the records if the run ends early. Collective."""
     if start.branch is not None:
         say(world, f"  {branch_words(start.branch)}")
     if start.checkpoint is not None:
@@ -240,6 +249,7 @@ def train(trainer: PretrainingTrainer, recorder: Recorder | None, start: Start, 
 
 
 def say(world: World, words: str) -> None:
+    """Print `words` on rank 0."""
     if world.is_main:
         print(words, flush=True)
 
@@ -253,6 +263,7 @@ def make_recorder(
     clock: StepClock,
     device: torch.device,
 ) -> Recorder:
+    """Return rank 0's recorder; start its wandb run if one is wanted."""
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
     with user_errors():
@@ -268,12 +279,13 @@ def make_recorder(
 
 
 def make_profiler(config: Config, directory: RunDirectory, clock: StepClock) -> StepProfiler | None:
+    """Return the profiler of trainer.profile_steps; None if there are none."""
     steps = config.trainer.profile_steps
     return StepProfiler(steps[0], steps[1], directory.profile, clock) if steps else None
 
 
 def show_progress(trainer: PretrainingTrainer, sparsity: SparsityCallback | None) -> None:
-    """Put our progress bar in the place of transformers' own reporting."""
+    """Replace transformers' progress reports with our progress bar."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:

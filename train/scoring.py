@@ -1,4 +1,4 @@
-"""Held-out figures of a model: the nats of each token of a text, and from them perplexity and bits per byte."""
+"""The held-out score of a model: the loss in nats of each token of a text, and from it perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from train.data import PreparedData
 
 ROWS_AT_A_TIME = 64
-"""Positions whose logits are turned into float32 together: 8 MB for a vocabulary of 32,000."""
+"""Positions whose logits are converted to float32 together: 8 MB for a vocabulary of 32,000."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """One forward pass over part of a text: the model reads tokens start .. stop - 2, and first .. stop - 1 are scored."""
+    """One forward pass: the model reads tokens start .. stop - 2, and tokens first .. stop - 1 are scored."""
 
     start: int
     stop: int
@@ -48,12 +48,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a text begin, if a model is to read each of them without those before it."""
+    """The beginnings of the documents of a text, for a model that reads each document without those before it."""
 
     starts: NDArray[np.integer]
-    """Places in the text, in order."""
+    """Positions in the text, in order."""
     bos: int | None
-    """The token that every document begins with, if there is one."""
+    """The token that every document begins with; None if there is none."""
 
     def within(self, window: Window) -> NDArray[np.integer]:
         """Return the starts in the window, counted from its beginning."""
@@ -66,10 +66,11 @@ class Score:
     """Negative log-likelihood of a token stream, in nats.
 
     The stream is cut into disjoint windows. `window_nats` leaves out each window's first token, which has no context,
-    and the remainder that fills no window; `nats` scores every token but the very first of the stream.
+    and the remainder that fills no window; `nats` scores every token except the first of the stream.
 
-    By document, `window_nats` leaves out each document's first token too. In `nats` such a token costs nothing if it is
-    always bos, and is then not counted; else it costs as much as a guess among the whole vocabulary.
+    If documents are read one by one, `window_nats` leaves out each document's first token too. In `nats` such a token
+    costs nothing and is not counted if it is always bos; otherwise it costs as much as a uniform guess from the
+    vocabulary.
     """
 
     window: int
@@ -94,18 +95,18 @@ class Score:
 
 
 def heldout_documents(prepared: PreparedData) -> Documents | None:
-    """Return where the documents of `heldout_tokens` begin; None if the run reads on from one to the next."""
+    """Return where the documents of `heldout_tokens` begin; None if the run does not separate documents."""
     starts = heldout_starts(prepared)
     return None if starts is None else Documents(starts, prepared.bos)
 
 
 def perplexity(nats: float, count: int) -> float:
-    """exp of the nats per token or word; infinite where a float cannot hold it."""
+    """Return exp of the nats per token or word; infinity if it exceeds a float."""
     return math.exp(nats / count) if nats / count < 700 else math.inf
 
 
 def disjoint_windows(num_tokens: int, window: int) -> list[Window]:
-    """Windows of `window` inputs one after another; every token but the first is scored, the one behind a window in it."""
+    """Return consecutive windows of `window` inputs, which together score every token but the first."""
     starts = range(0, num_tokens - 1, window)
     return [Window(start, min(start + window + 1, num_tokens), start + 1) for start in starts]
 
@@ -120,17 +121,18 @@ def score_stream(
     documents: Documents | None = None,
     show_progress: bool = False,
 ) -> Score:
-    """Score `tokens` [n], which begin with a separator, in disjoint windows shared out over the ranks.
+    """Score `tokens` [n], which begin with a separator, in disjoint windows divided among the ranks.
 
     Collective: every rank of `world` calls it.
 
     Args:
-        model: A causal language model; with `documents`, one that `train.model.attention.attend_within_documents` prepared.
+        model: A causal language model; with `documents`, one that `train.model.attention.attend_within_documents`
+            prepared.
         tokens: The text.
         window: Tokens that the model reads at a time.
         batch_size: Windows at a time on each rank.
         world: The ranks.
-        documents: Where documents begin, to read each by itself; None to read on from one to the next.
+        documents: The beginnings of documents, to read each by itself; None to read across them.
         show_progress: Show a bar on rank 0.
 
     Returns:
@@ -176,10 +178,13 @@ def token_nats(
     documents: Documents | None = None,
     progress: str | None = None,
 ) -> NDArray[np.float64]:
-    """The nats of each token [n] in the window that scores it, 0 where none does; on every rank. Collective.
+    """Return the nats of each token [n] in the window that scores it, 0 if none does; on every rank.
 
-    The windows, of at most `width` inputs, are shared out over the ranks, `batch_size` at a time. Every rank runs the
-    same number of forward passes, as FSDP needs; one without a window left runs on padding. `progress` names a bar.
+    The ranks divide the windows, of at most `width` inputs, among them, `batch_size` at a time. Every rank runs the
+    same number of forward passes, as FSDP needs; a rank with no window left runs on padding. `progress` is the label of
+    a bar.
+
+    Collective: every rank of `world` calls it.
     """
     nats = np.zeros(len(tokens))
     per_round = world.size * batch_size
@@ -212,11 +217,11 @@ def _losses(
     device: torch.device,
     documents: Documents | None,
 ) -> NDArray[np.float32]:
-    """The nats of what follows each input position [batch_size, width]; 0 where that is not scored."""
+    """Return the nats of the token after each input position [batch_size, width]; 0 if it is not scored."""
     inputs = torch.zeros(shape, dtype=torch.int64)
     targets = torch.full_like(inputs, -100)
     for row, window in enumerate(windows):
-        # Causal models see nothing of the padding behind their inputs.
+        # A causal model's outputs do not depend on the padding after its inputs.
         inputs[row, : window.num_inputs] = torch.from_numpy(tokens[window.start : window.stop - 1].astype(np.int64))
         targets[row, window.scored] = torch.from_numpy(tokens[window.first : window.stop].astype(np.int64))
     unscored = min((window.scored.start for window in windows), default=0)
@@ -237,14 +242,15 @@ def _losses(
         _cross_entropy(logits.flatten(0, 1), targets.to(device).flatten()).cpu().view_as(targets)
     )
     for row, places in enumerate(starts):
-        # What predicts a document's first token is the document before, which the model must not be asked about.
+        # The logits before a document's first token come from the document before, so they must not count as a
+        # prediction.
         guess = 0.0 if documents is None or documents.bos is not None else math.log(logits.shape[-1])
         losses[row, places[places > 0] - 1] = guess
     return losses.numpy()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each target [n] under logits [n, vocabulary], in float32, a few rows at a time: a copy is never whole."""
+    """Return the nats of targets [n] under logits [n, vocabulary], a few rows at a time to avoid a whole float32 copy."""
     pieces = zip(logits.split(ROWS_AT_A_TIME), targets.split(ROWS_AT_A_TIME), strict=True)
     return torch.cat([F.cross_entropy(some.float(), ids, ignore_index=-100, reduction="none") for some, ids in pieces])
 
@@ -254,7 +260,7 @@ def _can_leave_out_logits(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """A forward pass without gradient leaves FSDP2's last group gathered; give the memory back."""
+    """Free the weights that FSDP2's last group keeps gathered after a forward pass without gradient."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

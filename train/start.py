@@ -1,4 +1,4 @@
-"""What a run starts from: a checkpoint, the weights of `init_from`, or random ones."""
+"""The start of a run: a checkpoint, the weights of `init_from`, or random weights."""
 
 from __future__ import annotations
 
@@ -29,33 +29,36 @@ from train.record.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a run: the checkpoint to resume, or what fills the model."""
+    """The start of a run: the checkpoint to resume, or the function that fills the model."""
 
     checkpoint: Path | None
     fill: Callable[[nn.Module], Any]
-    """Gives the model its first weights; does nothing if a checkpoint has them."""
+    """Fills the model with its first weights; does nothing if a checkpoint has them."""
     prunable: tuple[str, ...]
     """Names of the weights that may be pruned."""
     sparsity: float
     """Share of zeros in the prunable weights of `init_from`."""
     fingerprint: dict[str, Any]
-    """Of the data, for later resumptions to compare."""
+    """The data's fingerprint, which a later resume compares."""
     branch: Branch | None = None
-    """Where the run branched from another one."""
+    """The branch point, if the run branches from another one."""
 
     @property
     def branch_step(self) -> int | None:
-        """The step whose checkpoint was another run's."""
+        """The step of the checkpoint that was taken over from another run."""
         return None if self.branch is None else self.branch.step
 
 
 def find_start(
     config: Config, plan: RunPlan, directory: RunDirectory, data: PreparedData, model: Any, tokenizer: Any, world: World
 ) -> Start:
-    """Return what the run starts from; end it if that does not fit. Collective.
+    """Find the checkpoint to resume or the weights to begin with.
+
+    Collective: every rank calls it.
 
     Raises:
-        RunStopped: On every rank, if the checkpoint is of other steps, or its data has changed.
+        RunStopped: On every rank, if there are checkpoints but all are damaged.
+        SystemExit: On every rank, if the checkpoint belongs to other settings, or its data has changed.
     """
     with user_errors(quiet=not world.is_main):
         prunable = tuple(prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense))
@@ -70,7 +73,7 @@ def find_start(
 
 
 def check_beginning(config: Config, plan: RunPlan, directory: RunDirectory) -> None:
-    """Refuse an `init_from` that does not fit a run that begins; a ValueError says why."""
+    """Raise a ValueError if `init_from` or `branch_from` does not fit a run that has not begun yet."""
     if not directory.config.exists():
         check_start(config, plan, command_line())
         check_tokenizer(config, command_line())
@@ -79,9 +82,10 @@ def check_beginning(config: Config, plan: RunPlan, directory: RunDirectory) -> N
 def filling(
     config: Config, plan: RunPlan, model: Any, tokenizer: Any, resume_from: Path | None
 ) -> Callable[[nn.Module], Any]:
-    """Return what gives the model its first weights, a ValueError if `init_from` is not of the model.
+    """Return the function that fills the model with its first weights; it does nothing if a checkpoint is resumed.
 
-    A resumed run gets none: its checkpoint has them all.
+    Raises:
+        ValueError: `init_from` is not of the configured model.
     """
     if resume_from is not None:
         return lambda module: None
@@ -93,14 +97,14 @@ def filling(
 
 
 def inherited_sparsity(config: Config, model: Any, prunable: Iterable[str]) -> float:
-    """Return the share of zeros in the prunable weights of `init_from`; 0 if a resumed run's folder is gone."""
+    """Return the share of zeros in the prunable weights of `init_from`; 0 if that folder no longer exists."""
     if config.init_from is None or not is_at_hand(config.init_from):
         return 0.0
     return initial_weights(model, config.init_from, config.model.path is not None).zero_share(prunable)
 
 
 def identity(plan: RunPlan) -> dict[str, Any]:
-    """What a step of the run is: a checkpoint with another one is of another run."""
+    """Return the settings that must match for a checkpoint to be resumed."""
     return {
         "batch_size": plan.batch_size,
         "sequence_length": plan.sequence_length,

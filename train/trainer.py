@@ -1,5 +1,4 @@
-"""`transformers.Trainer` for packed blocks: the series' recipe, every step's loss, and checkpoints that lose
-nothing."""
+"""`transformers.Trainer` for packed blocks: the series' recipe, the loss of every step, and complete checkpoints."""
 
 from __future__ import annotations
 
@@ -39,22 +38,22 @@ from train.speed.throughput import StepClock
 
 @dataclass
 class RunState:
-    """What a checkpoint says about its run, beside what the Trainer itself knows."""
+    """The state that a checkpoint saves about its run, in addition to the Trainer's own."""
 
     identity: dict[str, Any]
-    """What must be the same for a checkpoint to be this run's; compared when it is loaded."""
+    """Settings that must match for a checkpoint to be resumed; compared when it is loaded."""
     carried: dict[str, Any] = field(default_factory=dict)
-    """Plain data that goes with every checkpoint: the data's fingerprint, the wandb run."""
+    """Plain data that is saved in every checkpoint: the data's fingerprint, the tokenizer."""
     branch_step: int | None = None
-    """The step whose checkpoint is another run's: its schedules and rates do not count, this run's do."""
+    """The step of a checkpoint from another run, whose schedule and learning rates are then not loaded."""
     keep_steps: tuple[int, ...] = ()
     """Steps whose checkpoints are never removed."""
     before_save: Callable[[], None] = lambda: None
-    """Called by rank 0 before a checkpoint is written: the records before it must not be lost."""
+    """Called on rank 0 before a checkpoint is written, so that no earlier record is lost."""
 
 
 class KeepSteps(TrainerCallback):
-    """Saves a checkpoint at each of `steps`, beside those that the Trainer saves."""
+    """Saves a checkpoint at each of `steps`, in addition to those that the Trainer saves."""
 
     def __init__(self, steps: Sequence[int]) -> None:
         self.steps = frozenset(steps)
@@ -67,9 +66,9 @@ class KeepSteps(TrainerCallback):
 class PretrainingTrainer(Trainer):
     """A Trainer that decays every parameter, keeps each step's loss on the device, and writes our checkpoints.
 
-    Blocks all have the same length, so the mean of the micro-batches' losses is the loss of the step. By document, where the
-    starts of documents are not predicted, the loss of the step is the mean over all predicted tokens of its micro-batches
-    and ranks.
+    Blocks all have the same length, so the loss of a step is the mean of its micro-batches' losses. If documents are
+    kept apart, their first tokens are not predicted; the loss of a step is then the mean over all predicted tokens of
+    its micro-batches and ranks.
     """
 
     def __init__(
@@ -110,13 +109,13 @@ class PretrainingTrainer(Trainer):
         self.batch_size = batch_size
         self.uses_muon = uses_muon
         self.fill = fill
-        """Gives a sharded skeleton its weights; None for a model that has them."""
+        """Fills a sharded skeleton with its weights; None for a model that has them."""
         # Counting the predicted tokens of a step costs a small gather; packed blocks all have the same number.
         self.model_accepts_loss_kwargs = self.args.average_tokens_across_devices = by_document
         self.train_seconds = 0.0
-        """Spent in training, those before a resume included."""
+        """Seconds of training, including those before a resume."""
         self.earlier_seconds = 0.0
-        """Spent in training before the checkpoint that this process began from."""
+        """Seconds of training before the checkpoint that this process resumed."""
         self._since = 0.0
         self._losses = StepLosses(self.args.max_steps, world)
         self._last_logged_step = 0
@@ -125,7 +124,10 @@ class PretrainingTrainer(Trainer):
         self._sampler: PermutationSampler | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train to the end, or to the step at which the guard stops the run: then RunStopped, behind a checkpoint."""
+        """Train to the end. If the guard stops the run earlier, save a checkpoint, then raise RunStopped.
+
+        Collective: every rank calls it.
+        """
         self._since = time.monotonic()
         self.guard.preemption.at_step_ends = True
         result = super().train(*args, **kwargs)
@@ -134,7 +136,7 @@ class PretrainingTrainer(Trainer):
         if self.guard.stop is None:
             self.guard.preemption.at_step_ends = False
             if self.guard.is_asked_to_stop():
-                # The signal came behind the last step's agreement.
+                # The signal came after the ranks' last agreement, which is part of a step.
                 self._save_checkpoint(self._module)
                 self._finish_saving()
         if self.guard.stop is not None:
@@ -142,7 +144,7 @@ class PretrainingTrainer(Trainer):
         return result
 
     def _finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written in the background, if there is one; raise what went wrong."""
+        """Wait for the checkpoint that is being written in the background, if any, and raise its error."""
         if self._background is not None:
             self._background.wait()
 
@@ -151,11 +153,11 @@ class PretrainingTrainer(Trainer):
         self.train_seconds, self._since = self.train_seconds + now - self._since, now
 
     def step_losses(self) -> Tensor:
-        """The training loss of each step run so far, over all ranks [num_steps]. Collective."""
+        """Return the training loss of each step so far, averaged over all ranks [num_steps]. Collective."""
         return self._losses.averaged(self.state.global_step)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Shard a model without weights and fill its shards, then make the optimizer of them. Collective."""
+        """Shard a model that has no weights, fill its shards, and create the optimizer for them. Collective."""
         if self.fill is not None:
             shard_and_allocate(self.accelerator, self._module)
             self.fill(self._module)
@@ -186,10 +188,9 @@ class PretrainingTrainer(Trainer):
         return clip_replicas_alike_(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The gradient norm; where it or the loss is not finite the gradients are dropped, so that no update is
-        made."""
+        """Return the gradient norm; if it or the loss is not finite, drop the gradients so that no update is made."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        # With a loss scaler infinite gradients are its business: it skips the update and lowers the scale.
+        # A loss scaler handles infinite gradients itself: it skips the update and lowers the scale.
         scaler = getattr(self.accelerator, "scaler", None)
         norm, loss = None if scaler is not None else grad_norm, self._losses.latest(self.state.global_step)
         optimizer = state_holder(self.optimizer)
@@ -200,7 +201,7 @@ class PretrainingTrainer(Trainer):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean loss since the last logged step, wherever the run was resumed in between. Collective."""
+        """Log, with the mean loss since the last logged step, even if the run was resumed in between. Collective."""
         if "loss" in logs:
             self.guard.read_late_flags()
             losses = self.step_losses()[self._last_logged_step :]
@@ -225,19 +226,19 @@ class PretrainingTrainer(Trainer):
         return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """An epoch, or nothing where a resumed run has no step left: the Trainer itself would run one more."""
+        """Run an epoch, or nothing if a resumed run has no step left: the Trainer would run one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        # The Trainer would save and log as often as the command that wrote the checkpoint said.
+        # The Trainer would keep the save and log intervals of the command that wrote the checkpoint.
         self.state.compute_steps(self.args, self.state.max_steps)
         assert self._sampler is not None
-        # accelerate does not reach the sampler behind the batches it skips.
+        # accelerate does not pass the epoch on to the sampler when it skips batches.
         self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Held-out figures by the same function that `python -m eval` uses. Collective."""
+        """Return held-out figures, computed by the same function as in `python -m eval`. Collective."""
         with self.clock.pause():
             found = self.evaluator(self.model_wrapped)
         self.evaluated_step = self.state.global_step
@@ -246,9 +247,9 @@ class PretrainingTrainer(Trainer):
         return figures
 
     def store_flos(self) -> None:
-        """Nothing: the plan knows the run's FLOPs, and counting them here would gather at every log."""
+        """Do nothing: the plan knows the run's FLOPs, and counting them here would gather at every log."""
 
-    # --- checkpoints: the Trainer decides when, `train.checkpoints.write` and `train.checkpoints.read` how ---
+    # --- checkpoints: the Trainer decides when to save; `train.checkpoints.write` and `.read` define the format ---
 
     @property
     def _module(self) -> nn.Module:
@@ -301,11 +302,13 @@ class PretrainingTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing yet: weights and moments are loaded together, into the shards that `prepare` makes."""
+        """Do nothing: weights and moments are loaded together later, into the shards that `prepare` makes."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load weights, moments, rates and losses; load and verify the masks. RunStopped says what is wrong.
-        Collective."""
+        """Load weights, moments, rates and losses; load and verify the masks.
+
+        Collective: every rank calls it, and a mismatch raises RunStopped on all of them.
+        """
         if checkpoint is None:
             return
         try:
@@ -348,10 +351,10 @@ class PretrainingTrainer(Trainer):
             self.sparsity.load_state(state["sparsity"], reader.step)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Nothing: the scaler is loaded with the optimizer."""
+        """Do nothing: the scaler is loaded with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """This rank's generators as they were; with more ranks than before the new ones keep those of the seed."""
+        """Restore this rank's random generators; with more ranks than before, the new ones keep those of the seed."""
         if checkpoint is None:
             return
         reader = CheckpointReader(Path(checkpoint))
@@ -362,7 +365,7 @@ class PretrainingTrainer(Trainer):
 
 
 def move_schedule_to(scheduler: Any, step: int) -> None:
-    """Set a schedule of learning rates to the rate that it has after `step` steps, as if it had run them."""
+    """Set a learning rate schedule to its rate after `step` steps, as if it had run them."""
     scheduler.last_epoch, scheduler._step_count = step, step + 1
     rates = [base * at(step) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
@@ -371,4 +374,5 @@ def move_schedule_to(scheduler: Any, step: int) -> None:
 
 
 def row_size(param: Tensor) -> int:
+    """Return the number of weights in a row of a parameter."""
     return param.numel() // param.shape[0] if param.shape[0] else 1

@@ -1,1 +1,1 @@
-"""Checkpoints: their format, writing, reading, and the choice of the one to resume."""
+"""Checkpoints: their format, writing and reading, and the choice of the one to resume."""

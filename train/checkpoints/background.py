@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread while training runs on: copied to the host first, visible only when they are whole."""
+"""Checkpoints that a thread writes while training continues: copied to the host first, visible only when complete."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from train.distributed import World
 
 
 class BackgroundWriter:
-    """Writes one checkpoint at a time in a thread; the next one waits for it.
+    """Writes one checkpoint at a time in a thread; the next one waits until it is done.
 
-    The training thread copies this rank's tensors to host memory, pinned for those of a GPU, and makes the folder. The
-    thread writes, and the ranks' threads talk over a gloo group of their own: NCCL's collectives, and those of the training
-    thread's groups, must not be called from two threads. The host memory, as much as this rank's file, is kept for the next
-    checkpoint. Collective: every rank makes one.
+    The training thread copies this rank's tensors to host memory, pinned if they are on a GPU, and creates the folder.
+    Then the writing thread takes over. The ranks' writing threads use a gloo group of their own, because neither NCCL's
+    collectives nor those of the training thread's groups may be called from two threads. The host memory, as large as
+    this rank's file, is reused for the next checkpoint.
+
+    Collective: every rank makes one.
 
     Args:
-        world: This process among its peers.
+        world: This process and its peers.
         timeout_s: Seconds that a rank's thread waits for the others'.
     """
 
@@ -41,7 +43,7 @@ class BackgroundWriter:
         return self._error is not None
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is whole.
+        """Wait until the checkpoint that is being written is complete.
 
         Raises:
             RunStopped: On every rank if one of them could not write.
@@ -54,10 +56,13 @@ class BackgroundWriter:
             raise error
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint as `train.checkpoints.write` does, but return when everything is copied. Collective.
+        """Write a checkpoint as `train.checkpoints.write` does, but return as soon as everything is copied.
+
+        Collective: every rank calls it.
 
         Raises:
-            RunStopped: On every rank if one of them could not write the previous checkpoint, or not begin this one.
+            RunStopped: On every rank if one of them could not write the previous checkpoint, or could not begin
+                this one.
         """
         self.wait()
         self._buffers = host_copies(checkpoint.tensors, self._buffers)
@@ -76,11 +81,11 @@ class BackgroundWriter:
 
 
 def host_copies(tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy `tensors` to the host, those of a GPU to pinned memory; they may change as soon as this returns.
+    """Copy `tensors` to the host, from a GPU to pinned memory; they may change as soon as this returns.
 
     Args:
-        tensors: On any device.
-        buffers: Copies of an earlier call, which are written over if shape and dtype are the same.
+        tensors: Tensors on any device.
+        buffers: Copies from an earlier call, which are overwritten if shape and dtype are the same.
     """
     copies = {}
     for name, tensor in tensors.items():

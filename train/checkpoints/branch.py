@@ -1,4 +1,4 @@
-"""The checkpoint of another run that a run begins at: which one, and what must be as it was."""
+"""The checkpoint of another run that a branch begins at: finding it, and checking the settings that must not change."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from train.plan.branch import CONFIG, Branch, parse_branch, read_branch, run_fol
 from train.plan.run import RunPlan
 
 KEPT = ("sparsity.include", "sparsity.requires_dense", "optim.optim")
-"""Keys that a branch cannot change, beside the model, the batch and the length of a block."""
+"""Keys that a branch cannot change, in addition to the model, the batch size and the sequence length."""
 NOT_CHANGES = ("branch_from", "run_name", "overwrite", "resume", "dry_run", "next_commands")
 
 
 def branch_checkpoint(config: Config) -> Path:
-    """Return the checkpoint that a branch begins at: that of its step, else the newest.
+    """Return the checkpoint that a branch begins at: that of the given step, else the newest.
 
-    Its checksums are compared when it is taken over.
+    Its checksums are compared later, when it is taken over.
 
     Raises:
         ValueError: The run has no such checkpoint.
@@ -46,14 +46,14 @@ def branch_checkpoint(config: Config) -> Path:
 
 
 def check_branch(config: Config, plan: RunPlan) -> Branch:
-    """Return where a run branches.
+    """Check that a run can branch from the checkpoint of `branch_from`, and return the branch.
 
     Args:
         config: The new run.
-        plan: What follows from it.
+        plan: The plan made from it.
 
     Raises:
-        ValueError: It says what does not fit, and the remedy.
+        ValueError: Something does not fit; the message names it and the remedy.
     """
     parent, checkpoint = run_folder(config), branch_checkpoint(config)
     state = json.loads((checkpoint / layout.STATE).read_text(encoding="utf-8"))
@@ -83,10 +83,10 @@ def check_branch(config: Config, plan: RunPlan) -> Branch:
 
 
 def check_steps_alike(config: Config, branch: Branch, identity: Mapping[str, Any]) -> None:
-    """Refuse another batch or block length than the checkpoint's, by which a step is another number of tokens.
+    """Refuse a batch size or sequence length other than the checkpoint's: its steps would be other numbers of tokens.
 
     Raises:
-        ValueError: It names both values.
+        ValueError: They differ; the message names both values.
     """
     folder = layout.folder_of(Path(branch.run) / "checkpoints", branch.step)
     before = json.loads((folder / layout.STATE).read_text(encoding="utf-8"))["identity"]
@@ -99,7 +99,7 @@ def check_steps_alike(config: Config, branch: Branch, identity: Mapping[str, Any
 
 
 def _check_pruned(where: str, step: int, saved: Mapping[str, Any] | None, plan: RunPlan) -> None:
-    """Refuse a schedule that would have pruned more before the step than the other run has."""
+    """Refuse a schedule that would have pruned more before this step than the other run has."""
     if plan.schedule is None:
         return
     counts = plan.scope.counts(plan.pools, plan.schedule.base, step - 1)
@@ -114,7 +114,7 @@ def _check_pruned(where: str, step: int, saved: Mapping[str, Any] | None, plan: 
 
 def _plain(config: Any) -> dict[str, Any]:
     merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), config))
-    # Null stands for one of these, and a run writes down which.
+    # A null tokenizer means one of these, and a run saves which one it used.
     merged["tokenizer"] = merged["tokenizer"] or merged["init_from"] or merged["model"]["path"] or "train"
     return {
         key: value
@@ -132,6 +132,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    # The group optim is in the group trainer too, whose values count.
+    # The values of the group optim are copied into the group trainer, and only those count.
     names = [name for name in {**before, **now} if not name.startswith("optim.")]
     return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a folder is named like one only when it is whole, and is believed only if its checksums agree.
+"""Checkpoints on disk: a folder gets its final name only when complete, and is used only if its checksums agree.
 
 checkpoints/checkpoint-<step>/
     rank-00000.safetensors ...  each rank's rows: model/NAME, optim.STATE/NAME, mask/NAME (a bit a weight), rng/...
@@ -6,8 +6,8 @@ checkpoints/checkpoint-<step>/
     trainer_state.json          as transformers writes it
     SHA256SUMS                  of all of these, for `sha256sum -c`
 
-Written in `.checkpoint-<step>.tmp`; one that fails its checksums is set aside as `checkpoint-<step>.damaged`. Tensors
-and json alone: nothing here can execute code when it is loaded.
+It is written in `.checkpoint-<step>.tmp`. One that fails its checksums is renamed `checkpoint-<step>.damaged`. All
+files are tensors or json: nothing here can execute code when it is loaded.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def aside_of(root: Path, step: int) -> Path:
+    """Return the temporary folder in which the checkpoint of `step` is written."""
     return root / f".checkpoint-{step}.tmp"
 
 
@@ -110,7 +111,7 @@ def newest_whole(root: Path, world: World) -> tuple[Path | None, list[str]]:
 
 
 def set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint: it counts no longer, and its files can be looked at."""
+    """Rename a damaged checkpoint, so that it is not used but its files can be inspected."""
     aside = folder.with_name(f"{folder.name}.damaged")
     remove_folder(aside)
     folder.rename(aside)
@@ -124,7 +125,7 @@ def remove_leftovers(root: Path) -> None:
 
 
 def remove_old(root: Path, keep: int, newest: int, keep_steps: Sequence[int] = ()) -> Sequence[Path]:
-    """Remove all checkpoints up to step `newest` but the last `keep`; return those removed.
+    """Remove all checkpoints up to step `newest` except the last `keep`, and return those removed.
 
     Those of `keep_steps` stay and are not counted.
     """

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: each rank takes its rows from whichever files hold them, so any number of ranks can resume."""
+"""Reading a checkpoint: each rank reads its rows from whichever files hold them, so any number of ranks can resume."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class CheckpointReader:
         return int(self.state["step"])
 
     def tensor(self, name: str, rank: int) -> Tensor | None:
-        """Return a whole tensor of one rank's file, None if the file has none."""
+        """Return a whole tensor of one rank's file; None if the file does not have it."""
         file = self._file(rank)
         return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 - not a dict
 
     def rows(self, key: str, name: str, start: int, stop: int) -> Tensor | None:
-        """Return the rows start .. stop of `key`/`name`, None for no rows."""
+        """Return the rows start .. stop of `key`/`name`; None if there are no rows."""
         pieces = [
             self._file(rank).get_slice(f"{key}/{name}")[first - offset : last - offset]
             for rank, offset, first, last in self._parts(name, start, stop)
@@ -49,8 +49,7 @@ class CheckpointReader:
         return torch.cat(pieces) if pieces else None
 
     def mask(self, name: str, start: int, stop: int, per_row: int) -> Tensor:
-        """Return the mask of the flat weights start .. stop, which are whole rows of `per_row` weights; bool [stop -
-        start]."""
+        """Return the mask of the flat weights start .. stop, whole rows of `per_row` weights; bool [stop - start]."""
         pieces = [torch.empty(0, dtype=torch.bool)]
         for rank, offset, first, last in self._parts(name, start // per_row, stop // per_row):
             begin, end = (first - offset) * per_row, (last - offset) * per_row
@@ -59,7 +58,7 @@ class CheckpointReader:
         return torch.cat(pieces)
 
     def _parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Return (rank, its first row, first and last row to take) of the files that cover start .. stop, in order."""
+        """Yield (rank, first row in its file, first and last row to take) for the files that cover start .. stop."""
         size = self._pieces.rows[name]
         for index in range(start // size, -(-stop // size)):
             offset = index * size
@@ -75,10 +74,10 @@ class CheckpointReader:
 
 @torch.no_grad()
 def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> None:
-    """Copy this rank's rows of every parameter.
+    """Copy this rank's rows of every parameter from the checkpoint.
 
     Raises:
-        ValueError: Model and checkpoint name different parameters.
+        ValueError: Model and checkpoint have other parameters or shapes.
     """
     saved = set(reader.state["pieces"]["rows"])
     if saved != set(parameters):
@@ -101,7 +100,7 @@ def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> 
 def load_optimizer(
     reader: CheckpointReader, optimizer: Any, parameters: Mapping[str, Tensor], rates: bool = True
 ) -> None:
-    """Load moments and counters, and learning rates if `rates`, in the layout that the parameters have now."""
+    """Load moments and counters, and learning rates if `rates`, into the current layout of the parameters."""
     saved, inner = reader.state["optimizer"], state_holder(optimizer)
     groups = {param: group for group in inner.param_groups for param in group["params"]}
     for name, param in parameters.items():
@@ -128,7 +127,7 @@ def load_masks(reader: CheckpointReader, shards: list[ParameterShard], row_sizes
     """Fill the masks of `shards` in place.
 
     Raises:
-        ValueError: The checkpoint has no masks.
+        ValueError: The checkpoint lacks a mask.
     """
     for shard in shards:
         if reader.tensor(f"mask/{shard.name}", 0) is None:

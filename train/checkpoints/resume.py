@@ -1,4 +1,4 @@
-"""The checkpoint to resume, and the check that it and its data still belong to this run."""
+"""The choice of the checkpoint to resume, and the check that it and its data still belong to this run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from train.distributed import World
 def checkpoint_to_resume(
     root: Path, identity: dict[str, Any], data_folder: str, world: World, branch_step: int | None = None
 ) -> Path | None:
-    """Return the newest whole checkpoint of the run, or None; damaged ones are named in a warning. Collective.
+    """Return the newest complete checkpoint of the run, or None; warn about damaged ones.
 
-    That of `branch_step` is another run's, which was compared when this one branched.
+    The checkpoint of `branch_step` came from another run and was compared when this one branched.
+
+    Collective: every rank calls it.
 
     Raises:
-        RunStopped: It is of other steps, or of data that has changed since.
+        RunStopped: On every rank, if there are checkpoints but all are damaged.
+        SystemExit: On every rank, if the checkpoint belongs to other settings or its data has changed.
     """
     folder, warnings = newest_whole(root, world)
     if world.is_main:
@@ -34,7 +37,7 @@ def checkpoint_to_resume(
 
 
 def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: str) -> None:
-    """Check that the checkpoint's steps and data are those of this run.
+    """Check that the checkpoint's settings and data are those of this run.
 
     Raises:
         ValueError: They are not.
@@ -51,7 +54,7 @@ def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: st
 
 
 def data_fingerprint(folder: str) -> dict[str, Any]:
-    """Return the sha256 of the prepared data's index, which holds every file's sha256, and each file's size and time."""
+    """Return the sha256 of the prepared data's index, which holds every file's sha256, and each file's size and mtime."""
     index = read_index(folder)
     names = [part[split][kind] for part in index["parts"] for split in SPLITS for kind in ("file", "starts")]
     stats = {name: Path(folder, name).stat() for name in names}
@@ -60,7 +63,7 @@ def data_fingerprint(folder: str) -> dict[str, Any]:
 
 
 def check_data(before: dict[str, Any], folder: str) -> None:
-    """Check that the data is unchanged; only files with a new time are read again.
+    """Check that the data is unchanged; only files with another size or mtime are read again.
 
     Raises:
         ValueError: The data has changed since `before`.

@@ -1,4 +1,4 @@
-"""States of the random generators as tensors of bytes, so that a checkpoint needs no pickle."""
+"""States of the random generators as byte tensors, so that a checkpoint needs no pickle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def rng_state() -> dict[str, Tensor]:
-    """Return the states of this process's generators, torch's on CPU and GPU, Python's, numpy's; uint8 [n] each."""
+    """Return the states of this process's generators: torch's on CPU and GPU, Python's and numpy's; uint8 [n] each."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the global generator is the one to keep
     states = {
         "torch": torch.get_rng_state(),
@@ -25,6 +25,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(states: Mapping[str, Tensor]) -> None:
+    """Restore the states that `rng_state` returned."""
     torch.set_rng_state(states["torch"])
     version, internal, gauss = _from_bytes(states["python"])
     random.setstate((version, tuple(internal), gauss))

@@ -1,7 +1,7 @@
-"""Safetensors files written one tensor at a time: no second copy of a rank's state, and real `OSError`s.
+"""Safetensors files written one tensor at a time, without a second copy of a rank's state and with ordinary `OSError`s.
 
-`safetensors.save_file` wants every tensor on the CPU at once, turns a full disk into an error of its own, and makes the
-file readable for its owner alone (0.8).
+`safetensors.save_file` needs every tensor on the CPU at once, raises its own error for a full disk, and makes the file
+readable only for its owner (0.8).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write and sync a file, copying one tensor at a time from its device; the umask decides on the file's mode.
+    """Write and sync a file, copying one tensor at a time from its device; the umask determines the file's mode.
 
     Returns:
         The sha256 of the file's bytes.

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank its own rows, rank 0 the rest; only a whole one gets its name."""
+"""Writing a checkpoint: every rank writes its own rows, rank 0 the rest; the folder gets its name only when complete."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ from train.faults.stop import RunStopped
 
 @dataclass(frozen=True)
 class Pieces:
-    """Which rank's file has which rows: piece i of a parameter, `rows[name]` rows from row i x rows[name] on and fewer at
-    the end, is in the file of rank `writers[i]`."""
+    """The rows in each rank's file.
+
+    Piece i of a parameter is in the file of rank `writers[i]`. It begins at row i x rows[name] and has `rows[name]`
+    rows, or fewer at the end.
+    """
 
     writers: list[int]
     rows: dict[str, int]
 
     def of(self, name: str, rank: int, num_rows: int) -> tuple[int, int] | None:
-        """Return the rows start .. stop that `rank` writes of a parameter of `num_rows`, None if it writes none."""
+        """Return the rows start .. stop that `rank` writes of a parameter of `num_rows`; None if it writes none."""
         if rank not in self.writers:
             return None
         index, size = self.writers.index(rank), self.rows[name]
@@ -45,7 +48,7 @@ class Pieces:
 
 
 def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
-    """Return FSDP2's pieces of the parameters, the same on every rank; of replicas the first one writes."""
+    """Return FSDP2's pieces of the parameters, the same on every rank; of several replicas the first one writes."""
     writers, rows = [0], {}
     for name, param in parameters.items():
         dim = shard_dim(param) if isinstance(param, DTensor) else None
@@ -74,7 +77,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_state(
     optimizer: Any, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return ({state: {name: tensor of the parameter's shape}}, {state: {name: number}}).
+    """Return ({state: {name: tensor of the parameter's shape}}, {state: {name: number}}) of an optimizer.
 
     Raises:
         RunStopped: The optimizer has a state of another shape.
@@ -108,7 +111,7 @@ def optimizer_figures(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[
 def rank_tensors(
     model: nn.Module, optimizer: Any, shards: list[ParameterShard], rng: Mapping[str, Tensor], rank: int
 ) -> tuple[dict[str, Tensor], Pieces, dict[str, Any]]:
-    """Return this rank's tensors for its file, which rank has which rows, and the optimizer's scalars."""
+    """Return this rank's tensors for its file, the rows in each rank's file, and the optimizer's scalars."""
     parameters = parameters_of(model)
     pieces = pieces_of(parameters)
     moments, scalars = optimizer_state(optimizer, parameters)
@@ -126,25 +129,25 @@ def rank_tensors(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to write: this rank's contents, and rank 0's calls before and after."""
+    """A checkpoint to write: this rank's contents, and what rank 0 calls before and after."""
 
     root: Path
     """The folder of the run's checkpoints."""
     step: int
-    """The number of steps that were run."""
+    """The number of steps trained so far."""
     world: World
     tensors: Mapping[str, Tensor]
     """Contents of this rank's file."""
     pieces: Pieces
-    """Which rank's file has which rows."""
+    """The rows in each rank's file."""
     state: dict[str, Any]
-    """Contents of state.json that `finish_checkpoint` does not know itself."""
+    """Contents of state.json, except for those that `finish_checkpoint` adds."""
     save_trainer_state: Callable[[str], None]
     """Writes transformers' own state to a path."""
     before: Callable[[], None] = lambda: None
     """Called before anything is written."""
     after: Callable[[], object] = lambda: None
-    """Called when the checkpoint has appeared."""
+    """Called after the checkpoint has appeared."""
 
     @property
     def aside(self) -> Path:
@@ -156,23 +159,28 @@ class Checkpoint:
 
 
 def write_checkpoint(checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint, which appears whole or not at all. Collective.
+    """Write a checkpoint, which appears complete or not at all.
 
-    The ranks exchange as much for any number of them, except for the checksum and size that each sends to rank 0.
+    The ranks exchange the same amount for any number of them, except for the checksum and size that each sends to rank
+    0.
+
+    Collective: every rank calls it.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        RunStopped: On every rank if one of them could not write; what was written is removed, older checkpoints
-            stay.
+        RunStopped: On every rank if one of them could not write; the incomplete files are removed, older
+            checkpoints stay.
     """
     return finish_checkpoint(checkpoint, begin_checkpoint(checkpoint))
 
 
 def begin_checkpoint(checkpoint: Checkpoint) -> int:
-    """Make the folder beside the checkpoint's and save the Trainer's state in it; return the bytes of all ranks.
-    Collective."""
+    """Create the temporary folder, save the Trainer's state in it, and return the bytes that all ranks need.
+
+    Collective: every rank calls it.
+    """
     world, aside = checkpoint.world, checkpoint.aside
     needed = int(world.sum(torch.tensor(file_bytes(checkpoint.tensors), device=world.device)))
 
@@ -188,7 +196,7 @@ def begin_checkpoint(checkpoint: Checkpoint) -> int:
 
 
 def finish_checkpoint(checkpoint: Checkpoint, needed: int) -> Path:
-    """Write every rank's file and the rest, and give the folder its name. Collective."""
+    """Write every rank's file and the rest, then give the folder its final name. Collective."""
     world, aside = checkpoint.world, checkpoint.aside
 
     def write() -> tuple[str, int]:
@@ -221,7 +229,7 @@ def finish_checkpoint(checkpoint: Checkpoint, needed: int) -> Path:
 
 
 def _together(checkpoint: Checkpoint, action: Callable[[], Any] | None, needed: int) -> Any:
-    """Return this rank's result of its `action`; RunStopped on all ranks if one failed. Collective."""
+    """Return the result of this rank's `action`; raise RunStopped on all ranks if one failed. Collective."""
     result, problem = attempt(action) if action else (None, None)
     if problems := checkpoint.world.problems(problem):
         if checkpoint.world.is_main:
@@ -239,6 +247,7 @@ def attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a checkpoint depends on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
-"""Text to blocks of tokens: documents, split, tokenizer, packed streams, and the order they are trained in.
+"""From text to blocks of tokens: documents, split, tokenizer, packed streams, and the order of training.
 
-Names are handed out on first use (PEP 562): the processes that tokenize import this package without torch.
+Names are imported on first use (PEP 562), so that the processes that tokenize can import this package without torch.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def report_text(report: ShardReport, shard: Shard, arguments: Sequence[str]) -> str:
-    """Return what was prepared and how to train on it, or which shares are still to be done."""
+    """Return a report of what was prepared and how to train on it, or how many parts are still missing."""
     if report.prepared is None:
         return (
             f"shard {shard.number}/{shard.count} is done, {report.num_waiting} of {report.num_parts} parts are not: run the "

@@ -1,4 +1,4 @@
-"""Blocks to a micro-batch."""
+"""Collating blocks to a micro-batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LEAST_ENDS = 32
 
 
 def collate_documents(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack the rows of `DocumentBlocks`, and say where documents begin in all rows one after another.
+    """Stack the rows of `DocumentBlocks`, and add where documents begin in all rows one after another.
 
-    `cu_seq_lens_q`, transformers' name for it, is int32 [power of two + 1]: 0, the end of each document, and the number of
-    tokens until the end. It is made here, on the host, and has few different lengths: attention on a GPU then waits for
-    nothing, and a compiled block is seldom compiled again.
+    `cu_seq_lens_q`, transformers' name for it, is int32 [power of two + 1]: 0, the end of each document, and then the
+    number of all tokens, repeated. It is made here, on the host, so attention on a GPU waits for nothing. It has few
+    different lengths, so a compiled block is seldom compiled again.
     """
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return batch | {"cu_seq_lens_q": document_ends(batch["position_ids"])}

@@ -1,4 +1,4 @@
-"""The sources of text as one thing: files of documents, and a key that stands for what they say."""
+"""The text of one source: files of documents, and a key that identifies their content."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from train.data.parts import KINDS, Part, cut_files, explained, find_files, kind
 
 @dataclass(frozen=True)
 class Corpus:
+    """The files of one source and the way to read them."""
+
     key: str
-    """Equal for equal content, wherever the files lie and whatever they are called."""
+    """Equal for equal content, regardless of the files' names and folders."""
     files: tuple[Path, ...]
     text_field: str
     max_documents: int | None
@@ -33,7 +35,7 @@ class Corpus:
 
 
 def find_corpus(config: DataConfig, cache: Path) -> Corpus:
-    """The configured source; pydocs are parsed and hub data fetched here unless that was done before."""
+    """Find the configured source; parse pydocs or fetch hub data, unless that was done before."""
     key, files, text_field = _key_and_files(config, cache)
     skips_errors = config.on_error == "skip"
     whole_key = [key, text_field, config.max_documents] + ["skip"] * skips_errors
@@ -41,7 +43,7 @@ def find_corpus(config: DataConfig, cache: Path) -> Corpus:
 
 
 def _key_and_files(config: DataConfig, cache: Path) -> tuple[str, Sequence[Path], str]:
-    """(key of the content, files, field of the text)"""
+    """Return (key of the content, files, field of the text)."""
     if config.source == "pydocs":
         return *pydocs_files(pydocs.default_roots(), cache, config.num_workers), "text"
     if config.source == "hub":
@@ -64,7 +66,7 @@ def _key_and_files(config: DataConfig, cache: Path) -> tuple[str, Sequence[Path]
 
 
 def left_out(path: str) -> str | None:
-    """Return a sentence on the files of a folder that are of no known kind; None if there are none."""
+    """Return a sentence about the files of a folder that are of no known kind; None if there are none."""
     folder = Path(path).expanduser()
     others = [file for file in walk(folder) if kind_of(file) is None] if folder.is_dir() else []
     if not others:
@@ -74,16 +76,16 @@ def left_out(path: str) -> str | None:
 
 
 def content_key(files: Sequence[Path], cache: Path) -> str:
-    """A hash of the files' bytes in their order, and of their kinds."""
+    """Return a hash of the files' bytes in their order, and of their kinds."""
     with explained(os.path.commonpath(files)):
         hashes = sha256_of_all(files, memo=cache / "sha256.json")
     return digest([[file.suffixes[-1].lower(), value] for file, value in zip(files, hashes, strict=True)])
 
 
 def pydocs_files(roots: Sequence[str | Path], cache: Path, num_workers: int | None) -> tuple[str, list[Path]]:
-    """(key, jsonl files) of the docstrings below the roots; the key hashes every Python file that is read."""
+    """Return (key, jsonl files) of the docstrings below the roots; the key hashes every Python file that is read."""
     sources = pydocs.find_sources(roots)
-    # Thousands of small files, a second or more of every start.
+    # Hashing thousands of small files would take a second or more at every start, so all of them are remembered.
     hashes = sha256_of_all((source.path for source in sources), memo=cache / "pydocs.sha256.json", least_remembered=0)
     modules = [[source.module, value] for source, value in zip(sources, hashes, strict=True)]
     key = digest([pydocs.FORMAT, platform.python_version(), modules])

@@ -1,4 +1,4 @@
-"""Datasets of the hub by their names, or local folders in the same layout: `datasets` knows which files a split has."""
+"""Datasets by hub name, or local folders in the same layout; `datasets` determines which files a split has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REMOTE = "hf://datasets/"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked for: a dataset's name or folder, its subset and split."""
+    """A requested dataset: its name or folder, its subset and split."""
 
     name: str
     subset: str | None
@@ -28,7 +28,7 @@ class Asked:
 
     @property
     def folder(self) -> Path | None:
-        """Return the local folder, None for a name on the hub."""
+        """The local folder; None for a name on the hub."""
         path = Path(self.name).expanduser()
         return path if path.is_dir() else None
 
@@ -37,13 +37,13 @@ class Asked:
 
 
 def data_files(asked: Asked) -> tuple[str | None, list[Path]]:
-    """Return the split's files on this machine, downloaded if they are on the hub, and a key that stands for them.
+    """Return a key of the split's content and the split's files on this machine, downloading those on the hub.
 
-    The key is None for local files, whose bytes decide.
+    The key is None for local files; it must then be made from their bytes.
 
     Raises:
-        ValueError: There is no such dataset, subset or split, it cannot be reached, or its files are of a kind that is not
-            read.
+        ValueError: There is no such dataset, subset or split, it cannot be reached, or its files are of a kind that
+            cannot be read.
     """
     with _explained(asked):
         builder = _builder(asked)
@@ -65,7 +65,7 @@ def data_files(asked: Asked) -> tuple[str | None, list[Path]]:
 
 
 def streamed(asked: Asked, text_field: str, max_documents: int | None, cache: Path) -> tuple[str, list[Path]]:
-    """Return (key, files of lines of JSON) with the first documents, read over the network without keeping its files."""
+    """Stream the first documents over the network and return (key, jsonl files); the dataset's own files are not kept."""
     with _explained(asked):
         builder = _builder(asked)
         files = [str(file) for file in (builder.config.data_files or {}).get(asked.split, [])]
@@ -85,7 +85,7 @@ def _builder(asked: Asked) -> Any:
     from datasets import load_dataset_builder
 
     if asked.folder is not None:
-        # A folder without a README that lists subsets has them as folders.
+        # Without a README that lists subsets, a subset is a folder.
         lists_subsets = "configs:" in _readme(asked.folder)
         if asked.subset and not lists_subsets and (asked.folder / asked.subset).is_dir():
             return load_dataset_builder(str(asked.folder / asked.subset))
@@ -101,7 +101,7 @@ def _readme(folder: Path) -> str:
 
 
 def _downloaded(file: str) -> Path:
-    """Return a file of the hub, whose address names the commit, from the hub's own cache."""
+    """Return the local copy of a hub file from the hub's own cache; its address names the commit."""
     from huggingface_hub import HfFileSystem, hf_hub_download
 
     place: Any = HfFileSystem().resolve_path(file)
@@ -121,7 +121,7 @@ def _groups(texts: Iterator[str], size: int) -> Iterator[list[str]]:
 
 
 class _explained:
-    """Turn what `datasets` and the hub raise into one sentence."""
+    """Turns errors of `datasets` and the hub into one sentence."""
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked

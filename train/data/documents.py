@@ -1,4 +1,4 @@
-"""Documents of a part, one string each; an error names the file and the line or row."""
+"""The documents of a part, one string each; an error names the file and the line or row."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ DOCUMENT_BYTES = 16 << 10
 BYTE_ORDER_MARK = "\ufeff"
 MOST_FIELDS_NAMED = 8
 MOST_PLACES = 5
-"""Places of documents left out that are kept for each part."""
+"""How many places of skipped documents are kept for each part."""
 MISSING = object()
-"""No value, since None is one."""
+"""Stands for a missing value, since None can be a value."""
 FIRST_BYTES = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
@@ -36,19 +36,19 @@ FIRST_BYTES = {
     b"PAR1": "parquet",
     b"%PDF": "PDF",
 }
-"""What a file is that is not UTF-8 text, by how it begins."""
+"""File formats other than UTF-8 text, by their first bytes."""
 MANY_NULS = "begins a stretch with many NUL bytes, as UTF-16 and binary files have: convert the file to UTF-8."
-# A number is never used, so one of any length may be read as a float: int() refuses more than 4,300 digits.
+# The parsed numbers are never used, and float accepts any length, but int() refuses more than 4,300 digits.
 _JSON = json.JSONDecoder(parse_int=float)
 
 
 @dataclass
 class Skipped:
-    """Documents that could not be read and were left out."""
+    """Documents that could not be read and were skipped."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
-    """What is wrong with the first of them, and where."""
+    """The errors of the first ones, with their places."""
 
     def add(self, words: str) -> None:
         self.count += 1
@@ -57,19 +57,19 @@ class Skipped:
 
 
 def read_documents(part: Part, text_field: str, skipped: Skipped | None = None) -> Iterator[str]:
-    """Yield the part's documents in order; empty ones are passed over.
+    """Yield the part's documents in order, without empty ones.
 
-    A text file is cut at blank lines into documents of 16 to 32 KiB that together are the file. A byte order mark at the
-    start of a file is not text.
+    A text file is cut at blank lines into documents of 16 to 32 KiB that together are the whole file. A byte order mark
+    at the start of a file is not part of the text.
 
     Args:
         part: What to read.
-        text_field: The field, or the path of fields with dots between, that holds a document's text.
-        skipped: Takes note of documents that cannot be read, which are then left out; after an error that is not of one
-            document the rest of the part is. None raises at the first.
+        text_field: The field that holds a document's text, or a path of fields separated by dots.
+        skipped: Collects documents that cannot be read, which are then skipped; after an error that does not belong
+            to one document, the rest of the part is skipped. If None, the first error is raised.
 
     Raises:
-        ValueError: A document cannot be read; names its place.
+        ValueError: A document cannot be read; the message names its place.
     """
     readers = {".txt": _read_text, ".csv": _read_csv, ".parquet": _read_parquet}
     documents = (text for text in readers.get(part.kind, _read_jsonl)(part, text_field, skipped) if text)
@@ -84,14 +84,14 @@ def _readable(documents: Iterator[str], skipped: Skipped) -> Iterator[str]:
 
 
 def _leave_out(words: str, skipped: Skipped | None) -> None:
-    """Raise, or take note of a document that is left out."""
+    """Raise, or record a document that is skipped."""
     if skipped is None:
         raise ValueError(words) from None
     skipped.add(words)
 
 
 def limit_parts(parts: list[Part], text_field: str, max_documents: int, skips_errors: bool = False) -> list[Part]:
-    """The parts that hold the first `max_documents` documents; those are read once to be counted."""
+    """Return the parts that hold the first `max_documents` documents, which are read once to count them."""
     limited = []
     for part in parts:
         count = sum(
@@ -105,7 +105,11 @@ def limit_parts(parts: list[Part], text_field: str, max_documents: int, skips_er
 
 
 def text_of(line: bytes, text_field: str) -> str:
-    """The text in a line of JSON, or a `ValueError` that says what the line is instead, to be put behind its place."""
+    """Return the text in a line of JSON.
+
+    Raises:
+        ValueError: There is no text; the message is written to follow the line's place.
+    """
     remedy = f"give one JSON object a line with a string in data.text_field={text_field}"
     try:
         record = _JSON.decode(line.decode().removeprefix(BYTE_ORDER_MARK))
@@ -138,22 +142,25 @@ def field_of(record: Any, text_field: str) -> Any:
 
 
 def field_names(names: Collection[str]) -> str:
-    """Return the first names of a record or table, fit for a sentence."""
+    """Return the first field names of a record or table, formatted for a sentence."""
     shown = [_short(name) for name in islice(names, MOST_FIELDS_NAMED)]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return f"{', '.join(shown)}{more}" if names else "none"
 
 
 def _short(name: str) -> str:
-    """A name of someone else's, fit for a sentence."""
+    """Make a name from a user's file printable and short enough for a sentence."""
     printable = "".join(letter if letter.isprintable() else "?" for letter in name)
     return printable if len(printable) <= 40 else f"{printable[:40]}..."
 
 
 def checked_text(value: Any, text_field: str) -> str:
-    """Return a value of the text field as text; a ValueError, to be put after its place, if it is none.
+    """Return a value of the text field as text.
 
     Some writers of parquet files store text as plain bytes: they are decoded.
+
+    Raises:
+        ValueError: The value is not text; the message is written to follow the document's place.
     """
     if isinstance(value, bytes):
         value = value.decode()
@@ -167,7 +174,7 @@ def checked_text(value: Any, text_field: str) -> str:
 
 
 def _named(value: Any) -> str:
-    """What a value of JSON or of a parquet file is, with its article."""
+    """Return the kind of a JSON or parquet value, with its article."""
     if isinstance(value, bool):
         return "true or false"
     kinds: dict[type, str] = {
@@ -199,12 +206,12 @@ def _read_text(part: Part, _: str, skipped: Skipped | None) -> Iterator[str]:
 
 
 def has_many_nuls(text: bytes) -> bool:
-    """Return True if `text` decodes as UTF-8 but is most likely UTF-16 without a mark, or no text at all."""
+    """Return whether `text`, although it decodes as UTF-8, is most likely UTF-16 without a mark, or not text at all."""
     return 4 * text.count(0) > len(text)
 
 
 def not_utf8(path: str | Path) -> str:
-    """Return the end of a sentence on a file that is not UTF-8: what its first bytes say it is, and the remedy."""
+    """Return the end of a sentence about a file that is not UTF-8: its format by its first bytes, and the remedy."""
     with open(path, "rb") as file:
         begin = file.read(8)
     kind = next((name for first, name in FIRST_BYTES.items() if begin.startswith(first)), None)
@@ -289,7 +296,7 @@ def _read_csv(part: Part, text_field: str, skipped: Skipped | None) -> Iterator[
 
 
 def _lines_before(part: Part) -> int:
-    """Lines of the file in front of the part; read only when an error is to be placed."""
+    """Count the lines of the file before the part; called only to locate an error."""
     if part.start == 0:
         return 0
     with open(part.path, "rb") as file:

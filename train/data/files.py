@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and what they hold as a hash: the ground the cache stands on."""
+"""Cache files that are complete or absent, and hashes of file contents."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ SETTLED_NS = 2_000_000_000
 
 
 def lock(folder: Path) -> FileLock:
-    """The lock of a folder of the cache: held by the one process that writes to it."""
+    """Return the lock of a cache folder, held by the one process that writes to it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(folder.with_name(f"{folder.name}.lock"))
 
 
 def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
-    """`folder`, made by `build(new_folder)` unless it exists; whole or absent, whoever else builds it meanwhile."""
+    """Return `folder`, built by `build(new_folder)` unless it exists.
+
+    The folder is complete or absent, even if another process builds it at the same time.
+    """
     if folder.exists():
         return folder
     with lock(folder):
@@ -39,10 +42,10 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
 
 
 def publish(made: Path, folder: Path) -> Path:
-    """`folder` with the files of `made`; the folder's name stands for its content, so one that exists is kept."""
+    """Copy the files of `made` to `folder` unless it exists: its name identifies its content. Return `folder`."""
 
     def copy(partial: Path) -> None:
-        # shutil.copytree would copy modes as well, and a temporary folder is its owner's alone.
+        # shutil.copytree would also copy modes, and a temporary folder is accessible only to its owner.
         for file in (file for file in made.rglob("*") if file.is_file()):
             target = partial / file.relative_to(made)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,17 +55,22 @@ def publish(made: Path, folder: Path) -> Path:
 
 
 def digest(value: object) -> str:
-    """32 hexadecimal digits that stand for a JSON value."""
+    """Return 32 hexadecimal digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def sha256_of_all(
     paths: Iterable[str | Path], memo: Path | None = None, least_remembered: int = MEMO_BYTES
 ) -> list[str]:
-    """The sha256 of each file's bytes, read by all cores.
+    """Return the sha256 of each file's bytes, computed on all cores.
 
-    Files of at least `least_remembered` bytes that have not been touched since (same inode, size and times) are taken from
-    `memo`, a JSON file kept here for that: a corpus of terabytes is not read again at every start.
+    Hashes of files of at least `least_remembered` bytes are remembered in `memo`, a JSON file. Files that are unchanged
+    since (same inode, size and times) are not read again, which matters for a corpus of terabytes.
+
+    Args:
+        paths: The files.
+        memo: The JSON file; None to remember nothing.
+        least_remembered: The size in bytes from which a file is remembered.
     """
     given = [os.fspath(path) for path in paths]
     known = {} if memo is None else _read_memo(memo)
@@ -75,7 +83,7 @@ def sha256_of_all(
     if memo is not None and not remembered.keys() <= known.keys():
         here = {os.path.abspath(path) for path in given}
         elsewhere = {state: value for state, value in known.items() if state.rsplit(" ", 5)[0] not in here}
-        # Where it cannot be written the files are read again next time.
+        # If the memo cannot be written, the files are read again next time.
         with contextlib.suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)
             with aside(memo) as partial:
@@ -84,7 +92,7 @@ def sha256_of_all(
 
 
 def _read_memo(memo: Path) -> dict[str, str]:
-    """What a memo holds; nothing where it is not there, cannot be read or was cut short: it can be made anew."""
+    """Return the contents of a memo; nothing if it is missing, unreadable or cut short, since it can be made again."""
     try:
         found = json.loads(memo.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -93,8 +101,11 @@ def _read_memo(memo: Path) -> dict[str, str]:
 
 
 def _state(path: str, least_bytes: int) -> str | None:
-    """What changes when a file does; None below `least_bytes`, and for a file touched just now: the clocks of file systems
-    are coarse, and a second change within a tick would look like none."""
+    """Return a string that changes when the file does.
+
+    None for a file below `least_bytes`, and for one that changed just now: file system clocks are coarse, and a second
+    change within one tick would go unnoticed.
+    """
     stat = os.stat(path)
     touched = max(stat.st_mtime_ns, stat.st_ctime_ns)
     if stat.st_size < least_bytes or time.time_ns() - touched < SETTLED_NS:

@@ -1,4 +1,4 @@
-"""FineWeb-Edu's parquet files: from the hub, or from a local copy of them."""
+"""FineWeb-Edu's parquet files, from the hub or from a local copy."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LINES_PER_FILE = 50_000
 
 
 def subset_folder(subset: str | None) -> str:
-    """The repository's folder of a subset: sample/10BT for `sample-10BT`, data/CC-MAIN-2024-10 for that dump."""
+    """Return a subset's folder in the repository: sample/10BT for `sample-10BT`, data/CC-MAIN-2024-10 for that dump."""
     if subset is None or subset == "default":
         return "data"
     return f"sample/{subset.removeprefix('sample-')}" if subset.startswith("sample-") else f"data/{subset}"
 
 
 def local_files(path: str, subset: str | None) -> list[Path]:
-    """Parquet files of the subset below a copy of the repository; all of them where the folder has no such layout."""
+    """Return the subset's parquet files in a copy of the repository; all parquet files if the folder lacks that layout."""
     root = Path(path).expanduser()
     folder = root / subset_folder(subset)
     files = [file for file in find_files(folder if folder.is_dir() else root) if file.suffix.lower() == ".parquet"]
@@ -33,9 +33,9 @@ def local_files(path: str, subset: str | None) -> list[Path]:
 
 
 def hub_files(subset: str | None, max_documents: int | None, cache: Path) -> tuple[str, list[Path]]:
-    """(key of the content, files): the subset's parquet files in the hub's own cache, or its first documents as jsonl.
+    """Return (key of the content, files): the subset's parquet files from the hub, or its first documents as jsonl.
 
-    With `max_documents` only those documents are streamed, not the files they are in.
+    With `max_documents` only those documents are streamed, instead of downloading whole files.
     """
     try:
         if not hub.is_reachable():
@@ -57,7 +57,7 @@ def _download(subset: str | None) -> tuple[str, list[Path]]:
     folder = subset_folder(subset)
     patterns = [f"{folder}/*.parquet", f"{folder}/*/*.parquet"]
     snapshot = Path(snapshot_download(REPOSITORY, repo_type="dataset", allow_patterns=patterns))
-    # The snapshot's folder is named by the commit.
+    # The snapshot folder's name is the commit.
     return digest([REPOSITORY, snapshot.name, folder]), find_files(snapshot / folder)
 
 

@@ -1,6 +1,6 @@
-"""Tokens as others left them: Megatron's .bin with its .idx, flat .bin and .npy, and datasets saved to disk.
+"""Tokens written by other tools: Megatron's .bin with its .idx, flat .bin and .npy, and datasets saved to disk.
 
-The files are read in place. Of each, only its index is written: where its ids are, in which type, and where documents
+The files are read in place. Only an index is written for each: where its ids are, their type, and where documents
 begin.
 """
 
@@ -30,15 +30,15 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Span:
-    """Ids that are in a file one after another."""
+    """A run of consecutive ids in a file."""
 
     file: str
     offset: int
-    """In bytes."""
+    """The offset of the first id in bytes."""
     dtype: str
     num_tokens: int
     starts: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
-    """Where documents begin; None if only their last token tells."""
+    """Where documents begin; None if only their last token shows it."""
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return the ids start..stop-1 as a view of the file."""
@@ -49,7 +49,7 @@ class Span:
 
 
 def holds_tokens(path: str | Path) -> bool:
-    """Tell whether a file or folder holds ids, by its names alone."""
+    """Return whether a file or folder holds ids, judged only by names."""
     path = Path(path).expanduser()
     if path.is_dir():
         return _is_dataset(path) or any(file.suffix in FLAT_SUFFIXES for file in path.iterdir())
@@ -61,11 +61,12 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
 
     Args:
         path: A .bin or .npy file, a folder of them, or a folder that `Dataset.save_to_disk` wrote.
-        vocab_size: The tokenizer's, which decides between two and four bytes for a flat file if `dtype` is None.
+        vocab_size: The tokenizer's vocabulary size, which decides between two and four bytes for a flat file if
+            `dtype` is None.
         dtype: A key of `TYPES`.
 
     Raises:
-        ValueError: There are no ids, or a file is not what its name says.
+        ValueError: There are no ids, or a file is not of the format that its name suggests.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -83,7 +84,7 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """Return every file whose bytes decide on the ids, for a hash of them."""
+    """Return every file whose bytes determine the ids, to hash them."""
     path = Path(path).expanduser()
     if path.is_dir():
         suffixes = (*FLAT_SUFFIXES, ".idx", ".arrow", ".json")
@@ -119,7 +120,7 @@ def _file_spans(file: Path, flat: str) -> Iterator[Span]:
 
 
 def _megatron(file: Path, index: Path) -> Span:
-    """Read the index: a magic word, a version, the ids' type, then lengths and places of sequences, and documents."""
+    """Read Megatron's index: a magic word, a version, the ids' type, lengths and places of sequences, documents."""
     data = index.read_bytes()
     if not data.startswith(MEGATRON_MAGIC) or len(data) < 34:
         raise ValueError(f"{index} does not begin as Megatron's index does: remove it if {file.name} is a flat file.")
@@ -175,7 +176,7 @@ def checked_counts(span: Span, vocab_size: int) -> NDArray[np.int64]:
     """Count the ids of a span [vocab_size].
 
     Raises:
-        ValueError: An id is not of the vocabulary, or the file looks as if it were read in the wrong type.
+        ValueError: An id is outside the vocabulary, or the file seems to be read in the wrong type.
     """
     counts = np.zeros(vocab_size, np.int64)
     odd = 0

@@ -1,4 +1,4 @@
-"""The index of tokens that others wrote: which of their ids are trained on, and which are held out."""
+"""The index of tokens that other tools wrote: which ids are trained on, and which are held out."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def write_foreign_index(
     decode: Callable[[list[int]], str],
     hashes: Mapping[str, str],
 ) -> None:
-    """Write counts, starts of documents and index.json for ids that stay where they are.
+    """Write counts, starts of documents and index.json for ids that stay in their own files.
 
-    The end of each file is held out, from the start of a document on where there is one: the text, whose hash decides on
-    prepared documents, is not known.
+    The end of each file is held out, from the start of a document if there is one. Prepared documents are held out by a
+    hash of their text, but here the text is not known.
 
     Args:
         folder: Where to write.
         spans: The ids.
-        vocab_size: The tokenizer's.
+        vocab_size: The tokenizer's vocabulary size.
         separator: The id that ends a document.
-        heldout_share: Of each span.
+        heldout_share: The share of each span to hold out.
         tokenizer_key: The hash of the tokenizer's files.
-        decode: From ids to text, for the bytes of what is held out.
+        decode: Turns ids into text, to count the bytes of the held-out part.
         hashes: The sha256 of each file of `spans`.
     """
     counts = np.zeros(vocab_size, np.int64)
@@ -87,7 +87,7 @@ def write_foreign_index(
 
 
 def heldout_cut(num_tokens: int, starts: np.ndarray[Any, Any], share: float) -> int:
-    """Return the place from which a span is held out: the last document's start before its share, else the very place."""
+    """Return where a span's held-out end begins: the last document start before its share, else the exact share."""
     wanted = num_tokens - round(share * num_tokens)
     place = int(np.searchsorted(starts, wanted, side="right")) - 1
     return int(starts[place]) if place > 0 else wanted

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers, for the rooms that read data."""
+"""The check whether the Hugging Face hub answers, for the modules that read data."""
 
 from __future__ import annotations
 

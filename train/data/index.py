@@ -1,4 +1,4 @@
-"""index.json: what a finished folder of tokens holds."""
+"""index.json: the contents of a finished folder of tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ COUNTS = "counts.npy"
 
 
 def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
-    """Sum up the parts, all of them done: counts.npy (training tokens by id), and last index.json.
+    """Sum up the parts, which must all be done: write counts.npy (training tokens by id), then index.json.
 
-    Keys: dtype, vocab_size, separator, tokenizer (hash of its files); skipped: how many documents could not be read, and
-    what is wrong with the first; splits: num_documents, num_tokens and num_bytes
-    (UTF-8) of `train` and `heldout`; parts: for each split the names of the files of ids and of documents' starts, their
-    counts and their sha256.
+    Keys of index.json: dtype, vocab_size, separator, tokenizer (hash of its files); skipped: how many documents could
+    not be read, and the first errors; splits: num_documents, num_tokens and num_bytes (UTF-8) of `train` and `heldout`;
+    parts: for each split the names of the files of ids and of documents' starts, their counts and their sha256.
     """
     records = [json.loads(job.sidecar.read_text(encoding="utf-8")) for job in jobs]
     vocab_size = jobs[0].vocab_size
@@ -62,7 +61,11 @@ def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
-    """The index of a prepared folder, or a `ValueError` where this machine has none."""
+    """Return the index of a prepared folder.
+
+    Raises:
+        ValueError: This machine has none.
+    """
     try:
         return json.loads(Path(folder, INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -73,7 +76,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """True if the folder was finished and every file still has the size that the index tells."""
+    """Return whether the folder was finished and every file still has the size given in the index."""
     if not (folder / INDEX).exists() or not (folder / COUNTS).exists():
         return False
     index = read_index(folder)
@@ -89,14 +92,14 @@ def is_complete(folder: Path) -> bool:
 
 
 def _has_size(folder: Path, record: dict[str, Any], dtype: str) -> bool:
-    """Tell whether a file of ids is as long as its record says; one that others wrote may be longer."""
+    """Return whether a file of ids is as long as its record says; a file of another tool may be longer."""
     size = (folder / record["file"]).stat().st_size
     needed = record.get("offset", 0) + record["num_tokens"] * np.dtype(record.get("dtype", dtype)).itemsize
     return size >= needed if "offset" in record else bool(size == needed)
 
 
 def write_mixture_index(folder: Path, sources: Sequence[tuple[str, float]]) -> None:
-    """Write counts and an index that name the files of several folders, the sources' one after another.
+    """Write counts and an index that names the files of several folders, one source after another.
 
     The counts are those of a text with the sources' shares.
 
@@ -130,5 +133,5 @@ def write_mixture_index(folder: Path, sources: Sequence[tuple[str, float]]) -> N
 
 
 def _beside(source: str, name: str) -> str:
-    """Return a file's name as seen from another folder of tokens; one with a whole path keeps it."""
+    """Return a file's name relative to another folder of tokens; an absolute path stays as it is."""
     return name if Path(name).is_absolute() else f"../{Path(source).name}/{name}"

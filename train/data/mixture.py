@@ -1,4 +1,4 @@
-"""Several sources in one order of blocks, with their shares in every window; each is gone through in an order of its own."""
+"""Several sources mixed into one order of blocks: each has its share in every window, and its own shuffled order."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
     from train.data.pipeline import PreparedData
 
 WINDOW = 1000
-"""Blocks among which every source has its share, to one block."""
+"""The number of blocks in which every source has its share, to within one block."""
 GOLDEN = (5**0.5 - 1) / 2
-"""Its multiples, without their whole part, are spread evenly however many there are."""
+"""The fractional parts of its multiples are spread evenly, for any number of them."""
 
 
 def window_counts(weights: Sequence[float], windows: NDArray[np.integer]) -> NDArray[np.int64]:
     """Return how many blocks of each source each of `windows` holds [windows, sources].
 
-    A row sums to `WINDOW` and is a share rounded down or up. What rounding leaves goes to the sources by turns, so that
-    the shares of many windows together are exact as well.
+    A row sums to `WINDOW`; each entry is the exact share rounded down or up. The blocks lost to rounding go to the
+    sources in turn, so that the shares over many windows are exact as well.
     """
     exact = WINDOW * np.asarray(weights, dtype=np.float64) / sum(weights)
-    # A share that is whole but for the arithmetic's error is whole.
+    # A share that differs from a whole number only by arithmetic error is that number.
     exact = np.where(abs(exact - exact.round()) < 1e-9, exact.round(), exact)
     whole = np.floor(exact)
     bounds = np.concatenate([[0.0], np.cumsum(exact - whole)])
     bounds[-1] = WINDOW - whole.sum()
-    # One block for each point of an evenly spaced row, shifted from window to window, that falls between two bounds.
+    # A source gets one more block for each point of an evenly spaced row, shifted with each window, between its bounds.
     shift = (windows * GOLDEN) % 1.0
     points = np.ceil(bounds[None, :] - shift[:, None])
     return (whole + np.diff(points, axis=1)).astype(np.int64)
 
 
 class MixedOrder:
-    """Which source the block at each place of the order is of, and which of the source's blocks it is by number.
+    """The order of a mixture: the source of the block at each place, and its number among the source's blocks.
 
     Args:
         weights: The sources' shares, in any unit.
-        num_blocks: The length of the order. A longer one begins with a shorter one.
-        seed: Of the places in a window.
+        num_blocks: The length of the order. A longer order begins with a shorter one.
+        seed: The seed of the places in a window.
     """
 
     def __init__(self, weights: Sequence[float], num_blocks: int, seed: int) -> None:
@@ -58,7 +58,7 @@ class MixedOrder:
         self._before = np.concatenate([before, np.cumsum(self._counts, axis=0)])
 
     def source_at(self, place: int) -> tuple[int, int]:
-        """Return (source, number of the block among all of that source, from 0)."""
+        """Return (source, number of the block among all blocks of that source, from 0)."""
         window, slot = divmod(place, WINDOW)
         sources = self._sources(window)
         source = int(sources[slot])
@@ -86,12 +86,12 @@ def _window_sources(seed: int, window: int, counts: tuple[int, ...]) -> NDArray[
 class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
     """The blocks of several sources in the order of training: item i is the i-th block of the run.
 
-    A source is gone through in a new order each time: it repeats when it is through.
+    When all blocks of a source have been used, it repeats in a new order.
 
     Args:
         sources: (name, weight, blocks) of each.
-        num_blocks: Blocks of the run.
-        seed: Of the mixture's order and of each source's.
+        num_blocks: The number of blocks of the run.
+        seed: The seed of the mixture's order and of each source's.
     """
 
     def __init__(self, sources: Sequence[tuple[str, float, Blocks]], num_blocks: int, seed: int) -> None:
@@ -110,18 +110,18 @@ class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
         return self.blocks[source][self.block_of(source, number)]
 
     def block_of(self, source: int, number: int) -> int:
-        """Return which of a source's blocks is its `number`-th of the run."""
+        """Return the index of the block that a source contributes as its `number`-th in the run."""
         epoch, place = divmod(number, len(self.blocks[source]))
-        # Sources of equal length must not be gone through in the same order.
+        # Sources of equal length must not have the same order.
         keys = round_keys(self.seed, (epoch << 16) + source + 1)
         return int(permute([place], len(self.blocks[source]), keys)[0])
 
     def sampler(self, batch_size: int) -> InOrder:
-        """Return the sampler of the order itself."""
+        """Return the sampler that keeps this order."""
         return InOrder(len(self), batch_size=batch_size)
 
     def figures(self, num_blocks: int) -> dict[str, Any]:
-        """Return tokens and epochs of each source after `num_blocks` blocks, by the names of the records."""
+        """Return tokens and epochs of each source after `num_blocks` blocks, under the names used in the records."""
         counts = self.order.counts_before(num_blocks).tolist()
         found: dict[str, Any] = {}
         for name, blocks, count in zip(self.names, self.blocks, counts, strict=True):

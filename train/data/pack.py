@@ -1,4 +1,4 @@
-"""Documents to ids: every document's tokens between its bos and eos, two files for each part and split."""
+"""Tokenizing documents: each document's tokens between its bos and eos, in two files for each part and split."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ BATCH_BYTES = 1 << 20
 FAST = "tokenizer.json"
 
 STARTS_DTYPE = np.dtype("<u8")
-"""Of the positions at which a part's documents begin."""
+"""The type of the positions at which a part's documents begin."""
 
 Encode = Callable[[list[str]], Iterable[list[int]]]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What is put around a document's tokens, and how many are kept; None for what is not there."""
+    """The ids put around a document's tokens, None if absent, and the number of tokens to keep."""
 
     bos: int | None
     eos: int | None
@@ -52,7 +52,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Job:
-    """One part to tokenize, and where to."""
+    """One part to tokenize, and where to write its tokens."""
 
     part: Part
     index: int
@@ -60,13 +60,13 @@ class Job:
     text_field: str
     heldout_share: float
     tokenizer: str
-    """Folder of the tokenizer."""
+    """The tokenizer's folder."""
     separator: int
-    """The id that ends a document where `frame` has an eos."""
+    """The id that ends a document if `frame` has an eos."""
     frame: Frame
     vocab_size: int
     skips_errors: bool = False
-    """Leave documents out that cannot be read."""
+    """Skip documents that cannot be read."""
 
     @property
     def sidecar(self) -> Path:
@@ -84,12 +84,12 @@ class Job:
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Two bytes an id where they hold the vocabulary, else four; little-endian on every machine."""
+    """Return the type of stored ids: two bytes if they can hold the vocabulary, else four; always little-endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def is_done(job: Job) -> bool:
-    """True if the part's files are there with the sizes that its sidecar, which is written last, tells."""
+    """Return whether the part's files exist with the sizes given in its sidecar, which is written last."""
     try:
         record = json.loads(job.sidecar.read_text(encoding="utf-8"))
         width = id_dtype(job.vocab_size).itemsize
@@ -105,7 +105,7 @@ def is_done(job: Job) -> bool:
 
 
 def pack(job: Job) -> None:
-    """Tokenize a part: write ids and starts by split, the training counts by id, and last the sidecar with their sizes."""
+    """Tokenize a part: write ids and starts by split, training counts by id, and last the sidecar with their sizes."""
     encode = encoder(job.tokenizer)
     dtype = id_dtype(job.vocab_size)
     skipped = Skipped()
@@ -148,7 +148,7 @@ def pack(job: Job) -> None:
 
 
 def _batches(texts: Iterable[str], heldout_share: float) -> Iterator[tuple[Split, list[str], int]]:
-    """(split, documents, their UTF-8 bytes), about a megabyte at a time; order within a split is kept."""
+    """Yield (split, documents, their UTF-8 bytes), about a megabyte at a time, in order within each split."""
     waiting: dict[Split, list[str]] = {split: [] for split in SPLITS}
     num_bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
     for text in texts:
@@ -166,9 +166,9 @@ def _batches(texts: Iterable[str], heldout_share: float) -> Iterator[tuple[Split
 
 @lru_cache(maxsize=1)
 def encoder(folder: str) -> Encode:
-    """Texts to ids without special tokens: what looks like one in a text is text.
+    """Return a function from texts to ids; text that looks like a special token is encoded as text.
 
-    A fast tokenizer is read by the `tokenizers` library alone: transformers takes seconds to import.
+    A fast tokenizer is loaded by the `tokenizers` library alone: importing transformers takes seconds.
     """
     if multiprocessing.parent_process() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -194,7 +194,7 @@ def _fast_tokenizer(folder: str) -> Any:
 
 
 def kept_bytes(folder: str, text: str, tokens: list[int], num_kept: int) -> int:
-    """Return the UTF-8 bytes of `text` that its first `num_kept` tokens stand for."""
+    """Return how many UTF-8 bytes of `text` its first `num_kept` tokens cover."""
     if num_kept == 0:
         return 0
     if not Path(folder, FAST).exists():

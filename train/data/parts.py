@@ -1,4 +1,4 @@
-"""Text files cut into parts that workers read on their own."""
+"""Text files cut into parts that workers read independently."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 Kind = Literal[".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd", ".json.gz", ".json.zst", ".csv", ".parquet"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 WHOLE_KINDS = tuple(kind for kind in KINDS if kind not in (".txt", ".jsonl", ".parquet"))
-"""Kinds that are not cut: compressed files, and .csv, whose quoted fields may hold line ends."""
+"""Kinds that are not cut: compressed files, and .csv, whose quoted fields may contain line ends."""
 MIN_PART_BYTES = 1 << 20
 MAX_PART_BYTES = 64 << 20
 BREAKS = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb"[ \t]"))
@@ -22,7 +22,7 @@ BREAKS = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb"[ \t]"
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a file: bytes start..stop, or row groups start..stop of a parquet file; all of a file of another kind."""
+    """A piece of a file: bytes start..stop, row groups start..stop of a parquet file, or all of a file that is not cut."""
 
     path: str
     kind: Kind
@@ -30,20 +30,20 @@ class Part:
     stop: int
     num_bytes: int
     max_documents: int | None = None
-    """Only so many documents from the front of the part; all where it is None."""
+    """Read only this many documents from the beginning of the part; None for all."""
 
 
 def find_files(path: str | Path) -> list[Path]:
     """Return the file itself, or the data files below a folder, sorted by relative name.
 
-    Links are followed, and a file or folder that several names lead to is read once, under the first of them. Files and
-    folders whose name begins with a dot are not text, and neither are files of other kinds.
+    Links are followed. A file or folder with several names is read once, under the first of them. Files and folders
+    whose name begins with a dot are left out, and so are files of other kinds.
 
     Args:
         path: A file of a known kind, or a folder. A folder's own name may begin with a dot.
 
     Raises:
-        ValueError: There is nothing to read, or a name below the folder leads nowhere.
+        ValueError: There is nothing to read, or a link below the folder is broken.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -70,7 +70,7 @@ def walk(folder: Path) -> Iterator[Path]:
     Names that begin with a dot are left out; files of other kinds are not.
 
     Raises:
-        ValueError: A link leads nowhere.
+        ValueError: A link is broken.
     """
     return _walk(folder, os.path.realpath(folder), seen={os.path.realpath(folder)})
 
@@ -83,7 +83,7 @@ def _walk(folder: Path, real_folder: str, seen: set[str]) -> Iterator[Path]:
         is_link = entry.is_symlink()
         if is_link and not os.path.exists(path):
             raise ValueError(f"{path} is a link to {os.readlink(path)}, which cannot be reached: mend or remove it.")
-        # A folder above may be a link too, so the place of a plain name is the real folder's.
+        # The path may lead through a linked folder, so a plain name is resolved in the real folder.
         real = os.path.realpath(path) if is_link else os.path.join(real_folder, entry.name)
         is_folder = entry.is_dir()
         if not is_folder and kind_of(path) is None:
@@ -94,14 +94,14 @@ def _walk(folder: Path, real_folder: str, seen: set[str]) -> Iterator[Path]:
 
 
 def cut_files(files: Sequence[Path]) -> list[Part]:
-    """Parts of 1 to 64 MiB, about 64 where that allows it; they follow from the files alone, not from the workers."""
+    """Cut files into parts of 1 to 64 MiB, about 64 parts if possible; the cuts depend only on the files."""
     total = sum(file.stat().st_size for file in files)
     part_bytes = min(max(total // 64, MIN_PART_BYTES), MAX_PART_BYTES)
     return [part for file in files for part in cut_file(file, part_bytes)]
 
 
 def cut_file(path: Path, part_bytes: int) -> list[Part]:
-    """Parts of about `part_bytes`: text ends at a blank line, JSON at a line end, parquet at a row group's."""
+    """Cut a file into parts of about `part_bytes`, which end at a blank line, a JSON line, or a parquet row group."""
     kind, num_bytes = _kind_of(path), path.stat().st_size
     if kind == ".parquet":
         return _cut_parquet(path, part_bytes)
@@ -114,7 +114,7 @@ def cut_file(path: Path, part_bytes: int) -> list[Part]:
 
 
 def text_cuts(data: bytes | mmap.mmap, size: int) -> Iterator[int]:
-    """Where pieces of `size` to 2 x `size` bytes end: at a blank line, else a line end, else a space, else anywhere.
+    """Yield where pieces of `size` to 2 x `size` bytes end: at a blank line, a line end, a space, or anywhere.
 
     The last piece is the rest, at most 2 x `size`. Pieces never end inside a UTF-8 character.
     """
@@ -163,19 +163,19 @@ def _cut_parquet(path: Path, part_bytes: int) -> list[Part]:
 
 @contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """What the operating system refuses becomes a sentence that names the file."""
+    """Turn errors of the operating system into a sentence that names the file."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
-            # Arrow's word for a damaged file.
+            # Arrow raises an OSError without errno for a damaged file.
             raise ValueError(f"{path} is damaged ({_one_line(error)}): write it again.") from None
         reason, place = error.strerror or _one_line(error), error.filename or path
         raise ValueError(f"{place} cannot be read ({reason}): give a data.path that this user can read.") from None
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Return the kind that the file's suffix names, in capitals too; None for another suffix."""
+    """Return the kind that the file's suffix names, in any case of letters; None for another suffix."""
     return next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
 
 

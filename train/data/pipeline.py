@@ -4,9 +4,9 @@
     cache_dir/bpe/KEY/          tokenizer.json of a trained tokenizer
     cache_dir/tokenizers/KEY/   a transformers folder
     cache_dir/tokens/KEY/       part-00000.{train,heldout}.bin .{train,heldout}.starts.bin .counts.npy .json, ...,
-                                counts.npy, index.json; for tokens of others, and for a mixture, the index alone
+                                counts.npy, index.json; for tokens of other tools, and for a mixture, the index alone
 
-A key is a hash of everything that what lies under it depends on.
+A key is a hash of everything that its folder's content depends on.
 """
 
 from __future__ import annotations
@@ -46,25 +46,27 @@ if TYPE_CHECKING:
     from conf.schema import DataConfig
 
 FORMAT = 2
-"""Goes into a trained tokenizer's key; raise it when the same input should give other bytes."""
+"""Part of a trained tokenizer's key; raise it when the same input should give other bytes."""
 TOKENS_FORMAT = 4
-"""Goes into the tokens' key in the same way."""
+"""Part of the tokens' key in the same way."""
 BPE_BYTES = 50_000_000
 BPE_PARTS = 256
 
 
 @dataclass(frozen=True)
 class SplitCounts:
+    """The size of the training or the held-out split."""
+
     num_documents: int
     num_tokens: int
-    """Bos and eos counted."""
+    """Includes bos and eos."""
     num_bytes: int
-    """UTF-8 bytes of the documents' text, as far as its tokens were kept; 0 for tokens of others that are trained on."""
+    """UTF-8 bytes of the documents' text whose tokens were kept; 0 for training tokens that another tool wrote."""
 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One source of a mixture, or of a run that has no other."""
+    """One source of a mixture, or a run's only source."""
 
     name: str
     weight: float
@@ -75,28 +77,28 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Where the tokens lie and what there is of them; plain data, to be sent to the other ranks."""
+    """The place of the tokens and their counts; plain data that can be sent to the other ranks."""
 
     folder: str
     tokenizer: str
     """A transformers folder."""
     vocab_size: int
-    """The tokenizer's: one more than its largest id."""
+    """One more than the tokenizer's largest id."""
     separator: int
-    """The id that ends a document, and that a text without a beginning is scored after."""
+    """The id that ends a document; a text is scored as if one stood before it."""
     sequence_length: int
     train: SplitCounts
     heldout: SplitCounts
     bos: int | None = None
-    """The id that begins every document, if there is one."""
+    """The id that begins every document; None if there is none."""
     by_document: bool = False
     """Whether a document is read and scored without those before it in its block: data.attention=document."""
     sources: tuple[PreparedSource, ...] = ()
-    """Of a mixture."""
+    """The sources of a mixture; empty for a single source."""
 
     @property
     def num_blocks(self) -> int:
-        """Training blocks of `sequence_length` tokens."""
+        """The number of training blocks of `sequence_length` tokens."""
         return self.train.num_tokens // self.sequence_length
 
 
@@ -108,15 +110,15 @@ def prepare(
     length_key: str = "data.sequence_length",
     heldout_only: bool = False,
 ) -> PreparedData:
-    """Return token streams of the configured text, from the cache if they are there; one process calls it.
+    """Return token streams of the configured text, from the cache if they exist.
 
-    What was interrupted is resumed; a second caller waits for the first.
+    One process calls it. Interrupted work is resumed; a second caller waits for the first.
 
     Args:
         config: What to read, and how to store it.
-        tokenizer: A hub name, a folder, a SentencePiece .model file, or `train`: a byte-level BPE of `vocab_size`; None is
-            `train`.
-        vocab_size: The model's.
+        tokenizer: A hub name, a folder, a SentencePiece .model file, or `train`: a byte-level BPE of `vocab_size`;
+            None is `train`.
+        vocab_size: The model's vocabulary size.
         sequence_length: Tokens in a block.
         length_key: The user's name for `sequence_length` in errors.
         heldout_only: Hold all documents out, for a text that is only scored.
@@ -150,7 +152,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is to be made of each source, with the tokenizer that all of them share."""
+    """The folders to make for each source, with the tokenizer that all sources share."""
 
     sources: tuple[Source, ...]
     streams: tuple[TokenFolder, ...]
@@ -163,19 +165,19 @@ class Preparation:
 
 @dataclass(frozen=True)
 class TokenFolder:
-    """The folder of tokens that a source becomes."""
+    """The folder of tokens made from a source."""
 
     source: Source
     folder: Path
     fill: Callable[[int | None], None]
-    """Makes what is missing in the folder, by so many workers; the caller holds its lock."""
+    """Makes what is missing in the folder, with this many workers; the caller holds the folder's lock."""
     jobs: Callable[[], list[Job]] | None = None
-    """The parts that are tokenized; None for tokens that are read in place."""
+    """Returns the parts to tokenize; None for tokens that are read in place."""
     finish: Callable[[list[Job]], None] | None = None
-    """Writes the index of parts that are all done."""
+    """Writes the index once all parts are done."""
 
     def make(self, num_workers: int | None) -> PreparedSource:
-        """Fill the folder unless it is complete; return what is in it."""
+        """Fill the folder unless it is complete, and return its content."""
         with lock(self.folder):
             if not is_complete(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +190,7 @@ class TokenFolder:
 def plan_preparation(
     config: DataConfig, tokenizer: str | None, vocab_size: int, heldout_share: float, max_length: int
 ) -> Preparation:
-    """Find the sources' files, load or train the tokenizer, and say which folders of tokens follow from them."""
+    """Find the sources' files, load or train the tokenizer, and determine the folders of tokens to make."""
     root = Path(config.cache_dir).expanduser().resolve()
     tokenizer = tokenizer or "train"
     sources = sources_of(config)
@@ -291,13 +293,13 @@ def _in_place(
 
 
 def pack_all(jobs: Sequence[Job], num_workers: int | None) -> None:
-    """Do the jobs that are not done yet."""
+    """Tokenize the parts that are not done yet."""
     waiting = [job for job in jobs if not is_done(job)]
     parallel(pack, waiting, label="tokenize", num_workers=num_workers, sizes=[job.part.num_bytes for job in waiting])
 
 
 def _mix(plan: Preparation, made: Sequence[PreparedSource]) -> str:
-    """Return the folder whose index holds all sources'."""
+    """Write an index of all sources together, and return its folder."""
     folder = plan.root / "tokens" / digest([TOKENS_FORMAT, [[Path(one.folder).name, one.weight] for one in made]])
     with lock(folder):
         if not is_complete(folder):
@@ -330,7 +332,7 @@ def _train_tokenizer(
 
 
 def _training_texts(corpus: Corpus, heldout_share: float, weight: float, progress: Progress) -> Iterator[str]:
-    """Training documents for the tokenizer: the first of each part, about 50 MB from all sources together."""
+    """Yield training documents for the tokenizer: the first of each part, about 50 MB from all sources together."""
     parts: list[Part] = corpus.parts()
     parts = parts[:: -(-len(parts) // BPE_PARTS)]
     for part in parts:
@@ -345,7 +347,7 @@ def _training_texts(corpus: Corpus, heldout_share: float, weight: float, progres
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, root: Path) -> tuple[Path, str]:
-    """(transformers folder, key of how it encodes): settings that leave the ids alone are not part of the key."""
+    """Return (transformers folder, key): the key covers only settings that change the ids."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
@@ -355,7 +357,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, root: Path) -> tuple[Pat
 
 
 def _tell_skipped(stream: TokenFolder, config: DataConfig) -> None:
-    """Say on stderr how many documents could not be read, and where the first are."""
+    """Report on stderr how many documents could not be read, with the first errors."""
     skipped = read_index(stream.folder)["skipped"]
     if skipped["count"]:
         noun = "document" if skipped["count"] == 1 else "documents"

@@ -1,4 +1,4 @@
-"""One function over many items on all cores, with progress on stderr."""
+"""A function applied to many items on all cores, with progress on stderr."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 def num_cores() -> int:
-    """Cores this process may run on, which a scheduler can set below the machine's."""
+    """Return the number of cores this process may use, which a scheduler can set below the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -33,11 +33,17 @@ def parallel(
     num_workers: int | None = None,
     sizes: Sequence[int] | None = None,
 ) -> list[Result]:
-    """`[function(item) for item in items]`, in that order, computed by up to `num_workers` spawned processes.
+    """Return `[function(item) for item in items]`, in that order, computed by up to `num_workers` spawned processes.
 
-    `function` is a module's own, items and results can be pickled. `sizes` are bytes per item, for the progress bar.
-    The first error stops the other processes and is raised as the `ValueError` it was in the worker; a worker that
-    was killed is one too.
+    Args:
+        function: A function at the top level of a module, so that it can be pickled.
+        items: Its arguments; they and the results must be picklable.
+        label: The name of the stage in progress and errors.
+        num_workers: The number of processes; None for all cores.
+        sizes: The bytes of each item, for the progress bar.
+
+    Raises:
+        ValueError: The first ValueError of a worker, or a worker was killed. The other workers are stopped.
     """
     sizes = sizes if sizes is not None else [1] * len(items)
     num_workers = min(num_workers or num_cores(), len(items))
@@ -59,7 +65,7 @@ def _in_processes(
     progress: Progress,
 ) -> list[Result]:
     others = set(multiprocessing.active_children())
-    # Spawned, never forked: the parent may hold threads and a CUDA context.
+    # Spawned, not forked: the parent may have threads and a CUDA context.
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
     try:
@@ -86,7 +92,7 @@ def _in_processes(
 
 
 def _end_with_parent() -> None:
-    """Let this worker end when its parent is killed: it would wait for work for ever."""
+    """End this worker if its parent is killed; otherwise it would wait for work forever."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
@@ -98,7 +104,7 @@ def _end_with_parent() -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line when a stage ends, and one every half minute until then."""
+    """A bar on a terminal; elsewhere a line when a stage ends, and one every half minute before that."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label = label

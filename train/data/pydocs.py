@@ -1,7 +1,7 @@
 """Docstrings as a corpus: English with code, the same on every machine with the same packages installed.
 
-Files are parsed, never imported. A document is the docstring of a module or a public function, or of a public class
-with its methods', under the object's name and parameters.
+Files are parsed, never imported. A document is the docstring of a module or public function, or of a public class with
+those of its methods. It begins with the object's name and parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Source:
-    """A Python file and the dotted name it is imported by."""
+    """A Python file and the dotted name under which it is imported."""
 
     path: str
     module: str
@@ -40,13 +40,13 @@ class Source:
 
 
 def default_roots() -> tuple[str, ...]:
-    """The standard library's folder and the environment's site-packages."""
+    """Return the standard library's folder and the environment's site-packages."""
     paths = sysconfig.get_paths()
     return tuple(dict.fromkeys(os.path.realpath(paths[key]) for key in ("stdlib", "purelib", "platlib")))
 
 
 def find_sources(roots: Iterable[str | Path]) -> list[Source]:
-    """Python files of all modules and packages below the roots, sorted by root and dotted name."""
+    """Return the Python files of all modules and packages below the roots, sorted by root and dotted name."""
     return [source for root in roots for source in sorted(_walk(str(root), ""), key=lambda source: source.module)]
 
 
@@ -67,7 +67,7 @@ def _walk(folder: str, package: str) -> Iterator[Source]:
 
 
 def documents_of(code: bytes, module: str) -> Iterator[tuple[str, str]]:
-    """(heading, body) of each document in a module's source; nothing where it does not parse or has no docstrings."""
+    """Yield (heading, body) of each docstring in a module's source; nothing if the source does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,7 +115,7 @@ def _parse(sources: Sequence[Source]) -> list[tuple[str, str]]:
 
 
 def _is_unicode(text: str) -> bool:
-    """False where an escape in a docstring stands for half of a surrogate pair, which UTF-8 cannot write."""
+    """Return False if an escape in a docstring makes half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -124,9 +124,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def write_documents(sources: Sequence[Source], folder: Path, num_workers: int | None = None) -> None:
-    """Write the documents of the sources to `folder` as part-00000.jsonl, ... of about a megabyte.
+    """Write the documents of the sources to `folder` as part-00000.jsonl, ... of about a megabyte each.
 
-    A body that was seen before, up to white space, is dropped: packages ship copies of each other.
+    A body that repeats an earlier one, apart from white space, is dropped: packages ship copies of each other.
     """
     chunks, sizes = [[]], [0]  # type: list[list[Source]], list[int]
     for source in sources:

@@ -1,4 +1,4 @@
-"""A new order of the training blocks every epoch, from a few numbers instead of a list of them all."""
+"""A new order of the training blocks in every epoch, computed from a few numbers instead of a stored list."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ CHUNK = 1 << 16
 
 
 def round_keys(seed: int, epoch: int) -> list[np.uint64]:
-    """`ROUNDS` keys that follow from the two numbers alone; no global generator is read or moved."""
+    """Return `ROUNDS` keys that depend only on the two numbers; no global generator is used."""
     state = blake2b(f"{seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
     return [np.uint64(key) for key in np.frombuffer(state, "<u8")]
 
 
 def permute(indices: npt.ArrayLike, num_items: int, keys: list[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Where a pseudo-random permutation of 0..num_items-1 sends each index: O(1) memory, any index on its own.
+    """Return where a pseudo-random permutation of 0..num_items-1 sends each index, in O(1) memory and for any index alone.
 
-    A Feistel network permutes the smallest square power of two that holds `num_items`; values outside are sent
-    through it again until they fall inside, which keeps it a bijection (cycle walking, at most 4 rounds on average).
+    A Feistel network permutes the smallest power of four that is at least `num_items`. A value outside the range is
+    permuted again until it falls inside, which keeps the mapping a bijection (cycle walking, at most 4 rounds on
+    average).
     """
     half = np.uint64(max(1, (num_items - 1).bit_length() + 1 >> 1))
     values = np.array(indices, np.uint64, ndmin=1)
@@ -43,20 +44,26 @@ def _feistel(values: npt.NDArray[np.uint64], half: np.uint64, keys: list[np.uint
 
 
 def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64: every bit of the result hangs on every bit of the value."""
+    """Apply the finalizer of splitmix64, which makes every bit of the result depend on every bit of the value."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 class PermutationSampler(Sampler[int]):
-    """The blocks 0..num_blocks-1, each once, in an order that `seed` and the epoch fix.
+    """The blocks 0..num_blocks-1, each once, in an order determined by `seed` and the epoch.
 
-    `start` leaves out the first positions of the epoch the sampler was made with, for a run that goes on in the
-    middle of one; another epoch starts at 0. Every rank makes the same sampler and takes its share of it.
+    An epoch ends with its last whole batch of `batch_size` blocks; the remaining blocks come up in other epochs. So an
+    epoch has the same steps for any number of processes and any micro-batch. Every rank creates the same sampler and
+    takes its share of it.
 
-    An epoch ends with its last whole batch of `batch_size` blocks: what is left over comes up in other epochs. So an
-    epoch has the same steps for any number of processes and any micro-batch.
+    Args:
+        num_blocks: The number of blocks.
+        seed: The seed of the order.
+        epoch: The first epoch.
+        start: How many positions of that epoch to skip, for a run that resumes in the middle of one; other epochs
+            start at 0.
+        batch_size: Blocks in a step, over all ranks.
     """
 
     def __init__(self, num_blocks: int, seed: int = 0, *, epoch: int = 0, start: int = 0, batch_size: int = 1) -> None:
@@ -80,7 +87,7 @@ class PermutationSampler(Sampler[int]):
             self.epoch, self.start = epoch, 0
 
     def permute(self, position: int) -> int:
-        """The block at a position of the epoch."""
+        """Return the block at a position of the epoch."""
         return int(permute([position], self.num_blocks, round_keys(self.seed, self.epoch))[0])
 
     def __len__(self) -> int:
@@ -94,7 +101,7 @@ class PermutationSampler(Sampler[int]):
 
 
 class InOrder(PermutationSampler):
-    """The blocks 0..num_blocks-1 as they come: for a dataset that has the order of the run already."""
+    """The blocks 0..num_blocks-1 in order, for a dataset that is already in the order of the run."""
 
     def permute(self, position: int) -> int:
         return position

@@ -1,4 +1,4 @@
-"""Preparing text by itself: all of it, or one of several shares on machines that see the same cache."""
+"""Preparing text separately from training: all of it, or one of several shares on machines with a common cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.data.pipeline import PreparedData, TokenFolder, pack_all, plan_prepar
 
 @dataclass(frozen=True)
 class Shard:
-    """Share `number` of `count`, from 1."""
+    """Share `number` of `count`, counted from 1."""
 
     number: int = 1
     count: int = 1
@@ -22,18 +22,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a share came to."""
+    """The state of the preparation after one share."""
 
     num_parts: int
-    """Of all shares."""
+    """The number of parts of all shares."""
     num_waiting: int
-    """Parts of other shares that are not done yet."""
+    """The number of parts of other shares that are not done yet."""
     prepared: PreparedData | None
-    """Once no part is waiting."""
+    """The prepared data; None while a part is missing."""
 
 
 def parse_shard(text: str) -> Shard:
-    """Return the shard that `i/n` names; a ValueError if it names none."""
+    """Return the shard that `i/n` names; raise a ValueError if it names none."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     number, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= number <= count:
@@ -44,9 +44,9 @@ def parse_shard(text: str) -> Shard:
 def prepare_shard(
     config: DataConfig, tokenizer: str | None, vocab_size: int, sequence_length: int, shard: Shard
 ) -> ShardReport:
-    """Tokenize a share of the parts of each source; whoever does the last part writes the index of all.
+    """Tokenize a share of the parts of each source; the process that finishes the last part writes the index of all.
 
-    Parts that are done already are left as they are, so that the same command resumes.
+    Parts that are already done are kept, so that the same command resumes.
     """
     num_parts = num_waiting = 0
     if shard.count > 1:
@@ -61,14 +61,14 @@ def prepare_shard(
 
 
 def _share(stream: TokenFolder, shard: Shard, num_workers: int | None) -> tuple[int, int]:
-    """(parts of the source, those of other shares that are not done); tokens that are read in place have none."""
+    """Tokenize this share; return (parts of the source, parts of other shares that are not done), 0 if read in place."""
     if stream.jobs is None or stream.finish is None:
         return 0, 0
     jobs = stream.jobs()
     if is_complete(stream.folder):
         return len(jobs), 0
     stream.folder.mkdir(parents=True, exist_ok=True)
-    # Without the folder's lock: each part is written by one share alone, and appears whole.
+    # This does not need the folder's lock: each part is written by one share only, and appears complete.
     pack_all(jobs[shard.number - 1 :: shard.count], num_workers)
     waiting = sum(not is_done(job) for job in jobs)
     if not waiting:

@@ -1,4 +1,4 @@
-"""The sources of a configuration: one, or those of a mixture with their names and weights."""
+"""The sources of a data configuration: a single one, or those of a mixture with their names and weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train.data.foreign import holds_tokens
 
 @dataclass(frozen=True)
 class Source:
-    """One source, as if it were the only one."""
+    """One source, configured as if it were the only one."""
 
     name: str
     weight: float
@@ -19,14 +19,14 @@ class Source:
 
 
 def sources_of(data: DataConfig) -> list[Source]:
-    """Return a mixture's sources, else the one that is configured."""
+    """Return a mixture's sources, or a list of the one configured source."""
     if data.source != "mixture":
         return [Source(data.source, 1.0, data)]
     return [Source(one.stem, one.weight, config_of(one, data)) for one in data.sources]
 
 
 def config_of(source: SourceConfig, data: DataConfig) -> DataConfig:
-    """Return the configuration of a run on this source alone; the keys that a source does not have are those of `data`."""
+    """Return the configuration of a run on this source alone; keys that a source lacks are taken from `data`."""
     is_tokens = source.path is not None and holds_tokens(source.path)
     return replace(
         data,

@@ -1,4 +1,4 @@
-"""Which side of the split a document is on follows from its text alone."""
+"""The split of documents into training and held-out, which depends only on their text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hashlib import blake2b
 
 
 def is_heldout(text: bytes, heldout_share: float) -> bool:
-    """True for about `heldout_share` of all UTF-8 texts, and always the same for equal ones.
+    """Return True for about `heldout_share` of all UTF-8 texts, and always the same for equal texts.
 
     A larger share holds out every document that a smaller one does.
     """

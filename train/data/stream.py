@@ -1,4 +1,4 @@
-"""Tokens on disk as one long array, and as the fixed-length blocks that training reads."""
+"""Tokens on disk as one long array, and as fixed-length blocks for training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 NOT_PREDICTED = -100
-"""The label of a token that no loss is taken of, in torch and transformers."""
+"""The label of a token that no loss is computed for, in torch and transformers."""
 
 
 class TokenStream:
-    """The tokens of a split, part after part, read from the files as they are asked for.
+    """The tokens of a split, part after part, read from the files on demand.
 
-    `stream[a:b]` is an array of the ids a..b-1, wherever they lie; it may be a read-only view of a file. Files are
+    `stream[a:b]` is an array of the ids a..b-1, even across files; it may be a read-only view of a file. Files are
     opened in the process that reads them, so a stream can be sent to the workers of a dataloader.
     """
 
@@ -86,9 +86,10 @@ class TokenStream:
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
-    """Item i: the tokens i x L to (i + 1) x L - 1 as `input_ids` and `labels`, int64 [L]; the tail is left out.
+    """Consecutive blocks of L tokens: item i holds tokens i x L to (i + 1) x L - 1 as `input_ids` and `labels`, int64 [L].
 
-    Documents follow one another across blocks. `labels` are not shifted: transformers models do that.
+    The remainder at the end is left out. Documents continue across blocks. `labels` are not shifted: transformers
+    models do that.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int) -> None:
@@ -109,9 +110,9 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
 class DocumentBlocks(Blocks):
     """The same blocks for attention within documents: also `position_ids`, which count from 0 in each document.
 
-    A document that goes over the end of a block is read on in the next one as a document of its own, from position 0. The
-    label at a document's start is -100: it is not predicted from the document before. So is the block's first label, which
-    nothing in the block predicts.
+    A document that crosses the end of a block continues in the next one as a new document, from position 0. The label
+    at a document's start is -100, since it must not be predicted from the document before. So is the block's first
+    label, since nothing in the block predicts it.
     """
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -133,18 +134,18 @@ def positions_within(starts: np.ndarray[Any, Any], length: int) -> torch.Tensor:
 
 
 def training_blocks(prepared: PreparedData) -> Blocks:
-    """Return the training split in blocks of the length it was prepared for; of a mixture, its sources' one after another."""
+    """Return the training split in blocks of the prepared length; for a mixture, one source after another."""
     return blocks_of(prepared, prepared.folder)
 
 
 def blocks_of(prepared: PreparedData, folder: str) -> Blocks:
-    """The training split of one folder of tokens in blocks of the length that `prepared` has."""
+    """Return the training split of one folder of tokens, in blocks of the length of `prepared`."""
     kind = DocumentBlocks if prepared.by_document else Blocks
     return kind(TokenStream(folder, "train"), prepared.sequence_length)
 
 
 def heldout_starts(prepared: PreparedData) -> np.ndarray[Any, Any] | None:
-    """Return the places in `heldout_tokens` at which documents begin; None if documents are read one after another."""
+    """Return the places in `heldout_tokens` at which documents begin; None if the run does not separate documents."""
     if not prepared.by_document:
         return None
     stream = TokenStream(prepared.folder, "heldout")
@@ -152,9 +153,9 @@ def heldout_starts(prepared: PreparedData) -> np.ndarray[Any, Any] | None:
 
 
 def heldout_tokens(prepared: PreparedData) -> np.ndarray[Any, Any]:
-    """int64 ids of the held-out split behind one separator, so that every token has a context to be scored in.
+    """Return the int64 ids of the held-out split after one separator, so that every token has a context to be scored in.
 
-    Length 1 + `prepared.heldout.num_tokens`; the text of tokens [1:] has `prepared.heldout.num_bytes` bytes.
+    The length is 1 + `prepared.heldout.num_tokens`; the text of tokens [1:] has `prepared.heldout.num_bytes` bytes.
     """
     tokens = TokenStream(prepared.folder, "heldout")[:]
     return np.concatenate([np.array([prepared.separator]), tokens]).astype(np.int64)

@@ -19,7 +19,7 @@ SENTENCEPIECE_NAME = "tokenizer.model"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
-    """Write a byte-level BPE of at most `vocab_size` tokens as tokenizer.json; id 0 is `<|endoftext|>`.
+    """Train a byte-level BPE of at most `vocab_size` tokens and write it as tokenizer.json; id 0 is `<|endoftext|>`.
 
     Any text survives encoding and decoding. Training uses all cores, and the order of the texts does not matter.
     """
@@ -44,7 +44,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
 
 
 def wrap_bpe(file: Path, max_length: int) -> PreTrainedTokenizerBase:
-    """A transformers tokenizer around `train_bpe`'s file, `<|endoftext|>` being its eos and bos."""
+    """Return a transformers tokenizer around `train_bpe`'s file, with `<|endoftext|>` as its eos and bos."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -57,9 +57,10 @@ def wrap_bpe(file: Path, max_length: int) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a SentencePiece `.model` file (read as LLaMA's) or a hub name; runs no foreign code.
+    """Load the tokenizer of a folder, a SentencePiece `.model` file (read like LLaMA's) or a hub name.
 
-    A folder that holds `tokenizer.model` but no tokenizer.json is read from that file, which keeps its dummy prefix.
+    No code from the folder or hub is run. If a folder has `tokenizer.model` but no tokenizer.json, it is read from that
+    file, which keeps its dummy prefix.
     """
     path = Path(spec).expanduser()
     if path.is_dir() and (path / SENTENCEPIECE_NAME).exists() and not (path / "tokenizer.json").exists():
@@ -101,10 +102,10 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_sentencepiece(model: Path) -> PreTrainedTokenizerBase:
-    """A fast tokenizer with the ids that SentencePiece itself gives for a model like LLaMA's; it adds no bos.
+    """Return a fast tokenizer with the ids that SentencePiece itself gives for a model like LLaMA's; it adds no bos.
 
-    Built here because transformers' own reading (5.23) ranks merges by id instead of score, so that two spaces become
-    one token, and drops the dummy prefix before a space.
+    It is built here because transformers' own conversion (5.23) ranks merges by id instead of score, so that two spaces
+    become one token, and drops the dummy prefix before a space.
     """
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerFast
@@ -128,7 +129,7 @@ def load_sentencepiece(model: Path) -> PreTrainedTokenizerBase:
 
 
 def _sentencepiece_bpe(pieces: Sequence[str], scores: Sequence[float]) -> Tokenizer:
-    """BPE whose merges are all splits of a piece in two pieces, the highest score first, then the lowest id."""
+    """Return a BPE whose merges are all splits of a piece into two pieces, ordered by highest score, then lowest id."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
@@ -148,7 +149,7 @@ def _sentencepiece_bpe(pieces: Sequence[str], scores: Sequence[float]) -> Tokeni
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
-    """The id that ends a document: eos, else bos."""
+    """Return the id that ends a document: eos, else bos."""
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if token is not None:
             return int(token)
@@ -156,18 +157,19 @@ def separator_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
-    """Return the id that begins a document under data.bos=true."""
+    """Return the id that begins a document with data.bos=true."""
     if tokenizer.bos_token_id is None:
         raise ValueError(f"data.bos=true needs a bos token and tokenizer={spec} has none: set data.bos=false.")
     return int(tokenizer.bos_token_id)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id."""
+    """Return one more than the largest id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, spec: str) -> None:
+    """Raise a ValueError if the tokenizer has more tokens than the model."""
     if (size := vocabulary_of(tokenizer)) > vocab_size:
         raise ValueError(
             f"tokenizer={spec} has {size} tokens, more than model.vocab_size={vocab_size}: "

@@ -1,4 +1,4 @@
-"""The bar that a language model has to clear: guessing tokens by how often training saw them."""
+"""A baseline that every language model should beat: guessing tokens by their frequency in the training data."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CHUNK = 1 << 24
 
 
 def unigram_bits(counts: np.ndarray[Any, Any], tokens: np.ndarray[Any, Any]) -> float:
-    """Bits to encode `tokens` with p(id) = (counts[id] + 1) / (sum of counts + number of ids)."""
+    """Return the bits to encode `tokens` with p(id) = (counts[id] + 1) / (sum of counts + number of ids)."""
     bits = math.log2(int(counts.sum()) + len(counts)) - np.log2(counts + 1.0)
     return float(np.bincount(tokens, minlength=len(counts)) @ bits)
 
 
 def unigram_bits_per_byte(prepared: PreparedData) -> float:
-    """Bits per UTF-8 byte of held-out text under the add-one-smoothed unigram model of the training tokens.
+    """Return bits per UTF-8 byte of held-out text under the add-one-smoothed unigram model of the training tokens.
 
-    Every token of the held-out stream is scored, separators too.
+    Every token of the held-out stream is scored, including separators.
     """
     counts = np.load(Path(prepared.folder, COUNTS))
     stream = TokenStream(prepared.folder, "heldout")

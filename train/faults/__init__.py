@@ -1,1 +1,1 @@
-"""Events in a long run: preemption, lost ranks, numbers that are not finite, and how the run ends."""
+"""Handling of events in a long run: preemption, lost ranks, non-finite numbers, and how processes end."""

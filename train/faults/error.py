@@ -1,4 +1,4 @@
-"""An error that nobody foresaw: handed to the launcher's agent, which shows the first rank's once."""
+"""Reporting of unexpected errors: torch's elastic agent shows the first rank's once."""
 
 from __future__ import annotations
 

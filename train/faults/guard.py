@@ -1,7 +1,8 @@
-"""Before each update all ranks agree on two things: whether its numbers are finite, and whether the run is to stop.
+"""The ranks' agreement before each update: whether its numbers are finite, and whether the run must stop.
 
-On a GPU with a fused optimizer the answer never leaves the device in the step itself: the optimizer's kernel reads it as
-`found_inf`, the flag by which a loss scaler has an update skipped, and the host reads it a step later, when it is there.
+On a GPU with a fused optimizer the answer stays on the device during the step. The optimizer's kernel reads it as
+`found_inf`, the flag by which a loss scaler makes it skip an update. The host reads the answer one step later, when it
+has arrived.
 """
 
 from __future__ import annotations
@@ -75,24 +76,24 @@ class StepGuard(TrainerCallback):
         """Make a fused `optimizer` skip its next update if the numbers are bad, without a host sync. Collective."""
         self.read_late_flags()
         flags = self._agree(loss, grad_norm)
-        # If it is 1, weights, moments and step counts stay.
+        # With found_inf=1 the kernel leaves weights, moments and step counts unchanged.
         optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
         self._unread = _Flags(flags)
 
     def read_late_flags(self) -> None:
-        """Take in the flags of the last step that was decided on the device, before anything is counted or saved."""
+        """Read the flags of the last step that was decided on the device; call it before anything is counted or saved."""
         if self._unread is not None:
             self._read(self._unread)
             self._unread = None
 
     def is_asked_to_stop(self) -> bool:
-        """Return whether a rank was preempted by now, outside a step; the same on every rank. Collective."""
+        """Return whether a rank has been preempted by now, outside a step; the same on every rank. Collective."""
         flag = torch.full((1,), float(self.preemption.is_requested), device=self.world.device)
         self._is_stop_agreed |= bool(self.world.largest(flag))
         return self._is_stop_agreed
 
     def _agree(self, loss: Tensor, grad_norm: Tensor | float | None) -> Tensor:
-        """Return [whether a number is not finite, whether a rank is to stop] over all ranks, as 0 or 1 on the device."""
+        """Return [whether a number is not finite, whether a rank must stop] over all ranks, as 0 or 1 on the device."""
         device = self.world.device
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
@@ -111,7 +112,7 @@ class StepGuard(TrainerCallback):
 
     @property
     def stop(self) -> RunStopped | None:
-        """Return why the run ends at this step, None if it continues."""
+        """The reason to stop at this step; None if the run continues."""
         if self.num_in_row > self.max_skipped:
             return RunStopped(
                 f"The loss or the gradient norm was not finite in {self.num_in_row} steps in a row, more than "

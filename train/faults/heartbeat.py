@@ -1,4 +1,4 @@
-"""Which rank was lost, and when: each posts its step, and after a failed collective the survivors say who is silent."""
+"""Detection of lost ranks: each posts its step, and after a failed collective the survivors report the silent ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 LOST_CODE = 1
 GRACE_S = 4.0
-"""How long survivors wait for one another before they name the others."""
+"""Seconds for which survivors wait for one another before they report the others as silent."""
 NCCL_POLL_S = 1.0
 
 
@@ -31,7 +31,7 @@ class Heartbeat:
         self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
 
     def beat(self, step: int) -> None:
-        """Say that this rank begins `step`."""
+        """Post that this rank begins `step`."""
         if self._store is not None and step != self.step:
             self._store.set(f"step/{self.rank}", str(step))
         self.step = step
@@ -53,7 +53,7 @@ class Heartbeat:
         self.report_and_exit(RuntimeError(error))
 
     def post_error(self) -> None:
-        """Say that this rank ends with an error of its own, which its launcher shows."""
+        """Post that this rank ends with an error of its own, which its launcher shows."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"error/{self.rank}", socket.gethostname())
@@ -68,7 +68,7 @@ class Heartbeat:
         is_explained_here = bool(silent) and set(explained.values()) == {socket.gethostname()}
         if (silent is None or self.rank == survivors[0]) and not is_explained_here:
             said = " ".join(str(error).split())[:200]
-            # A progress bar may be in the line.
+            # A progress bar may occupy the current line.
             print(f"\nerror: {loss_sentence(silent, self.step)} ({said})", file=sys.stderr, flush=True)
         # The group is broken: an orderly exit would wait for the lost rank.
         os._exit(LOST_CODE)
@@ -116,7 +116,7 @@ def nccl_error(groups: Iterable[Any]) -> str | None:
     Only this rank's own observation counts: a rank that hangs before a collective has observed nothing.
     """
     for group in groups:
-        # A group without a backend for GPUs raises the first, gloo, which serves GPUs too, the second.
+        # A group without a GPU backend raises RuntimeError; gloo, which also serves GPUs, raises AttributeError.
         with contextlib.suppress(RuntimeError, AttributeError):
             found = group._get_backend(torch.device("cuda")).get_error()
             if found.name in ("TIMEOUT", "COMM_ERROR"):
@@ -125,7 +125,7 @@ def nccl_error(groups: Iterable[Any]) -> str | None:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether an error comes from a collective: a peer left, or did not come within the timeout."""
+    """Return whether an error comes from a collective: a peer left, or did not arrive within the timeout."""
     words = ("gloo", "NCCL", "onnection closed", "onnection reset", "imed out", "imeout")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 

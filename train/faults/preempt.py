@@ -1,5 +1,4 @@
-"""The signals by which a cluster asks for its machines back, and Ctrl-C: the step is ended and saved, a second one
-obeyed."""
+"""Signals that ask a run to stop, from a cluster or by Ctrl-C: the first saves a checkpoint, a second ends at once."""
 
 from __future__ import annotations
 
@@ -13,15 +12,16 @@ from collections.abc import Callable
 from train.faults.stop import PREEMPTED_CODE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-"""Preemption; by convention a time limit that comes near; the same as submitit has it sent; a person's Ctrl-C."""
+"""SIGTERM preempts; SIGUSR1 by convention announces a time limit, and submitit has SIGUSR2 sent; SIGINT is Ctrl-C."""
 SAME_REQUEST_S = 1.0
-"""SLURM and the launcher may both deliver the first request."""
+"""Seconds within which another signal counts as the same request: SLURM and the launcher may both deliver it."""
 
 
 class Preemption:
-    """`is_requested` after the first signal. A thread listens: even a process that waits in a collective obeys the second.
+    """Listener for requests to stop; sets `is_requested` at the first signal.
 
-    Outside `at_step_ends` there is nothing to save that is not saved, and the first signal ends the process at once.
+    A thread listens, so that even a process that waits in a collective obeys the second signal. While `at_step_ends` is
+    False there is nothing to save, and the first signal ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Preemption:
         self._first_s = 0.0
 
     def listen(self) -> None:
-        """Take the signals over; called once, by the main thread."""
+        """Take over the signals; the main thread calls this once."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         for number in SIGNALS:
@@ -54,10 +54,10 @@ class Preemption:
 
 
 def end_when_asked() -> None:
-    """End the process as preempted at the first signal, until another handler takes over: there is nothing to save yet.
+    """Make the first signal end the process as preempted, until another handler is installed.
 
-    Call it first in a process: importing torch takes seconds, in which a request must not look like a failure. It
-    raises SystemExit, as Ctrl-C raises KeyboardInterrupt, so that callers can clean up.
+    Call it first in a process: importing torch takes seconds, and a request in that time must not look like a failure.
+    It raises SystemExit, as Ctrl-C raises KeyboardInterrupt, so that callers can clean up.
     """
     for number in SIGNALS:
         signal.signal(number, lambda *_: sys.exit(PREEMPTED_CODE))
@@ -66,7 +66,11 @@ def end_when_asked() -> None:
 def start_unheeding(then: Callable[[int], None] | None, worker: int) -> None:
     """Ignore signals in a data worker: its rank decides when to end, but SLURM signals every process of a job.
 
-    torch would let SIGTERM kill the worker, and with it the rank before it has saved.
+    Otherwise SIGTERM would kill the worker, and torch would then fail the rank before it has saved.
+
+    Args:
+        then: A worker_init_fn to call afterwards, or None.
+        worker: The worker's number.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""How processes end: with their parent, and in order. Nothing here imports torch: the launcher uses it too."""
+"""The end of processes: with their parent, and in order. Nothing here imports torch, since the launcher uses it too."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 AGENT = "SPARSELLM_AGENT"
-"""The variable in which ranks find the process id of the agent that starts them."""
+"""The environment variable that tells ranks the process id of the agent that starts them."""
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Let the kernel kill this process when its parent is gone (on Linux; elsewhere nothing happens).
+    """Make the kernel kill this process when its parent dies (on Linux; elsewhere this does nothing).
 
     The signal is SIGKILL, because a rank that waits in a collective for lost peers cannot handle anything else.
 
     Args:
-        parent: The parent's id; a parent that is gone already is then noticed too.
+        parent: The parent's id; with it, a parent that has already died is noticed too.
     """
     parent = parent or os.getppid()
     with contextlib.suppress(OSError, AttributeError):
@@ -31,7 +31,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def end_process_after(body: Callable[[], None]) -> NoReturn:
-    """Call `body` and end the process with the code of its SystemExit, 0 without one; other exceptions are raised."""
+    """Call `body` and end the process with the code of its SystemExit, 0 without one; let other exceptions through."""
     code = 0
     try:
         body()
@@ -41,7 +41,7 @@ def end_process_after(body: Callable[[], None]) -> NoReturn:
 
 
 def end_process(code: int) -> NoReturn:
-    """End without the interpreter's own ending, in which threads of a process group that is gone now and then abort."""
+    """End the process without Python's own shutdown, in which threads of a closed process group sometimes abort."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

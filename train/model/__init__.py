@@ -1,1 +1,1 @@
-"""The model of a run: built, given its weights, and exported."""
+"""The model of a run: construction, weights and export."""

@@ -1,4 +1,4 @@
-"""Attention over packed blocks, without a look at the values of their positions: over the whole block or by document."""
+"""Attention over packed blocks that never inspects the values of position ids: over the whole block or by document."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 WHOLE_BLOCKS = "sdpa_whole_blocks"
-"""The name under which transformers finds SDPA without a function that makes masks."""
+"""The name in transformers' registry of SDPA without a mask function."""
 DOCUMENTS = "sdpa_documents"
-"""The name under which transformers finds attention within documents, which makes its own masks."""
+"""The name in transformers' registry of attention within documents, which makes its own masks."""
 MOST_FLASH_WIDTH = 256
 """The largest head size of the flash kernels."""
 FLASH_WIDTH_STEP = 8
 
 
 def attend_over_whole_blocks(model: PreTrainedModel) -> None:
-    """Have a model that uses SDPA attend causally over each whole row, with neither padding nor documents within it.
+    """Make a model that uses SDPA attend causally over each whole row, without regard to padding or documents.
 
-    transformers searches the position ids of each micro-batch for documents packed into a row, and the host waits for the
-    answer of the GPU (`masking_utils.find_packed_sequence_indices`). It makes no mask for an attention that has none of
-    its mask functions: SDPA then gets `is_causal`, as it does after a search that found nothing. The results are the same
-    to the last bit. A model with layers that look back only so far needs its masks and keeps them.
+    By default transformers searches the position ids of each micro-batch for documents packed into a row, and the host
+    waits for the GPU's answer (`masking_utils.find_packed_sequence_indices`). It skips the search for an attention that
+    has no mask function: SDPA then gets `is_causal`, as it does after a search that found nothing. The results are the
+    same to the last bit. A model with sliding-window layers needs its masks and keeps them.
 
     Args:
         model: The model to train. Other implementations than SDPA stay as they are.
@@ -36,7 +36,7 @@ def attend_over_whole_blocks(model: PreTrainedModel) -> None:
 
 
 def attends_to_all_before(config: Any) -> bool:
-    """Tell whether every layer of a model attends to all tokens before, by its config."""
+    """Return whether, by the config, every layer of a model attends to all earlier tokens."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return set(kinds) <= {"full_attention"}
@@ -44,9 +44,10 @@ def attends_to_all_before(config: Any) -> bool:
 
 
 def attend_within_documents(model: PreTrainedModel) -> None:
-    """Have a model that uses SDPA attend causally within the documents of its rows.
+    """Make a model that uses SDPA attend causally within the documents of its rows.
 
-    The model then takes `cu_seq_lens_q` of `train.data.collate` beside its inputs; without it rows are attended whole.
+    The model then takes `cu_seq_lens_q` of `train.data.collate` beside its inputs; without it, it attends over whole
+    rows.
 
     Args:
         model: The model to train or to score.
@@ -77,16 +78,16 @@ def attend_by_document(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally within documents: by the flash kernel for several lengths if it can be had, else by SDPA and a mask.
+    """Attend causally within documents, by the flash kernel for variable lengths or else by SDPA and a mask.
 
     Args:
-        module: The attention layer; `query` to `scaling` are as for transformers' own functions, [batch, heads, length,
-            width].
+        module: The attention layer; `query` to `scaling` are as in transformers' own functions, [batch, heads,
+            length, width].
         cu_seq_lens_q: Where documents begin and end in all rows one after another, int32; None for whole rows.
-        sliding_window: How many tokens back, its own included, a token looks; None for all of its document.
+        sliding_window: How many tokens back a token looks, itself included; None for all of its document.
 
     Returns:
-        [batch, length, heads, width], and no attention weights.
+        The attended values [batch, length, heads, width], and None for the attention weights.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -104,7 +105,7 @@ def attend_by_document(
 def document_mask(ends: Tensor, num_rows: int, length: int, sliding_window: int | None = None) -> Tensor:
     """Return bool [rows, 1, length, length]: True where a token (third dimension) attends to another one (fourth)."""
     places = torch.arange(num_rows * length, device=ends.device, dtype=torch.int32)
-    # Places at which nothing begins repeat the last end, behind all tokens.
+    # Entries without a document repeat the last end, which is past all tokens.
     documents = torch.searchsorted(ends, places, right=True).view(num_rows, length)
     distance = places[:length, None] - places[None, :length]
     near = distance >= 0
@@ -114,7 +115,7 @@ def document_mask(ends: Tensor, num_rows: int, length: int, sliding_window: int 
 
 
 def _narrow_dtype(query: Tensor, value: Tensor) -> torch.dtype | None:
-    """Return the 16-bit type that attention is to be computed in, None if it is another one."""
+    """Return the 16-bit dtype in which attention is computed, or None if the dtype is wider."""
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
@@ -133,7 +134,7 @@ def _flash_by_document(
 
     num_rows, num_heads, length, width = query.shape
     groups = num_heads // key.shape[1]
-    # The kernel takes widths that are multiples of 8; columns of zeros change no product.
+    # The kernel takes widths that are multiples of 8; added columns of zeros change no product.
     missing = -width % FLASH_WIDTH_STEP
     scaling = width**-0.5 if scaling is None else scaling
     flat_query, flat_key, flat_value = (

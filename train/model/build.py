@@ -1,4 +1,4 @@
-"""The model of a run from its configuration, without weights or with random ones."""
+"""The model of a run, built from its configuration, without weights or with random ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from train.plan.architecture import causal_class, hf_config
 
 
 def transformers_config(model: ModelConfig, **token_ids: Any) -> Any:
-    """Return the transformers config of a model: a LLaMA's from the group `model`, or that of `model.path`."""
+    """Return a model's transformers config: a LLaMA's from the group `model`, or the one of `model.path`."""
     if model.path is not None:
         return hf_config(model.path, model.overrides, **token_ids)
     return llama_config(model, **token_ids)
 
 
 def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
+    """Return the transformers config of a LLaMA from the group `model`."""
     return LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -39,7 +40,7 @@ def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
 
 
 def model_on_meta(model: ModelConfig) -> PreTrainedModel:
-    """Build the model without memory, to see in a moment that transformers takes its configuration.
+    """Build the model without memory, as a quick check that transformers accepts its configuration.
 
     Raises:
         ValueError: The attention function is not known, or its library is not installed.

@@ -1,4 +1,5 @@
-"""The final model: a plain transformers folder with exact zeros, written without ever holding it whole on any rank."""
+"""Export of the final model: a plain transformers folder with exact zeros, written without holding the whole model
+anywhere."""
 
 from __future__ import annotations
 
@@ -25,10 +26,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_shard_size: str, world: World) -> None:
     """Write config, generation config, tokenizer and safetensors; the folder appears only when it is whole.
 
-    Folded query weights are multiplied back, so that a plain transformers LLaMA gives the model's logits. Experts are stored
-    one by one, as transformers' save_pretrained does.
+    Folded query weights are multiplied back, so that a plain transformers LLaMA gives the model's logits. Experts are
+    stored one by one, as transformers' save_pretrained does. Weights are gathered tensor by tensor, and rank 0 holds
+    one file at a time.
 
-    Weights are gathered tensor by tensor and kept on rank 0 for one file at a time. Collective.
+    Collective: every rank calls it.
+
+    Args:
+        model: The trained model, sharded or not.
+        tokenizer: The tokenizer to save with it.
+        folder: Where to write.
+        dtype: The type of the stored weights, a key of `DTYPES`.
+        max_shard_size: The largest size of a file, such as 5GB.
+        world: This process and its peers.
     """
     aside = folder.with_name(f"{folder.name}.tmp")
     if world.is_main:
@@ -71,7 +81,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
 
 
 def full_names(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the model's file by their transformers names; a tied weight is stored once."""
+    """Return the model's tensors by their transformers names; a tied weight is there once."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -82,9 +92,10 @@ def full_names(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor on every rank, for a moment. Collective."""
+    """Return the whole tensor on every rank; release it soon. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unwrapped(model: Any) -> Any:
+    """Return the model inside torch.compile's wrapper, or the model itself."""
     return getattr(model, "_orig_mod", model)

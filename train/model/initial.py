@@ -1,4 +1,4 @@
-"""Starting from a finished model: its weights from safetensors alone, its exact zeros as masks."""
+"""Starting from a finished model: its weights from safetensors files; its exact zeros can become masks."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 NOT_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
-"""What old versions of transformers stored beside the weights; it follows from config.json, which is compared."""
+"""Buffers that old versions of transformers stored with the weights; they follow from config.json, which is compared."""
 
 
 class InitialWeights:
-    """A transformers folder's weights by the names that a model has for them, each file opened once.
+    """The weights of a transformers folder, by the names that a model has for them.
 
-    Only safetensors files are opened: nothing of the folder is executed.
+    Only safetensors files are opened, each once: nothing in the folder is executed.
     """
 
     def __init__(self, folder: str, model: Any) -> None:
@@ -41,10 +41,10 @@ class InitialWeights:
 
         Args:
             folder: The folder, or a hub name.
-            model: A model of its architecture on any device: it says which stored tensors make a weight.
+            model: A model of its architecture on any device; it determines which stored tensors make up a weight.
 
         Raises:
-            ValueError: there are no safetensors files, one cannot be read, or they are compact.
+            ValueError: There are no safetensors files, one cannot be read, or they are compact.
         """
         self.folder = folder
         self._files = _files(model_folder(folder, "init_from", weights=True))
@@ -66,7 +66,7 @@ class InitialWeights:
             aliases: Other names of tied parameters, each with the name it has in `shapes`.
 
         Raises:
-            ValueError: a weight is missing, left over, or of another shape.
+            ValueError: A weight is missing, left over, or of another shape.
         """
         for name, shape in shapes.items():
             if name not in self._sources:
@@ -81,7 +81,7 @@ class InitialWeights:
         self._check_left_over(shapes, aliases)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Read the rows start .. stop of a weight, of experts those experts; nothing else of its files is read."""
+        """Read only the rows start .. stop of a weight; for experts, a row is an expert."""
         source = self._sources[name]
         if source.name is not None:
             return self._slice(source.name, start, stop)
@@ -90,13 +90,13 @@ class InitialWeights:
 
     @torch.no_grad()
     def fill(self, model: Any) -> None:
-        """Copy the weights into `model`, in its dtype and scale; of a sharded parameter this rank's rows alone."""
+        """Copy the weights into `model`, in its dtype and scale; of a sharded parameter, only this rank's rows."""
         folds = query_folds(model)
         for name, tensor in full_names(model).items():
             local_tensor(tensor).copy_(folded(self.rows(name, *local_rows(tensor)), folds.get(name, 1.0)))
 
     def zero_share(self, names: Iterable[str], rows_at_once: int = 1024) -> float:
-        """Return the share of exact zeros in whole weights, read piece by piece."""
+        """Return the share of exact zeros in the named weights, read piece by piece."""
         zeros = total = 0
         for name in names:
             num_rows, *_ = shape = self._shape(name)
@@ -166,10 +166,10 @@ def initial_weights(model: Any, folder: str, by_path: bool = False) -> InitialWe
     Args:
         model: The model to fill.
         folder: The folder, or a hub name.
-        by_path: The model is that of `model.path`.
+        by_path: Whether the model is given by `model.path`.
 
     Raises:
-        ValueError: the folder is not of such a model: its config, or the names or shapes of its weights.
+        ValueError: The folder is not of such a model: its config, or the names or shapes of its weights, differ.
     """
     check_config(folder, model.config, by_path)
     weights = InitialWeights(folder, model)
@@ -181,10 +181,10 @@ def initial_weights(model: Any, folder: str, by_path: bool = False) -> InitialWe
 
 
 def check_initial_model(folder: str, model: ModelConfig) -> None:
-    """Refuse a folder that is not of the model `model`, before a model is built: its config, then its weights.
+    """Check, before the model is built, that a folder's config and weights are of the model `model`.
 
     Raises:
-        ValueError: says what differs, both values and the remedy.
+        ValueError: They are not; the message gives the difference, both values and the remedy.
     """
     from train.model.build import model_on_meta
 
@@ -192,16 +192,16 @@ def check_initial_model(folder: str, model: ModelConfig) -> None:
 
 
 def load_initial_weights(model: Any, folder: str) -> None:
-    """Copy a transformers folder's weights into `model`, in its dtype; of a sharded parameter this rank's rows alone.
+    """Copy a transformers folder's weights into `model`, in its dtype; of a sharded parameter, only this rank's rows.
 
     Raises:
-        ValueError: the folder is not of such a model.
+        ValueError: The folder is not of such a model.
     """
     initial_weights(model, folder).fill(model)
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Which file holds each weight, those that an index forgot included."""
+    """Return the file of each weight, including weights that the index leaves out."""
     if (folder / INDEX).is_file():
         try:
             weight_map = {

@@ -1,4 +1,4 @@
-"""What must fit before a run starts from `init_from`: the model, and the tokenizer whose ids its embeddings stand for."""
+"""Checks before a run starts from `init_from`: the model must fit, and the tokenizer must have its token ids."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None:
-    """Refuse an `init_from` that does not fit the run, and a model without a tokenizer, from configs and file headers alone.
+    """Check from configs and file headers alone that the start fits the run, and that a tokenizer can be found.
 
     A run that has begun is not checked: its weights come from its checkpoints.
 
     Args:
         config: The run's configuration.
         plan: Its plan, whose model may be a dense twin.
-        overrides: The command line, which names what is asked for.
+        overrides: The command line, which shows what the user set.
 
     Raises:
-        ValueError: says what does not fit, and the remedy.
+        ValueError: Something does not fit; the message names it and the remedy.
     """
     if not config.overwrite and (plan.run_dir / "config.yaml").exists():
         return
@@ -37,7 +37,7 @@ def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None
     if config.init_from is None:
         check_tokenizer_of_path(config)
         return
-    # Imports torch, which a launch without init_from does not pay for.
+    # The import loads torch; a launch without init_from saves that time.
     from train.model.initial import check_initial_model
 
     check_initial_model(config.init_from, plan.model)
@@ -72,12 +72,12 @@ def check_tokenizer_of_path(config: Config) -> None:
 
 
 def check_tokenizer(config: Config, overrides: Iterable[str]) -> None:
-    """Refuse a tokenizer with other ids than that of `init_from`; warn if the command line asks for it.
+    """Refuse a tokenizer with other ids than that of `init_from`; only warn if the command line asks for it.
 
     Loads both tokenizers. One process calls it.
 
     Raises:
-        ValueError: names both and the remedy.
+        ValueError: The tokenizers differ; the message names both and the remedy.
     """
     check_tokenizer_choice(config, overrides)
     folder, chosen = config.init_from, config.tokenizer
@@ -105,18 +105,18 @@ def check_tokenizer(config: Config, overrides: Iterable[str]) -> None:
 
 
 def has_tokenizer(spec: str) -> bool:
-    """Tell whether a folder has a tokenizer; a hub name is taken to have one, and AutoTokenizer says if it has not."""
+    """Return whether a folder has a tokenizer; True for a hub name, which AutoTokenizer checks later."""
     folder = Path(spec).expanduser()
     return not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def is_named(key: str, overrides: Iterable[str]) -> bool:
-    """Whether an override sets `key`."""
+    """Return whether an override sets `key`."""
     return any(item.lstrip("+").split("=", 1)[0] == key for item in overrides)
 
 
 def command_line() -> list[str]:
-    """Return the overrides that Hydra read in this process; none outside of it."""
+    """Return the overrides that Hydra read in this process; an empty list outside Hydra."""
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []

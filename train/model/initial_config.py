@@ -1,4 +1,4 @@
-"""Whether a model folder's config.json describes the configured model: every field that changes its function is compared.
+"""Comparison of a model folder's config.json with the configured model, in every field that changes the model's function.
 
 transformers' own config class reads both sides, so that defaults and older spellings (`rope_theta` beside
 `rope_parameters`, `torch_dtype`) mean what they mean to `from_pretrained`.
@@ -22,14 +22,14 @@ WITHOUT_EFFECT = frozenset({
     "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
     "return_dict", "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
-"""Fields that leave the logits as they are. All others must be equal; `max_position_embeddings` must not be exceeded."""
+"""Fields that do not change the logits. All others must be equal, and `max_position_embeddings` must not be exceeded."""
 OVERRIDES = {"rope_parameters.rope_theta": "rope_theta"}
 """Keys of the group `model` that have another name in config.json."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One field of config.json with the folder's and the run's value."""
+    """One field of config.json that differs, with the folder's and the run's value."""
 
     field: str
     theirs: Any
@@ -56,16 +56,16 @@ class Difference:
 
 
 def check_config(folder: str, ours: Any, by_path: bool = False) -> None:
-    """Refuse a folder whose config.json describes another function than `ours`, a transformers config.
+    """Check that a folder's config.json describes the same function as `ours`, a transformers config.
 
     Args:
         folder: The folder, or a hub name.
         ours: The config of the model that is built.
-        by_path: It is that of `model.path`.
+        by_path: Whether that model is given by `model.path`.
 
     Raises:
-        ValueError: config.json is missing or garbled, or fields differ. All of them are named, with both values and the
-            overrides that take over the folder's.
+        ValueError: config.json is missing or garbled, or fields differ. The message names all of them, with both
+            values and the overrides that take over the folder's.
     """
     theirs = read_config(folder, "init_from")
     if (model_folder(folder, "init_from") / ADAPTER).exists():
@@ -90,16 +90,16 @@ def check_config(folder: str, ours: Any, by_path: bool = False) -> None:
 
 
 def config_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
-    """Return the fields that change the function and differ.
+    """Return the fields that differ and change the model's function.
 
     Args:
-        theirs: The folder's config, as the class of `ours` reads it. Fields that `ours` lacks are not compared: a model
-            of that class does not read them.
+        theirs: The folder's config, as the class of `ours` reads it. Fields that `ours` lacks are not compared: a
+            model of that class does not read them.
         ours: The config of the model that is built.
     """
     left = {key: value for key, value in _flat(theirs) if key.split(".")[0] in ours}
     right = dict(_flat(ours))
-    # A head width that follows from the width and the heads is settled when those are.
+    # A head_dim derived from hidden size and number of heads differs only if those do, so it is not named again.
     derived = {"head_dim"} if _derives_head_dim(left) and _derives_head_dim(right) else set()
     names = [name for name in {**right, **left} if name.split(".")[0] not in WITHOUT_EFFECT | derived]
     found = [Difference(name, left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)]
@@ -129,7 +129,7 @@ def _sentence(folder: str, found: list[Difference], by_path: bool) -> str:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Fields by dotted names, those of nested tables included."""
+    """Yield fields by dotted names, including those of nested tables."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
@@ -138,5 +138,5 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _yaml(value: Any) -> str:
-    """A value as an override writes it."""
+    """Return a value as it is written in an override."""
     return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else f"{value}"

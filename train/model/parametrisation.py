@@ -1,9 +1,9 @@
-"""The authors' parametrisation of a LLaMA: how its weights are drawn, and query weights that carry attention's scale.
+"""The authors' parametrisation of a LLaMA: their initial weights, and query weights that include attention's scale.
 
 With folded queries the model keeps its query weights sqrt(head_dim) times smaller than transformers does, and attention
 applies no scale. Threshold, optimizer and weight decay then see the smaller weights. Files are in transformers' scale:
-export multiplies, reading divides. A factor that is a power of two, as for head_dim 64 or 256, changes no significant bit;
-any other costs one rounding a weight.
+export multiplies, reading divides. A factor that is a power of two, as for head_dim 64 or 256, changes no significant
+bit; any other costs one rounding per weight.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from sparsity.prunable import plain_name
 
 FOLD = "query_fold"
-"""The attribute of an attention module that says how many times smaller its query weights are."""
+"""The attribute of an attention module that holds how many times smaller its query weights are."""
 TRUNCATION = 2.0
-"""Standard deviations at which the normal distribution is cut off."""
+"""The number of standard deviations at which the normal distribution is cut off."""
 TRUNCATED_STD = 0.87962566103423978
 """The standard deviation of a normal distribution that is cut off at 2, as in JAX's variance_scaling."""
 EMBEDDING_STD = 1.0
 
 
 def fold_queries(model: nn.Module) -> None:
-    """Let a LLaMA's attention apply no scale, for query weights that are sqrt(head_dim) times smaller."""
+    """Make a LLaMA's attention apply no scale, for query weights that are sqrt(head_dim) times smaller."""
     for module in model.modules():
         if isinstance(module, LlamaAttention):
             module.scaling = 1.0
@@ -35,8 +35,8 @@ def fold_queries(model: nn.Module) -> None:
 
 
 def query_folds(model: nn.Module) -> dict[str, float]:
-    """Return {name of a query weight: how many times smaller it is than in transformers' scale}; empty if none is."""
-    # A wrapper around a module shows the module's attributes as its own, but not in its dictionary.
+    """Return {name of a query weight: how many times smaller it is than in transformers}; empty if none is folded."""
+    # A wrapper exposes the attributes of the module inside it, but not in its own `vars`.
     return {
         plain_name(f"{name}.q_proj.weight"): vars(module)[FOLD]
         for name, module in model.named_modules()
@@ -46,19 +46,19 @@ def query_folds(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def fold_drawn_(unit: nn.Module) -> None:
-    """Divide the query weights of `unit`, drawn in transformers' scale, if its attention has folded queries."""
+    """Divide freshly drawn query weights in `unit` by their fold, if its attention has folded queries."""
     for module in unit.modules():
         if FOLD in vars(module):
             module.q_proj.weight.div_(vars(module)[FOLD])  # type: ignore[union-attr, operator]
 
 
 def folded(weight: Tensor, fold: float) -> Tensor:
-    """Return a weight of transformers' scale in the model's, as float32; `fold` is 1 for all but query weights."""
+    """Convert a weight from transformers' scale to the model's, as float32; `fold` is 1 for all but query weights."""
     return weight if fold == 1 else weight.float() / fold
 
 
 def unfolded(weight: Tensor, fold: float) -> Tensor:
-    """Return a weight of the model's scale in transformers', as float32. Zeros, and only they, become zeros."""
+    """Convert a weight from the model's scale to transformers', as float32. Exactly the zeros stay zeros."""
     return weight if fold == 1 else weight.float() * fold
 
 
@@ -81,7 +81,7 @@ def authors_init(module: nn.Module, owner: PreTrainedModel) -> None:
 
 
 def transformers_init(module: nn.Module, owner: PreTrainedModel) -> None:
-    """Draw the parameters of one module, without its submodules, as the model around it does."""
+    """Draw the parameters of one module, without its submodules, as transformers' model class does."""
     owner._init_weights(module)
 
 

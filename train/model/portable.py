@@ -1,7 +1,7 @@
-"""The small files of an exported folder, so that transformers 4 and 5 load the same model from it.
+"""Compatible config files for an exported folder, so that transformers 4 and 5 load the same model from it.
 
-transformers 5 writes names that transformers 4 does not read: it refuses the tokenizer's class, and takes its own default
-for a rope_theta that it does not find. Both names are written; either version passes over what it does not know.
+transformers 5 writes names that transformers 4 does not know: version 4 rejects the tokenizer's class, and falls back
+to its default if it finds no rope_theta. So both names are written; either version ignores names that it does not know.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 FAST_CLASS = "PreTrainedTokenizerFast"
-"""What both versions call a tokenizer that is read from tokenizer.json alone."""
+"""The class that both versions use for a tokenizer read from tokenizer.json alone."""
 
 
 def make_portable(folder: Path) -> None:
     """Rewrite config.json and tokenizer_config.json of `folder` so that transformers 4 reads them as 5 does."""
     _rewrite(folder / "config.json", portable_config)
-    # Without tokenizer.json the class is one that both versions have.
+    # Without tokenizer.json the class is already one that both versions have.
     if (folder / "tokenizer.json").is_file():
         _rewrite(folder / "tokenizer_config.json", portable_tokenizer_config)
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json's table with the names of transformers 4 beside those of 5."""
+    """Return config.json's table with the names of transformers 4 added to those of 5."""
     config = dict(config)
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
     rope = config.get("rope_parameters")
-    # Models that give each kind of layer its own have a table of tables, which transformers 4 keeps elsewhere.
+    # If each kind of layer has its own rope, this is a table of tables, which transformers 4 stores under other names.
     if isinstance(rope, dict) and "rope_theta" in rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         config["rope_theta"] = rope["rope_theta"]
@@ -40,9 +40,9 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 def portable_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return tokenizer_config.json's table with a class and names of special tokens that both versions know."""
     config = dict(config)
-    # Of the other classes some encode in another way in transformers 4: its LlamaTokenizer puts a bos in front.
+    # Some other classes encode differently in transformers 4: its LlamaTokenizer adds a bos in front.
     config["tokenizer_class"] = FAST_CLASS
-    # A list here ends transformers 4 with an error; both versions read the older name.
+    # A list under this key makes transformers 4 fail; both versions read the older name.
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     return config

@@ -1,7 +1,7 @@
-"""Which stored weights make each weight of a model, by transformers' own conversions between files and models.
+"""The mapping from stored weights to a model's weights, by transformers' own conversions between files and models.
 
-A mixture's experts are one parameter [expert, out, in] in the model and one tensor an expert, or two, in its files. Other
-names in files are old spellings, or lack the prefix of the model around them.
+The experts of a mixture of experts are one parameter [expert, out, in] in the model, but one or two tensors for each
+expert in its files. Other names in files are old spellings, or lack the prefix of the model around them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Source:
-    """The stored tensors of one weight: one that is it, or for each of its rows those that make the row."""
+    """The stored tensors of one weight: either a single tensor, or for each expert the tensors that make it."""
 
     name: str | None = None
     experts: tuple[tuple[str, ...], ...] = ()
@@ -28,14 +28,14 @@ class Source:
 
 
 def sources(model: Any, stored: Iterable[str]) -> dict[str, Source]:
-    """Return {name in the model: its stored tensors}; a stored name that fits nothing in the model is a key itself.
+    """Return {name in the model: its stored tensors}; a stored name that matches nothing in the model becomes its own key.
 
     Args:
         model: The model, on any device.
         stored: The names in the files.
 
     Raises:
-        ValueError: transformers makes a weight of several stored ones in another way than by stacking experts.
+        ValueError: transformers makes a weight from several stored ones in another way than by stacking experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -66,7 +66,7 @@ def sources(model: Any, stored: Iterable[str]) -> dict[str, Source]:
 
 
 def stored_form(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return a weight of the model as its files hold it: experts one by one, so that every reader of the format knows them.
+    """Return a weight of the model in the form of its files: experts one by one, which every reader knows.
 
     Args:
         model: The model, for its architecture.
@@ -79,7 +79,7 @@ def stored_form(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _converted(name: str, converters: Iterable[Any]) -> tuple[str, Any, int]:
-    """Return (name in the model, the converter that makes it, which of its parts `name` is); no converter for most."""
+    """Return (name in the model, converter, index of `name` among its parts); the converter is None for most names."""
     for converter in converters:
         target, pattern = converter.rename_source_key(name)
         if pattern is not None:
@@ -101,7 +101,7 @@ def _expert_of(name: str) -> int:
 
 
 def _stacked(target: str, converter: Any, parts: Mapping[tuple[int, int], str]) -> Source:
-    """Return the source of experts that are stacked along dim 0, the parts of each following each other along dim 1."""
+    """Return the source of experts stacked along dim 0, whose parts are concatenated along dim 1."""
     kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
     num_experts, num_parts = 1 + max(expert for expert, _ in parts), len(converter.source_patterns)
     whole = {(expert, part) for expert in range(num_experts) for part in range(num_parts)} == set(parts)

@@ -1,10 +1,10 @@
-"""Weights for a model that is built without any: sharded first, then drawn or read, each rank keeping only its rows.
+"""Weights for a model that is built without any: sharded first, then drawn or read, so that each rank keeps only its rows.
 
 A model is built as a skeleton: its buffers are computed, its parameters are on the meta device and take no memory. Once
-it is placed or sharded, its weights are drawn unit by unit, a unit being a transformer block or another module with
-parameters of its own. The unit is drawn whole, on the CPU, as `model.init` says and with a generator seeded
-by (seed, unit name), and each rank copies its rows. So the weights are the same on any device and for any number of
-ranks, and a rank's host memory holds one unit beside its shard.
+it is placed or sharded, its weights are drawn unit by unit. A unit is a transformer block or another module with
+parameters of its own. Each unit is drawn whole on the CPU, with the distribution of `model.init` and a generator seeded
+by (seed, unit name); then each rank copies its rows. So the weights are the same on any device and for any number of
+ranks, and a rank's host memory holds one unit in addition to its shard.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from train.plan.architecture import block_names
 
 
 def skeleton(build: Callable[[], Any]) -> Any:
-    """Return the model that `build` makes, with computed buffers and with parameters on the meta device."""
+    """Return the model that `build` makes, with its buffers computed and its parameters on the meta device."""
     with init_empty_weights(include_buffers=False):
         model = build()
-    # A tied parameter was moved to the meta device once for each of its names.
+    # `init_empty_weights` made a separate meta parameter for each name of a tied one.
     model.tie_weights()
     return model
 
 
 @torch.no_grad()
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give every parameter that is on the meta device memory on `device`, with no values yet.
+    """Allocate memory on `device` for every parameter on the meta device, without values yet.
 
-    The parameters become new objects, so an optimizer must be made afterwards. A tied parameter stays one.
+    The parameters become new objects, so create the optimizer afterwards. Tied parameters stay tied.
     """
     new: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -52,7 +52,7 @@ def allocate(model: nn.Module, device: torch.device) -> None:
                 new[id(param)] = nn.Parameter(torch.empty_like(param, device=device), param.requires_grad)
             module._parameters[name] = new[id(param)]
     for module in model.modules():
-        # FSDP2 takes note of its new parameters, and pads them, whenever `_apply` is called.
+        # FSDP2 notices its new parameters, and pads them, only when `_apply` is called, so its groups are told here.
         for group in fsdp2_groups(module):
             for param in group.fsdp_params:
                 param.reset_sharded_param()
@@ -74,7 +74,7 @@ def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int, init: s
     """
     wanted = full_names(model)
     units = list(_units(template))
-    # One piece of memory for all units: many that come and go would leave holes as large as the model.
+    # One buffer for all units: allocating each by itself would fragment as much memory as the model takes.
     scratch = torch.empty(max(_unit_bytes(unit, recurse) for _, unit, _, recurse in units), dtype=torch.uint8)
     for name, unit, owner, recurse in units:
         prefix = f"{name}." if name else ""
@@ -100,18 +100,20 @@ def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int, init: s
 
 
 def shard_and_allocate(accelerator: Any, model: nn.Module) -> None:
-    """Shard a skeleton by accelerate's FSDP2 and give its shards memory. Collective.
+    """Shard a skeleton by accelerate's FSDP2 and allocate its shards.
 
-    accelerate's `prepare` would do the first half later, and finds nothing left to do: it maps an optimizer's parameters
-    by their addresses, which parameters on the meta device do not have.
+    accelerate's `prepare` would shard later, and then finds nothing left to do. It maps an optimizer's parameters by
+    their memory addresses, which parameters on the meta device do not have.
+
+    Collective: every rank calls it.
     """
     from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     plugin = accelerator.state.fsdp_plugin
-    # Rank 0 would send every other rank its whole parameters, of which it has none.
+    # Otherwise rank 0 would send its full parameters to all other ranks, but it has none.
     plugin.cpu_ram_efficient_loading = False
-    # accelerate refuses a name of `_no_split_modules` that no module has, as those of the parts left out of a model.
+    # accelerate rejects a name in `_no_split_modules` that no module has, such as that of a part left out of the model.
     plugin.transformer_cls_names_to_wrap = sorted(block_names(model))
     if plugin.activation_checkpointing:
         plugin.set_auto_wrap_policy(model)
@@ -125,10 +127,10 @@ def shard_and_allocate(accelerator: Any, model: nn.Module) -> None:
 def _units(
     model: PreTrainedModel, name: str = "", module: nn.Module | None = None, owner: PreTrainedModel | None = None
 ) -> Iterator[tuple[str, nn.Module, PreTrainedModel, bool]]:
-    """(name, module, the model whose `_init_weights` it needs, whether its submodules belong to it), in order.
+    """Yield (name, module, the model whose `_init_weights` it needs, whether its submodules belong to it), in order.
 
-    The members of a list of modules, transformer blocks as a rule, are units with all that is in them: some models
-    initialise a submodule by its place in the block.
+    Each member of a ModuleList, usually a transformer block, is a unit with everything in it: some models initialise a
+    submodule by its position in the block.
     """
     module, owner = model if module is None else module, model if owner is None else owner
     if isinstance(module, PreTrainedModel):
@@ -148,7 +150,7 @@ def _units(
 
 
 def _initialise(module: nn.Module, owner: PreTrainedModel, recurse: bool, init: str) -> None:
-    """Draw in transformers' order: children first, each by the innermost model around it."""
+    """Draw in transformers' order: children first, each by the innermost PreTrainedModel around it."""
     if recurse:
         for child in module.children():
             _initialise(child, child if isinstance(child, PreTrainedModel) else owner, recurse, init)
@@ -156,7 +158,7 @@ def _initialise(module: nn.Module, owner: PreTrainedModel, recurse: bool, init: 
 
 
 def _materialise(unit: nn.Module, recurse: bool, scratch: Tensor) -> None:
-    """Put a unit's parameters into `scratch` [bytes], as NaN until they are drawn."""
+    """Place a unit's parameters in `scratch` [bytes], filled with NaN until they are drawn."""
     start = 0
     for module in unit.modules() if recurse else [unit]:
         for name, param in module._parameters.items():
@@ -174,7 +176,7 @@ def _unit_bytes(unit: nn.Module, recurse: bool) -> int:
 
 
 def _aligned_bytes(param: Tensor) -> int:
-    """The bytes of a parameter, up to the next line of the CPU's cache."""
+    """Return the bytes of a parameter, rounded up to a cache line of the CPU."""
     return -(-param.numel() * param.element_size() // 64) * 64
 
 
@@ -191,7 +193,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _tell_empty_shards_apart(model: nn.Module) -> None:
-    """Give shards without rows an address of their own: accelerate tells an optimizer's parameters apart by it."""
+    """Give each shard without rows a distinct address: accelerate identifies an optimizer's parameters by address."""
     for number, param in enumerate(model.parameters()):
         local: Tensor | None = param._local_tensor if isinstance(param, DTensor) else None
         if local is not None and local.numel() == 0:

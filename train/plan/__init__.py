@@ -1,1 +1,1 @@
-"""A run before it runs: steps, batch, schedule, sizes, memory and time. Nothing here imports torch."""
+"""The plan of a run: steps, batch, schedule, sizes, memory and time. Importing it does not import torch."""

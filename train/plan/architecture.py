@@ -1,7 +1,7 @@
-"""Any causal language model of transformers, by its config.json: its config, and what a plan has to know of it.
+"""Causal language models of transformers, given by their config.json: the config, and the sizes that a plan needs.
 
-Counts come from a model on the meta device, which takes no memory. transformers is imported only when a model is given by
-`model.path`: the LLaMAs of the group `model` have closed forms (`train.plan.counts`, `train.plan.names`).
+Counts come from a model on the meta device, which takes no memory. transformers is imported only when a model is given
+by `model.path`: the LLaMAs of the group `model` have closed forms (`train.plan.counts`, `train.plan.names`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SIZES = (
     "max_position_embeddings",
 )  # fmt: skip
 OWN_KEYS = ("name", "path", "overrides", "init", "query_scale", "attn_implementation", "match")
-"""Keys of the group `model` that a model by `path` takes; all others are in config.json."""
+"""Keys of the group `model` that apply to a model by `path`; all others are given by config.json."""
 COMPACT = "sparsellm-compact"
 """The quant_method of a compact folder: `METHOD` of sparsity.compact.contents, which imports torch."""
 LENGTH = 2048
-"""Tokens of a block when neither data.sequence_length nor a shorter context says otherwise."""
+"""Tokens of a block if neither data.sequence_length nor a shorter context determines it."""
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Fields of config.json that list a value for each layer."""
+"""Fields of config.json that list one value for each layer."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Description:
     total: int
     linear: int
     linear_per_block: int
-    """Of the largest block."""
+    """The linear weights of the largest block."""
     active_share: float
-    """Share of the linear weights that one token is multiplied by: experts that it is not routed to are idle."""
+    """The share of the linear weights that one token uses: experts that it is not routed to are idle."""
     attention_width: int
-    """Heads times their width."""
+    """The number of heads times the width of a head."""
 
 
 def resolved(model: ModelConfig) -> ModelConfig:
-    """Return `model` with the sizes that config.json gives; one without `path` is returned as it is.
+    """Return `model` with the sizes from its config.json; a model without `path` is returned unchanged.
 
     Raises:
-        ValueError: config.json cannot be fetched or is not one of a causal language model, or a key of the group `model` is set
-            that such a model does not read.
+        ValueError: config.json cannot be fetched or is not one of a causal language model, or a key of the group
+            `model` is set that such a model does not read.
     """
     if model.path is None:
         return model
@@ -77,16 +77,17 @@ def resolved(model: ModelConfig) -> ModelConfig:
 
 
 def unresolved(model: ModelConfig) -> ModelConfig:
-    """Return `model` with the sizes of config.json taken back, so that other `overrides` may change them."""
+    """Return `model` with the sizes of config.json unset again, so that other `overrides` may change them."""
     unset: dict[str, Any] = dict.fromkeys(SIZES, BY_CONFIG)
     return replace(model, **unset, tie_word_embeddings=False)
 
 
 def hf_config(path: str, overrides: Mapping[str, Any], **token_ids: Any) -> Any:
-    """Return the transformers config of a model by `model.path`, with `model.overrides`.
+    """Return the transformers config of a model by `model.path`, with `model.overrides` applied.
 
     Raises:
-        ValueError: It is not plain, not of a causal language model that transformers has, or an override does not fit.
+        ValueError: It is not plain, not of a causal language model that transformers has, or an override does not
+            fit.
     """
     given = read_config(path, "model.path")
     check_plain(given, path, "model.path")
@@ -105,7 +106,7 @@ def hf_config(path: str, overrides: Mapping[str, Any], **token_ids: Any) -> Any:
 
 
 def read_config(spec: str, key: str) -> dict[str, Any]:
-    """Return the config.json of a folder or hub name; a ValueError names the `key` that gave it."""
+    """Return the config.json of a folder or hub name; raise a ValueError that names the user's `key` if there is none."""
     path = model_folder(spec, key) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -121,9 +122,9 @@ def read_config(spec: str, key: str) -> dict[str, Any]:
 
 
 def check_plain(config: Mapping[str, Any], spec: str, key: str) -> None:
-    """Refuse weights in another form than floats, and code of the folder's own.
+    """Refuse quantized weights, and model code of the folder's own.
 
-    An `auto_map` that names only the classes that transformers itself has, as Phi-3's does, is code that is not needed.
+    An `auto_map` that names only classes of transformers itself, as Phi-3's does, is accepted: its code is not needed.
     """
     if quantized := config.get("quantization_config"):
         if isinstance(quantized, Mapping) and quantized.get("quant_method") == COMPACT:
@@ -143,7 +144,7 @@ def check_plain(config: Mapping[str, Any], spec: str, key: str) -> None:
 
 
 def config_class(config: Mapping[str, Any], spec: str, key: str) -> Any:
-    """Return transformers' config class of a config.json.
+    """Return transformers' config class for a config.json.
 
     Raises:
         ValueError: transformers has no causal language model of that `model_type`, or it reads more than text.
@@ -166,12 +167,12 @@ def config_class(config: Mapping[str, Any], spec: str, key: str) -> Any:
 
 
 def causal_class(config: Any) -> Any:
-    """Return transformers' class of the causal language model that `config` describes."""
+    """Return transformers' causal language model class for `config`."""
     return _causal_class(type(config))
 
 
 def meta_model(model: ModelConfig) -> Any:
-    """Return the model of a `path` on the meta device; made once for the same config."""
+    """Return the model of a `path` on the meta device; it is built once for the same config."""
     assert model.path is not None
     return _meta_model(model.path, json.dumps(model.overrides))
 
@@ -182,7 +183,7 @@ def transformers_values(model: ModelConfig) -> Any:
 
 
 def describe(model: ModelConfig) -> Description:
-    """Return a model by `path` in numbers."""
+    """Return the description in numbers of a model by `path`."""
     assert model.path is not None
     return _describe(model.path, json.dumps(model.overrides))
 
@@ -202,13 +203,13 @@ def prunable_meta(model: ModelConfig, include: Sequence[str] | None, requires_de
     from sparsity import prunable_parameters
 
     with warnings.catch_warnings():
-        # The run says it of its model.
+        # The run itself gives these warnings about its model.
         warnings.simplefilter("ignore")
         return prunable_parameters(meta_model(model), include, requires_dense)
 
 
 def check_pattern_meta(model: ModelConfig, names: Iterable[str], pattern: NofM) -> None:
-    """Refuse an N:M pattern for a weight of a model by `path` that is stored with its inputs first.
+    """Refuse an N:M pattern for a weight that stores its inputs first, in a model by `path`.
 
     Raises:
         ValueError: See `sparsity.prunable.check_pattern`.
@@ -260,13 +261,13 @@ def _describe(path: str, overrides: str) -> Description:
 
 
 def block_names(model: Any) -> set[str]:
-    """Return the class names of a model's blocks, by its own `_no_split_modules`; those that it has no module of left out."""
+    """Return the class names of a model's blocks: those in its `_no_split_modules` that it has modules of."""
     present = {type(module).__name__ for module in model.modules()}
     return present & set(getattr(model, "_no_split_modules", None) or ())
 
 
 def _size(config: Any, name: str) -> int:
-    """Return one of `SIZES` by the config's own spelling; of experts, the width that one token passes through."""
+    """Return one of `SIZES` by the config's own spelling; for experts, the width that one token passes through."""
     hidden = config.hidden_size
     if name == "intermediate_size":
         experts, chosen = _experts(config)
@@ -279,13 +280,13 @@ def _size(config: Any, name: str) -> int:
 
 
 def _experts(config: Any) -> tuple[int, int]:
-    """Return (experts of a layer, those that a token is routed to); (1, 1) for a dense model."""
+    """Return (experts of a layer, experts that a token is routed to); (1, 1) for a dense model."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     return int(experts), min(int(experts), int(getattr(config, "num_experts_per_tok", None) or experts))
 
 
 def _overrides(given: Mapping[str, Any], kind: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what changes in config.json; lists with a value for each layer follow an overridden number of layers."""
+    """Return the changed fields of config.json; lists with a value for each layer are cut to the new number."""
     spellings = getattr(kind, "attribute_map", None) or {}
     known = {*kind().to_dict(), *given, *spellings}
     changed: dict[str, Any] = {}
@@ -300,7 +301,7 @@ def _overrides(given: Mapping[str, Any], kind: Any, overrides: Mapping[str, Any]
     layers = changed.get("num_hidden_layers", changed.get("n_layer"))
     for name in PER_LAYER:
         if layers is not None and isinstance(given.get(name), list) and name not in changed:
-            # Left out where it is too short: the config class then repeats its own pattern.
+            # A list that is too short is left out: the config class then repeats its own pattern.
             changed[name] = given[name][:layers] if layers <= len(given[name]) else None
     return changed
 

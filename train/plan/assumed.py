@@ -1,4 +1,4 @@
-"""Peak and memory that a plan assumes of one GPU, by its name or as given."""
+"""The peak and memory that a plan assumes for one GPU, by its name or as given."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ MEMORY = {
     "a10": "24GB", "rtx a6000": "48GB", "rtx 6000 ada": "48GB", "l40s": "48GB", "l40": "48GB", "l4": "24GB",
     "rtx 3090": "24GB", "rtx 4090": "24GB", "rtx 5090": "32GB",
 }  # fmt: skip
-"""By the words of a device's name, the first that are all in it; the largest memory it is sold with, but 80 GB for an A100."""
+"""Memory by the words of a device's name; the first key whose words are all in it applies. It is the largest memory that
+the device is sold with, but 80 GB for an A100."""
 
 
 def peak_of(request: PlanConfig) -> float:
-    """Return the dense bf16 peak in 1e12 FLOP/s that the plan counts with.
+    """Return the dense bf16 peak in 1e12 FLOP/s that the plan uses.
 
     Raises:
         ValueError: The device is not in the table, and peak_tflops is not given.
@@ -27,7 +28,7 @@ def peak_of(request: PlanConfig) -> float:
 
 
 def memory_of(request: PlanConfig) -> str:
-    """Return the memory of one GPU; a ValueError if the device is not in the table and device_memory is not given."""
+    """Return the memory of one GPU; raise a ValueError if the device is not in the table and none is given."""
     words = set(request.device.lower().split())
     memory = request.device_memory or next((size for key, size in MEMORY.items() if set(key.split()) <= words), None)
     if memory is None:

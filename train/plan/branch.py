@@ -1,7 +1,7 @@
-"""A run that begins at a checkpoint of another run: which run, which step, and what is written down of it.
+"""A run that begins at a checkpoint of another run: which run and step, and the record of it.
 
-`branch_from=RUN[@STEP]` takes over weights, optimizer, masks, the data's position and the average density so far. The other
-run is only read. Everything else of the config may change; what did is written down.
+`branch_from=RUN[@STEP]` takes over weights, optimizer, masks, the data's position and the average density so far. The
+other run is only read. Everything else in the config may change; the changes are recorded.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import Any
 from conf.schema import Config
 
 BRANCH = "branch.json"
-"""In the folder of a run that branched."""
+"""The file's name in the folder of a run that branched."""
 CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Where a run branched from another one."""
+    """The point at which a run branched from another one."""
 
     run: str
     """The other run's folder."""
     step: int
     trunk: str
-    """The run that the other one branched from in the end, else the other run: points that share it share their steps."""
+    """The run at the root of a chain of branches; runs with the same trunk share their first steps."""
     changes: tuple[str, ...]
-    """`key was VALUE, is VALUE` of every key that differs."""
+    """`key was VALUE, is VALUE` for every key that differs."""
     is_sparse: bool
-    """The checkpoint has masks."""
+    """Whether the checkpoint has masks."""
 
 
 def parse_branch(text: str) -> tuple[str, int | None]:
-    """Return (run, step) of `RUN[@STEP]`; without a step it is None, the newest checkpoint.
+    """Return (run, step) of `RUN[@STEP]`; without a step it is None, which means the newest checkpoint.
 
     Raises:
-        ValueError: What follows the @ is no step.
+        ValueError: The text after the @ is not a step.
     """
     run, at, step = text.rpartition("@")
     if not at:
@@ -51,7 +51,7 @@ def run_folder(config: Config) -> Path:
     """Return the folder of the run that `branch_from` names: a path, or a name below `runs_dir`.
 
     Raises:
-        ValueError: There is no run.
+        ValueError: There is no such run.
     """
     assert config.branch_from is not None
     name, _ = parse_branch(config.branch_from)
@@ -64,9 +64,9 @@ def run_folder(config: Config) -> Path:
 
 
 def planned_steps(config: Config) -> int | None:
-    """Return the steps of a run whose trainer.max_steps is null because it decays at once from where it branches.
+    """Return the steps of a branch whose trainer.max_steps is null and whose learning rate decays from the first step on.
 
-    With optim.decay_steps=D that is STEP + D, and with a share D of the run STEP / (1 - D). None for any other run.
+    With optim.decay_steps=D these are STEP + D, and with a share D of the run STEP / (1 - D). None for any other run.
     """
     decay = config.trainer.decay_steps
     if config.branch_from is None or config.trainer.max_steps is not None or decay is None:
@@ -78,7 +78,7 @@ def planned_steps(config: Config) -> int | None:
 
 
 def read_branch(run_dir: Path) -> Branch | None:
-    """Return where the run of a folder branched, None if it did not."""
+    """Return where the run in a folder branched; None if it did not."""
     try:
         found = json.loads((run_dir / BRANCH).read_text(encoding="utf-8"))
         return Branch(**{**found, "changes": tuple(found["changes"])})
@@ -93,11 +93,11 @@ def branch_text(branch: Branch) -> str:
 
 
 def branch_figures(branch: Branch) -> dict[str, Any]:
-    """Return what a run's summary says of its branch."""
+    """Return the entries about its branch in a run's summary."""
     return {"run": Path(branch.run).name, "step": branch.step, "trunk": branch.trunk}
 
 
 def branch_words(branch: Branch) -> str:
-    """Return where a run branched and what changed, in words."""
+    """Return a sentence on where a run branched and what changed."""
     changed = "; ".join(branch.changes) if branch.changes else "nothing changed"
     return f"branched from {branch.run} at step {branch.step:,}: {changed}"

@@ -1,4 +1,4 @@
-"""FLOPs, days, network traffic and disk space of a run, in closed form."""
+"""FLOPs, days and network traffic of a run, in closed form."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from train.plan.counts import flops_per_token as flops_per_token
 
 SECONDS_PER_DAY = 86_400
 FORMULA = "tokens x (6 x linear parameters + 12 x layers x width x sequence length)"
-# An event sums int64 counts over the ranks: at most three histograms of 2^12 bins of the sample, two counts, and three
-# histograms more; for ties a count of each parameter and each rank; the kept weights of each parameter (sparsity.select).
+# An event sums int64 counts over the ranks: at most three histograms of 2^12 bins for the sample, two counts, and three
+# more histograms; for ties a count for each parameter and each rank; the kept weights of each parameter
+# (sparsity.select).
 EVENT_COUNTS = 6 * (1 << 12) + 2
 COUNT_BYTES = 8
 REDUCED_BYTES = 4
-"""Of a gradient while it is summed over the ranks."""
+"""Bytes of a gradient element while gradients are summed over the ranks."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of the whole run: `dense` as a GPU computes them, masked weights included; `average` of the active weights
-    alone."""
+    """FLOPs of the whole run: `dense` as a GPU computes them, including masked weights; `average` for active ones only."""
 
     dense: float
     average: float
 
 
 def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length: int, total_tokens: int) -> Flops:
+    """Return the FLOPs of a run; `avg_linear_params` are the linear weights active on average."""
     linear = count_parameters(model).linear
     return Flops(
         dense=total_tokens * flops_per_token(model, linear, sequence_length),
@@ -36,17 +37,18 @@ def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length
 
 
 def training_days(flops: float, num_devices: int, peak_tflops: float, mfu: float) -> float:
+    """Return the days that `flops` take on `num_devices` at a share `mfu` of their peak."""
     return flops / (num_devices * peak_tflops * 1e12 * mfu) / SECONDS_PER_DAY
 
 
 def step_network_bytes(
     model: ModelConfig, world_size: int, compute_bytes: int, num_micro_batches: int, reshard_after_forward: bool = True
 ) -> int:
-    """Return the bytes that one GPU receives in an optimizer step under FSDP2, with rings.
+    """Return the bytes that one GPU receives in an optimizer step under FSDP2, with ring algorithms.
 
     Each micro-batch gathers the weights for its forward pass and, with `reshard_after_forward`, again for its backward
-    pass; only the final norm and lm_head then stay in between. The last one reduces and scatters the gradients, in
-    float32 (train.distributed.reduce_in_float32).
+    pass; only the final norm and lm_head are kept between the two. The last micro-batch reduces and scatters the
+    gradients, in float32 (train.distributed.reduce_in_float32).
     """
     counts = count_parameters(model)
     tail = (model.vocab_size + 1) * model.hidden_size
@@ -55,6 +57,6 @@ def step_network_bytes(
 
 
 def event_network_bytes(num_parameters: int, world_size: int) -> int:
-    """Return the bytes that one GPU receives in a prune event for the threshold of so many parameters: counts alone."""
+    """Return the bytes that one GPU receives in a prune event with this many parameters; ranks exchange only counts."""
     num_counts = EVENT_COUNTS + 2 * num_parameters + world_size
     return round(2 * COUNT_BYTES * num_counts * (world_size - 1) / world_size)

@@ -1,4 +1,4 @@
-"""How many parameters a model has: of a LLaMA in closed form, of any other from a model on the meta device."""
+"""Parameter counts of a model: in closed form for a LLaMA, from a model on the meta device for any other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.plan.architecture import describe
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """`linear` are the weights of the linear layers, lm_head included: what is pruned. `total` adds embedding and norms."""
+    """Numbers of parameters: `linear` counts the linear layers' weights with lm_head; `total` adds embedding and norms."""
 
     total: int
     linear: int
@@ -18,7 +18,7 @@ class ParameterCounts:
 
 
 def count_parameters(model: ModelConfig) -> ParameterCounts:
-    """Return a model's counts; a tied lm_head is the embedding, so it is no linear weight of its own."""
+    """Return a model's counts; a tied lm_head is the embedding, so it is not counted as a linear weight."""
     if model.path is not None:
         found = describe(model)
         return ParameterCounts(found.total, found.linear, found.linear_per_block)
@@ -33,11 +33,11 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
 
 
 def flops_per_token(model: ModelConfig, linear_params: float, sequence_length: int) -> float:
-    """Return the FLOPs of forward and backward: 2 and 4 a weight, and the two products of attention.
+    """Return the FLOPs per token of forward and backward: 2 and 4 for each weight, and the two products of attention.
 
-    That is 6 x linear weights + 12 x layers x hidden size x sequence length (arXiv 2204.02311, appendix B). Nothing is
-    taken off for the causal mask, and recomputed activations do not count, as is usual for MFU. A mixture's experts count
-    as often as a token is routed to them, and the width of attention is that of its heads.
+    That is 6 x linear weights + 12 x layers x hidden size x sequence length (arXiv 2204.02311, appendix B). As is usual
+    for MFU, nothing is subtracted for the causal mask, and recomputed activations do not count. Experts count as often
+    as a token is routed to them, and the width of attention is that of its heads.
     """
     active, width = 1.0, model.hidden_size
     if model.path is not None:

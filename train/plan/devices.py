@@ -1,4 +1,4 @@
-"""The peak rates of GPUs by name, to state a run's FLOP/s as a share of them. Nothing here imports torch: plans use it too."""
+"""Peak rates of GPUs by name, to express a run's FLOP/s as a share of them. Plans use it, so it does not import torch."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
 sparsity" are twice these. The first key whose words are all in the device's name applies. fp16 has bf16's peak."""
 
 _SLICES_AND_VARIANTS = {"mig", "grid", "laptop", "mobile", "d"}
-"""Words of names that look like a device of the table and compute less."""
+"""Words in names that resemble a device of the table but mean a slower one."""
 
 
 def peak_tflops(name: str, precision: Precision = "bf16") -> float | None:
     """Return a GPU's dense peak in 1e12 FLOP/s.
 
     Args:
-        name: As `torch.cuda.get_device_name` gives it, "NVIDIA H100 80GB HBM3", or a key of `PEAK_TFLOPS` in any case.
-        precision: Of the matrix products.
+        name: The name from `torch.cuda.get_device_name`, "NVIDIA H100 80GB HBM3", or a key of `PEAK_TFLOPS` in any
+            case.
+        precision: The precision of the matrix products.
 
     Returns:
-        None for a device that is not in the table or that has no unit for this precision.
+        The peak; None for a device that is not in the table or that has no unit for this precision.
     """
     words = set(re.split(r"[^a-z0-9.]+", name.lower()))
     if words & _SLICES_AND_VARIANTS:

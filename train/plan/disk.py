@@ -1,4 +1,4 @@
-"""How many bytes a run writes, so that a full disk is found before the training and not at its end."""
+"""The bytes that a run writes, so that lack of disk space is found before the training and not at its end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ ROOM_FOR_SMALL_FILES = 16 << 20
 
 
 def checkpoint_bytes(model: ModelConfig, num_prunable: int, update_state_bytes: int = 0) -> int:
-    """Return the bytes of float32 weights, both moments, mask bits and what the masks' update keeps, on all ranks."""
+    """Return a checkpoint's bytes on all ranks: float32 weights, both moments, mask bits, and the masks' update state."""
     return 12 * count_parameters(model).total + num_prunable // 8 + update_state_bytes * num_prunable
 
 
 def export_bytes(model: ModelConfig, dtype: str) -> int:
+    """Return the bytes of the exported model's weights."""
     return (2 if dtype == "bfloat16" else 4) * count_parameters(model).total
 
 
 def run_bytes(config: Config, plan: RunPlan) -> int:
-    """Return the bytes of the final model and of the checkpoints: those kept and the one being written."""
+    """Return the bytes of the final model and of all checkpoints on disk at once: those kept and the one being written."""
     kept = 0 if config.trainer.save_strategy == "no" else config.trainer.save_total_limit + 1
     kept += len(config.trainer.keep_steps)
     checkpoints = kept * checkpoint_bytes(
@@ -31,5 +32,5 @@ def run_bytes(config: Config, plan: RunPlan) -> int:
 
 
 def bytes_below(folder: Path) -> int:
-    """Return the bytes of all files in `folder`; 0 if there is none."""
+    """Return the bytes of all files below `folder`; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""The density curve of one run, or of a series: the share of the linear weights that trains at each step."""
+"""The density curve of one run, or of a series: the share of the linear weights kept at each step."""
 
 from __future__ import annotations
 

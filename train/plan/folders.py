@@ -1,4 +1,4 @@
-"""A model folder of transformers: a local one, or one that the hub has."""
+"""A transformers model folder, local or fetched from the hub."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-"""What is fetched of a hub repository beside its config: weights as safetensors, tokenizer; never pickles or code."""
+"""The files fetched from a hub repository beside its config: safetensors and tokenizer, never pickles or code."""
 
 
 def model_folder(spec: str, key: str, *, weights: bool = False) -> Path:
-    """Return the local folder of a model; what the hub has of it is fetched into the hub's cache first.
+    """Return the local folder of a model; a hub model is fetched into the hub's cache first.
 
     Args:
         spec: A folder, or a hub name such as `Qwen/Qwen3-0.6B`.
@@ -18,7 +18,7 @@ def model_folder(spec: str, key: str, *, weights: bool = False) -> Path:
         weights: Fetch weights and tokenizer too, not only config.json.
 
     Raises:
-        ValueError: `spec` is no folder, and the hub does not give it.
+        ValueError: `spec` is not a folder, and it cannot be fetched from the hub.
     """
     folder = Path(spec).expanduser()
     if folder.is_dir():
@@ -31,7 +31,7 @@ def model_folder(spec: str, key: str, *, weights: bool = False) -> Path:
 
 
 def is_at_hand(spec: str) -> bool:
-    """Tell whether the weights of a folder or hub name can be read without asking the hub."""
+    """Return whether a folder or hub name can be read without the network."""
     if Path(spec).expanduser().is_dir():
         return True
     from huggingface_hub import try_to_load_from_cache

@@ -1,4 +1,4 @@
-"""The choice of FSDP2 to free the weights that it gathers for a forward pass, or to keep them for the backward pass."""
+"""The choice whether FSDP2 frees the weights gathered for a forward pass, or keeps them for the backward pass."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from train.plan.memory import Setting, gpu_memory
 from train.plan.run import RunPlan
 
 HEADROOM = 0.1
-"""Share of a GPU's memory left free, as in a plan: for the CUDA context, NCCL's buffers and fragmentation."""
+"""The share of a GPU's memory left free, as in a plan: for the CUDA context, NCCL's buffers and fragmentation."""
 
 
 def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroom: float = HEADROOM) -> Setting:
-    """Return how the run computes on GPUs; the compute type is bfloat16 unless the config says otherwise.
+    """Return how the run computes on GPUs; the compute dtype is bfloat16 unless the config says otherwise.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         plan: Its plan for the number of processes.
-        device_bytes: Memory of one GPU; None if it is not known, and weights are then freed.
-        headroom: Share of it to leave free.
+        device_bytes: Memory of one GPU; if None, it is not known, and `auto` frees the weights.
+        headroom: Share of the memory to leave free.
     """
     trainer = config.trainer
     half = trainer.fp16 or trainer.bf16 is not False
@@ -45,9 +45,10 @@ def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroo
 
 
 def must_reshard(model: ModelConfig, num_prunable: int, setting: Setting, budget_bytes: float) -> bool:
-    """Return whether a step needs the memory that freeing gathered weights between forward and backward gives.
+    """Return whether a step exceeds `budget_bytes` if gathered weights are kept from forward to backward.
 
-    Kept weights are gathered once a micro-batch and not twice, in one process as well: there a gather is a cast and a copy.
+    Kept weights are gathered once per micro-batch instead of twice. This saves time in a single process too, where a
+    gather is a cast and a copy.
     """
     kept = gpu_memory(model, num_prunable, replace(setting, reshard_after_forward=False))
     return kept.peak > budget_bytes

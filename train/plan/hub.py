@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers: its own client retries for most of a minute before it says no."""
+"""The check whether the Hugging Face hub answers; its own client retries for most of a minute before it gives up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SECONDS = 10.0
 
 @cache
 def is_reachable() -> bool:
-    """True if the hub answers one request, whatever it answers; asked once in a process."""
+    """Return whether the hub answers a request in any way; it is asked once per process."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:

@@ -1,9 +1,9 @@
 """Bytes on one GPU in a training step under FSDP2, in closed form.
 
-State, each parameter shared out over the ranks (full sharding, arXiv 1910.02054): weights, gradients and the two AdamW
-moments in float32, a byte for each prunable weight's mask. What a step adds follows from which tensors autograd saves
-in transformers' LLaMA and which buffers FSDP2 holds; the formulas stand where they are used. With h the width, f the
-MLP's width, kv the width of keys, c the bytes of a compute element (2 for bf16), per token and block:
+The state is sharded over the ranks (full sharding, arXiv 1910.02054): weights, gradients and the two AdamW moments in
+float32, and a byte for each prunable weight's mask. A step adds the tensors that autograd saves in transformers' LLaMA
+and the buffers that FSDP2 holds; the formulas for these are given where they are used. With h the width, f the MLP's
+width, kv the width of keys, c the bytes of a compute element (2 for bf16), per token and block:
 
     2 norms:  2 (4 h + c h + c h)   the float32 input, the normalized input, the output
     attention:  c (h + 2 kv) + c h + 4 heads   queries, keys and values; the output; its log-sum-exp (arXiv 2205.14135)
@@ -13,10 +13,10 @@ A block compiled by torch.compile saves less, since it computes norms and activa
 
     c (4 h + h + 2 kv + h + 3 f) + 4 heads   inputs and outputs of the norms; queries, keys, values; output; gate, up, product
 
-and a compiled loss holds the logits and their gradient in the compute type alone. Against peaks measured on a CPU in
-float32 (`tests/benchmarks/memory.py`: 10 M and 50 M parameters, plain and two FSDP2 ranks, with and without accumulation
-and checkpointing, sparse and dense) the peak is off by less than 5 %; against those of the compiled 1B in bf16 on an H200
-(docs/gpu.md) by less than 1 %.
+A compiled loss holds only the logits and their gradient, in the compute type. The computed peak is off by less than 5 %
+against peaks measured on a CPU in float32 (`tests/benchmarks/memory.py`: 10 M and 50 M parameters, plain and two FSDP2
+ranks, with and without accumulation and checkpointing, sparse and dense), and by less than 1 % against those of the
+compiled 1B in bf16 on an H200 (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ from train.plan.counts import count_parameters
 
 FLOAT32_BYTES = 4
 MASK_BYTES = 1
-# Elements that one pass of the pruning threshold looks at, on a GPU, and the bytes of its temporaries for each:
-# int32 keys, int64 differences and bins, three comparisons (sparsity.select, sparsity.shards.chunks).
+# The number of elements that one pass of the pruning threshold reads on a GPU, and the bytes of its temporaries for
+# each: int32 keys, int64 differences and bins, three comparisons (sparsity.select, sparsity.shards.chunks).
 SELECTION_CHUNK = 1 << 22
 SELECTION_BYTES = 24
-# The most weights around the threshold that are collected, and the bytes of each one's key.
+# The largest share of weights around the threshold that is collected, and the bytes of each one's key.
 CANDIDATE_SHARE = 1 / 32
 CANDIDATE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is computed; `fsdp` is False for a plain single process, which gathers nothing."""
+    """The way a step is computed; `fsdp` is False for a plain single process, which gathers nothing."""
 
     world_size: int
     micro_batch_size: int
     sequence_length: int
     compute_bytes: int = 2
     accumulates: bool = False
-    """Several micro-batches a step: accelerate then keeps whole, unsharded gradients between them."""
+    """Several micro-batches per step: accelerate then keeps whole, unsharded gradients between them."""
     gradient_checkpointing: bool = False
     compiled: bool = False
-    """Blocks and loss compiled by torch.compile."""
+    """Blocks and loss are compiled by torch.compile."""
     fused_loss: bool = False
     """Liger's cross-entropy, which never holds all logits."""
     fsdp: bool = True
     reshard_after_forward: bool = True
-    """FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
+    """Whether FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
     selection_chunk: int = SELECTION_CHUNK
     update_state_bytes: int = 0
-    """Of each prunable weight, besides its mask: what the update of the masks keeps."""
+    """Bytes per prunable weight, besides its mask, that the update of the masks keeps."""
     update_move_bytes: int = 0
-    """Of each prunable weight, while masks move by the gradients of a step."""
+    """Bytes per prunable weight while masks move by the gradients of a step."""
 
     @property
     def num_tokens(self) -> int:
@@ -68,13 +68,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes on one GPU. `transients` are what each phase of a step holds beside the state and, if it holds them, gradients
-    and activations; the peak is that of the phase with the largest sum."""
+    """Bytes on one GPU.
+
+    `transients` are the bytes that each phase of a step holds besides the state and `held`, the gradients and
+    activations that it keeps. The peak is that of the phase with the largest sum.
+    """
 
     weights: int
     gradients: int
     waiting_gradients: int
-    """Unsharded, while micro-batches accumulate."""
+    """Bytes of unsharded gradients while micro-batches accumulate."""
     moments: int
     masks: int
     activations: int
@@ -87,7 +90,7 @@ class GpuMemory:
 
     @property
     def transient(self) -> int:
-        """Return the bytes that the phase of the peak holds for itself alone."""
+        """The bytes that the phase of the peak holds for itself alone."""
         return self.transients[self.peak_phase]
 
     @property
@@ -100,16 +103,16 @@ class GpuMemory:
 class HostMemory:
     """Bytes of host memory that one rank holds at a time, without those of Python and its libraries.
 
-    Weights are drawn, or read, a layer at a time (`train.model.weights`); the model is exported a file at a time
+    Weights are drawn or read one layer at a time (`train.model.weights`); the model is exported one file at a time
     (`train.model.export`).
     """
 
     layer: int
     """The largest of a block, the embedding and the head, whole and in float32."""
     shard: int
-    """The rank's part of the weights: on a machine without GPUs it is in host memory too."""
+    """The rank's part of the weights; without a GPU it is in host memory too."""
     export: int
-    """One file of the exported model, on rank 0 alone."""
+    """One file of the exported model, on rank 0 only."""
 
 
 def host_memory(model: ModelConfig, world_size: int, export_dtype: str, max_shard_size: str) -> HostMemory:
@@ -131,8 +134,8 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     shard = -(-counts.total // world)
     prunable = -(-num_prunable // world)
     gradients = FLOAT32_BYTES * shard
-    # Under accelerate's no_sync FSDP2 reduces nothing until the last micro-batch: gradients of the whole model wait, in
-    # the type in which they are summed over the ranks.
+    # Under accelerate's no_sync, FSDP2 reduces nothing until the last micro-batch: gradients of the whole model wait,
+    # in the dtype in which they are summed over the ranks.
     waiting = (FLOAT32_BYTES * counts.total if setting.fsdp else gradients) if setting.accumulates else 0
     activations = tokens * activation_bytes_per_token(model, setting)
     one_block = tokens * block_bytes_per_token(model, c, setting.compiled)
@@ -141,9 +144,9 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     embedding = model.vocab_size * model.hidden_size
     tail = embedding + model.hidden_size
     block = counts.linear_per_layer + 2 * model.hidden_size
-    # Blocks in flight: the one computed and the next one prefetched, plus the buffer that the gather arrives in; going
-    # back also the block's gradients and the copy of them that is being reduced. Weights that are kept for the backward
-    # are all there at the loss and at its beginning; the embedding's are not needed and are counted all the same.
+    # Blocks in flight: the one being computed and the one prefetched, plus the buffer that the gather fills; in the
+    # backward pass also the block's gradients and the copy of them that is being reduced. Weights kept for the backward
+    # pass are all there during the loss and when that pass begins; the embedding's are not needed but are counted too.
     gathered_loss = c * (tail + 2 * block) if setting.fsdp else 0
     gathered_backward = c * (tail + 4 * block) + FLOAT32_BYTES * block if setting.fsdp else 0
     kept = c * counts.total - c * (tail + 2 * block) if setting.fsdp and not setting.reshard_after_forward else 0
@@ -179,7 +182,7 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
 
 
 def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) -> int:
-    """Return the bytes that autograd saves of one decoder block, by the formulas at the head of this file."""
+    """Return the bytes that autograd saves for one decoder block, by the formulas at the top of this file."""
     h, f, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
     kv = h // heads * model.num_key_value_heads
     if compiled:
@@ -190,7 +193,7 @@ def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) ->
 
 
 def activation_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
-    """Return the bytes that autograd saves of the whole model before the loss; with checkpointing only each block's input."""
+    """Return the bytes that autograd saves for the whole model before the loss; with checkpointing, each block's input."""
     c = setting.compute_bytes
     block = c * model.hidden_size
     if not setting.gradient_checkpointing:
@@ -202,9 +205,9 @@ def loss_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
     """Return the bytes of logits and cross-entropy.
 
     The backward pass holds three float32 copies: the log-probabilities and two gradients of them. The forward pass
-    holds the compute-type logits, their float32 copy and the log-probabilities. Liger's fused loss cuts the tokens into
-    as many chunks as the vocabulary is wider than the model, so it holds about one width per token. A compiled loss
-    holds the logits and their gradient in the compute type.
+    holds the logits in the compute type, their float32 copy and the log-probabilities. Liger's fused loss cuts the
+    tokens into as many chunks as the vocabulary is wider than the model, so it holds about one model width per token. A
+    compiled loss holds the logits and their gradient in the compute type.
     """
     vocabulary = model.vocab_size
     if setting.compiled and not setting.fused_loss:
@@ -215,15 +218,14 @@ def loss_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
 
 
 def workspace_bytes_per_token(model: ModelConfig, c: int) -> int:
-    """Return the bytes of the gradients of activations that are alive at once in a block's backward pass: three of the
-    MLP, two of the residual."""
+    """Return the bytes of activation gradients alive at once in a block's backward: three of the MLP, two residual."""
     return c * (3 * model.intermediate_size + 2 * model.hidden_size)
 
 
 def largest_micro_batch(
     model: ModelConfig, num_prunable: int, setting: Setting, *, share: int, budget_bytes: float
 ) -> tuple[int, GpuMemory] | None:
-    """Return the largest micro-batch that divides a GPU's `share` of the batch and peaks within `budget_bytes`, or None."""
+    """Return the largest micro-batch that divides a GPU's `share` of the batch and fits `budget_bytes`, if any."""
     for size in range(share, 0, -1):
         if share % size:
             continue

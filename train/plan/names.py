@@ -1,4 +1,4 @@
-"""Which weights a configuration prunes: the same names, patterns and pools as in `sparsity`, for a LLaMA in closed form."""
+"""The weights that a configuration prunes: the names, patterns and pools of `sparsity`, for a LLaMA in closed form."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from train.plan.architecture import check_pattern_meta, prunable_meta
 
 
 def count_prunable(model: ModelConfig, sparsity: SparsityConfig) -> int:
-    """Weights in the parameters that are pruned; a ValueError names a pattern that matches no parameter."""
+    """Return the number of weights in the pruned parameters; raise a ValueError for a pattern that matches none."""
     return sum(math.prod(shape) for shape in prunable_shapes(model, sparsity).values())
 
 
 def planned_pools(model: ModelConfig, sparsity: SparsityConfig) -> list[Pool]:
-    """Which weights compete, and their targets; a ValueError names what the group `sparsity` cannot mean for `model`."""
+    """Return the pools of competing weights with their targets.
+
+    Raises:
+        ValueError: A setting of the group `sparsity` does not fit `model`.
+    """
     shapes = prunable_shapes(model, sparsity)
     pools = make_pools(
         shapes,
@@ -40,13 +44,17 @@ def planned_pools(model: ModelConfig, sparsity: SparsityConfig) -> list[Pool]:
 
 
 def pruned_groups(sparsity: SparsityConfig) -> tuple[Group, ...]:
+    """Return the groups of weights that have a target of their own."""
     return tuple(Group(tuple(group.include), group.target) for group in sparsity.groups)
 
 
 def prunable_shapes(model: ModelConfig, sparsity: SparsityConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters that are pruned; a ValueError names a pattern that matches no parameter.
+    """Return the shapes of the pruned parameters.
 
-    A tied lm_head is the embedding: it is pruned only where `include` names one of the two, and then once.
+    A tied lm_head is the embedding: it is pruned only if `include` names one of the two, and then once.
+
+    Raises:
+        ValueError: A pattern matches no parameter.
     """
     if model.path is not None:
         return {
@@ -68,7 +76,7 @@ def prunable_shapes(model: ModelConfig, sparsity: SparsityConfig) -> dict[str, t
 
 
 def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every parameter of a LLaMA, by transformers' names; a tied lm_head is listed too."""
+    """Yield (name, shape) of every parameter of a LLaMA, by transformers' names, including a tied lm_head."""
     hidden, mlp = model.hidden_size, model.intermediate_size
     key_value = hidden // model.num_attention_heads * model.num_key_value_heads
     block: dict[str, tuple[int, ...]] = {
@@ -91,7 +99,7 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
 
 
 def dense_words(shapes: Mapping[str, Sequence[int]], pruned: Iterable[str]) -> str:
-    """Say which parameters of a model are not pruned: matrices by name, those of all layers together, vectors by number.
+    """Return which parameters of a model are not pruned: matrices by name, with * for the layer, vectors by number.
 
     Args:
         shapes: Every parameter of the model.

@@ -1,4 +1,4 @@
-"""A configuration in numbers: batch, steps, tokens and the prune schedule, before anything is loaded."""
+"""The numbers that follow from a configuration: batch, steps, tokens and the prune schedule, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.plan.twin import DenseTwin, dense_twin
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run on `world_size` processes. `batch_size` counts sequences per optimizer step over all of them."""
+    """The plan of one run on `world_size` processes. `batch_size` counts sequences per optimizer step over all of them."""
 
     run_dir: Path
     world_size: int
@@ -35,16 +35,16 @@ class RunPlan:
     pools: tuple[Pool, ...]
     """Groups of weights that compete with each other; empty if the run stays dense."""
     scope: Scope
-    """Shares out the pruned weights among the pools."""
+    """Divides the pruned weights among the pools."""
     update: Update
-    """Whether pruned weights may come back."""
+    """Determines whether pruned weights may return."""
     model: ModelConfig
     """The model to train: the configured one, or its dense twin."""
     counts: ParameterCounts
     target_sparsity: float | None
-    """Of all prunable weights together in the end; a twin has that of its sparse run, a dense run none."""
+    """Final sparsity of all prunable weights together; a twin has its sparse run's, a dense run has None."""
     twin: DenseTwin | None = None
-    """How a dense twin was derived and how far off it is; None where model.match is null."""
+    """The dense twin and how far off it is; None if model.match is null."""
 
     @property
     def architecture(self) -> str:
@@ -61,13 +61,12 @@ class RunPlan:
 
     @property
     def average_density(self) -> float:
-        """Return the mean density of the prunable weights over the run's steps."""
+        """The mean density of the prunable weights over the run's steps."""
         return self.schedule.average_density(self.num_steps) if self.schedule else 1.0
 
     @property
     def extra_linear(self) -> float:
-        """Return the linear weights, on average over the steps, that cost work beside the active ones: those of dense
-        gradients."""
+        """The linear weights, averaged over the steps, whose dense gradients cost compute beside the active ones."""
         extra = self.update.extra_compute(self.schedule, self.num_steps) if self.schedule else 0.0
         return extra / self.num_steps * self.num_prunable
 
@@ -77,7 +76,7 @@ class RunPlan:
 
     @property
     def num_pruned(self) -> int:
-        """Return the number of weights that are pruned at the end."""
+        """The number of weights that are pruned at the end."""
         if self.schedule is None:
             return 0
         base = self.schedule.base
@@ -85,7 +84,15 @@ class RunPlan:
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
-    """The plan of a run; a ValueError says in one sentence what in the configuration cannot be."""
+    """Return the plan of a run.
+
+    Args:
+        config: The run's configuration.
+        world_size: The number of processes.
+
+    Raises:
+        ValueError: The configuration is not valid; the message says why.
+    """
     model = resolved(config.model)
     sequence_length = config.data.sequence_length or default_length(model)
     if sequence_length > model.max_position_embeddings:
@@ -121,7 +128,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
 
 
 def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int) -> tuple[Ramp | Mixed | None, int]:
-    """The prune schedule, None for a dense run, and the number of steps, which a compute budget decides."""
+    """Return the prune schedule, None for a dense run, and the number of steps, which a compute budget may determine."""
     sparsity, window, num_steps = config.sparsity, config.sparsity.window, config.trainer.max_steps
     num_steps = planned_steps(config) if num_steps is None else num_steps
     if (num_steps is None) == (window.budget is None):
@@ -167,12 +174,12 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
 
 
 def decay_length(decay_steps: float, num_steps: int) -> int:
-    """Return the steps that a value of optim.decay_steps stands for: below 1 it is a share of the run."""
+    """Return the number of steps that optim.decay_steps means: a value below 1 is a share of the run."""
     return round(decay_steps * num_steps) if decay_steps < 1 else round(decay_steps)
 
 
 def _check_window_and_decay(config: Config, schedule: Ramp, num_steps: int) -> None:
-    """Refuse to prune while the rate decays: what is pruned then has no time to recover."""
+    """Refuse to prune while the learning rate decays: the model would have no time to recover."""
     decay = config.trainer.decay_steps
     if decay and schedule.end_step > (begin := num_steps - decay_length(decay, num_steps)):
         raise ValueError(
@@ -190,10 +197,10 @@ def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | 
 
 
 def world_size_asked(config: Config, environment: Mapping[str, str]) -> int:
-    """Return the launcher's number of processes.
+    """Return the number of processes that the launcher started.
 
     Raises:
-        ValueError: The config wants another.
+        ValueError: The config asks for another number.
     """
     local, asked = int(environment.get("LOCAL_WORLD_SIZE", "1")), config.launch.num_processes
     if asked is not None and asked != local:
@@ -212,7 +219,7 @@ def run_directory(config: Config) -> Path:
 
 
 def _split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
-    """Return (sequences per step, per micro-batch and process, micro-batches per step)."""
+    """Return (sequences per step, sequences per micro-batch and process, micro-batches per step)."""
     trainer = config.trainer
     micro, accumulation = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
     if config.batch_size is None:

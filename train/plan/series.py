@@ -27,10 +27,10 @@ MEBI = 1 << 20
 
 
 def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
-    """Return the table's line of one run: exact numbers, and None for what only training can tell.
+    """Return one run's line of the table: exact numbers, and None for figures that only training can give.
 
     `batch_tokens` and `total_tokens` follow the model cards of the published series, which call 2^20 tokens a million;
-    the true numbers are in the keys with `_true`.
+    the exact numbers are in the keys with `_true`.
     """
     linear = plan.counts.linear
     prunable, pruned = plan.num_prunable, plan.num_pruned
@@ -58,15 +58,15 @@ def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
 
 
 def card_batch_tokens(batch_tokens: int) -> int:
-    """Return the cards' "8M" for 4096 x 2048: each 2^20 tokens counted as 1e6, if the batch is a whole number of them."""
+    """Return the batch as the cards do, "8M" for 4096 x 2048: 2^20 tokens count as 1e6 if they divide the batch."""
     return batch_tokens // MEBI * 1_000_000 if batch_tokens % MEBI == 0 else batch_tokens
 
 
 def card_average_density(schedule: Staircase, num_steps: int) -> float:
-    """Return the average density by the cards' bookkeeping, one interval longer than the run.
+    """Return the average density as the cards calculate it, one interval longer than the run.
 
     They count an interval of `every` steps for each of the n events and do not shorten the tail after the window, so
-    they divide by steps + every: 0.8919, 0.7650, 0.6083 and 0.3984, while the means over the steps that are run are
+    they divide by steps + every: 0.8919, 0.7650, 0.6083 and 0.3984, while the means over the steps actually run are
     0.8928, 0.7660, 0.6096 and 0.3992.
     """
     every = schedule.every_steps
@@ -76,7 +76,7 @@ def card_average_density(schedule: Staircase, num_steps: int) -> float:
 
 
 def card_cells(row: dict[str, Any]) -> dict[str, str]:
-    """Return the row as the cards print it: two decimals for parameters and percentages, one for tokens, half-up."""
+    """Return the row as the cards print it, half-up: two decimals for parameters and percentages, one for tokens."""
     params = ("total_params", "linear_params", "avg_linear_params", "nonzero_linear")
     cells = {key: count_text(row[key]) for key in params}
     cells["model"] = row["model"]

@@ -1,4 +1,4 @@
-"""A plan as people read it, in at most 100 columns."""
+"""A plan as text for people, in at most 100 columns."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def series_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _recipes(rows: Sequence[dict[str, Any]]) -> str:
-    """Say by which recipe the runs train."""
+    """Return a sentence on the recipes of the runs."""
     recipes = {row["recipe"] for row in rows}
     if len(recipes) == 1:
         return f"Trained by recipe={recipes.pop()}."
@@ -83,7 +83,7 @@ def run_text(plan: dict[str, Any]) -> str:
 
 
 def align(rows: Sequence[tuple[str, ...]], gap: int = 2) -> list[str]:
-    """Return columns as wide as their widest cell, `gap` spaces apart: the first to the left, the others to the right."""
+    """Return columns as wide as their widest cell, `gap` spaces apart: the first left-aligned, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         (" " * gap)

@@ -1,7 +1,8 @@
 """The dense twin of a sparse run: the model whose linear parameters come closest to the run's average N-bar.
 
-A LLaMA of the group `model` gets an MLP of four widths, as in the paper; a model by `model.path` keeps the proportions of
-its config.json. N-bar, the mean over the steps of the active linear parameters, predicts the loss of both (arXiv 2501.12486).
+N-bar, the mean over the steps of the active linear parameters, predicts the loss of both (arXiv 2501.12486). A LLaMA of
+the group `model` gets an MLP of four widths, as in the paper; a model by `model.path` keeps the proportions of its
+config.json.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ WIDTHS = {
     **dict.fromkeys(("mixtral", "olmoe"), ("intermediate_size",)),
     "qwen3_moe": ("intermediate_size", "moe_intermediate_size"),
 }
-"""Fields of config.json that are as wide as the model in proportion, by `model_type`; the heads' width follows too."""
+"""Fields of config.json that scale with the model's width, by `model_type`; the heads' width scales too."""
 
 
 @dataclass(frozen=True)
 class DenseTwin:
-    """The derived model, and how far its linear parameters are off N-bar: a positive error is a larger model."""
+    """The derived model and its difference from N-bar: a positive error means a larger model."""
 
     model: ModelConfig
     target_linear_params: float
@@ -38,9 +39,9 @@ class DenseTwin:
 
 
 def dense_twin(model: ModelConfig, average_density: float) -> DenseTwin:
-    """Return the twin of a run of `model` at `average_density`: the layers, heads and experts kept, head widths even.
+    """Return the twin of a run of `model` at `average_density`; it keeps the layers, heads and experts.
 
-    Among two widths equally far off, the narrower.
+    The width of a head stays even. Of two widths that are equally far off, the narrower is taken.
 
     Raises:
         ValueError: It is not known which fields of this architecture's config.json scale with its width.
@@ -52,7 +53,7 @@ def dense_twin(model: ModelConfig, average_density: float) -> DenseTwin:
     most = max(1, model.hidden_size // unit)
     while _linear(model, most * unit) < target:
         most *= 2
-    # The first width that reaches the target; counts grow with the width.
+    # bisect finds the first width that reaches the target, since counts grow with the width.
     first = 1 + bisect_left(range(1, most + 1), target, key=lambda units: _linear(model, units * unit))
     hidden_sizes = [n * unit for n in (first - 1, first) if n]
     hidden_size = min(hidden_sizes, key=lambda hidden: abs(_linear(model, hidden) - target))
@@ -61,10 +62,10 @@ def dense_twin(model: ModelConfig, average_density: float) -> DenseTwin:
 
 
 def check_has_twin(model: ModelConfig) -> None:
-    """Refuse an architecture whose widths are not known.
+    """Refuse an architecture whose width fields are not known.
 
     Raises:
-        ValueError: It names those that are.
+        ValueError: The architecture is not known; the message names those that are.
     """
     kind = describe(model).kind
     if kind not in WIDTHS:
@@ -83,7 +84,7 @@ def _at_width(model: ModelConfig, hidden_size: int) -> ModelConfig:
 
 
 def scaled_fields(config: Any, hidden_size: int) -> dict[str, int]:
-    """Return the fields of a transformers config that change with its width, at another width.
+    """Return the fields of a transformers config that change with its width, with their values at another width.
 
     Args:
         config: The config at its own width.
@@ -97,7 +98,7 @@ def scaled_fields(config: Any, hidden_size: int) -> dict[str, int]:
     if (head_dim := getattr(config, "head_dim", None)) is not None:
         found["head_dim"] = max(2, 2 * round(share * head_dim / 2))
         if getattr(config, "query_pre_attn_scalar", None) == head_dim:
-            # Gemma's scale of attention, which is that of its heads' width.
+            # Gemma's attention scale follows the width of its heads.
             found["query_pre_attn_scalar"] = found["head_dim"]
     return found
 

@@ -1,1 +1,1 @@
-"""Everything in a run's folder, written and read in one place: config, records, summary, figure, model card."""
+"""The files in a run's folder, written and read in one place: config, records, summary, figure, model card."""

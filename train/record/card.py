@@ -1,4 +1,4 @@
-"""The model's card: model/README.md in the hub's format, from the run's figures alone."""
+"""The model card: model/README.md in the hub's format, made from the run's figures alone."""
 
 from __future__ import annotations
 
@@ -39,9 +39,12 @@ from train.record.terms import (
 def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequence[Figures] = ()) -> str:
     """Return README.md: its yaml header and its Markdown.
 
-    Figures that are not finite are left out of the header and named as such in the text.
+    Figures that are not finite are left out of the header and shown as such in the text.
 
     Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        summary: The run's figures.
         siblings: Summaries of finished runs of the same series.
     """
     own = {**summary, "run_name": plan.run_dir.name}
@@ -61,7 +64,7 @@ def card_text(config: Config, plan: RunPlan, summary: Figures, siblings: Sequenc
 
 
 def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
-    """Return the yaml header, from which the hub takes tags, licence, data and results."""
+    """Return the yaml header, from which the hub reads tags, licence, data and results."""
     source, window = source_of(config.data), summary["perplexity_window"]
     names = {
         "perplexity": f"perplexity per token, disjoint windows of {window} tokens",
@@ -317,9 +320,9 @@ def _series(own: Figures, siblings: Sequence[Figures]) -> str:
 
 
 def _usage(config: Config, plan: RunPlan) -> str:
-    """Return code that works when pasted; without a hub_id it loads the run's folder.
+    """Return example code that works when pasted; without a hub_id it loads the run's folder.
 
-    Only the end of an absolute path is shown: a card may be published, and the rest is private.
+    Only the end of an absolute path is shown: a card may be published, and the rest of the path is private.
     """
     run_dir, start = plan.run_dir, "the folder that training was started in"
     if run_dir.is_absolute():
@@ -375,6 +378,6 @@ def _count(count: int) -> str:
 
 
 def write_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: Figures) -> None:
-    """Write model/README.md. Rank 0's work, before the summary marks the run as finished."""
+    """Write model/README.md. Rank 0 calls it before the summary marks the run as finished."""
     siblings = find_siblings(plan.run_dir, Path(config.runs_dir))
     write_atomically(directory.model / "README.md", card_text(config, plan, summary, siblings))

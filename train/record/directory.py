@@ -30,13 +30,13 @@ NOT_PART_OF_A_RUN = (
     "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
     "trainer.gradient_accumulation_steps", "trainer.profile_steps", "trainer.async_save", "trainer.keep_steps",
 )  # fmt: skip
-"""Keys that may differ when a run is started again. The checkpoint checks the settings of a step itself."""
+"""Keys that may differ when a run is started again. Settings that a step depends on are checked against the checkpoint."""
 
 LOCK_PATIENCE_S = 3.0
 
 
 class RunDirectory:
-    """Paths of a run, and the lock that one process holds on them while it lives."""
+    """The paths of a run, and the lock that one process holds on them while it lives."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,7 +65,7 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            # The ranks of a run that was killed a moment ago hold it a little longer.
+            # The ranks of a run that has just been killed hold the lock a little longer.
             self._lock.acquire(timeout=LOCK_PATIENCE_S)
         except Timeout:
             raise ValueError(
@@ -96,7 +96,7 @@ class RunDirectory:
         return None
 
     def is_in_use(self) -> bool:
-        """Tell whether a live process has claimed the folder."""
+        """Return whether a live process has claimed the folder."""
         if not Path(self._lock.lock_file).exists():
             return False
         try:
@@ -117,11 +117,11 @@ class RunDirectory:
         return self._read_summary() if self.summary.exists() else None
 
     def begin(self, config: Config, note: str = "") -> None:
-        """Mark the folder as this configuration's; a run that goes on keeps the configuration it began with.
+        """Save the configuration in the folder, which marks it as this run's; a resumed run keeps its first configuration.
 
         Args:
             config: The run's configuration.
-            note: Words that open the file as a comment.
+            note: Words for a comment at the top of the file.
         """
         if self.config.exists():
             return
@@ -130,7 +130,7 @@ class RunDirectory:
         write_atomically(self.config, comment + OmegaConf.to_yaml(OmegaConf.structured(chosen)))
 
     def _empty(self) -> None:
-        """Remove what a run writes; a file with another name stays."""
+        """Remove what a run writes; other files stay."""
         for file in (self.config, self.branch, self.environment, self.metrics, self.summary, self.report, self.sample):
             file.unlink(missing_ok=True)
         for partial in self.path.glob(".*.partial"):
@@ -148,8 +148,8 @@ class RunDirectory:
 
     def _check_same(self, config: Config) -> None:
         try:
-            # OmegaConf's loader knows no tags that make objects, and interpolations are not resolved.
-            # A key that a later version brought has its default here: the run began without it.
+            # OmegaConf's loader creates no objects from tags, and interpolations are not resolved. A key that a later
+            # version added gets its default here: the run began without it.
             before = run_identity(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(self.config)))
         except Exception as error:
             if isinstance(error, OSError) and error.errno:
@@ -166,7 +166,7 @@ class RunDirectory:
 
 
 def is_restart(environment: Mapping[str, str]) -> bool:
-    """Return whether torch's agent or SLURM repeats the command after a failure; it must then not begin anew."""
+    """Return whether torch's agent or SLURM repeats the command after a failure; it must then resume."""
     return any(environment.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
 
 
@@ -177,7 +177,7 @@ def run_identity(config: Any) -> dict[str, Any]:
     for path in NOT_PART_OF_A_RUN:
         group, _, key = path.rpartition(".")
         (plain[group] if group else plain).pop(key, None)
-    # Null means one of these, and a run that wrote it out is the same run.
+    # A null tokenizer means one of these, so a run that wrote the value out is the same run.
     plain["tokenizer"] = plain.get("tokenizer") or plain.get("init_from") or plain["model"].get("path") or "train"
     return {str(key): value for key, value in plain.items()}
 

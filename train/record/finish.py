@@ -1,4 +1,4 @@
-"""The last work of a run on rank 0: sample, figure, card, and the summary that marks it as finished."""
+"""The last work of a run, on rank 0: sample, figure, card, and the summary that marks it as finished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.record.text import closing_words, write_sample
 
 
 def finish(config: Config, plan: RunPlan, directory: RunDirectory, recorder: Recorder, summary: dict[str, Any]) -> None:
-    """Write sample, figure and card, and last the summary, which marks the run as finished. Rank 0 only."""
+    """Write sample, figure and card, and then the summary, which marks the run as finished. Rank 0 calls it."""
     recorder.finish(summary)
     extras = {
         "sample": lambda: write_sample(directory.model, config.prompt, directory.sample),
@@ -32,7 +32,8 @@ def finish(config: Config, plan: RunPlan, directory: RunDirectory, recorder: Rec
             # The disk is full: the run is not finished, and the same command resumes it.
             raise
         except Exception as error:
-            # A diverged model cannot write a sample, and its losses cannot be drawn; its figures must not be lost for that.
+            # A diverged model cannot write a sample, and its losses cannot be drawn, but its figures must still be
+            # saved.
             print(f"warning: the {name} could not be made: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     write_atomically(directory.summary, json.dumps(summary, indent=2) + "\n")
     print(closing_words(summary, directory, config.next_commands), flush=True)

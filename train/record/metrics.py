@@ -1,4 +1,4 @@
-"""The run's records: the same to metrics.jsonl and to wandb, one for each logged step."""
+"""The run's records, written identically to metrics.jsonl and to wandb, one for each logged step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from train.speed.throughput import Speedometer, StepClock
 
 
 class Recorder(TrainerCallback):
-    """Writes each log of the Trainer, with tokens, speed and the sparsity's figures, to metrics.jsonl and wandb.
+    """Writes each log of the Trainer, with tokens, speed and sparsity figures, to metrics.jsonl and wandb.
 
-    Only the main process is given one that writes. Keys have the form group/name, by which wandb makes its panels.
-    train/tokens_per_second counts all time between two logged steps, perf/tokens_per_second that of training steps alone:
-    `clock` leaves out prune events, evaluation and saving.
+    Only rank 0 has one. Keys have the form group/name, by which wandb makes its panels. train/tokens_per_second counts
+    all time between two logged steps, perf/tokens_per_second only that of training steps: `clock` leaves out prune
+    events, evaluation and saving.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Recorder(TrainerCallback):
         self.speedometer = speedometer
         self.wandb_run = wandb_run
         self.figures_of_data: Callable[[int], dict[str, Any]] = lambda step: {}
-        """Tokens and epochs of each source of a mixture after so many steps."""
+        """Returns tokens and epochs of each source of a mixture after this many steps."""
         self._earlier = keep_whole_records(metrics)
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run
         self._unwritten = b""
@@ -62,7 +62,7 @@ class Recorder(TrainerCallback):
         self._earlier = []
 
     def sync(self) -> None:
-        """Sync every record so far to the disk: a checkpoint must not be ahead of its records.
+        """Sync every record so far to the disk, so that a checkpoint is never ahead of its records.
 
         Raises:
             OSError: The disk has no room.
@@ -105,12 +105,12 @@ class Recorder(TrainerCallback):
         return record
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record, unless a run that was interrupted wrote it before."""
+        """Write a record, unless it was already written before an interruption."""
         if _identity(record) in self._written:
             return
         self._written.add(_identity(record))
         self._unwritten += json.dumps({name: _finite(value) for name, value in record.items()}).encode() + b"\n"
-        # A full disk is a matter for the next checkpoint, which all ranks give up together.
+        # If the disk is full, the next checkpoint reports it, on all ranks together.
         with contextlib.suppress(OSError):
             self._flush()
         if self.wandb_run is None:
@@ -120,7 +120,7 @@ class Recorder(TrainerCallback):
 
             layers = [value for name, value in record.items() if name.startswith("layer_density/")]
             record = {**record, "sparsity/layer_density": wandb.Histogram(layers, num_bins=20)}
-        # Counted over all processes of the run: in offline mode wandb itself would begin at 0 again after a resume.
+        # The step counts all processes of the run: in offline mode wandb itself would begin at 0 again after a resume.
         self.wandb_run.log(record, step=len(self._written) - 1, commit=True)
 
     def _flush(self) -> None:
@@ -142,7 +142,7 @@ class Recorder(TrainerCallback):
 
 
 def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
-    """Return the records of a file, and remove a last line that a kill cut off.
+    """Return the records of a file, and remove a last line that was cut off when the run was killed.
 
     Raises:
         ValueError: Another line is not a record.

@@ -1,4 +1,4 @@
-"""Publishing a finished run's model folder: renew its card, upload it to the hub."""
+"""Publishing a finished run's model folder: renewing its card and uploading it to the hub."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def renew_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: 
 
 
 def push_to_hub(card: CardConfig, model: Path) -> None:
-    """Upload the finished model folder if card.push_to_hub is set. Rank 0 only, after the summary.
+    """Upload the finished model folder if card.push_to_hub is set. Rank 0 calls it, after the summary is written.
 
     Raises:
-        ValueError: The upload failed; the run is finished all the same.
+        ValueError: The upload failed; the run is still finished.
     """
     if not card.push_to_hub:
         return
@@ -39,7 +39,7 @@ def push_to_hub(card: CardConfig, model: Path) -> None:
 
     assert card.hub_id is not None
     try:
-        # A run may have been started days ago, when the hub was not there.
+        # The run may have started days ago, when the hub did not answer.
         hub.is_reachable.cache_clear()
         if not hub.is_reachable():
             raise ConnectionError("the hub does not answer")

@@ -55,7 +55,7 @@ def read_config(file: Path) -> Config:
         OSError: The file cannot be read.
     """
     try:
-        # OmegaConf's loader knows no tags that make objects.
+        # OmegaConf's loader creates no objects from tags.
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
         config: Any = OmegaConf.to_object(merged)
     except Exception as error:

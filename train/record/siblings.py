@@ -1,4 +1,4 @@
-"""The finished runs that a run is shown beside: those of its sweep, and its dense twin or the run it is the twin of."""
+"""The finished runs that a run is compared with: those of its sweep, and its dense twin or the run it is the twin of."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from train.record.table import cells
 Figures = Mapping[str, Any]
 
 TWIN_SUFFIXES = ("-small-dense", "-twin")
-"""A dense twin has its sparse run's name with one of these appended; the first is the published series'."""
+"""A dense twin is named like its sparse run with one of these appended; the first is that of the published series."""
 TWIN_TOLERANCE = 0.05
-"""How far, relatively, a dense run of another name may be off N-bar and still be called a match."""
+"""The largest relative difference from N-bar at which a dense run with another name still counts as a match."""
 SHARE_BY_CHANCE = 1e-3
-"""A dense run may hold a few exact zeros; a larger share of them is a mask's."""
+"""A dense run may have a few exact zeros; a larger share of them comes from a mask."""
 
 
 def find_siblings(run_dir: Path, runs_dir: Path) -> list[dict[str, Any]]:
@@ -84,12 +84,12 @@ def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
 def match_words(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Figures]) -> str | None:
     """Describe the run that the paper predicts to reach the same loss; None for a plain dense run.
 
-    A run that kept the zeros of another has none: its own average leaves out what that run trained.
+    A run that kept another model's zeros has none: its average density does not cover the training of that model.
     """
     if has_sparse_weights(own) and not is_sparse(own):
         return None
     twin = plan.twin
-    # The rounding of its width may put a derived twin off; its target is known exactly.
+    # Rounding its width may put a derived twin outside the tolerance, but its target is known exactly.
     other = counterpart({**own, "linear_params": twin.target_linear_params} if twin else own, siblings)
     if is_sparse(own):
         own_average = count_text(own["avg_linear_params"])

@@ -1,4 +1,4 @@
-"""environment.json: with which code, in which environment and by which command each start of a run was made."""
+"""environment.json: the code, environment and command of each start of a run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ KEPT = (
     "PYTHONHASHSEED", "PYTHONPATH", "PYTORCH_", "SLURM_", "TOKENIZERS_", "TORCH", "WANDB_", "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
 )  # fmt: skip
-"""How the names of the variables that are written down begin; all others stay out."""
+"""Prefixes of the environment variables that are recorded; all others are left out."""
 SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH", "JWT", "COOKIE")
-"""Never written down, whatever a name begins with."""
+"""Variables with these words in their names are never recorded."""
 
 
 def write_snapshot(path: Path, world: World) -> None:
-    """Add this start to the run's environment.json. Called by rank 0 alone."""
+    """Add this start to the run's environment.json. Rank 0 calls it."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -56,12 +56,13 @@ def snapshot(environment: Mapping[str, str], command: list[str], world: World) -
 
 
 def kept_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables that steer the run and hold no secret, sorted by name."""
+    """Return the environment variables that affect the run and hold no secret, sorted by name."""
     names = [name for name in environment if name.startswith(KEPT) and not is_secret(name)]
     return {name: without_credentials(environment[name]) for name in sorted(names)}
 
 
 def is_secret(name: str) -> bool:
+    """Return whether a variable may hold a secret, judged by its name."""
     return any(word in name.upper().removeprefix("TOKENIZERS_") for word in SECRET)
 
 
@@ -76,7 +77,7 @@ def code_version(root: Path) -> dict[str, Any]:
         package = version("sparsellm")
     except PackageNotFoundError:
         package = None
-    # An environment inside somebody's repository is none of its files.
+    # If the environment is installed inside another repository, that repository's commit says nothing about this code.
     if not git(root, "ls-files", "train/record/snapshot.py"):
         return {"version": package, "commit": None, "dirty": None}
     status = git(root, "status", "--porcelain", "--untracked-files=no")
@@ -84,6 +85,7 @@ def code_version(root: Path) -> dict[str, Any]:
 
 
 def git(root: Path, *words: str) -> str | None:
+    """Return the output of a git command in `root`; None if it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *words],
@@ -100,6 +102,7 @@ def git(root: Path, *words: str) -> str | None:
 
 
 def devices() -> list[str]:
+    """Return the names of this machine's GPUs, else a description of its CPU."""
     import torch
 
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""How this project's figures look: colours, light axes, counts with units on the ticks."""
+"""The style of this project's figures: colours, light axes, counts with units on the ticks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pyplot() -> Any:
 
 
 def lighten(axes: Any) -> None:
-    """Draw a faint grid, and no frame without an axis."""
+    """Draw a faint grid, and remove the frame on the sides without an axis."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

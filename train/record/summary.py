@@ -1,4 +1,4 @@
-"""summary.json: a finished run's figures, in the terms of the series' table."""
+"""summary.json: a finished run's figures, with the terms of the series' table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def final_loss(step_losses: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def count_nonzero_linear(model: nn.Module) -> int:
-    """Count the weights of the linear layers that are not exactly 0, over all shards. Collective: the shard group."""
+    """Count the non-zero weights of the linear layers, over all shards. Collective: the shard group calls it."""
     weights = list(own_linear_weights(model).values())
     counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights])
     return int(rank_layout(weights).sum_counts(counts).sum())
@@ -67,7 +67,7 @@ def eval_overrides(config: Config, plan: RunPlan) -> dict[str, Any]:
 
 
 def sources_text(sources: Sequence[SourceConfig]) -> str:
-    """Return a mixture's sources as they are typed."""
+    """Return a mixture's sources in the form of an override."""
     usual = asdict(SourceConfig(path="x"))
     texts = []
     for source in sources:
@@ -99,7 +99,20 @@ def summarize(
     """Return all figures of a finished run. Counts are parameters, tokens, steps; losses are nats per token.
 
     Args:
-        average_density: Of the `num_prunable` weights; the summary has that of all linear weights.
+        config: The run's configuration.
+        plan: The plan made from it.
+        step_losses: The training loss of each step.
+        nonzero_linear_params: Weights of the linear layers that are not 0.
+        num_prunable: Weights that may be pruned.
+        average_density: Average density of the prunable weights; the summary has that of all linear weights.
+        score: The held-out score.
+        others: Figures of the other held-out sets and tasks.
+        heldout_bytes: UTF-8 bytes of the held-out text.
+        by_source: Tokens and epochs of each source of a mixture.
+        unigram_bits_per_byte: The bits per byte of guessing tokens by frequency.
+        fsdp_version: 2 under FSDP2, 0 without sharding.
+        train_seconds: Seconds of training.
+        seconds: Seconds of the whole run.
     """
     loss, spread = final_loss(step_losses)
     linear = plan.counts.linear

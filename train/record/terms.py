@@ -1,4 +1,4 @@
-"""Credits and terms of a model: the paper to cite, the licences of its text, of its tokenizer and of itself."""
+"""Credits and terms of a model: the paper to cite, and the licences of its text, its tokenizer and the model itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LLAMA_2_LICENSE_URL = "https://ai.meta.com/llama/license/"
 
 @dataclass(frozen=True)
 class Source:
-    """A `data.source` in words; `hub_id` and `language` if the hub has names for them."""
+    """A `data.source` in words; `hub_id` and `language` are set if the hub has names for them."""
 
     name: str
     terms: str
@@ -85,13 +85,13 @@ SOURCES = {
 
 
 def is_llama_2(tokenizer: str) -> bool:
-    """Return whether a hub name or path means LLaMA 2's tokenizer, which the published series uses."""
+    """Return whether a hub name or path refers to LLaMA 2's tokenizer, which the published series uses."""
     name = "/".join(Path(tokenizer).parts[-2:]).lower()
     return re.search(r"llama[-_. ]?2(?!\d)", name) is not None or name.startswith("tjingrant/sparsellm-")
 
 
 def public_name(tokenizer: str) -> str:
-    """Return a hub name as it is, and of a path only the last part, which reveals nothing about the machine."""
+    """Return a hub name unchanged, and only the last part of a path, which reveals nothing about the machine."""
     return tokenizer if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", tokenizer) else Path(tokenizer).name
 
 
@@ -118,7 +118,7 @@ def base_model_terms(init_from: str) -> str:
 
 
 def licence_words(card: CardConfig) -> str:
-    """Return the model's own licence; if none was chosen, say so and how to choose one."""
+    """Return the model's own licence; if none was chosen, return a text that says so and how to choose one."""
     if card.license is None:
         return (
             "none was chosen, and none is implied by the software, the data or the tokenizer. Whoever trained the "

@@ -1,4 +1,4 @@
-"""Messages to the user in the terminal, at the start and at the end of a run."""
+"""Messages in the terminal at the start and at the end of a run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from train.record.table import markdown
 def opening_words(
     config: Config, plan: RunPlan, data: PreparedData, world_size: int, sharding: str, dense: str = ""
 ) -> str:
-    """Return what the run is, in a few lines.
+    """Return a description of the run in a few lines.
 
     Args:
-        config: The run.
-        plan: What follows from it.
+        config: The run's configuration.
+        plan: The plan made from it.
         data: Its text.
         world_size: The number of processes.
-        sharding: How the model is shared out among them.
+        sharding: How the model is divided among them.
         dense: The parameters that a sparse run does not prune (`train.plan.names.dense_words`).
     """
     choices = choice_words(config, prunes=plan.schedule is not None)
@@ -92,6 +92,7 @@ def closing_words(summary: dict[str, Any], directory: RunDirectory, commands: Se
 
 
 def own_commands(summary: dict[str, Any], directory: RunDirectory) -> list[str]:
+    """Return the commands that a user may run next: evaluation, and wandb's upload."""
     options = [f"{key}={shlex.quote(str(value))}" for key, value in summary["eval_overrides"].items()]
     commands = [" ".join([f"python -m eval model={directory.model} data={summary['data']}", *options])]
     if any("offline" in path.name for path in directory.wandb.glob("*run-*")):
@@ -100,7 +101,7 @@ def own_commands(summary: dict[str, Any], directory: RunDirectory) -> list[str]:
 
 
 def as_typed(command: str) -> str:
-    """Return the command with this environment's programs, as typed without activating it."""
+    """Return the command with the path of this environment's programs, so that it works without activating it."""
     here = Path(sys.executable)
     program, _, rest = command.partition(" ")
     if not (here.parent / program).exists() or shutil.which(program) == str(here.parent / program):

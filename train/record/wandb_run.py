@@ -1,4 +1,4 @@
-"""The wandb run of a run: its folder, name, group and tags."""
+"""The wandb run that belongs to a run: its folder, name, group and tags."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
     """Start a wandb run in the run's folder, offline if no key is configured; a resumed run keeps its id.
 
     Args:
+        config: The run's configuration.
+        plan: The plan made from it.
         values: The configuration that wandb shows.
         initial_sparsity: Share of zeros in the weights that the run starts from.
 
     Returns:
-        None if wandb is off.
+        The wandb run; None if wandb is off.
 
     Raises:
         ValueError: wandb did not start.
@@ -55,7 +57,7 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
             settings=wandb.Settings(silent=True),
         )
     except Exception as error:
-        # No connection, a wrong key, a WANDB_ variable that it does not take.
+        # There is no connection, a wrong key, or a WANDB_ variable with a value that wandb refuses.
         raise ValueError(
             f"wandb did not start ({' '.join(str(error).split())}): check the WANDB_ variables and the account, or take "
             "logger.mode=offline or logger=none."
@@ -76,7 +78,8 @@ def kind_of_run(plan: RunPlan, initial_sparsity: float) -> str:
 def run_tags(config: Config, plan: RunPlan, initial_sparsity: float) -> list[str]:
     """Return the model's name, the sparsity, and the tags of the config.
 
-    The sparsity is the target, for a twin that of its sparse run, and without pruning that of the zeros it starts with.
+    The sparsity is the target; for a twin it is that of its sparse run, and without pruning that of the initial
+    weights.
     """
     target = initial_sparsity if plan.target_sparsity is None else plan.target_sparsity
     level = f"sparsity-{100 * target:.4g}"

@@ -1,1 +1,1 @@
-"""How fast a run is: measured, profiled, and made faster."""
+"""The speed of a run: measuring, profiling, and making it faster."""

@@ -1,7 +1,7 @@
-"""Float8 matrix products (`trainer.fp8=true`): torchao's tensorwise float8 linears in the place of the decoder's.
+"""Float8 matrix products (`trainer.fp8=true`): torchao's tensorwise float8 linears replace those of the decoder.
 
-Only the products are in float8. Weights stay the float32 parameters they were, under their names, so that masks, moments,
-checkpoints and the export know nothing of it. lm_head, whose outputs the loss needs precisely, stays in bfloat16, and so
+Only the products are in float8. Weights remain float32 parameters with the same names, so that masks, moments,
+checkpoints and the export are unaffected. lm_head, whose outputs the loss needs precisely, stays in bfloat16, and so
 does what FSDP2 gathers.
 """
 
@@ -18,15 +18,15 @@ from conf.schema import Config
 from train.plan.run import RunPlan
 
 MULTIPLE = 16
-"""Of every dimension of a float8 product, by the rule of torch._scaled_mm."""
+"""Every dimension of a float8 product must be a multiple of this, by the rule of torch._scaled_mm."""
 MIN_CAPABILITY = (8, 9)
 
 
 def check_fp8(config: Config, plan: RunPlan, device: torch.device, is_main: bool = True) -> None:
-    """Check that float8 can be had; warn on stderr, if `is_main`, when it will not pay.
+    """Check that float8 is available; warn on stderr, if `is_main`, when it will not make the run faster.
 
     Raises:
-        ValueError: It names what is missing.
+        ValueError: Something is missing; the message names it.
     """
     if not config.trainer.fp8:
         return
@@ -57,7 +57,7 @@ def check_fp8(config: Config, plan: RunPlan, device: torch.device, is_main: bool
 
 
 def float8_module() -> Any:
-    """Return `torchao.float8`; a ValueError names the extra if it is not installed or does not fit torch."""
+    """Return `torchao.float8`; raise a ValueError that names the extra if it is not installed or does not fit torch."""
     try:
         return import_module("torchao.float8")
     except ImportError as error:
@@ -71,11 +71,12 @@ def convert_to_fp8(model: nn.Module, emulate: bool = False) -> list[str]:
     """Replace the linear layers of `model`, in place, by float8 ones that hold the same parameters.
 
     Args:
-        model: A model whose output layer `get_output_embeddings` gives.
-        emulate: Compute in float32 with operands rounded to float8, which any device can.
+        model: A model whose `get_output_embeddings` returns its output layer.
+        emulate: Compute in float32 with operands rounded to float8, which works on any device.
 
     Returns:
-        The names of the layers replaced: all but the output layer and those with a dimension that is no multiple of 16.
+        The names of the replaced layers: all but the output layer and those with a dimension that is no multiple of
+            16.
 
     Raises:
         ValueError: No layer can be replaced.

@@ -1,7 +1,7 @@
-"""How fast a run trains: tokens a second, FLOP/s as a share of the device's peak, waiting for data, memory.
+"""The speed of training: tokens per second, share of the device's peak FLOP/s, time waiting for data, memory.
 
-The clock never waits for the device: on a GPU, pauses are marked by events in its stream, which are read when a step is
-logged, when the host has waited for the loss anyway.
+The clock never waits for the device. On a GPU, events in its stream mark the pauses. They are read when a step is
+logged: by then the host has waited for the loss anyway.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Lap:
-    """Seconds since the lap before: of training steps, and among them those that the host waited for data."""
+    """Seconds since the previous lap: in training steps, and within them waiting for data."""
 
     train_seconds: float
     data_wait_seconds: float
 
 
 class StepClock:
-    """Time of training steps between two logged ones, without prune events, evaluation and saving.
+    """Timer of the training steps between two logged ones, without prune events, evaluation and saving.
 
     Args:
         device: The device that trains.
-        is_read: False on a rank that logs nothing: its clock then does nothing.
+        is_read: False on a rank that logs nothing; its clock then does not record pauses.
     """
 
     def __init__(self, device: torch.device, is_read: bool = True) -> None:
@@ -46,12 +46,12 @@ class StepClock:
         self._data_wait = 0.0
 
     def start(self) -> None:
-        """Begin a lap now and forget what came before."""
+        """Begin a lap now and discard earlier times."""
         self._since, self._pauses, self._data_wait = time.perf_counter(), [], 0.0
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave what happens inside out of the lap's training time."""
+        """Exclude the enclosed code from the lap's training time."""
         if not self._is_read:
             yield
             return
@@ -63,7 +63,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def wait_for_data(self) -> Iterator[None]:
-        """Count what happens inside as waiting for data."""
+        """Count the enclosed code as waiting for data."""
         begin = time.perf_counter()
         try:
             yield
@@ -71,7 +71,7 @@ class StepClock:
             self._data_wait += time.perf_counter() - begin
 
     def lap(self) -> Lap:
-        """Return the lap's times and begin the next; on a GPU, waits for the last pause to be over."""
+        """Return the lap's times and begin the next; on a GPU, wait until the last pause is over."""
         now = time.perf_counter()
         paused = sum(self._seconds(*pause) for pause in self._pauses)
         found = Lap(max(now - self._since - paused, 1e-9), self._data_wait)
@@ -94,7 +94,7 @@ class StepClock:
 
 @dataclass(frozen=True)
 class Speedometer:
-    """The figures perf/... of a run. `peak` is one device's in 1e12 FLOP/s, None if it is not known."""
+    """The perf/... figures of a run. `peak` is one device's in 1e12 FLOP/s, None if it is not known."""
 
     flops_per_token: float
     num_devices: int
@@ -102,9 +102,9 @@ class Speedometer:
     peak: float | None = None
 
     def figures(self, num_tokens: int, lap: Lap) -> dict[str, float]:
-        """Return what a logged step says of the `num_tokens` since the one before.
+        """Return the figures for the `num_tokens` since the previous logged step.
 
-        On a CPU that is tokens a second and the time waiting for data.
+        On a CPU these are tokens per second and the time waiting for data.
         """
         rate = num_tokens / lap.train_seconds
         found = {"perf/tokens_per_second": rate, "perf/data_wait_seconds": lap.data_wait_seconds}
@@ -120,7 +120,7 @@ class Speedometer:
 
 
 def speedometer(plan: RunPlan, device: torch.device, precision: Precision) -> Speedometer:
-    """Return the run's speedometer; warn on stderr about a GPU whose peak is not known, and log no MFU."""
+    """Return the run's speedometer; for a GPU whose peak is not known, warn on stderr and leave out the MFU."""
     flops = flops_per_token(plan.model, plan.counts.linear, plan.sequence_length)
     peak = None
     if device.type == "cuda":
