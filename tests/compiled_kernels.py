@@ -101,18 +101,18 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launc
 def products() -> Iterator[tuple[str, dict[str, str], dict[str, Any], int]]:
     """Return name, types, constants and warps of the sparse product: rows of 2 and 7 chunks, and without bases."""
     for value, (num_chunks, has_bases) in itertools.product(
-        ("bf16", "fp16", "fp32"), ((2, True), (7, True), (7, False))
+        ("bf16", "fp16", "fp32", "i8"), ((2, True), (7, True), (7, False))
     ):
         shape = spmv.shape_for(32_000, num_chunks)
+        vector = "bf16" if value == "i8" else value
         types = {
-            "values": f"*{value}", "offsets": "*u8" if has_bases else "*i16", "bases": "*i16", "starts": "*i32",
-            "x": f"*{value}", "bias": f"*{value}", "y": f"*{value}",
-            "num_vectors": "i32", "num_rows": "i32", "num_columns": "i32",
-            "num_chunks": "i32",
+            "values": f"*{value}", "offsets": "*u8" if has_bases else "*i16", "bases": "*u8", "starts": "*i32",
+            "scales": "*fp32", "x": f"*{vector}", "bias": f"*{vector}", "y": f"*{vector}",
+            "num_vectors": "i32", "num_rows": "i32", "num_chunks": "i32",
         }  # fmt: skip
         constants = {
-            "HAS_BASES": has_bases, "HAS_BIAS": False, "ROWS": shape.rows, "CHUNKS": shape.chunks,
-            "STEPS": triton.cdiv(num_chunks, shape.chunks),
+            "HAS_BASES": has_bases, "SHIFT": 5, "HAS_SCALES": value == "i8", "HAS_BIAS": False, "VECTORS": 1,
+            "ROWS": shape.rows, "CHUNKS": shape.chunks, "STEPS": triton.cdiv(num_chunks, shape.chunks), "EARLY": False,
         }  # fmt: skip
         of = f"multiply, {value}, {num_chunks} chunks, {'bytes' if has_bases else 'columns'}"
         yield of, types, constants, shape.num_warps

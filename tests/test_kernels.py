@@ -399,7 +399,8 @@ def test_every_kernel_compiles_for_compute_capability_9_0_without_a_device():
             assert "ld.global.v4.b32" not in found[f"{name}, {dtype}, unaligned"]["accesses"]
     for chunks in (2, 7):
         accesses = found[f"multiply, bf16, {chunks} chunks, bytes"]["accesses"]
-        # A chunk a warp, in two steps: 8 values of 2 bytes, 8 distances and 8 bases of 2 bytes a lane.
-        assert sum(count for name, count in accesses.items() if name.endswith("v4.b32")) == 4
+        # A chunk a warp, in two steps: 8 values of 2 bytes, 8 distances and 8 bases of a byte each a lane.
+        assert sum(count for name, count in accesses.items() if name.endswith("v4.b32")) == 2
         assert sum(count for name, count in accesses.items() if name.endswith("evict_first.L2::cache_hint.v2.b32")) == 2
+        assert accesses["ld.global.v2.b32"] == 2
     assert all("LOCAL:0" in row["usage"] and "STACK:0" in row["usage"] for row in found.values())
