@@ -48,6 +48,8 @@ def run(folder: Path, words: list[str]) -> None:
     # The length of a decay follows from where it branches.
     own = {item.partition("=")[0] for item in words} | ({"trainer.max_steps"} if "sweep=wsd_curve" in words else set())
     usual = [item for item in usual if item.partition("=")[0] not in own]
+    if "model=hf" in words:
+        usual = [item for item in usual if not item.startswith("model.")]
     flags = [word for word in words[1:] if word.startswith("-")]
     rest = [shorter(word) for word in words[1:] if not word.startswith("-") and word != "experiment=demo"]
     named = {item.partition("=")[0] for item in rest}
