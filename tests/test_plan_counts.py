@@ -13,7 +13,7 @@ from train.model.build import llama_config
 from train.plan.counts import count_parameters
 from train.plan.names import count_prunable, parameter_shapes
 
-MODELS = sorted((Path(__file__).resolve().parents[1] / "conf" / "model").glob("*.yaml"))
+MODELS = sorted((Path(__file__).resolve().parents[1] / "conf" / "model").glob("llama*.yaml"))
 GROUPED_TIED = ModelConfig(
     name="grouped-tied",
     vocab_size=96,
