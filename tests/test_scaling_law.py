@@ -301,7 +301,7 @@ def test_paired_errors_count_each_configuration_once():
     assert pair["average_mean_abs_error"] == pytest.approx(0.15)
     assert pair["final_mean_abs_error"] == pytest.approx(0.25)
     assert pair["difference"] == pytest.approx(0.1)
-    assert "do not tell" in verdict(pair, True)
+    assert "do not show" in verdict(pair, True)
 
 
 @pytest.mark.parametrize(("by", "better"), [("avg_linear_params", "Average"), ("final_linear_params", "Final")])

@@ -81,6 +81,7 @@ def test_prune_events_evaluation_and_saving_are_pauses(watch, monkeypatch):
         evaluator=lambda model: later() or {"loss": 1.0},
         model_wrapped=None,
         log=lambda figures: None,
+        state=SimpleNamespace(global_step=3),
     )
     PretrainingTrainer._save_checkpoint(trainer, torch.nn.Linear(1, 1))
     assert PretrainingTrainer.evaluate(trainer) == {"eval_loss": 1.0}

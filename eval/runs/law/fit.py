@@ -165,7 +165,7 @@ def check_exponents(fit: Fit) -> None:
         exponent = fit.law.coefficients.get(name, 0.0)
         if exponent > LARGEST_EXPONENT:
             raise ValueError(
-                f"the best fit of {FORMULAS[fit.problem.form]} has {name}={exponent:.3g}, above {LARGEST_EXPONENT:g}, where "
+                f"the best fit of {FORMULAS[fit.problem.form]} has {name}={exponent:.3g}, above {LARGEST_EXPONENT:g}, but "
                 f"measured exponents are below 1: these points do not identify the law, add runs over a wider range of "
                 f"{'tokens' if name == 'beta' else 'sizes'}."
             )
