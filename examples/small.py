@@ -1,4 +1,4 @@
-"""What the examples share: a small LLaMA and text that every Python has, so that each of them can be about one thing."""
+"""A small LLaMA and text that every Python has, shared by the examples so that each can be about one thing."""
 
 from __future__ import annotations
 

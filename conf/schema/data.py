@@ -24,7 +24,7 @@ class SourceConfig:
     weight: float = 1.0
     """The source's share of the tokens, in any unit."""
     name: str | None = None
-    """What records call it; the file's or dataset's stem if null."""
+    """Name in the records; null for the stem of the file or dataset."""
     max_documents: int | None = None
 
     def __post_init__(self) -> None:

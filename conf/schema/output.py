@@ -57,7 +57,7 @@ class CardConfig:
     push_to_hub: bool = False
     """Upload the finished model folder to `hub_id`, with the account that `hf auth login` or HF_TOKEN names."""
     private: bool = True
-    """Whether only the owner can see a repository that the upload creates."""
+    """Create the repository so that only its owner can see it."""
 
     def __post_init__(self) -> None:
         check(

@@ -91,13 +91,13 @@ class SparsityConfig:
     normalize: str = "none"
     """Divide each parameter's scores by a norm of theirs: none, l2 or rms."""
     scope: str = "global"
-    """Which weights compete."""
+    """Group of weights that compete under one threshold."""
     groups: list[GroupConfig] = field(default_factory=list)
     """Parameters with targets of their own; all others follow `target`."""
     pattern: str = "unstructured"
     """Where weights may go: anywhere, or N:M, "2:4": 2 of every 4 consecutive inputs stay."""
     update: str = "shrink"
-    """Whether pruned weights may come back."""
+    """Rule by which pruned weights stay pruned or come back."""
     moves: MovesConfig = field(default_factory=MovesConfig)
     include: list[str] | None = None
     """Name patterns (`*` matches anything) of the parameters to prune; null takes every linear layer's weight."""
