@@ -48,10 +48,11 @@ class AgentAhead:
     def dismiss(self) -> None:
         """End an agent that got no command; nothing happens to one that did."""
         if self._write >= 0:
+            # It may still be importing, and has nothing to clean up.
+            self.process.kill()
+            self.process.wait()
             os.close(self._write)
             self._write = -1
-            self.process.terminate()
-            self.process.wait()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from launch.ahead import OPTION, AgentAhead, agent_ahead, read_arguments
 from tests.commands import quiet_environment, run_command
+from train.faults.stop import PREEMPTED_CODE
 
 
 def test_arguments_come_from_the_command_line_or_with_their_environment_from_a_pipe(monkeypatch: pytest.MonkeyPatch):
@@ -55,3 +57,13 @@ def test_a_mistake_in_the_configuration_leaves_no_agent(tmp_path: Path):
     done = run_command(["launch", "experiment=demo", "sparsity.target=1.2", f"runs_dir={tmp_path}"])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: sparsity.target=1.2 is outside [0, 1)")
+
+
+def test_a_signal_while_a_package_imports_ends_the_process_even_if_the_package_catches_everything(tmp_path: Path):
+    (tmp_path / "greedy.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    pass\n"
+    )
+    script = "from train.faults.preempt import end_when_asked; end_when_asked(); import greedy; print('went on')"
+    environment = {**quiet_environment({}), "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (PREEMPTED_CODE, "", "")

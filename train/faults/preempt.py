@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -57,10 +56,10 @@ def end_when_asked() -> None:
     """Make the first signal end the process as preempted, until another handler is installed.
 
     Call it first in a process: importing torch takes seconds, and a request in that time must not look like a failure.
-    It raises SystemExit, as Ctrl-C raises KeyboardInterrupt, so that callers can clean up.
+    The process ends without an exception, because packages catch what is raised while they import their parts.
     """
     for number in SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(PREEMPTED_CODE))
+        signal.signal(number, lambda *_: os._exit(PREEMPTED_CODE))
 
 
 def start_unheeding(then: Callable[[int], None] | None, worker: int) -> None:
