@@ -1,4 +1,4 @@
-"""Loading of experts that a compact folder stores one by one into a model that stacks them in one parameter."""
+"""Loading experts: a compact folder stores them one by one, and a model stacks them in one parameter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ExpandExperts(ConversionOps):
         shape = torch.Size((rows // len(parts), columns))
         dense = {}
         for pattern in parts:
-            # An expert that a bitmask would not make smaller is stored as a matrix; the kept values of others are a list.
+            # An expert is stored as a dense matrix if a bitmask would not make it smaller; kept values are always a list.
             masks = iter(input_dict.get(pattern + BITMASK, ()))
             dense[pattern] = [
                 tensor if tensor.dim() == 2 else expand_tensor(next(masks), tensor, shape)

@@ -20,7 +20,7 @@ from sparsity.compact.bitmask import bitmask_bytes
 BITS_OF_VALUES = {"int8": 8, "int4": 4}
 GROUP_OF_INT4 = 64
 _FRACTIONS = tuple(1 - step / 24 for step in range(13))
-"""The shares of the largest magnitude that a scale may cover: clipping a few values gives the others finer steps."""
+"""The shares of the largest magnitude that are tried as a scale's range: clipping a few values gives the others finer steps."""
 _AT_A_TIME = 1 << 20
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 _COUNTS = torch.tensor([byte.bit_count() for byte in range(256)])
@@ -92,7 +92,7 @@ def restore_values(codes: Tensor, scales: Tensor, sizes: Tensor) -> Tensor:
 
 
 def stored_codes(codes: Tensor, rounding: Rounding) -> np.ndarray:
-    """Return codes as a file holds them: int8, or two in a byte with the first in the low half.
+    """Return codes as they are stored in a file: int8, or two in a byte with the first in the low half.
 
     The shape is [bytes], or [groups, bytes of a group]. The end is padded with zeros, so that each list or group takes a
     multiple of 8 bytes.
