@@ -1,11 +1,11 @@
-"""Schedules: when weights are pruned, and how many remain. They give the density as a function of the step.
+"""Schedules say when weights are pruned and how many remain: they give the density as a function of the step.
 
 This needs only the standard library, so that a plan can be printed before torch is imported. A *step* is an optimizer step,
-counted from 0. `density(step)` holds while that step trains, because an event at step s runs before it. *Compute* is
+counted from 0. `density(step)` holds while that step runs, because an event at step s runs before it. *Compute* is
 measured in dense-equivalent steps: the sum of the density over the steps (arXiv 2501.12486).
 
-Every schedule is a staircase over its events. Schedules differ in one line, `kept`: the share that is left once a given part
-of the events is done.
+Every schedule is a staircase over its events. Schedules differ only in one method, `kept`: the share of weights that remains
+when a given share of the events is done.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Schedule(Protocol):
 
 
 class Staircase:
-    """Density falls at start_step, start_step + every_steps, ..., end_step, each time before that step trains."""
+    """Density falls at start_step, start_step + every_steps, ..., end_step, each time before that step runs."""
 
     start_step: int
     end_step: int
@@ -52,7 +52,7 @@ class Staircase:
         return range(self.start_step, self.end_step + 1, self.every_steps)
 
     def density(self, step: int) -> float:
-        """Return the share of the prunable weights kept while `step` trains, in (0, 1]."""
+        """Return the share of the prunable weights kept while `step` runs, in (0, 1]."""
         if step < self.start_step:
             return 1.0
         return self.density_after(min((step - self.start_step) // self.every_steps, self.num_events - 1))
