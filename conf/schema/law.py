@@ -1,4 +1,4 @@
-"""The scaling law of finished runs."""
+"""The keys of `python -m eval.scaling_law`, which fits the scaling law to finished runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PredictConfig:
     total_tokens: float | None = None
     experiment: str | None = None
     overrides: list[str] = field(default_factory=list)
-    """The experiment's keys that are set otherwise: predict.overrides=[sparsity.target=0.6]."""
+    """Changes to the experiment: predict.overrides=[sparsity.target=0.6]."""
 
     def __post_init__(self) -> None:
         for key in ("avg_linear_params", "total_tokens"):
@@ -44,22 +44,22 @@ class PredictConfig:
 
 @dataclass
 class ScalingLawConfig:
-    """Keys of `python -m eval.scaling_law`: the runs, the form of the law, and the questions to it."""
+    """The keys of `python -m eval.scaling_law`: the runs, the form of the law, and what to compute from it."""
 
     runs: Any = field(default_factory=list)
-    """Run folders, folders of runs, patterns of them, or CSV files: one, or a list."""
+    """Run folders, folders of runs, patterns of them, or CSV files: one or a list."""
     form: str = "nd"
-    """nd: E + A / N^alpha + B / D^beta; for runs on equally many tokens n: E + A / N^alpha, or power: A / N^alpha."""
+    """nd: E + A / N^alpha + B / D^beta. For runs with equal numbers of tokens, n: E + A / N^alpha, or power: A / N^alpha."""
     loss: str = "auto"
     """The figure to fit; `auto` takes the first of loss, heldout_loss, final_train_loss that every run has."""
     num_bootstrap: int = 400
     confidence: float = 0.95
     num_folds: int | None = None
-    """Folds of the held-out error; null leaves each configuration out once."""
+    """Number of folds for the held-out error; null leaves each configuration out once."""
     seed: int = 0
     predict: PredictConfig = field(default_factory=PredictConfig)
     target_loss: float | None = None
-    """The loss for which the cheapest N and D are given."""
+    """A loss for which to compute the cheapest N and D."""
     format: str = "text"
     figure: str | None = "scaling_law.png"
 
