@@ -80,7 +80,7 @@ class TrainerConfig(OptimConfig):
     disable_tqdm: bool | None = None
     profile_steps: list[int] | None = None
     """[first, last]: rank 0 writes a torch profiler trace of these steps to `profile/` in the run's folder, with a table of
-    the costliest kernels and, on a GPU, a memory snapshot. The range includes `last`; steps are numbered as in metrics.jsonl."""
+    the costliest kernels and, on a GPU, a memory snapshot. `last` is included; steps are numbered as in metrics.jsonl."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Any other TrainingArguments name: `+trainer.extra.neftune_noise_alpha=5`."""
 
