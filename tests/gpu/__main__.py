@@ -4,8 +4,9 @@
     python -m tests.gpu bench [--rehearse]     speed: event, tokens a second, profile, memory; 5 minutes at most
     python -m tests.gpu rates [--rehearse]     learning rate of the claim's runs, by recipe; 3 minutes at most
     python -m tests.gpu claim [--rehearse]     the paper's claim: sparse runs and their dense twins; 9 minutes at most
+    python -m tests.gpu recipe [--rehearse]    which points of the authors' recipe matter; 9 minutes at most, or on CPUs
 
-`claim` and `rates` also take overrides of their runs (optim.learning_rate=0.004). They read the docstrings of this
+`claim`, `rates` and `recipe` also take overrides of their runs (optim.learning_rate=0.004). They read the docstrings of this
 Python environment; `data=text data.path=FOLDER` gives them more, such as the folder that `python -m tests.gpu.docstrings`
 writes.
 
@@ -25,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.gpu import bench, check, claim
+from tests.gpu import bench, check, claim, recipe
 from tests.gpu.runner import ROOT, Step, run_steps
 
 
@@ -44,6 +45,7 @@ COMMANDS = {
     "bench": Command(bench.steps),
     "rates": Command(claim.rates_steps, budget_s=180.0, parallel=6, takes_overrides=True),
     "claim": Command(claim.claim_steps, budget_s=530.0, parallel=6, takes_overrides=True),
+    "recipe": Command(recipe.recipe_steps, budget_s=530.0, parallel=6, takes_overrides=True),
 }
 REHEARSAL_BUDGET_S = 1800.0
 """Long enough for a rehearsal, which takes minutes on an idle machine, to finish on a busy one."""
@@ -77,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=[*COMMANDS], metavar="|".join(COMMANDS))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run of claim and rates")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run of claim, rates and recipe")
     parser.add_argument("--rehearse", action="store_true", help="the same steps at a tiny size on the CPU")
     parser.add_argument("--only", default="", help="only the steps whose name contains this")
     parser.add_argument(

@@ -78,18 +78,27 @@ def rates_steps(work: Path, output: Path, rehearse: bool, more: Sequence[str] = 
 
 def steps(arms: Sequence[Arm], work: Path, rehearse: bool, more: Sequence[str]) -> list[Step]:
     """Return the device, the text, then the runs. `more` are overrides of every run, such as another text."""
+    shared = shared_overrides(work, rehearse, more)
+    return [*start_steps(shared, rehearse), *(run_step(arm, work, shared, rehearse) for arm in arms)]
+
+
+def shared_overrides(work: Path, rehearse: bool, more: Sequence[str]) -> tuple[str, ...]:
+    """Return the overrides of every run, and write the text of a rehearsal."""
     if rehearse:
         write_rehearsal_text(work / "text")
-    shared = (*common(work, rehearse), *more)
+    return (*common(work, rehearse), *more)
+
+
+def start_steps(shared: Sequence[str], rehearse: bool) -> list[Step]:
+    """Return the steps that tell the device and prepare the text."""
     tiny = ("--rehearse",) if rehearse else ()
     cores = {"TOKENIZERS_PARALLELISM": "true"}
-    found = [
+    return [
         Step("device", (PYTHON, "-m", "tests.gpu.device", *tiny), expected_s=10, timeout_s=60, alone=True),
         Step(
             "text", (PYTHON, "-m", "tests.gpu.claim_text", *shared), expected_s=20, timeout_s=180, alone=True, environment=cores
         ),
     ]  # fmt: skip
-    return [*found, *(run_step(arm, work, shared, rehearse) for arm in arms)]
 
 
 def run_step(arm: Arm, work: Path, shared: Sequence[str], rehearse: bool) -> Step:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,26 @@ def words(summary: dict[str, Any], seconds: float) -> str:
     )
 
 
-def main() -> None:
-    run_dir, overrides = Path(sys.argv[1]), sys.argv[2:]
+def run(overrides: Sequence[str]) -> float:
+    """Launch a run and return the seconds that it took; exit if it fails."""
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "launch", *overrides], cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(f"the run ended with {done.returncode}")
-    seconds = time.monotonic() - started
-    found = figures(run_dir, seconds)
+    return time.monotonic() - started
+
+
+def report(found: dict[str, Any]) -> None:
+    """Write a run's figures to the step's file, and print one line."""
     if FIGURES in os.environ:
         Path(os.environ[FIGURES]).write_text(json.dumps(found))
-    print(words(found["summary"], seconds))
+    print(words(found["summary"], found["seconds"]))
+
+
+def main() -> None:
+    run_dir, overrides = Path(sys.argv[1]), sys.argv[2:]
+    seconds = run(overrides)
+    report(figures(run_dir, seconds))
 
 
 if __name__ == "__main__":
