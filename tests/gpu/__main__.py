@@ -2,13 +2,13 @@
 
     python -m tests.gpu check [--rehearse]     correctness: tests, demo, interruption, 30 steps of the 1B; 5 minutes at most
     python -m tests.gpu bench [--rehearse]     speed: event, tokens a second, profile, memory; 5 minutes at most
-    python -m tests.gpu rates [--rehearse]     learning rate of the claim's runs, by recipe; 3 minutes at most
+    python -m tests.gpu rates [--rehearse]     learning rates of the claim's runs; 4 minutes at most
     python -m tests.gpu claim [--rehearse]     the paper's claim: sparse runs and their dense twins; 9 minutes at most
     python -m tests.gpu recipe [--rehearse]    which points of the authors' recipe matter; 9 minutes at most, or on CPUs
 
 `claim`, `rates` and `recipe` also take overrides of their runs (optim.learning_rate=0.004). They read the docstrings of this
 Python environment; `data=text data.path=FOLDER` gives them more, such as the folder that `python -m tests.gpu.docstrings`
-writes.
+writes. If the folder of results holds rates.json, `claim` gives each pair the learning rate that was best there.
 
 Prints a line for each step as it ends. The results are in $OUT (without it, in runs/gpu): COMMAND.json, written again after
 each step, and COMMAND.log with the end of what each step printed. Exits with 1 unless every step that ran passed.
@@ -43,7 +43,7 @@ class Command:
 COMMANDS = {
     "check": Command(check.steps),
     "bench": Command(bench.steps),
-    "rates": Command(claim.rates_steps, budget_s=180.0, parallel=6, takes_overrides=True),
+    "rates": Command(claim.rates_steps, budget_s=240.0, parallel=6, takes_overrides=True),
     "claim": Command(claim.claim_steps, budget_s=530.0, parallel=6, takes_overrides=True),
     "recipe": Command(recipe.recipe_steps, budget_s=530.0, parallel=6, takes_overrides=True),
 }

@@ -70,7 +70,7 @@ def device_of(result: dict[str, Any]) -> str:
 
 
 def rates_section(result: dict[str, Any]) -> str:
-    """Return the dense twin's held-out loss by recipe and learning rate: the mean and every seed."""
+    """Return the dense twins' held-out losses by name and learning rate: the mean and every seed."""
     found: dict[tuple[str, float], list[float]] = {}
     for step in result["steps"]:
         figures = step.get("figures") or {}
@@ -83,7 +83,7 @@ def rates_section(result: dict[str, Any]) -> str:
         for (recipe, rate), losses in sorted(found.items())
     ]
     head = f"## Learning rate\n\n{device_of(result)}\n\n{RATES_WORDS}\n"
-    return "\n".join([head, table(["recipe", "learning rate", "held-out loss", "each seed"], rows)])
+    return "\n".join([head, table(["runs", "learning rate", "held-out loss", "each seed"], rows)])
 
 
 def runs_section(result: dict[str, Any], title: str = "Runs") -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.gpu.claim import PYTHON, RATES, REHEARSED_SECONDS, TWIN, Arm, shared_overrides, start_steps
+from tests.gpu.claim import PYTHON, REHEARSED_SECONDS, TWIN, Arm, shared_overrides, start_steps
 from tests.gpu.runner import Step
 
 POINTS: Mapping[str, tuple[str, ...]] = {
@@ -23,6 +23,7 @@ POINTS: Mapping[str, tuple[str, ...]] = {
 """What each arm changes, by its name."""
 DENSE_OF = {"normalized": "plain"}
 """Arms that change the sparse run alone share the dense runs of another."""
+RATES = (3e-3, 6e-3, 1.2e-2)
 SEEDS = (0, 1, 2)
 RATE_SEEDS = (0, 1)
 SPARSITY = "sparsity.target=0.8"
