@@ -209,7 +209,7 @@ def peak_beyond(body: Callable[[], Any], device: str = "cpu") -> int | None:
         before = torch.cuda.memory_allocated()
         body()
         return torch.cuda.max_memory_allocated() - before
-    # This comes first, because held pages cannot be given back.
+    # This comes first, because locked pages cannot be given back.
     give_back_free_memory()
     with held_pages():
         if not reset_peak():

@@ -1,6 +1,6 @@
 """The steps of `python -m tests.gpu claim` and `rates`: the paper's claim at the size of one GPU, and its learning rate.
 
-Both train several runs at a time on the one device. A run is a process tree of its own, as users start it.
+Both train several runs at a time on one device. Each run has its own processes, as if a user had started it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.gpu.runner import Step
 
 PYTHON = sys.executable
 SPARSITIES = (0.2, 0.4, 0.6)
-"""The sparsities beside the 80 % pair, with one seed each."""
+"""The sparsities in addition to 80 %, with one seed each."""
 SEEDS = (0, 1, 2)
 RATES = (3e-3, 6e-3, 1.2e-2)
 RATE_SEEDS = (0, 1)
@@ -23,25 +23,25 @@ RATE_STEPS = 384
 RECIPES = ("authors", "plain")
 TWIN = "model.match=average"
 RUN_SECONDS, REHEARSED_SECONDS = 60.0, 5.0
-"""Seconds of budget that must be left for a further run to start."""
+"""The seconds of the budget that must be left for another run to start."""
 RUN_LIMIT_S = 420.0
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: its `run_name` and what it changes of experiment=claim."""
+    """One run: its `run_name`, and the overrides with which it differs from experiment=claim."""
 
     name: str
     overrides: tuple[str, ...]
 
     @property
     def folder(self) -> str:
-        """The name of the run's folder, which marks a twin."""
+        """The name of the run's folder, which shows whether it is a twin."""
         return f"{self.name}-twin" if TWIN in self.overrides else self.name
 
 
 def claim_arms() -> list[Arm]:
-    """Return four sparsities and their dense twins, three seeds of the 80 % pair; the most important come first."""
+    """Return runs at four sparsities and their dense twins, with three seeds of the 80 % pair, most important first."""
     pairs = [(0.8, seed) for seed in SEEDS] + [(sparsity, 0) for sparsity in SPARSITIES]
     return [arm for sparsity, seed in pairs for arm in pair(sparsity, seed)]
 
@@ -53,7 +53,7 @@ def pair(sparsity: float, seed: int, *more: str) -> tuple[Arm, Arm]:
 
 
 def rate_arms() -> list[Arm]:
-    """Return the twin of the 80 % run at three learning rates, two seeds and both recipes."""
+    """Return runs of the 80 % run's twin at three learning rates, with two seeds and both recipes."""
     return [
         Arm(
             f"{recipe}-{rate:g}-seed{seed}",
@@ -77,7 +77,7 @@ def rates_steps(work: Path, output: Path, rehearse: bool, more: Sequence[str] = 
 
 
 def steps(arms: Sequence[Arm], work: Path, rehearse: bool, more: Sequence[str]) -> list[Step]:
-    """Return the device, the text, then the runs. `more` are overrides of every run, such as another text."""
+    """Return the steps: the device, the text, then the runs. `more` are overrides of every run, such as another text."""
     if rehearse:
         write_rehearsal_text(work / "text")
     shared = (*common(work, rehearse), *more)
@@ -93,7 +93,7 @@ def steps(arms: Sequence[Arm], work: Path, rehearse: bool, more: Sequence[str]) 
 
 
 def run_step(arm: Arm, work: Path, shared: Sequence[str], rehearse: bool) -> Step:
-    # If a key is given twice the last one counts, so the shared overrides win over the arm's.
+    # If a key is given twice, the last value counts, so the shared overrides take precedence over the arm's.
     command = (
         PYTHON, "-m", "tests.gpu.claim_run", str(work / "runs" / arm.folder), f"run_name={arm.name}", *arm.overrides, *shared,
     )  # fmt: skip

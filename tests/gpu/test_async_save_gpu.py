@@ -1,4 +1,4 @@
-"""Checkpoints in the background on the device hold, bit for bit, the values from when the save began."""
+"""Checkpoints that are written in the background hold, bit for bit, the device's values from when the save began."""
 
 from __future__ import annotations
 
