@@ -34,7 +34,7 @@ def save(root: Path, step: int, num_weights: int) -> str:
 
 
 def main(folder: Path) -> None:
-    """Print the errors of saving when a disk of 256 KiB is full and when it is read-only; a mount namespace has the disk."""
+    """Print the errors of saving on a disk of 256 KiB when it is full and when it is read-only; a mount namespace holds it."""
     root = folder / "runs" / "tiny" / "checkpoints"
     root.mkdir(parents=True)
     found: dict[str, Any] = {"small": save(root, 5, 1000), "large": save(root, 10, 100_000)}

@@ -1,4 +1,4 @@
-"""An update with bad numbers is skipped by the host, or by the optimizer's kernel, of which the host learns a step later."""
+"""An update with bad numbers is skipped by the host, or by the optimizer's kernel, and then the host learns it a step later."""
 
 import pytest
 import torch

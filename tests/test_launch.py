@@ -1,4 +1,4 @@
-"""The command that starts a config on this machine."""
+"""The command that starts a run on this machine, made from the run's config."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A list of the private parts of torch, accelerate, transformers and Hydra that we call or override.
 
-A library may change them in any release. Each line says on what we rely; its test names the version in which that changed.
+A library may change them in any release. Each entry says what we rely on; its test names the version in which that changed.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ ORPHANS_S = 10.0
 """The seconds in which ranks must end after their launcher."""
 
 Trial = Callable[[random.Random, LaunchedRun], Container[int]]
-"""A function that harms a running run and returns the exit codes that it may end with."""
+"""A function that interrupts or damages a run, and returns the exit codes with which the run may end."""
 ANY = range(-64, 256)
 
 

@@ -50,7 +50,7 @@ def best_in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: in
 
 
 def tokenizing(scale: float, rounds: int, folder: Path) -> Comparison:
-    """Turn documents into ids with separators, against the tokenizers library alone."""
+    """Turn documents into ids with separators, against only the tokenizers library."""
     from tokenizers import Tokenizer
 
     from train.data.pack import _batches, encoder

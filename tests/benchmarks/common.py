@@ -140,7 +140,7 @@ def _cell(value: Any) -> str:
 
 
 def in_process(module: str, function: str, *arguments: object, **environment: str) -> Any:
-    """Return `module.function(*arguments)`, computed in a new process with one thread; both are sent as JSON."""
+    """Return `module.function(*arguments)`, computed in a new process with one thread; values are sent as JSON."""
     call = (
         f"import json; from importlib import import_module; body = import_module({module!r}).{function}; "
         f"print(json.dumps(body(*json.loads({json.dumps(arguments)!r}))))"

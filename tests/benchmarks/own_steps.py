@@ -205,7 +205,7 @@ def use_float8(model: nn.Module) -> None:
     )
 
 
-# --- losses: from hidden states [tokens, hidden] and targets [tokens], -100 where there is none ---
+# --- losses: from hidden states [tokens, hidden] and targets [tokens], -100 for no target ---
 
 
 def widened_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train.
+    """A way to train, given by these settings:
 
     `attention`: eager, sdpa (torch chooses), a backend of `own_steps.BACKENDS`, flash_attention_2 or _3, flex_attention,
     document (as in runs with data.attention=document, over documents of mixed lengths) or `best`; `loss`: a name in
