@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def pass_on(number: int, _frame: FrameType | None) -> None:
-    """Pass a signal to every rank and keep waiting; before there are ranks, end."""
+    """Pass a signal to every rank and keep waiting; if there are no ranks yet, exit."""
     PassingAgent.is_asked_to_stop = True
     pids = PassingAgent.current.pids() if PassingAgent.current is not None else []
     if not pids:

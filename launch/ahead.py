@@ -53,7 +53,7 @@ class AgentAhead:
     def dismiss(self) -> None:
         """Kill the agent if it got no command; otherwise do nothing."""
         if self._write >= 0:
-            # It may still be importing, and has nothing to clean up.
+            # The agent may still be importing torch, and has nothing to clean up.
             self.process.kill()
             self.process.wait()
             os.close(self._write)

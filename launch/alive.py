@@ -67,7 +67,7 @@ def wait_for_live_jobs(
         sweep: The sweep.
         planned: Its jobs.
         say: Prints a message to the user.
-        poll_s: Seconds between two looks.
+        poll_s: The seconds between two checks.
 
     Raises:
         ValueError: The sweep has overwrite=true, which would remove the files of those jobs.

@@ -46,7 +46,7 @@ def num_gpus(environment: Mapping[str, str]) -> int:
 
 
 def gpu_bytes(environment: Mapping[str, str]) -> int | None:
-    """Return the memory of this machine's smallest GPU in bytes, None if nvidia-smi does not tell; torch is not imported."""
+    """Return the bytes of this machine's smallest GPU, without importing torch; None if nvidia-smi does not report them."""
     if not gpu_names(environment) or shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -118,7 +118,13 @@ def accelerate_command(
 
 
 def resharding(config: Config, world_size: int, device_bytes: int | None) -> str | None:
-    """Return accelerate's `fsdp_reshard_after_forward` for a run, or None to keep what the accelerate config says."""
+    """Return accelerate's `fsdp_reshard_after_forward` for a run, or None to keep that of the accelerate config.
+
+    Args:
+        config: The run.
+        world_size: The number of processes of the run.
+        device_bytes: The memory of a GPU; None if it is unknown.
+    """
     launch = config.launch
     if launch.reshard_after_forward != "auto":
         return launch.reshard_after_forward
@@ -130,7 +136,14 @@ def resharding(config: Config, world_size: int, device_bytes: int | None) -> str
 
 
 def fitting_config(gpus: int, total: int, machines: Machines, replicas: int) -> str:
-    """Return the name of the file in launch/accelerate for these machines; the command overrides its numbers."""
+    """Return the name of the file in launch/accelerate for these machines; the command overrides its numbers.
+
+    Args:
+        gpus: The number of GPUs of this machine.
+        total: The number of processes on all machines.
+        machines: The machines of the run.
+        replicas: The number of copies of the model.
+    """
     if replicas > 1:
         return "hsdp.yaml"
     if not gpus:

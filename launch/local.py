@@ -1,4 +1,4 @@
-"""A sweep on this machine: its jobs run one after another, or on GPUs as many at a time as there are GPUs for."""
+"""A sweep on this machine: its jobs run one after another, or if there are enough GPUs, several at a time."""
 
 from __future__ import annotations
 

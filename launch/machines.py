@@ -24,7 +24,7 @@ class Machines:
 
 
 def find_machines(launch: LaunchConfig, environment: Mapping[str, str]) -> Machines:
-    """Return the machines of a run, from the configuration and, where that says nothing, from SLURM.
+    """Return the machines of a run, from the configuration and, if that leaves something out, from SLURM.
 
     Raises:
         ValueError: Neither gives the machine's rank, or the address or port of machine 0.

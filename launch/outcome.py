@@ -71,7 +71,13 @@ def summary_of(job: Job) -> dict[str, Any] | None:
 
 
 def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | None]) -> str:
-    """Return a line about the sweep, and two for each unfinished job: its state and the command that resumes it."""
+    """Return a line about the sweep, and two for each unfinished job: its state and the command that resumes it.
+
+    Args:
+        sweep: The sweep.
+        failed: The jobs that are not finished.
+        codes: The exit codes of jobs, as in `close_sweep`.
+    """
     same = "" if failed[0].config.overwrite else "the same command runs these alone, and "
     lines = [
         f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; {same}each has its own command:"

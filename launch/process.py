@@ -79,8 +79,8 @@ def run_children(
     A signal to this process is forwarded to all running tasks, and no further task is started after it.
 
     Args:
-        tasks: What to run.
-        places: For each task that can run at a time, changes to its environment, such as the GPUs it may use.
+        tasks: The tasks.
+        places: For each task that can run at a time, changes to its environment, such as the GPUs that it may use.
         on_start: Called with a task's index before it starts.
         on_end: Called with a task's index and exit code after it has ended.
 

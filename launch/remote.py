@@ -129,7 +129,11 @@ def search(sweep: Sweep, arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def hydra_context(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, HydraContext]]:
-    """Yield the config of a sweep, and the context with which Hydra sets up its plugins."""
+    """Yield the config of a sweep, and the context with which Hydra sets up its plugins.
+
+    Raises:
+        ValueError: The config cannot be composed.
+    """
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         try:

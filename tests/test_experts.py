@@ -124,7 +124,7 @@ def test_routers_are_pruned_whether_they_are_linear_layers_or_not():
 
 
 def prune_experts(sharded: bool) -> list[torch.Tensor]:
-    """The masks of a Mixtral with 4 experts after two events, on the ranks there are."""
+    """Return the masks of a Mixtral with 4 experts after two events, on all ranks."""
     model = made("Mixtral")
     if sharded:
         for layer in model.model.layers:
@@ -150,7 +150,7 @@ def test_ranks_prune_the_experts_that_one_does(world_size):
 
 
 def resume_experts(folder: str) -> list[torch.Tensor]:
-    """Masks that a new callback takes from the weights and the saved state of another one, FSDP2 on two ranks."""
+    """Check that a new callback restores the masks from weights and saved state, under FSDP2, and return the masks."""
     model = made("Mixtral")
     for layer in model.model.layers:
         fully_shard(layer)

@@ -1,4 +1,4 @@
-"""The claim on one GPU: which runs there are, what they are told, and the page of what they found."""
+"""The claim on one GPU: its runs, their overrides, and the page of their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.plan.run import plan_run
 
 
 def overrides_of(step: Any) -> list[str]:
-    """The arguments of `python -m launch` that a run's step ends in."""
+    """Return the arguments of `python -m launch` at the end of a run's step."""
     return [word for word in step.command[4:] if "=" in word]
 
 
@@ -88,7 +88,7 @@ def test_each_pair_takes_the_rate_of_its_sparsity_from_the_rates_beside_its_resu
 
 
 def result(folder: Path) -> Path:
-    """A results file of six runs whose loss follows from N-bar."""
+    """Write a results file of six runs whose loss depends on N-bar."""
     steps: list[dict[str, Any]] = [
         {"name": "device", "outcome": "passed", "seconds": 5.0, "figures": {"gpu": "NVIDIA H100", "torch": "2.11.0"}},
         {"name": "60p-seed0", "outcome": "timed out", "seconds": 9.0, "figures": None},

@@ -89,10 +89,10 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
 
 
 def name_matmul_precision() -> None:
-    """Set torch's older name of the matmul precision to what transformers set by the newer one.
+    """Set torch's older setting of the matmul precision to the value that transformers gave the newer one.
 
-    transformers turns TF32 on through `torch.backends.fp32_precision` alone. `torch.get_float32_matmul_precision()`,
-    which inductor calls when it tunes a matrix product, then raises because the two settings disagree.
+    transformers turns TF32 on only through `torch.backends.fp32_precision`. Then `torch.get_float32_matmul_precision()`,
+    which inductor calls when it tunes a matrix product, raises because the two settings disagree.
     """
     # torch's type annotations do not have this module attribute.
     if getattr(torch.backends, "fp32_precision", None) == "tf32":

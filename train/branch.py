@@ -63,11 +63,11 @@ def begin_branch(
 
 
 def check_same_tokenizer(config: Config, before: str | None, now: str) -> None:
-    """Refuse a tokenizer whose ids the embeddings taken over do not know, such as one trained on other text.
+    """Refuse another tokenizer than that of the embeddings which are taken over, such as one trained on other text.
 
     Args:
         config: The configuration of the new run.
-        before: The folder of the other run's tokenizer, None if its checkpoint does not tell.
+        before: The folder of the other run's tokenizer; None if its checkpoint does not record it.
         now: The folder of the new run's tokenizer.
 
     Raises:

@@ -132,7 +132,7 @@ class World:
 
 
 def join_world(timeout_s: int) -> World:
-    """Join the process group that accelerate launched this process for.
+    """Join the process group for which accelerate launched this process.
 
     Collective: every rank calls it.
 

@@ -19,7 +19,7 @@ def check_tasks(tasks: Sequence[str], task_path: str | None, prefix: str = "") -
 
     Args:
         tasks: Names of tasks.
-        task_path: A folder with task yamls of the user's own, or None.
+        task_path: A folder with the user's own task yamls, or None.
         prefix: The prefix of the user's keys in error messages.
 
     Raises:
@@ -54,7 +54,7 @@ def run_tasks(
 
     Args:
         tasks: Names of tasks.
-        task_path: A folder with task yamls of the user's own, or None.
+        task_path: A folder with the user's own task yamls, or None.
         model: The model, already loaded.
         tokenizer: Its tokenizer.
         context: The longest input in tokens.

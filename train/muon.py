@@ -30,7 +30,7 @@ NUM_ITERATIONS = 5
 MOMENTUM = 0.95
 EPS = 1e-7
 RMS_OF_ADAMW = 0.2
-"""Scales the update to the size of AdamW's, so that both share a learning rate and a decay (arXiv 2502.16982)."""
+"""The factor that makes an update as large as AdamW's, so that both share a learning rate and a decay (arXiv 2502.16982)."""
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

@@ -173,7 +173,15 @@ def repeat_ending(
 def build(
     config: Config, plan: RunPlan, data: PreparedData, arguments: Any, world: World
 ) -> tuple[Any, Any, Blocks | MixtureBlocks]:
-    """Return the model without weights and not yet sharded, the tokenizer, and the blocks to train on."""
+    """Return the model without weights and not yet sharded, the tokenizer, and the blocks to train on.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        data: The prepared text.
+        arguments: The TrainingArguments.
+        world: This process and its peers.
+    """
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         blocks = blocks_of_run(config, plan, data)
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
@@ -201,6 +209,20 @@ def make_trainer(
     """Return the trainer with its callbacks, and on rank 0 the recorder.
 
     Collective: every rank calls it.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        directory: The run's folder.
+        data: The prepared text.
+        blocks: The blocks to train on.
+        model: The model, with or without weights.
+        arguments: The TrainingArguments.
+        start: The checkpoint to resume, or the function that fills the model.
+        evaluation: Evaluates the model during and after training.
+        world: This process and its peers.
+        guard: Skips bad updates, and decides when to stop.
+        heartbeat: This rank's signs of life.
     """
     sparsity = sparsity_callback(config, plan, start.branch)
     clock = StepClock(world.device, is_read=world.is_main)
@@ -276,7 +298,17 @@ def make_recorder(
     clock: StepClock,
     device: torch.device,
 ) -> Recorder:
-    """Return the recorder of rank 0; start its wandb run if one is wanted."""
+    """Return the recorder of rank 0; start its wandb run if one is wanted.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        directory: The run's folder.
+        sparsity: The run's sparsity callback, if it has one.
+        initial_sparsity: The share of zeros in the weights from which the run starts.
+        clock: The timer of the training steps.
+        device: The device that trains.
+    """
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
     with user_errors():

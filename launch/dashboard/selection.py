@@ -77,6 +77,11 @@ def wandb_id(folder: Path) -> str:
 def one_of_all(key: str, loggers: Sequence[Any], folders: Sequence[Path]) -> str | None:
     """Return the value that all runs have for a key of their logger config.
 
+    Args:
+        key: The key, `entity` or `project`.
+        loggers: The logger config of each run.
+        folders: The folder of each run, for the error.
+
     Raises:
         ValueError: Values differ; the message names two such runs.
     """

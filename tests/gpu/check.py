@@ -1,4 +1,4 @@
-"""The steps of `python -m tests.gpu check`: is everything right on this device?"""
+"""The steps of `python -m tests.gpu check`: whether everything is correct on this device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.gpu.runner import ROOT, Step
 PYTHON = sys.executable
 GPU_MARK = re.compile(r"^\s*(@|pytestmark\s*=.*|)pytest\.mark\.gpu\b", re.MULTILINE)
 MORE_CORES = {"OMP_NUM_THREADS": "8", "TORCHINDUCTOR_COMPILE_THREADS": "16"}
-"""Environment of the steps that run alone: the CPU makes the 1B's first weights and its sample."""
+"""The environment of steps that run alone; the CPU draws the 1B's first weights and writes its sample."""
 EXPECTED_TEST_S = 25.0
 TEST_LIMIT_S = 120.0
 LONGER_S = {"test_compile_modes_gpu": 270.0}
@@ -49,7 +49,7 @@ def pytest_step(file: str, rehearse: bool) -> Step:
 
 
 def demo(work: Path, rehearse: bool) -> Step:
-    """Return the job of `make demo` with a third of its steps; a rehearsal trains on the text of this repository."""
+    """Return the run of `make demo` with a third of its steps; a rehearsal trains on the text of this repository."""
     command = [
         PYTHON, "-m", "launch", "experiment=demo", "overwrite=true", "logger=none", f"runs_dir={work}/demo",
         f"data.cache_dir={work}/cache-demo", "trainer.disable_tqdm=true", "trainer.max_steps=320",
@@ -63,7 +63,7 @@ def demo(work: Path, rehearse: bool) -> Step:
 
 
 def steps(work: Path, output: Path, rehearse: bool, more: Sequence[str] = ()) -> list[Step]:
-    """Return cheap and telling steps first: the device, then all tests beside the demo, then the 1B alone."""
+    """Return the steps, cheap and informative ones first: the device, then all tests with the demo, then the 1B alone."""
     tiny = ("--rehearse",) if rehearse else ()
     if rehearse:
         write_rehearsal_text(work / "text")

@@ -20,7 +20,7 @@ from tests.gpu.runner import Step
 
 PYTHON = sys.executable
 SPARSITIES = (0.2, 0.4, 0.6)
-"""The sparsities beside the 80 % pair, with one seed each."""
+"""The sparsities in addition to 80 %, with one seed each."""
 SEEDS = (0, 1, 2)
 RATES = (1.5e-3, 3e-3, 6e-3)
 RATE_SPARSITIES = (0.2, 0.8)
@@ -30,20 +30,20 @@ RATE_STEPS = 768
 RATES_FILE = "rates.json"
 TWIN = "model.match=average"
 RUN_SECONDS, REHEARSED_SECONDS = 60.0, 5.0
-"""Seconds of budget that must be left for a further run to start."""
+"""The seconds of the budget that must be left for another run to start."""
 RUN_LIMIT_S = 420.0
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: its `run_name` and what it changes of experiment=claim."""
+    """One run: its `run_name`, and the overrides with which it differs from experiment=claim."""
 
     name: str
     overrides: tuple[str, ...]
 
     @property
     def folder(self) -> str:
-        """The name of the run's folder, which marks a twin."""
+        """The name of the run's folder, which shows whether it is a twin."""
         return f"{self.name}-twin" if TWIN in self.overrides else self.name
 
 
@@ -142,7 +142,7 @@ def start_steps(shared: Sequence[str], rehearse: bool) -> list[Step]:
 
 
 def run_step(arm: Arm, work: Path, shared: Sequence[str], rehearse: bool) -> Step:
-    # If a key is given twice the last one counts, so the shared overrides win over the arm's.
+    # If a key is given twice, the last value counts, so the shared overrides take precedence over the arm's.
     command = (
         PYTHON, "-m", "tests.gpu.claim_run", str(work / "runs" / arm.folder), f"run_name={arm.name}", *arm.overrides, *shared,
     )  # fmt: skip

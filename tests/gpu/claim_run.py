@@ -1,9 +1,9 @@
-"""One run of the claim through `python -m launch`; its settings and results go into the step's figures.
+"""Do one run of the claim through `python -m launch`; its settings and results go into the step's figures.
 
     python -m tests.gpu.claim_run RUN_DIR key=value ...
 
-RUN_DIR is the folder that the run will have. The figures hold config.yaml and summary.json whole, so that
-`python -m tests.gpu.claim_page` can compare the runs when the machine is gone.
+RUN_DIR is the folder that the run will have. The figures hold all of config.yaml and summary.json, so that
+`python -m tests.gpu.claim_page` can compare the runs when the machine is no longer there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CURVE_POINTS = 64
 
 
 def figures(run_dir: Path, seconds: float) -> dict[str, Any]:
-    """Return the finished run's config.yaml, summary.json and curve, which is thinned to 64 records."""
+    """Return the finished run's config.yaml, summary.json and curve, reduced to 64 records."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "train/loss" in record]
     thin = max(1, len(steps) // CURVE_POINTS)

@@ -1,7 +1,7 @@
 """Checkpoints on disk: a folder gets its final name only when complete, and is used only if its checksums agree.
 
 checkpoints/checkpoint-<step>/
-    rank-00000.safetensors ...  each rank's rows: model/NAME, optim.STATE/NAME, mask/NAME (a bit a weight), rng/...
+    rank-00000.safetensors ...  each rank's rows: model/NAME, optim.STATE/NAME, mask/NAME (one bit per weight), rng/...
     state.json                  step, world size, which rank holds which rows, figures, scalars, identity, versions
     trainer_state.json          as transformers writes it
     SHA256SUMS                  checksums of all these files, for `sha256sum -c`

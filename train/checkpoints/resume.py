@@ -45,6 +45,11 @@ def checkpoint_to_resume(
 def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: str) -> None:
     """Check that the checkpoint's settings and data are those of this run.
 
+    Args:
+        folder: The checkpoint.
+        identity: The settings of this run that must match.
+        data_folder: The folder of this run's prepared data.
+
     Raises:
         ValueError: A setting differs, and the message gives both values; or the data has changed.
     """
@@ -60,7 +65,10 @@ def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: st
 
 
 def data_fingerprint(folder: str) -> dict[str, Any]:
-    """Return the sha256 of the prepared data's index, which holds that of every file, and the files' sizes and mtimes."""
+    """Return the sha256 of the prepared data's index, and the size and mtime of each file that the index lists.
+
+    The index holds the sha256 of each file.
+    """
     index = read_index(folder)
     names = [part[split][kind] for part in index["parts"] for split in SPLITS for kind in ("file", "starts")]
     stats = {name: Path(folder, name).stat() for name in names}

@@ -1,7 +1,7 @@
 """Writing safetensors files one tensor at a time: this needs no second copy of a rank's state and raises `OSError`s.
 
 `safetensors.save_file` needs every tensor on the CPU at once, raises its own error for a full disk, and makes the file
-readable only for its owner (0.8).
+readable only for its owner (version 0.8).
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ def attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a checkpoint depends on."""
+    """Return the versions of Python and of the libraries on which a checkpoint depends."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -24,7 +24,7 @@ MOST_FIELDS_NAMED = 8
 MOST_PLACES = 5
 """The number of skipped documents of each part whose errors are kept."""
 MISSING = object()
-"""Stands for a missing value, since None can be a value."""
+"""The mark of a missing value, because None can be a value."""
 FIRST_BYTES = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",

@@ -66,7 +66,7 @@ class Job:
     frame: Frame
     vocab_size: int
     skips_errors: bool = False
-    """Skip documents that cannot be read."""
+    """Whether documents that cannot be read are skipped."""
 
     @property
     def sidecar(self) -> Path:
@@ -168,7 +168,7 @@ def _batches(texts: Iterable[str], heldout_share: float) -> Iterator[tuple[Split
 def encoder(folder: str) -> Encode:
     """Return a function from texts to ids; text that looks like a special token is encoded as text.
 
-    A fast tokenizer is loaded by the `tokenizers` library alone: importing transformers takes seconds.
+    A fast tokenizer is loaded with only the `tokenizers` library, because importing transformers takes seconds.
     """
     if multiprocessing.parent_process() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"

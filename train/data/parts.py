@@ -30,7 +30,7 @@ class Part:
     stop: int
     num_bytes: int
     max_documents: int | None = None
-    """Read only this many documents from the beginning of the part; None for all."""
+    """The number of documents to read from the beginning of the part; None for all."""
 
 
 def find_files(path: str | Path) -> list[Path]:

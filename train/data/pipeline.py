@@ -170,7 +170,7 @@ class TokenFolder:
     source: Source
     folder: Path
     fill: Callable[[int | None], None]
-    """Makes what is missing in the folder, with this many workers; the caller holds the folder's lock."""
+    """Makes the missing files of the folder, with the given number of workers; the caller holds the folder's lock."""
     jobs: Callable[[], list[Job]] | None = None
     """Returns the parts to tokenize; None for tokens that are read in place."""
     finish: Callable[[list[Job]], None] | None = None

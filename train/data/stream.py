@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 NOT_PREDICTED = -100
-"""The label of a token that no loss is computed for, in torch and transformers."""
+"""The label of a token for which torch and transformers compute no loss."""
 
 
 class TokenStream:

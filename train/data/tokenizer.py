@@ -192,7 +192,12 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, spec: str) -> None:
-    """Check that the tokenizer `spec` has no more tokens than the model.
+    """Check that a tokenizer has no more tokens than the model.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: The model's vocabulary size.
+        spec: The user's name for the tokenizer, for the error.
 
     Raises:
         ValueError: It has more.

@@ -53,7 +53,7 @@ class Heartbeat:
         self.report_and_exit(RuntimeError(error))
 
     def post_error(self) -> None:
-        """Post that this rank ends with an error of its own, which its launcher shows."""
+        """Post that this rank ends with its own error, which its launcher shows."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"error/{self.rank}", socket.gethostname())
@@ -61,7 +61,7 @@ class Heartbeat:
     def report_and_exit(self, error: BaseException) -> None:
         """Report the silent ranks after a failed collective and end this process; only the first survivor reports.
 
-        Nothing is reported if the silent ranks have an error of their own that this machine's launcher shows.
+        Nothing is reported if the silent ranks have their own error and this machine's launcher shows it.
         """
         silent, explained = self._ask_in_time()
         survivors = [rank for rank in range(self.size) if rank not in (silent or {})]
@@ -105,7 +105,7 @@ class Heartbeat:
         return {rank: int(self._store.get(f"step/{rank}")) if is_there else 0 for rank, is_there in last.items()}
 
     def _hosts_with_errors(self, silent: Iterable[int]) -> dict[int, str]:
-        """Return the machines of the silent ranks that posted an error of their own."""
+        """Return the machines of those silent ranks that posted their own error."""
         assert self._store is not None
         posted = [rank for rank in silent if self._store.check([f"error/{rank}"])]
         return {rank: self._store.get(f"error/{rank}").decode() for rank in posted}

@@ -85,7 +85,8 @@ def attend_by_document(
             length, width].
         cu_seq_lens_q: The offsets at which documents begin and end, counted over all rows in sequence, int32; None to
             attend over whole rows.
-        sliding_window: How many tokens back a token looks, itself included; None for all of its document.
+        sliding_window: The number of tokens to which a token attends, itself included; None for all earlier tokens of
+            its document.
 
     Returns:
         The attended values [batch, length, heads, width], and None for the attention weights.
@@ -104,7 +105,14 @@ def attend_by_document(
 
 
 def document_mask(ends: Tensor, num_rows: int, length: int, sliding_window: int | None = None) -> Tensor:
-    """Return bool [rows, 1, length, length]: True where a token (third dimension) attends to another one (fourth)."""
+    """Return a bool mask [rows, 1, length, length]: whether a token (third dimension) attends to another one (fourth).
+
+    Args:
+        ends: The offsets at which documents begin and end, as `cu_seq_lens_q`.
+        num_rows: The number of rows.
+        length: The number of tokens in a row.
+        sliding_window: As in `attend_by_document`.
+    """
     places = torch.arange(num_rows * length, device=ends.device, dtype=torch.int32)
     # Unused entries repeat the last offset, which is past all tokens.
     documents = torch.searchsorted(ends, places, right=True).view(num_rows, length)

@@ -71,7 +71,13 @@ def build_skeleton(model: ModelConfig, tokenizer: Any) -> PreTrainedModel:
 
 
 def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> PreTrainedModel:
-    """Return the whole model on the CPU, with the weights that a run of any world size draws for `seed`."""
+    """Return the whole model on the CPU, with the weights that a run of any world size draws.
+
+    Args:
+        model: The group `model` of the configuration.
+        tokenizer: The tokenizer, for its special ids.
+        seed: The seed of the weights.
+    """
     built = build_skeleton(model, tokenizer)
     allocate(built, torch.device("cpu"))
     draw_weights(built, build_skeleton(model, tokenizer), seed, model.init)

@@ -31,7 +31,7 @@ NOT_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
 
 
 class InitialWeights:
-    """The weights of a transformers folder, by the names that a model has for them.
+    """The weights of a transformers folder, under the names that a model has for them.
 
     Only safetensors files are opened, each once: nothing in the folder is executed.
     """
@@ -62,7 +62,7 @@ class InitialWeights:
         """Compare the folder's weights with a model's.
 
         Args:
-            shapes: The model's parameters by their transformers names, a tied one once.
+            shapes: The shapes of the model's parameters by their transformers names, each tied one once.
             aliases: Other names of tied parameters, each with the name it has in `shapes`.
 
         Raises:
@@ -81,7 +81,13 @@ class InitialWeights:
         self._check_left_over(shapes, aliases)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Read only the rows start .. stop of a weight; for experts, a row is an expert."""
+        """Read only some rows of a weight; for experts, a row is an expert.
+
+        Args:
+            name: The weight's name in the model.
+            start: The first row.
+            stop: The row after the last one.
+        """
         source = self._sources[name]
         if source.name is not None:
             return self._slice(source.name, start, stop)

@@ -66,7 +66,7 @@ def sources(model: Any, stored: Iterable[str]) -> dict[str, Source]:
 
 
 def stored_form(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return a weight of the model in the form of its files: experts one by one, which every reader knows.
+    """Return a weight of the model in the form in which files store it: experts one by one, as every reader expects.
 
     Args:
         model: The model, for its architecture.

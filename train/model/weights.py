@@ -2,9 +2,9 @@
 
 A model is built as a skeleton: its buffers are computed, its parameters are on the meta device and take no memory. Once
 it is placed or sharded, its weights are drawn unit by unit. A unit is a transformer block or another module with
-parameters of its own. Each unit is drawn whole on the CPU, with the distribution of `model.init` and a generator seeded
-by (seed, unit name); then each rank copies its rows. So the weights are the same on any device and for any number of
-ranks, and a rank's host memory holds one unit in addition to its shard.
+its own parameters. Each unit is drawn whole on the CPU, with the distribution of `model.init` and a generator seeded by
+(seed, unit name); then each rank copies its rows. So the weights are the same on any device and for any number of ranks,
+and a rank's host memory holds one unit in addition to its shard.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int, init: str = "transformers") -> None:
-    """Fill `model`, sharded or not, with random weights that follow from `seed` alone.
+    """Fill `model`, sharded or not, with random weights that depend only on `seed`.
 
     Args:
         model: The model to fill; its parameters have memory.

@@ -1,4 +1,4 @@
-"""A branch: a run that begins at a checkpoint of another run. This is the record of which run and step that was.
+"""The record of a branch, a run that begins at a checkpoint of another run: which run and step that was.
 
 `branch_from=RUN[@STEP]` takes over weights, optimizer, masks, the position in the data and the average density so far. The
 other run is only read. Everything else in the config may change, and the changes are recorded.

@@ -43,7 +43,14 @@ def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length
 
 
 def training_days(flops: float, num_devices: int, peak_tflops: float, mfu: float) -> float:
-    """Return the days that `flops` take on `num_devices` at a share `mfu` of their peak."""
+    """Return the days that a run takes.
+
+    Args:
+        flops: The FLOPs of the run.
+        num_devices: The number of GPUs.
+        peak_tflops: The peak of one GPU in 1e12 FLOP/s.
+        mfu: The share of the peak that the run reaches.
+    """
     return flops / (num_devices * peak_tflops * 1e12 * mfu) / SECONDS_PER_DAY
 
 

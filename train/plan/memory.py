@@ -196,7 +196,13 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
 
 
 def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) -> int:
-    """Return the bytes per token that autograd saves for one decoder block, by the formulas at the top of this file."""
+    """Return the bytes per token that autograd saves for one decoder block, by the formulas at the top of this file.
+
+    Args:
+        model: The model.
+        c: The bytes of a compute element.
+        compiled: Whether the block is compiled by torch.compile.
+    """
     h, f, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
     kv = h // heads * model.num_key_value_heads
     if compiled:

@@ -62,8 +62,8 @@ def has_sparse_weights(figures: Figures) -> bool:
 def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
     """Find the dense twin of a sparse run among its siblings, or the sparse run of a dense twin.
 
-    It is the run with the matching name. If there is none, it is the run with as many tokens whose number of linear
-    parameters is closest to N-bar, within TWIN_TOLERANCE.
+    It is the run with the matching name. If there is none, it is the run with the same number of tokens whose number of
+    linear parameters is closest to N-bar, within TWIN_TOLERANCE.
     """
     others = [sibling for sibling in siblings if has_sparse_weights(sibling) != has_sparse_weights(own)]
     for other in others:

@@ -78,7 +78,7 @@ def without_credentials(text: str) -> str:
 
 
 def code_version(root: Path) -> dict[str, Any]:
-    """Return the package's version, its commit, and whether files differ from the commit; None outside a repository."""
+    """Return the package's version, its commit (None outside a repository), and whether files differ from the commit."""
     try:
         package = version("sparsellm")
     except PackageNotFoundError:

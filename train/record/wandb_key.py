@@ -15,7 +15,7 @@ MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 def check_wandb(logger: LoggerConfig, environment: Mapping[str, str]) -> None:
-    """Check that wandb can start if it is wanted, before time is spent on data.
+    """Check that wandb can start if it is wanted, before the data is prepared.
 
     Raises:
         ValueError: The library or the account is missing, or the mode is unknown.
