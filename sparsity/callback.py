@@ -49,8 +49,8 @@ class SparsityCallback(TrainerCallback):
         self._is_loaded = False
         if keep_zeros and self.pruner.choices.update.lets_return:
             raise ValueError(
-                f"keep_zeros=True keeps the zeros of a sparse model, and update={self.pruner.choices.update.name} lets pruned "
-                "weights return: start from a dense model, or take update=shrink."
+                f"keep_zeros=True keeps the zeros of a sparse model, but update={self.pruner.choices.update.name} lets "
+                "pruned weights return: start from a dense model, or use update=shrink."
             )
 
     # --- figures ---
@@ -124,8 +124,8 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if getattr(state, "_has_sparsity_callback", False):
             raise ValueError(
-                "This Trainer has two SparsityCallbacks, which would share one state and one density: give one of them all "
-                "that is to be pruned, with groups=[...] for targets of their own."
+                "This Trainer has two SparsityCallbacks, which would share one state and one density: use one for "
+                "everything to be pruned, with groups=[...] for separate targets."
             )
         # Each train() makes a new TrainerState, and only its fields are saved.
         state._has_sparsity_callback = True  # type: ignore[attr-defined]
@@ -144,8 +144,8 @@ class SparsityCallback(TrainerCallback):
             )
         if events and args.load_best_model_at_end:
             raise ValueError(
-                "load_best_model_at_end=True would bring back the weights of a checkpoint before the last prune event: set it "
-                "to False, and load the checkpoint you want yourself."
+                "load_best_model_at_end=True would bring back the weights of a checkpoint before the last prune event: "
+                "set it to False and load the checkpoint you want yourself."
             )
         self.bind(model)
         if state.global_step > 0:

@@ -67,14 +67,14 @@ class Choices:
         if self.score.needs and 0 in self.events:
             need = "gradient of the step before" if "gradient" in self.score.needs else "optimizer's state"
             raise ValueError(
-                f"score={name_of(self.score)} needs the {need}, and the first event is before step 0: start the window at step "
-                "1 or later."
+                f"score={name_of(self.score)} needs the {need}, but the first event is before step 0: start the window at "
+                "step 1 or later."
             )
         self.update.check(self.schedule, self.pattern)
         if self.pattern is not None and not self.scope.is_even:
             raise ValueError(
-                f"pattern={self.pattern} takes the same share of every layer, which scope={name_of(self.scope)} does not: take "
-                "scope=uniform or global, or pattern=unstructured."
+                f"pattern={self.pattern} takes the same share of every layer, which scope={name_of(self.scope)} does not: "
+                "use scope=uniform or global, or pattern=unstructured."
             )
         if self.pattern is not None:
             for sparsity in (1 - self.schedule.density(max(self.events)), *(group.sparsity for group in self.groups)):
@@ -94,6 +94,6 @@ class Choices:
         for key, value in chosen.items():
             if value != usual[key].default:
                 raise ValueError(
-                    f"{key}={value} has no effect with {type(self.schedule).__name__}(), which keeps the zeros there are "
+                    f"{key}={value} has no effect with {type(self.schedule).__name__}(), which keeps the existing zeros "
                     "and prunes nothing: leave it out, or choose a schedule with events."
                 )

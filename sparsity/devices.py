@@ -28,6 +28,6 @@ def _launches(device: torch.device) -> ModuleType | None:
     except ImportError:
         return None
     except Exception as error:
-        warnings.warn(f"Triton cannot run here, so masks take torch's slower operations: {error}", stacklevel=3)
+        warnings.warn(f"Triton cannot run here, so masks use torch's slower operations: {error}", stacklevel=3)
         return None
     return launches

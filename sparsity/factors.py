@@ -44,13 +44,13 @@ def check_factors(factors: Mapping[str, float], score: Score, scope: Scope, norm
     for words in (words for words, is_given in given.items() if is_given):
         if not score.has_values:
             raise ValueError(
-                f"{words} no effect with score={name_of(score)}, which does not look at the weights: leave them out, or take "
-                "score=magnitude."
+                f"{words} no effect with score={name_of(score)}, which does not look at the weights: leave them out, or "
+                "use score=magnitude."
             )
         if not scope.compares_parameters:
             raise ValueError(
                 f"{words} no effect with scope={name_of(scope)}, which compares a weight only with those of its own "
-                "parameter: leave them out, or take scope=global."
+                "parameter: leave them out, or use scope=global."
             )
 
 
@@ -71,7 +71,7 @@ def check_factor_names(names: Iterable[str], factors: Mapping[str, float]) -> No
         claims = [pattern for pattern in factors if fnmatchcase(name, pattern)]
         if len(claims) > 1:
             raise ValueError(
-                f"{name} matches two patterns in factors, {claims[0]!r} and {claims[1]!r}: let one of them alone match it."
+                f"{name} matches two patterns in factors, {claims[0]!r} and {claims[1]!r}: let only one of them match it."
             )
 
 

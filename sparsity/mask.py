@@ -42,7 +42,7 @@ def check_can_prune(name: str, param: Tensor) -> None:
             "float16; convert it, or name it in requires_dense."
         )
     if not local_tensor(param.detach()).is_contiguous():
-        raise ValueError(f"{name} is not contiguous in memory: make it so, or name it in requires_dense.")
+        raise ValueError(f"{name} is not contiguous in memory: make it contiguous, or name it in requires_dense.")
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ def left_out_notice(names: Sequence[str]) -> str | None:
         return None
     verb = "stays" if len(names) == 1 else "stay"
     return (
-        f"{_listed(names)} {verb} dense: only weights of linear layers and experts are pruned; to prune more, name all "
-        "that is to be pruned in include, or name these in requires_dense to say that they stay dense."
+        f"{_listed(names)} {verb} dense: only weights of linear layers and experts are pruned; to prune more, name "
+        "everything to be pruned in include, or name these in requires_dense to say that they stay dense."
     )
 
 
@@ -34,7 +34,7 @@ def frozen_notice(chosen: Mapping[str, Tensor], linear: Mapping[str, Tensor]) ->
     return (
         f"{sum(p.numel() for p in chosen.values()):,} weights are trained and pruned ({_listed(list(chosen))}); "
         f"{sum(linear[name].numel() for name in frozen):,} linear weights are frozen and stay as they are "
-        f"({_listed(frozen)}), and no density counts them."
+        f"({_listed(frozen)}) and are not counted in any density."
     )
 
 

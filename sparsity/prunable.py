@@ -84,12 +84,12 @@ def check_pattern(model: nn.Module, parameters: Mapping[str, Tensor], pattern: N
             if _is_conv1d(module):
                 raise ValueError(
                     f"pattern={pattern} runs along the inputs of a weight [out, in], and {name} is a Conv1D's, [in, out], "
-                    "whose inputs FSDP2 shares out: name it in requires_dense, or take pattern=unstructured."
+                    "whose inputs FSDP2 shards: name it in requires_dense, or use pattern=unstructured."
                 )
             if parameters[name].dim() == 3 and getattr(module, "is_transposed", None) is not False:
                 raise ValueError(
-                    f"pattern={pattern} runs along the inputs of experts [expert, out, in], and nothing says that {name} is "
-                    "stored so (is_transposed=False): name it in requires_dense, or take pattern=unstructured."
+                    f"pattern={pattern} runs along the inputs of experts [expert, out, in], but nothing says that {name} "
+                    "is stored that way (is_transposed=False): name it in requires_dense, or use pattern=unstructured."
                 )
     for name, param in parameters.items():
         pattern.check_shape(name, param.shape)

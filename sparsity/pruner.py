@@ -152,7 +152,7 @@ class Pruner:
         self.note_inherited()
         for name in (name for name, kept in self.kept.items() if not kept):
             warn_on_rank_0(
-                f"{name} is all zeros and stays so; name it in requires_dense if it is new and to be trained."
+                f"{name} is all zeros and stays zero; name it in requires_dense if it is new and should be trained."
             )
 
     def check_adapters(self) -> None:
@@ -232,7 +232,7 @@ class Pruner:
             before_zeroing()
         self.masks_changed(optimizer)
         for name in (name for name, kept in self.kept.items() if before[name] and not kept):
-            warn_on_rank_0(f"{name} has lost its last weight; name it in requires_dense, or take scope=uniform.")
+            warn_on_rank_0(f"{name} has lost its last weight; name it in requires_dense, or use scope=uniform.")
         if self.choices.score.has_values:
             self.threshold = magnitude_of_key(max(keys))
 
@@ -280,16 +280,16 @@ class Pruner:
     def _lend(self, score: Score, optimizer: Any) -> None:
         """Put the gradients and optimizer states that a score needs into the shards."""
         if optimizer is None:
-            raise ValueError(f"score={name_of(score)} needs the optimizer: prune with one.")
+            raise ValueError(f"score={name_of(score)} needs the optimizer: pass it when pruning.")
         for param, shard in zip(self.parameters.values(), self.shards, strict=True):
             shard.state = flat_states_of(state_holder(optimizer), param)
             shard.gradient = shard.state.pop(GRADIENT_STATE, None)
             state_holder(optimizer).state.get(param, {}).pop(GRADIENT_STATE, None)
             if "gradient" in score.needs and shard.gradient is None:
                 raise ValueError(
-                    f"score={name_of(score)} needs the gradient of the step before the event, and there is none of "
-                    f"{shard.name}: the first event must be after step 0, and a Trainer that resumes at an event under FSDP2 "
-                    "must be started with `python -m launch`."
+                    f"score={name_of(score)} needs the gradient of the step before the event, but {shard.name} has none: "
+                    "the first event must be after step 0, and a Trainer that resumes at an event under FSDP2 must be "
+                    "started with `python -m launch`."
                 )
 
     def zero_pruned(self, optimizer: Any = None) -> None:
@@ -315,7 +315,7 @@ class Pruner:
             found = now.get(name)
             if found is None or found.shape != param.shape:
                 raise ValueError(
-                    f"{name} is not in the model any more with the shape {list(param.shape)}: it was replaced during training, "
+                    f"{name} is no longer in the model with shape {list(param.shape)}: it was replaced during training, "
                     "so it cannot be kept sparse; replace it after training, or name it in requires_dense."
                 )
             self.parameters[name] = found
@@ -337,9 +337,9 @@ class Pruner:
         pattern = self.choices.pattern
         if pattern is not None and (overfull := count_overfull_blocks(self.shards, pattern, self.layout)):
             raise ValueError(
-                f"{overfull:,} blocks of {pattern.block} weights have more than "
-                f"{pattern.block - pattern.kept} zeros, so pattern={pattern} cannot end at its sparsity: "
-                "start from a dense model or one of this pattern, or take pattern=unstructured."
+                f"{overfull:,} blocks of {pattern.block} weights have more than {pattern.block - pattern.kept} zeros, so "
+                f"pattern={pattern} cannot end at its sparsity: start from a dense model or one of this pattern, or use "
+                "pattern=unstructured."
             )
 
     def num_pruned(self, pool: Pool) -> int:

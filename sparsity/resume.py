@@ -48,9 +48,9 @@ def check_masks(pruner: Pruner, state: Mapping[str, Any], global_step: int) -> N
         found, saved = pruner.kept.get(name), kept.get(name)
         if found != saved:
             raise ValueError(
-                f"The mask of {name} keeps {found} weights where the checkpoint counted {saved}: it lost its masks, "
-                "is of another model, or the Trainer could not load it (its log then names missing keys); resume from "
-                "another checkpoint."
+                f"The mask of {name} keeps {found} weights, but the checkpoint counted {saved}: it lost its masks, "
+                "belongs to another model, or the Trainer could not load it (then its log names missing keys); resume "
+                "from another checkpoint."
             )
     alive = count_nonzero_pruned(pruner.shards, pruner.layout)
     if alive:
@@ -62,8 +62,9 @@ def check_masks(pruner: Pruner, state: Mapping[str, Any], global_step: int) -> N
         scheduled = max(count, sum(inherited.get(name, 0) for name in pool.names))
         if pruner.num_pruned(pool) != scheduled:
             raise ValueError(
-                f"The checkpoint has {pruner.num_pruned(pool):,} pruned weights{_where(pool, pruner)} where the schedule "
-                f"prunes {scheduled:,} before step {global_step}: it is of another schedule; resume from another checkpoint."
+                f"The checkpoint has {pruner.num_pruned(pool):,} pruned weights{_where(pool, pruner)}, but the schedule "
+                f"prunes {scheduled:,} before step {global_step}: it belongs to another schedule; resume from another "
+                "checkpoint."
             )
     pruner.check_blocks()
     pruner.inherited = dict(inherited)
@@ -90,9 +91,9 @@ def check_zeros(pruner: Pruner, global_step: int, *, allow_more: bool) -> None:
         found = pruner.num_pruned(pool)
         if found < count or (found > count and not allow_more):
             raise ValueError(
-                f"The checkpoint has {found:,} zero weights{_where(pool, pruner)} where {count:,} are pruned after step "
-                f"{global_step - 1}: it is not of this run, lost its masks, or kept a weight of exactly 0; resume from "
-                "another one."
+                f"The checkpoint has {found:,} zero weights{_where(pool, pruner)}, but {count:,} are pruned after step "
+                f"{global_step - 1}: it does not belong to this run, lost its masks, or kept a weight of exactly 0; "
+                "resume from another one."
             )
 
 

@@ -140,7 +140,7 @@ class Geometric(Ramp):
     """
 
     name = "geometric"
-    label = "each time the same share of the weights that are left"
+    label = "each time the same share of the remaining weights"
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:

@@ -85,7 +85,7 @@ def compute_window(
     if every_steps and end > start and (end_step == start_step or (start > 0 and start_step == 0)):
         raise ValueError(
             f"every={every_steps} steps between events is too long for a window from {start:g} to {end:g} of the compute, "
-            f"about {window:.0f} steps: take at most {max(1, int(window // DEFAULT_NUM_INTERVALS))}, or leave it null."
+            f"about {window:.0f} steps: use at most {max(1, int(window // DEFAULT_NUM_INTERVALS))}, or leave it null."
         )
     schedule = kind.over(sparsity, min(start_step, num_steps - 1), min(end_step, num_steps - 1), every)
     return schedule, num_steps

@@ -27,19 +27,19 @@ def check_weights_are_in_reach(model: nn.Module, args: TrainingArguments | None 
     """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
-            "The model is wrapped in FSDP1, which flattens its parameters, so that linear weights cannot be told apart: "
-            "set fsdp_version=2 in accelerate's config."
+            "The model is wrapped in FSDP1, which flattens its parameters, so linear weights cannot be recognized: set "
+            "fsdp_version=2 in accelerate's config."
         )
     by_deepspeed = getattr(args, "deepspeed_plugin", None) is not None
     if by_deepspeed or any(hasattr(param, "ds_id") for param in model.parameters()):
         raise ValueError(
-            "The model is trained by DeepSpeed, which updates partitioned copies of the weights, so that pruned ones would "
+            "The model is trained by DeepSpeed, which updates partitioned copies of the weights, so pruned ones would "
             "come back: train with FSDP2, DDP or one process."
         )
     if offloads_through_pinned_memory(model) and TorchVersion(torch.__version__) < OFFLOADS_BEFORE_HOOKS:
         raise ValueError(
-            f"FSDP2 offloads parameters to the CPU, and torch {torch.__version__} still copies a gradient there while it is "
-            "masked, so that pruned weights would come back: install torch 2.13, or set fsdp_offload_params: false."
+            f"FSDP2 offloads parameters to the CPU, and torch {torch.__version__} still copies a gradient there while it "
+            "is masked, so pruned weights would come back: install torch 2.13, or set fsdp_offload_params: false."
         )
 
 

@@ -79,9 +79,9 @@ def reason_to_refuse(method: Method) -> str | None:
     if method.schedule == "fixed":
         return _reason_with_fixed_masks(method)
     if method.score == "own" and method.schedule == "constant":
-        return "needs the optimizer's state, and the first event is before step 0"
+        return "needs the optimizer's state, but the first event is before step 0"
     if method.score == "saliency" and method.schedule == "constant":
-        return "needs the gradient of the step before, and the first event is before step 0"
+        return "needs the gradient of the step before, but the first event is before step 0"
     if (method.schedule == "alternating") != (method.update == "acdc"):
         return "take schedule=alternating" if method.update == "acdc" else "take update=acdc"
     if method.update in ("set", "rigl") and method.pattern != "unstructured":

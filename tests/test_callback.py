@@ -97,7 +97,7 @@ def test_a_resumed_run_without_its_zeros_is_refused(tmp_path):
     checkpoint_of_the_end.rmdir()
     done = run_command(["tests.foreign_trainer", str(tmp_path), "--sparsity", "0.8", "--resume"], cwd=tmp_path)
     assert done.returncode != 0
-    assert "The checkpoint has 0 zero weights where" in done.stderr
+    assert "The checkpoint has 0 zero weights, but" in done.stderr
 
 
 def test_density_reaches_a_wandb_run_that_the_trainer_started(tmp_path):

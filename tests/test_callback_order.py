@@ -101,7 +101,7 @@ def test_a_model_whose_weight_changed_its_shape_is_refused_by_name(tmp_path):
         def on_train_end(self, args, state, control, model=None, **kwargs):
             model.lm_head.weight = nn.Parameter(torch.ones(40, 16))
 
-    with pytest.raises(ValueError, match=r"lm_head.weight is not in the model any more with the shape \[32, 16\]"):
+    with pytest.raises(ValueError, match=r"lm_head.weight is no longer in the model with shape \[32, 16\]"):
         trainer(tmp_path, model(), [pruning(), Grow()]).train()
 
 

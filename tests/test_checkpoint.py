@@ -186,7 +186,7 @@ def test_masks_that_agree_are_taken_over():
 def test_masks_with_other_counts_than_the_checkpoint_are_refused():
     _, callback = pruned_callback()
     state = {**callback.state(), "kept": {"weight": 31}}
-    with pytest.raises(ValueError, match="keeps 32 weights where the checkpoint counted 31"):
+    with pytest.raises(ValueError, match="keeps 32 weights, but the checkpoint counted 31"):
         callback.load_state(state, global_step=1)
 
 
@@ -200,5 +200,5 @@ def test_a_pruned_weight_that_is_not_zero_is_refused():
 
 def test_more_or_fewer_pruned_weights_than_scheduled_are_refused():
     _, callback = pruned_callback()
-    with pytest.raises(ValueError, match="32 pruned weights where the schedule prunes 0 before step 0"):
+    with pytest.raises(ValueError, match="32 pruned weights, but the schedule prunes 0 before step 0"):
         callback.load_state(callback.state(), global_step=0)

@@ -444,7 +444,7 @@ def test_the_command_goes_both_ways_and_says_what_it_did(folders, tmp_path, caps
         (["model={plain}", "out={plain}/"], "is the model's own folder"),
         (["model={compact}", "out=out"], "is compact already"),
         (["model={plain}", "out=out", "expand=true"], "is not compact"),
-        (["model={compact}", "out=out", "expand=true", "dtype=bfloat16"], "have no meaning with expand=true"),
+        (["model={compact}", "out=out", "expand=true", "dtype=bfloat16"], "have no effect with expand=true"),
         (["model={plain}", "out=out", "dtype=int8"], "dtype=int8 is not known"),
         (["model={plain}", "out=out", "expnd=true"], "did you mean expand"),
         (["model={quantized}", "out=out"], "is quantized by gptq"),
@@ -473,9 +473,9 @@ def test_a_full_disk_is_found_before_anything_is_written(folders, tmp_path, monk
 
     needed = sum(path.stat().st_size for path in folders["compact"].glob("*.safetensors"))
     disk(needed // 2)
-    with pytest.raises(ValueError, match=r"has 0\.00 GB free and the result needs"):
+    with pytest.raises(ValueError, match=r"has 0\.00 GB free, but the result needs"):
         compact_folder(folders["plain"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"has 0\.00 GB free and the result needs"):
+    with pytest.raises(ValueError, match=r"has 0\.00 GB free, but the result needs"):
         expand_folder(folders["compact"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
     # This is less than the dense model needs, but enough for the compact one.

@@ -58,7 +58,7 @@ def test_the_umask_decides_who_may_read_a_file(tmp_path):
 
 def test_what_does_not_fit_is_refused_with_both_sizes_and_the_remedy(tmp_path):
     check_room(tmp_path / "not" / "there", 1, "the run", "or wait")
-    with pytest.raises(ValueError, match=r"GB free and the run needs 1000000\.00 GB: free some space, or wait\.$"):
+    with pytest.raises(ValueError, match=r"GB free, but the run needs 1000000\.00 GB: free some space, or wait\.$"):
         check_room(tmp_path / "not" / "there", 10**15, "the run", "or wait")
     assert free_bytes(tmp_path / "not" / "there") == pytest.approx(free_bytes(tmp_path), rel=0.1)
 

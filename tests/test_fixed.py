@@ -120,5 +120,5 @@ def test_a_parameter_of_zeros_alone_is_pointed_out():
     nn.init.zeros_(layer.weight)
     callback = SparsityCallback(Fixed())
     callback.bind(layer)
-    with pytest.warns(UserWarning, match="weight is all zeros and stays so; name it in requires_dense"):
+    with pytest.warns(UserWarning, match="weight is all zeros and stays zero; name it in requires_dense"):
         callback.pruner.inherit()

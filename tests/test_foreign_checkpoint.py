@@ -112,8 +112,8 @@ def test_survivors_that_are_zero_by_chance_are_told_from_pruned_weights(resumed)
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("without state", "has 39 zero weights where 35 are pruned after step 0"),
-        ("state of another step", "has 39 zero weights where 35 are pruned after step 0"),
+        ("without state", "has 39 zero weights, but 35 are pruned after step 0"),
+        ("state of another step", "has 39 zero weights, but 35 are pruned after step 0"),
         ("too many to list", "The mask of 0.weight keeps"),
         ("a zero elsewhere", "The mask of 0.weight keeps"),
         ("lost zeros", "The mask of 0.weight keeps"),

@@ -105,7 +105,7 @@ def test_a_score_is_lent_the_gradient_of_the_step_before_on_any_number_of_ranks(
 
 
 def test_a_score_that_needs_a_gradient_cannot_prune_before_the_first_step():
-    with pytest.raises(ValueError, match="needs the gradient of the step before, and the first event is before step 0"):
+    with pytest.raises(ValueError, match="needs the gradient of the step before, but the first event is before step 0"):
         SparsityCallback(Constant(0.5), score="saliency")
 
 

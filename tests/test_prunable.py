@@ -78,7 +78,7 @@ def test_matrices_that_no_rule_prunes_are_named_once_with_the_remedy():
     )
     (message,) = said(model)
     assert message.startswith("attention.in_proj_weight, bilinear.weight, kernel.weight and 2 more stay dense")
-    assert "name all that is to be pruned in include" in message
+    assert "name everything to be pruned in include" in message
     assert said(model, include=["attention.*weight"]) == []
     (shorter,) = said(model, requires_dense=["attention.in_proj_weight", "kernel*", "rnn*"])
     assert shorter.startswith("bilinear.weight stays dense")
@@ -112,8 +112,8 @@ def test_a_model_with_frozen_layers_hears_what_is_pruned_and_what_is_not():
     model[0].requires_grad_(False)
     (message,) = said(model)
     assert message == (
-        "12 weights are trained and pruned (1.weight); 6 linear weights are frozen and stay as they are (0.weight), and no "
-        "density counts them."
+        "12 weights are trained and pruned (1.weight); 6 linear weights are frozen and stay as they are (0.weight) and "
+        "are not counted in any density."
     )
 
 

@@ -397,5 +397,5 @@ def test_a_plain_trainer_without_the_masked_values_is_refused():
 
 
 def test_zeros_that_are_to_be_kept_do_not_go_with_weights_that_return():
-    with pytest.raises(ValueError, match="keep_zeros=True keeps the zeros of a sparse model, and update=set"):
+    with pytest.raises(ValueError, match="keep_zeros=True keeps the zeros of a sparse model, but update=set"):
         SparsityCallback(Constant(0.5), update="set", keep_zeros=True)

@@ -105,7 +105,7 @@ def check_room(path: Path, num_bytes: int, what: str, remedy: str) -> None:
     free = free_bytes(path)
     if free < num_bytes:
         raise ValueError(
-            f"{path} has {free / 1e9:.2f} GB free and {what} needs {num_bytes / 1e9:.2f} GB: free some space, {remedy}."
+            f"{path} has {free / 1e9:.2f} GB free, but {what} needs {num_bytes / 1e9:.2f} GB: free some space, {remedy}."
         )
 
 

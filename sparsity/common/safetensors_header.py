@@ -60,7 +60,7 @@ def read_header(path: Path) -> Header:
         with open(path, "rb", buffering=0) as file:
             return _read(file)
     except ValueError as error:
-        raise ValueError(f"{path} is not a sound safetensors file ({error}): copy it again.") from error
+        raise ValueError(f"{path} is not a valid safetensors file ({error}): copy it again.") from error
 
 
 def format_header(metadata: Mapping[str, str], entries: Mapping[str, Entry], num_bytes: int = 0) -> bytes:
@@ -82,9 +82,9 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError as error:
-        raise ValueError("its json is nested too deep") from error
+        raise ValueError("its JSON is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"its json cannot be read: {error}") from error
+        raise ValueError(f"its JSON cannot be read: {error}") from error
 
 
 def checked_shape(shape: Any) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, list) or len(shape) > _MOST_DIMS:
         raise ValueError("a shape is not a list of at most 64 sizes")
     if not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
-        raise ValueError("a shape has a size that is no whole number from 0 to 2^63")
+        raise ValueError("a shape has a size that is not a whole number from 0 to 2^63")
     return tuple(shape)
 
 
@@ -137,9 +137,9 @@ def _entry(name: str, field: Any) -> Entry:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a name is given twice")
+        raise ValueError("a name occurs twice")
     return table
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no json")
+    raise ValueError(f"{constant} is not JSON")
