@@ -37,7 +37,7 @@ def check_argument(argument: str, *schemas: Any) -> None:
         raise ValueError(unknown_key(argument, name, *schemas))
     check(
         not key.startswith("~") or kind is Any,
-        f"{argument} would remove {name}, which cannot be left out: give another value, {name}={_choices(name) or 'VALUE'}.",
+        f"{argument} would remove {name}, which is required: give another value, {name}={_choices(name) or 'VALUE'}.",
     )
     check(bool(equals) or kind is Any, f"{argument} sets nothing: write {name}=VALUE.")
     is_empty = equals and not value.strip()
@@ -61,7 +61,7 @@ def unknown_key(argument: str, name: str, *schemas: Any) -> str:
 def empty_value(name: str, value: str = "") -> str:
     return (
         f"{shown(name)}={value or chr(39) * 2} is empty: give a value, or leave the key out; a shell variable that is not "
-        "set gives none."
+        "set is empty."
     )
 
 

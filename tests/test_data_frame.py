@@ -100,7 +100,7 @@ def test_a_tokenizer_without_bos_is_refused_by_name(folder, tmp_path):
     tokenizer = load_tokenizer(prepared(folder).tokenizer)
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path / "no-bos")
-    with pytest.raises(ValueError, match=r"data\.bos=true needs a bos token and tokenizer=.*no-bos has none"):
+    with pytest.raises(ValueError, match=r"data\.bos=true needs a bos token, but tokenizer=.*no-bos has none"):
         prepared(folder, tokenizer=str(tmp_path / "no-bos"), bos=True)
 
 
@@ -111,7 +111,7 @@ def test_a_tokenizer_without_bos_is_refused_by_name(folder, tmp_path):
         ({"max_document_tokens": 1}, r"data\.max_document_tokens=1 must be at least 2"),
         (
             {"source": "wikitext", "bos": True, "max_documents": None},
-            "data=wikitext is scored by conventions of its own",
+            "data=wikitext is scored by its own conventions",
         ),
     ],
 )

@@ -102,7 +102,7 @@ def test_held_out_text_is_that_of_all_sources_and_is_read_as_one(two):
     [
         ([], r"data=mixture needs data\.sources="),
         ([{"path": "a"}, {"path": "b/a.txt"}], "two sources called a: give one of them another name"),
-        ([{"path": "a", "hub": "b"}], "path=a and hub=b is none or two"),
+        ([{"path": "a", "hub": "b"}], "path=a and hub=b, but needs exactly one"),
         ([{"path": "a", "weight": 0}], "weight=0 of the source a must be above 0"),
         ([{"path": "a", "name": "x/y"}], "name=x/y is part of the names of records"),
     ],

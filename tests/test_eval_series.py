@@ -128,5 +128,7 @@ def test_without_a_network_it_says_what_to_run_where():
 def test_other_names_and_other_texts_are_refused():
     with pytest.raises(ValueError, match=r"series=sparsellm-7b is not known: choose one of sparsellm-1b-20p, "):
         composed("eval", ["folder=x", "data=wikitext", "series=sparsellm-7b"])
-    with pytest.raises(ValueError, match=r"series=sparsellm-1b-60p is held against .* give data=wikitext and no tasks"):
+    with pytest.raises(
+        ValueError, match=r"series=sparsellm-1b-60p is compared with .* give data=wikitext and no tasks"
+    ):
         composed("eval", ["folder=x", "data=pydocs", "series=sparsellm-1b-60p"])

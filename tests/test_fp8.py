@@ -108,7 +108,7 @@ def test_a_cpu_is_told_that_float8_needs_a_gpu():
 def test_a_gpu_without_float8_units_is_named(monkeypatch, torchao):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match=r"capability 8.9 or higher and NVIDIA A100-SXM4-80GB has 8.0"):
+    with pytest.raises(ValueError, match=r"capability 8.9 or higher, but NVIDIA A100-SXM4-80GB has 8.0"):
         check(GPU)
 
 
@@ -132,7 +132,7 @@ def test_without_compile_it_warns_and_with_it_says_nothing(h100, torchao, capsys
 
 @pytest.mark.parametrize("other", [{"bf16": False}, {"fp16": True}])
 def test_another_compute_type_beside_float8_is_refused(other):
-    with pytest.raises(ValueError, match="all that is not float8 is bfloat16"):
+    with pytest.raises(ValueError, match="everything that is not float8 is bfloat16"):
         TrainerConfig(fp8=True, **other)
 
 

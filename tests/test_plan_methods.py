@@ -138,8 +138,8 @@ def test_the_plan_shows_the_method():
 MISTAKES = [
     (["sparsity.schedule=cubical"], "sparsity.schedule=cubical is not known"),
     (["sparsity.scope=layer"], "sparsity.scope=layer is not known"),
-    (["sparsity.schedule=one_shot"], "the window goes from 0.25 to 0.75: take sparsity=one_shot"),
-    (["sparsity.schedule=constant"], "take sparsity=constant"),
+    (["sparsity.schedule=one_shot"], "the window goes from 0.25 to 0.75: use sparsity=one_shot"),
+    (["sparsity.schedule=constant"], "use sparsity=constant"),
     (["sparsity=one_shot", "sparsity.window.every=5"], "window.every=5 has no effect with sparsity.schedule=one_shot"),
     (["sparsity.groups=[{include:['*mlpp*'],target:0.5}]"], "'*mlpp*' in groups matches no prunable parameter"),
     (["sparsity.groups=[{include:['*mlp*'],target:0.5},{include:['*up*'],target:0.1}]"], "is in two groups, *mlp* and *up*"),

@@ -141,7 +141,7 @@ def test_an_empty_value_is_refused_by_its_key(command, arguments, words):
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("~logger", "~logger would remove logger, which cannot be left out: give another value, logger=none or wandb."),
+        ("~logger", "~logger would remove logger, which is required: give another value, logger=none or wandb."),
         ("~trainer", "trainer=default or gpu"),
         ("~optim.learning_rate", "optim.learning_rate=VALUE"),
         ("~sparsity=geometric", "~sparsity=geometric would remove sparsity"),

@@ -40,12 +40,13 @@ class CompactConfig:
             check_choice("values", self.values, ("int8", "int4"))
         check(
             self.group is None or (self.values is not None and self.group >= 0 and self.group % 16 == 0),
-            f"group={self.group} is not a multiple of 16 beside values=int8 or int4: give 32 or 64, or 0 for a scale a row.",
+            f"group={self.group} is not a multiple of 16 with values=int8 or int4: give 32 or 64, or 0 for one scale per "
+            "row.",
         )
         if self.dtype is not None:
             check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check(
             not (self.expand and (self.dtype or self.values or self.row_starts or self.text)),
-            "dtype, values, row_starts and text have no meaning with expand=true, which gives every tensor the bits that the "
-            "file stands for: leave them out.",
+            "dtype, values, row_starts and text have no effect with expand=true, which only restores the stored values: "
+            "leave them out.",
         )

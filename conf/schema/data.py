@@ -30,7 +30,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         check(
             (self.path is None) != (self.hub is None),
-            f"a source with path={self.path} and hub={self.hub} is none or two: give one of the two.",
+            f"a source has path={self.path} and hub={self.hub}, but needs exactly one of them: set one of the two.",
         )
         check(
             self.weight > 0,
@@ -118,8 +118,8 @@ class DataConfig:
         if self.source == "wikitext":
             check(
                 self.eos and not self.bos and self.max_document_tokens is None and self.attention == "causal",
-                "data=wikitext is scored by conventions of its own: leave out data.bos, data.eos, data.max_document_tokens and "
-                "data.attention.",
+                "data=wikitext is scored by its own conventions: leave out data.bos, data.eos, data.max_document_tokens "
+                "and data.attention.",
             )
             check(
                 self.max_documents is None or self.max_documents >= 1,
@@ -136,7 +136,7 @@ class DataConfig:
         """Raise a ValueError if a key that the source needs is missing, or a key that it does not read is given."""
         check(
             self.source != "pydocs" or (self.path is None and self.subset is None),
-            f"data=pydocs reads the docstrings of this Python, not data.path={self.path}: give data=text with it.",
+            f"data=pydocs reads the docstrings of this Python, not data.path={self.path}: use data=text to read it.",
         )
         check(
             self.source != "text" or self.path is not None,
@@ -149,7 +149,8 @@ class DataConfig:
         check(
             self.token_dtype is None
             or (self.source in ("tokens", "mixture") and self.token_dtype in ("uint16", "uint32")),
-            f"data.token_dtype={self.token_dtype} is for data=tokens and is uint16 or uint32: remove it, or give one of them.",
+            f"data.token_dtype={self.token_dtype} must be uint16 or uint32, and only data=tokens reads it: change it "
+            "or remove it.",
         )
         check(
             self.source != "hub" or (self.name is not None and self.path is None),
@@ -157,7 +158,7 @@ class DataConfig:
         )
         check(
             self.source == "hub" or (self.name is None and not self.stream),
-            f"data.name={self.name} and data.stream={self.stream} are for data=hub: give it, or remove them.",
+            f"data.name={self.name} and data.stream={self.stream} are for data=hub: use data=hub, or remove them.",
         )
         check(
             self.source not in ("tokens", "mixture") or self.max_documents is None,

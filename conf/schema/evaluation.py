@@ -66,7 +66,7 @@ class EvalConfig:
             check_choice("series", self.series, SERIES)
             check(
                 self.data.source == "wikitext" and not self.tasks,
-                f"series={self.series} is held against the perplexity of its card: give data=wikitext and no tasks.",
+                f"series={self.series} is compared with the perplexity of its card: give data=wikitext and no tasks.",
             )
         check(
             self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),

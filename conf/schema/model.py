@@ -56,19 +56,19 @@ class ModelConfig:
             return
         check(
             not self.overrides,
-            f"model.overrides={self.overrides} changes a config.json, and model.path names none: set the keys of the group "
-            "model, or take model=hf model.path=FOLDER.",
+            f"model.overrides={self.overrides} changes a config.json, but model.path names none: set the keys of the "
+            "group model, or use model=hf model.path=FOLDER.",
         )
         check_choice("model.query_scale", self.query_scale, ("standard", "folded"))
         check(
             self.init == "transformers" or self.initializer_range == 0.02,
-            f"model.initializer_range={self.initializer_range:g} has no effect with model.init={self.init}, which draws by "
-            "fan-in: leave it out, or take model.init=transformers.",
+            f"model.initializer_range={self.initializer_range:g} has no effect with model.init={self.init}, which draws "
+            "by fan-in: leave it out, or use model.init=transformers.",
         )
         check(
             self.init == "transformers" or not self.tie_word_embeddings,
-            f"model.init={self.init} draws embedding and lm_head from different distributions, and "
-            "model.tie_word_embeddings=true makes them one: set it to false, or take model.init=transformers.",
+            f"model.init={self.init} draws embedding and lm_head from different distributions, but "
+            "model.tie_word_embeddings=true makes them one tensor: set it to false, or use model.init=transformers.",
         )
         self._check_name()
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -88,7 +88,7 @@ class ModelConfig:
     def _check_name(self) -> None:
         check(
             not {"", ".", ".."} & set(self.name.split("/")),
-            f"model.name={self.name} names the run's folder and leaves the runs folder: give a plain name.",
+            f"model.name={self.name} names the run's folder and is outside the runs folder: give a plain name.",
         )
 
     def _check_by_path(self) -> None:
@@ -98,6 +98,6 @@ class ModelConfig:
         self._check_name()
         check(
             self.init == "transformers" and self.query_scale == "standard",
-            f"model.init={self.init} and model.query_scale={self.query_scale} are for the LLaMAs of the group model, and "
-            f"model.path={self.path} names another model: take model.init=transformers and model.query_scale=standard.",
+            f"model.init={self.init} and model.query_scale={self.query_scale} are for the LLaMAs of the group model, but "
+            f"model.path={self.path} names another model: use model.init=transformers and model.query_scale=standard.",
         )

@@ -98,7 +98,7 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        check(self.prompt.strip() != "", "prompt='' is empty: give the finished model some words to go on from.")
+        check(self.prompt.strip() != "", "prompt='' is empty: give some text for the finished model to continue.")
         check(
             self.data.source != "wikitext",
             "data=wikitext is a test text, for `python -m eval`: train on data=text, fineweb_edu or pydocs.",
@@ -106,8 +106,8 @@ class Config:
         attention = self.model.attn_implementation
         check(
             self.data.attention == "causal" or attention in (None, "sdpa"),
-            f"data.attention=document chooses attention itself and model.attn_implementation={attention} would be ignored: "
-            "leave model.attn_implementation null.",
+            f"data.attention=document chooses the attention itself, so model.attn_implementation={attention} would be "
+            "ignored: set it to null.",
         )
         check_choice("recipe", self.recipe, ("plain", "authors"))
         check_choice("resume", self.resume, ("auto", "never", "must"))
@@ -117,7 +117,7 @@ class Config:
             name = getattr(self, key)
             check(
                 name is None or not {"", ".", ".."} & set(name.split("/")),
-                f"{key}={name} leaves the runs folder: give a plain name, or a path below {self.runs_dir}.",
+                f"{key}={name} is outside the runs folder: give a plain name, or a path below {self.runs_dir}.",
             )
 
 

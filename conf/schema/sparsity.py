@@ -31,7 +31,7 @@ class WindowConfig:
         check_choice("sparsity.window.of", self.of, ("auto", "steps", "tokens", "compute"))
         check(
             self.every is None or self.every >= 1,
-            f"sparsity.window.every={self.every} must be at least 1 step: leave it null and it follows the window.",
+            f"sparsity.window.every={self.every} must be at least 1 step: set it to null to derive it from the window.",
         )
         check(
             self.budget is None or self.budget >= 1,
@@ -118,13 +118,13 @@ class SparsityConfig:
         window = self.window
         check(
             self.schedule != "one_shot" or window.start == window.end,
-            f"sparsity.schedule=one_shot prunes once, and the window goes from {window.start:g} to {window.end:g}: take "
+            f"sparsity.schedule=one_shot prunes once, but the window goes from {window.start:g} to {window.end:g}: use "
             "sparsity=one_shot, or set sparsity.window.end to its start.",
         )
         check(
             self.schedule != "constant" or window.start == window.end == 0,
-            f"sparsity.schedule=constant is sparse from step 0, and the window goes from {window.start:g} to "
-            f"{window.end:g}: take sparsity=constant, or set sparsity.window.start and end to 0.",
+            f"sparsity.schedule=constant is sparse from step 0, but the window goes from {window.start:g} to "
+            f"{window.end:g}: use sparsity=constant, or set sparsity.window.start and end to 0.",
         )
         check(
             self.schedule not in ("one_shot", "constant") or window.every is None,
@@ -142,6 +142,6 @@ class SparsityConfig:
             check(
                 value == usual,
                 f"sparsity.moves.{key}={value} has no effect with sparsity.update={self.update}, whose masks do not move: "
-                f"leave it at {'null' if usual is None else usual}, or take update=set, rigl or ste.",
+                f"leave it at {'null' if usual is None else usual}, or use update=set, rigl or ste.",
             )
         return update

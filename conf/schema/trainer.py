@@ -96,8 +96,8 @@ class TrainerConfig(OptimConfig):
         )
         check(
             not self.fp8 or (self.bf16 is not False and not self.fp16),
-            f"trainer.fp8=true with bf16={self.bf16} and fp16={self.fp16}: all that is not float8 is bfloat16, leave "
-            "trainer.bf16 null or true and trainer.fp16 false.",
+            f"trainer.fp8=true with bf16={self.bf16} and fp16={self.fp16}: everything that is not float8 is bfloat16, so "
+            "leave trainer.bf16 null or true and trainer.fp16 false.",
         )
         self._check_profile_steps()
         check(
@@ -108,7 +108,7 @@ class TrainerConfig(OptimConfig):
         check(
             wsd or self.decay_steps is None,
             f"optim.decay_steps={self.decay_steps} is for optim.lr_scheduler_type=warmup_stable_decay, not "
-            f"{self.lr_scheduler_type}: take optim=wsd, or leave it null.",
+            f"{self.lr_scheduler_type}: use optim=wsd, or leave it null.",
         )
         check(
             not wsd or self.decay_steps is not None or "num_decay_steps" in self.lr_scheduler_kwargs,
