@@ -267,7 +267,7 @@ DAMAGE = [
     (without_a_weight, "lacks 1 of its weights, such as model.layers.1.mlp.up_proj.weight"),
     (with_another_shape, "has lm_head.weight stored as (299, 24), but its config.json asks for (300, 24)"),
     (cut_short, "cannot be loaded"),
-    (of_another_kind, "is a t5, no causal language model"),
+    (of_another_kind, "is a t5, which is not a causal language model"),
     (not_json, "cannot be loaded"),
     (without_weights, "cannot be loaded"),
     (without_config, "holds no config.json"),
@@ -319,7 +319,7 @@ def test_a_mistake_in_the_keys_is_refused(overrides, message, tmp_path):
 
 def test_a_device_that_is_not_there_is_refused(sparse):
     done = run_command(["eval", f"model={sparse[0]}", "data=wikitext", "data.path=x", "device=cuda:3"])
-    assert "device=cuda:3 is not there, this machine shows 0 GPUs" in the_error(done)
+    assert "device=cuda:3 does not exist, because this machine has 0 visible GPUs" in the_error(done)
 
 
 def test_wikitext_is_not_trained_on():

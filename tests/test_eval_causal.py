@@ -103,7 +103,7 @@ def test_windows_of_a_nested_config_are_no_longer_than_its_context(tmp_path):
 
 def test_a_model_that_names_no_context_asks_for_the_window(tmp_path):
     folder = folder_of(MambaConfig(vocab_size=VOCABULARY), tmp_path / "model")
-    with pytest.raises(ValueError, match=r"a mamba, names no longest input in its config.json: give .* window=2048"):
+    with pytest.raises(ValueError, match=r"a mamba, has no context length in its config.json: give .* window=2048"):
         checked(config(folder))
     assert checked(config(folder, "window=4096")).window == 4096
 
@@ -114,14 +114,23 @@ def named(made: Any, architecture: str) -> Any:
 
 
 REFUSED = [
-    (named(BertConfig(), "BertForMaskedLM"), "is a BertForMaskedLM by its config.json, which does not continue text"),
+    (
+        named(BertConfig(), "BertForMaskedLM"),
+        "is a BertForMaskedLM according to its config.json, which does not continue text",
+    ),
     (named(BertConfig(), "BertLMHeadModel"), "is a bert whose config.json does not say is_decoder"),
     (BertConfig(), "is a bert whose config.json does not say is_decoder"),
-    (named(LlamaConfig(), "LlamaForSequenceClassification"), "is a LlamaForSequenceClassification by its config.json"),
+    (
+        named(LlamaConfig(), "LlamaForSequenceClassification"),
+        "is a LlamaForSequenceClassification according to its config.json",
+    ),
     (named(LlamaConfig(), "LlamaForRewardModel"), "such as a LlamaForCausalLM"),
     (named(LlamaConfig(), "LlamaForTokenClassification"), "which does not continue text"),
-    (T5Config(), "is a t5, no causal language model, for it has an encoder"),
-    (named(BartConfig(), "BartForConditionalGeneration"), "is a bart, no causal language model, for it has an encoder"),
+    (T5Config(), "is a t5, which is not a causal language model because it has an encoder"),
+    (
+        named(BartConfig(), "BartForConditionalGeneration"),
+        "is a bart, which is not a causal language model because it has an encoder",
+    ),
 ]
 
 
@@ -149,7 +158,7 @@ def test_what_continues_text_is_accepted(made):
 def test_a_masked_language_model_gets_no_perplexity(tmp_path, capsys):
     set_seed(0)
     folder = saved(BertForMaskedLM(BertConfig(**BERT)), tmp_path / "model")
-    assert "is a BertForMaskedLM by its config.json, which does not continue text" in refused(folder, capsys)
+    assert "is a BertForMaskedLM according to its config.json, which does not continue text" in refused(folder, capsys)
 
 
 def test_one_that_reads_ahead_whatever_its_config_says_gets_no_perplexity(tmp_path, capsys):

@@ -98,8 +98,8 @@ BAD_FILES = {
     "empty": (b"", "holds no text"),
     "blank": (b" \n \n", "holds no text"),
     "latin-1": (b"a\nb\ncaf\xe9\n", "line 3 is not UTF-8"),
-    "utf-16": ("words".encode("utf-16"), "line 1 is not UTF-8 but UTF-16 by its byte order mark"),
-    "utf-16 without a mark": ("words".encode("utf-16-le"), "line 1 begins a stretch with many NUL bytes"),
+    "utf-16": ("words".encode("utf-16"), "line 1 is not UTF-8 but UTF-16, as its byte order mark says"),
+    "utf-16 without a mark": ("words".encode("utf-16-le"), "line 1 begins a run of many NUL bytes"),
 }
 
 
@@ -115,7 +115,7 @@ def test_an_unusable_file_is_named(kind, tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"page": ["a"]}, r"has no column text but page: name its text in data\.text_field"),
+        ({"page": ["a"]}, r"has no column text, only page: name the column with the text in data\.text_field"),
         ({"text": [1.5]}, r"row 0 has a number as text: give a string"),
         ({"text": [b"a", b"\xff"]}, r"row 1 is not UTF-8: write it again"),
     ],
@@ -128,7 +128,7 @@ def test_a_parquet_of_something_else_is_named(table, message, tmp_path):
 
 def test_a_parquet_file_that_is_none_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"words")
-    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file \(.*\): fetch it anew"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file \(.*\): download it again"):
         read_wikitext(data(tmp_path / "a.parquet"))
 
 

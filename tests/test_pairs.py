@@ -72,7 +72,7 @@ def test_a_name_leaves_out_what_is_as_usual_but_never_the_first_key(sweep):
     assert usual == {"sparsity.window.start": 0.25, "sparsity.window.end": 0.75}
     names = [cells(comparison, usual)[0] for comparison in comparisons]
     assert sorted(names) == ["target=0.4", "target=0.8", "target=0.8, window.start=0.5, window.end=1.0"]
-    assert "says nothing else: window.start=0.25, window.end=0.75." in markdown(comparisons)
+    assert "says otherwise: window.start=0.25, window.end=0.75." in markdown(comparisons)
 
 
 def test_dense_curve_is_read_at_n_bar_and_leaves_out_other_recipes(sweep):
@@ -142,5 +142,5 @@ def test_a_run_without_its_figures_is_refused_by_name(sweep, figures, words):
 )
 def test_a_config_that_is_garbled_or_of_another_version_is_refused_by_name(sweep, text):
     (sweep / "s40" / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"s40/config\.yaml is garbled or of another version: leave this run out"):
+    with pytest.raises(ValueError, match=r"s40/config\.yaml is garbled or from another version: leave this run out"):
         read_trials([str(sweep)])

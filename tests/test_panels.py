@@ -35,7 +35,7 @@ def test_runs_are_named_by_folders_of_them_patterns_and_themselves_each_once(swe
 
 def test_a_name_without_a_run_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
-    for name, words in (("empty", "holds no run"), ("missing", "is not there")):
+    for name, words in (("empty", "holds no run"), ("missing", "does not exist")):
         with pytest.raises(ValueError, match=words):
             read_runs([str(tmp_path / name)])
 
@@ -86,7 +86,7 @@ def test_damaged_records_are_refused_by_name(tmp_path):
     ("line", "words"),
     [
         ('{"train/loss": 1.0, "train/tokens": 9}', "line 21 has train/global_step=None"),
-        ('{"train/loss": 1.0, "train/tokens": 9, "train/global_step": 0}', "train/global_step=0, and records count from 1"),
+        ('{"train/loss": 1.0, "train/tokens": 9, "train/global_step": 0}', "train/global_step=0, but records count from 1"),
         ('{"train/loss": 1.0, "train/global_step": 21}', "train/tokens=None"),
         ('[1, 2]', "line 21 is not a record"),
     ],

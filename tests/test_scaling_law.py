@@ -177,10 +177,10 @@ FIVE = np.geomspace(1e6, 1e8, 5)
         (*grid(SIZES, (1e8, 2e9)), "nd", "at least 3 token counts D .* only 0.10B and 2.00B"),
         (*grid(SIZES, (1e8,)), "nd", "only 0.10B: .* or fit form=n"),
         (FIVE, FIVE[[0, 2, 1, 4, 3]] * 20, "nd", "5 coefficients and needs at least 6 runs .* have 5"),
-        (np.tile(FIVE, 3), np.tile(FIVE[[0, 2, 1, 4, 3]] * 20, 3), "nd", "have 5: add runs, seeds do not count"),
+        (np.tile(FIVE, 3), np.tile(FIVE[[0, 2, 1, 4, 3]] * 20, 3), "nd", "have 5: add runs; other seeds do not count"),
         (np.geomspace(1e6, 1e9, 9), 20 * np.geomspace(1e6, 1e9, 9), "nd", r"D follows from N .* \+1.00 log N"),
         (np.geomspace(1e6, 1e9, 9), 1e17 / np.geomspace(1e6, 1e9, 9), "nd", r"D follows from N .* -1.00 log N"),
-        (*grid(SIZES, (1e8, 2e8)), "n", "form=n is for runs on equally many tokens, and these have 0.10B to 0.20B"),
+        (*grid(SIZES, (1e8, 2e8)), "n", "form=n is for runs on equally many tokens, but these have 0.10B to 0.20B"),
         (*grid(SIZES[:3], (1e8,)), "n", "3 coefficients and needs at least 4 runs"),
         (np.full(9, 1e6), np.full(9, 1e8), "power", "at least 2 sizes"),
     ],
@@ -332,7 +332,7 @@ def test_the_published_losses_follow_average_parameters_rather_than_final_ones(c
 def test_runs_whose_tokens_follow_their_sizes_predict_no_others(capsys, asked):
     with pytest.raises(SystemExit):
         main(["runs=docs/cards.csv", "form=power", "figure=null", asked])
-    assert "needs a law in N and D, and in these runs D follows from N" in capsys.readouterr().err
+    assert "needs a law in N and D, but in these runs D follows from N" in capsys.readouterr().err
 
 
 def test_dense_runs_alone_compare_nothing(tmp_path, capsys):
@@ -403,7 +403,7 @@ HEADER = "avg_linear_params,final_linear_params,total_tokens,loss,sparsity,data"
         ([HEADER, "4e5,2e5,1e7,nan,0.8,"], "loss=nan, which is not a finite number above 0"),
         ([HEADER, "4e5,2e5,0,3,0.8,"], "total_tokens=0"),
         ([HEADER, "4e5,2e5,1e7,3,1.8,"], "sparsity=1.8, outside"),
-        ([HEADER, "4e5,2e5,1e7,3,,"], "is sparse, and nothing says how much"),
+        ([HEADER, "4e5,2e5,1e7,3,,"], "is sparse, but nothing says how sparse"),
         ([HEADER, "4e5,,1e7,3,0.8,"], "no figure final_linear_params: give a column nonzero_linear_params or"),
         ([HEADER, "4e5,2e5,1e7,,0.8,"], "none of loss, heldout_loss, final_train_loss in common"),
         ([HEADER, "4e5,2e5,1e7,3,0.8,pydocs", "4e5,2e5,1e7,3,0.8,text"], "trained on pydocs and text"),
@@ -418,7 +418,7 @@ def test_a_figure_that_is_wrong_or_missing_is_named(lines, sentence, tmp_path):
 
 def test_runs_of_two_tokenizers_are_not_compared(tmp_path):
     names = [str(write_run(tmp_path / "a")), str(write_run(tmp_path / "b", heldout_tokens=250))]
-    with pytest.raises(ValueError, match="give runs of one tokenizer"):
+    with pytest.raises(ValueError, match="give runs with one tokenizer"):
         read_points(names)
 
 
@@ -457,7 +457,7 @@ def test_a_law_without_tokens_predicts_at_its_own_token_count_only(tmp_path, cap
     assert predict["outside_the_runs"] == ["N"]
     with pytest.raises(SystemExit):
         main([*asked, "predict.total_tokens=2e7", "figure=null"])
-    assert "form=n holds for runs on 10.00M tokens, not on 20.00M" in capsys.readouterr().err
+    assert "form=n is valid for runs on 10.00M tokens, not on 20.00M" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

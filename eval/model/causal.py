@@ -29,16 +29,18 @@ def check_architecture(folder: str, config: Any) -> None:
     remedy = "give a causal language model, one that continues text"
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"model={folder} is a {kind}, no causal language model, for it has an encoder: {remedy}.")
+        raise ValueError(
+            f"model={folder} is a {kind}, which is not a causal language model because it has an encoder: {remedy}."
+        )
     if kind not in CAUSAL:
-        raise ValueError(f"model={folder} is a {kind}, no causal language model: {remedy}.")
+        raise ValueError(f"model={folder} is a {kind}, which is not a causal language model: {remedy}.")
     # A base model is accepted, because its head may be its embedding. If not, loading reports the head as missing.
     known = {CAUSAL[kind], BASE.get(kind)}
     for name in config.architectures or []:
         if name not in known and not name.endswith(CAUSAL_HEADS):
             raise ValueError(
-                f"model={folder} is a {name} by its config.json, which does not continue text: {remedy}, such as a "
-                f"{CAUSAL[kind]}."
+                f"model={folder} is a {name} according to its config.json, which does not continue text: {remedy}, such "
+                f"as a {CAUSAL[kind]}."
             )
     if kind in MASKED and hasattr(config, "is_decoder") and not config.is_decoder and kind not in ("xlm", "reformer"):
         raise ValueError(
@@ -84,6 +86,6 @@ def check_reads_no_ahead(model: Any, folder: str, tokens: list[int], world: Worl
     if change > TOLERANCE.get(next(model.parameters()).dtype, COARSE_TOLERANCE):
         raise ValueError(
             f"model={folder} reads ahead: a change of the last of {last + 1} tokens changes earlier logits by "
-            f"{100 * change:.2g} % of the largest: give a causal language model, which predicts each token from those before "
-            "it alone."
+            f"{100 * change:.2g} % of the largest: give a causal language model, which predicts each token only from "
+            "those before it."
         )

@@ -137,7 +137,9 @@ def figures_text(found: dict[str, Any]) -> str:
             f"{100 * found['sparsity']:.2f} % zero: {found['bits_per_sparse_weight']:.3f} bits a weight; {dense} dense ones"
         )
     else:
-        lines.append(f"no tensor of {dense} is sparse enough for a bitmask to be worth it: all are stored as they are")
+        lines.append(
+            f"none of the {dense} tensors is sparse enough for a bitmask to save space: all are stored unchanged"
+        )
     if "perplexity_after" in found:
         change = f"{found['perplexity_before']:.3f} before, {found['perplexity_after']:.3f} after"
         lines.append(f"token perplexity on {found['text']}: {change}")

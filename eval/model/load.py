@@ -40,7 +40,7 @@ def model_folder(name: str) -> str:
     try:
         return snapshot_download(name, allow_patterns=[*WEIGHTS, *TOKENIZER], local_files_only=not online)
     except Exception as error:
-        reason = _first_line(error) if online else "it does not answer, and its cache here has none of that name"
+        reason = _first_line(error) if online else "it does not answer, and the local cache has none of that name"
         raise ValueError(
             f"model={name} is not a folder here and cannot be fetched from the hub ({reason}): give a transformers folder."
         ) from None
@@ -68,7 +68,9 @@ def pick_device(device: str, world: World) -> torch.device:
     """
     if world.size > 1:
         if device != "auto":
-            raise ValueError(f"device={device} is for one process; {world.size} take their own: remove it.")
+            raise ValueError(
+                f"device={device} is for one process, but each of these {world.size} uses its own device: remove it."
+            )
         return world.device
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +79,8 @@ def pick_device(device: str, world: World) -> torch.device:
         raise ValueError(f"device={device} is not known: choose auto, cpu, cuda or cuda:N.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device={device} is not there, this machine shows {torch.cuda.device_count()} GPUs: choose device=cpu."
+            f"device={device} does not exist, because this machine has {torch.cuda.device_count()} visible GPUs: choose "
+            "device=cpu."
         )
     return torch.device(device)
 

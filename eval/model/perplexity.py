@@ -120,8 +120,8 @@ def checked(config: EvalConfig) -> Request:
     window = config.window or context
     if window is None:
         raise ValueError(
-            f"model={config.folder}, a {loaded.model_type}, names no longest input in its config.json: give the length of "
-            "the texts that it was trained on, such as window=2048."
+            f"model={config.folder}, a {loaded.model_type}, has no context length in its config.json: give the length of "
+            "the texts it was trained on, such as window=2048."
         )
     if config.window is None and config.data.source == "wikitext" and not config.tasks:
         window = min(window, USUAL_WINDOW)

@@ -104,8 +104,8 @@ def read_shards(model: nn.Module, places: Mapping[str, tuple[Path, str]], device
 def _own_rows(rows: Any, stored: str, param: Tensor, device: torch.device) -> Tensor:
     if tuple(rows.get_shape()) != tuple(param.shape):
         raise ValueError(
-            f"{stored} is stored as {tuple(rows.get_shape())} and the model has {tuple(param.shape)}: config.json is not of "
-            "these weights, copy the folder again."
+            f"{stored} is stored with shape {tuple(rows.get_shape())}, but the model has {tuple(param.shape)}: "
+            "config.json does not belong to these weights, copy the folder again."
         )
     if not isinstance(param, DTensor):
         return rows[:].to(device, param.dtype)

@@ -29,13 +29,13 @@ def _wikitext(figures: dict[str, Any]) -> list[str]:
         (
             "",
             half_up(figures["token_perplexity_stride512"], 3),
-            f"in windows of {window} tokens that move on by {stride}, every token scored once",
+            f"in windows of {window} tokens with stride {stride}, every token scored once",
         ),
         (
             "word perplexity",
             half_up(figures["word_perplexity"], 3),
             f"as lm-evaluation-harness's wikitext: {figures['num_pages']} pages as prose, {figures['num_page_words']:,} "
-            f"words, each page behind {' '.join(figures['pages_begin_with'])}",
+            f"words, each page after {' '.join(figures['pages_begin_with'])}",
         ),
         ("bits per byte", half_up(figures["bits_per_byte"], 4), f"all tokens, {figures['num_bytes']:,} bytes of text"),
     ]

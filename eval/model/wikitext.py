@@ -147,13 +147,13 @@ def _from_parquet(path: Path, text_field: str) -> str:
             names = pq.read_schema(path).names
             if text_field not in names:
                 raise ValueError(
-                    f"data.path={path} has no column {text_field} but {field_names(names)}: name its text in "
-                    "data.text_field."
+                    f"data.path={path} has no column {text_field}, only {field_names(names)}: name the column with the "
+                    "text in data.text_field."
                 )
             rows = pq.read_table(path, columns=[text_field]).column(0).to_pylist()
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"data.path={path} is not a readable parquet file ({reason}): fetch it anew.") from None
+        raise ValueError(f"data.path={path} is not a readable parquet file ({reason}): download it again.") from None
     texts = []
     for index, row in enumerate(rows):
         try:
@@ -176,7 +176,7 @@ def _from_hub(subset: str) -> str:
         rows = datasets.load_dataset(REPOSITORY, subset, split="test")
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        reason = first_line if is_online else f"it does not answer, and its cache here has no {REPOSITORY}"
+        reason = first_line if is_online else f"it does not answer, and the local cache has no {REPOSITORY}"
         raise ValueError(
             f"data=wikitext cannot be fetched from the hub ({reason}): connect to the network, or give its test file in "
             "data.path."

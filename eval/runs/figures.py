@@ -41,7 +41,7 @@ def check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
     data = sorted({str(row["data"]) for row in rows.values() if "data" in row})
     if len(data) > 1:
         raise ValueError(
-            f"the runs are trained on {' and '.join(data)}, whose losses do not compare: give those of one."
+            f"the runs are trained on {' and '.join(data)}, whose losses cannot be compared: give runs on one of them."
         )
     fertile = {
         row["heldout_tokens"] / row["heldout_bytes"]: where
@@ -52,7 +52,7 @@ def check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
     if fertile and max(fertile) > (1 + SAME_TOKENIZER) * min(fertile):
         raise ValueError(
             f"{fertile[min(fertile)]} and {fertile[max(fertile)]} cut their held-out text into {min(fertile):.3f} and "
-            f"{max(fertile):.3f} tokens a byte, so that their losses do not compare: give runs of one tokenizer."
+            f"{max(fertile):.3f} tokens per byte, so their losses cannot be compared: give runs with one tokenizer."
         )
 
 

@@ -16,7 +16,7 @@ def named_places(pattern: str) -> list[Path]:
         return [Path(pattern)]
     places = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     if not places:
-        raise ValueError(f"runs={pattern} is not there: give run folders, a folder of runs, or a pattern of them.")
+        raise ValueError(f"runs={pattern} does not exist: give run folders, a folder of runs, or a pattern of them.")
     return places
 
 

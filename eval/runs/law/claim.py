@@ -36,7 +36,7 @@ def held_out_residuals(fit: Fit, configurations: NDArray[np.intp], num_folds: in
     """
     num = configurations.max() + 1
     if num_folds is not None and num_folds > num:
-        raise ValueError(f"num_folds={num_folds} is more than the {num} configurations: take at most {num}, or null.")
+        raise ValueError(f"num_folds={num_folds} is more than the {num} configurations: use at most {num}, or null.")
     fold_of = np.arange(num)
     if num_folds is not None:
         fold_of = np.random.default_rng(seed).permutation(num) % num_folds
@@ -108,7 +108,7 @@ def paired(
 def verdict(pair: dict[str, Any] | None, has_sparse_runs: bool) -> str:
     """Return a sentence that says which of the two predicts better, if the interval of the difference excludes 0."""
     if not has_sparse_runs:
-        return "There is no sparse run, so that average and final parameters are the same: nothing is compared."
+        return "There is no sparse run, so average and final parameters are the same: nothing is compared."
     if pair is None:
         return "Too few runs can be held out on both sides: nothing is compared."
     low, high = pair["difference_interval"]

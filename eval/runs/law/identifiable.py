@@ -27,33 +27,33 @@ def check_points(params: Array, tokens: Array, form: Form, spare: int = 1) -> No
     needed, law = len(COEFFICIENTS[form]) + spare, FORMULAS[form]
     if form != "nd" and tokens.max() > (1 + SAME_TOKENS) * tokens.min():
         raise ValueError(
-            f"form={form} is for runs on equally many tokens, and these have {_span(tokens)}: fit form=nd, or give the runs "
-            "of one token count."
+            f"form={form} is for runs on equally many tokens, but these have {_span(tokens)}: fit form=nd, or give runs "
+            "with one token count."
         )
     reduced = " or fit form=n, which needs no second token count" if form == "nd" and amounts.max() == 0 else ""
     num_different = len(np.unique(np.stack([sizes, amounts] if form == "nd" else [sizes]), axis=1).T)
     least_sizes = MIN_LEVELS if form != "power" else 2
     if sizes.max() + 1 < least_sizes:
         raise ValueError(
-            f"{law} needs runs of at least {least_sizes} sizes N more than {LEVEL:.0%} apart, and these have "
+            f"{law} needs runs of at least {least_sizes} sizes N more than {LEVEL:.0%} apart, but these have "
             f"{_values(params, sizes)}: add runs of other sizes."
         )
     if form == "nd" and amounts.max() + 1 < MIN_LEVELS:
         raise ValueError(
-            f"{law} needs runs on at least {MIN_LEVELS} token counts D more than {LEVEL:.0%} apart, and these have "
+            f"{law} needs runs on at least {MIN_LEVELS} token counts D more than {LEVEL:.0%} apart, but these have "
             f"{_values(tokens, amounts)}: add runs on other token counts{',' if reduced else ''}{reduced}."
         )
     if num_different < needed:
         of = "sizes and token counts" if form == "nd" else "sizes"
         raise ValueError(
-            f"{law} has {len(COEFFICIENTS[form])} coefficients and needs at least {needed} runs of different {of}, and "
-            f"these have {num_different}: add runs, seeds do not count."
+            f"{law} has {len(COEFFICIENTS[form])} coefficients and needs at least {needed} runs of different {of}, but "
+            f"these have {num_different}: add runs; other seeds do not count."
         )
     if form == "nd" and _on_a_line(params, tokens):
         raise ValueError(
-            f"in these runs D follows from N (log D = constant {_slope(params, tokens):+.2f} log N, within {LEVEL:.0%}), so "
-            f"that {law} cannot separate their effects: add runs of the same size on other token counts, or fit form=n or "
-            "form=power, which describe these runs by N alone."
+            f"in these runs D follows from N (log D = constant {_slope(params, tokens):+.2f} log N, within {LEVEL:.0%}), "
+            f"so {law} cannot separate their effects: add runs of the same size on other token counts, or fit form=n or "
+            "form=power, which describe these runs by N only."
         )
 
 

@@ -81,13 +81,13 @@ class Law:
         above = target_loss - math.exp(self.e)
         if above <= 0:
             raise ValueError(
-                f"target_loss={target_loss:g} is not above E={math.exp(self.e):.4g}, the loss that this law gives to an "
-                "endless model: ask for more."
+                f"target_loss={target_loss:g} is not above E={math.exp(self.e):.4g}, the loss that this law predicts for "
+                "an infinitely large model: ask for a higher loss."
             )
         if self.alpha <= 0 or (self.form == "nd" and self.beta <= 0):
             raise ValueError(
-                f"target_loss={target_loss:g} has no cheapest run, since the fitted loss does not fall with both N and D "
-                f"(alpha={self.alpha:.3g}, beta={self.beta:.3g}): fit runs over wider ranges."
+                f"target_loss={target_loss:g} has no cheapest run, because the fitted loss does not fall with both N and "
+                f"D (alpha={self.alpha:.3g}, beta={self.beta:.3g}): fit runs over wider ranges."
             )
         if self.form != "nd":
             return _exp((self.a - math.log(above)) / self.alpha), None

@@ -112,7 +112,7 @@ def _point(where: str, row: Mapping[str, Any], loss_name: str) -> Point:
     elif final == average:
         sparsity = 0.0
     else:
-        raise ValueError(f"{where} is sparse, and nothing says how much: give a column sparsity or linear_params.")
+        raise ValueError(f"{where} is sparse, but nothing says how sparse: give a column sparsity or linear_params.")
     if not 0 <= sparsity < 1:
         raise ValueError(f"{where} has sparsity={sparsity:g}, outside [0, 1): give the share of weights removed.")
     name = next((str(row[key]) for key in NAMES if key in row), where)

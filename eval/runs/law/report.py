@@ -90,8 +90,8 @@ def _check_path(config: ScalingLawConfig) -> None:
     ]
     if asked:
         raise ValueError(
-            f"{asked[0]} needs a law in N and D, and in these runs D follows from N, so that form={config.form} describes "
-            "them only along that path: add runs of the same size on other token counts and fit form=nd."
+            f"{asked[0]} needs a law in N and D, but in these runs D follows from N, so form={config.form} describes them "
+            "only along that path: add runs of the same size on other token counts and fit form=nd."
         )
 
 
@@ -117,7 +117,7 @@ def _side(fit: Fit, laws: list[Law], held_out: Array, points: Points, confidence
     for name in {"alpha", "beta"} & set(names):
         low, high = intervals[name]
         if low is None or high is None or high - low > abs(fit.law.coefficients[name]):
-            warnings.append(f"{name} is hardly known: its interval is wider than its value.")
+            warnings.append(f"{name} is poorly determined: its interval is wider than its value.")
     return {
         **fit.law.coefficients,
         "intervals": intervals,
@@ -163,8 +163,8 @@ def _prediction(asked: PredictConfig, fit: Fit, laws: list[Law], confidence: flo
     seen = fit.problem
     if fit.law.form != "nd" and max(tokens / seen.tokens.min(), seen.tokens.max() / tokens) > 1 + SAME_TOKENS:
         raise ValueError(
-            f"form={fit.law.form} holds for runs on {count_text(seen.tokens.mean())} tokens, not on {count_text(tokens)}: "
-            "ask for a run on as many, or fit form=nd to runs on several token counts."
+            f"form={fit.law.form} is valid for runs on {count_text(seen.tokens.mean())} tokens, not on "
+            f"{count_text(tokens)}: ask for a run with the same token count, or fit form=nd to runs with several."
         )
     return {
         "experiment": asked.experiment,

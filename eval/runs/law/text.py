@@ -9,8 +9,8 @@ from sparsity.common.text import count_text
 
 SIDES = ("average", "final")
 PATH_NOTE = (
-    "In these runs D follows from N-bar, so that A and alpha also hold what D does: the fit compares average with final "
-    "parameters along this path, and predicts nothing beyond it.",
+    "In these runs D follows from N-bar, so A and alpha also include the effect of D: the fit compares average with "
+    "final parameters along this path, and predicts nothing beyond it.",
 )
 
 
@@ -45,8 +45,8 @@ def _trunks(figures: dict[str, Any]) -> list[str]:
     if figures["resampled"] == "trunks":
         return [f"{shared}: whole trunks are drawn for the intervals."]
     return [
-        f"{shared}: the intervals take them for independent runs and are too narrow; so is the held-out error. Runs of other "
-        "seeds or sizes make them wider."
+        f"{shared}: the intervals treat them as independent runs and are too narrow, and so is the held-out error. Runs "
+        "with other seeds or sizes make them wider."
     ]
 
 
@@ -78,7 +78,7 @@ def _estimate(side: dict[str, Any], name: str) -> str:
 
 
 def _errors(mean: float | None, most: float | None) -> str:
-    return "not to be had" if mean is None else f"{mean:.4f} on average, {most:.4f} at most"
+    return "not available" if mean is None else f"{mean:.4f} on average, {most:.4f} at most"
 
 
 def _residuals(figures: dict[str, Any]) -> str:
@@ -98,8 +98,8 @@ def _comparison(comparison: dict[str, Any]) -> list[str]:
         parts[0] += f" Difference {pair['difference']:+.4f} [{low:+.4f}, {high:+.4f}] over {pair['num_runs']} runs."
     if dense:
         parts.append(
-            f"The law of the dense runs alone is off on the {dense['num_runs']} sparse ones by "
-            f"{dense['average_mean_abs_error']:.4f} with average, by {dense['final_mean_abs_error']:.4f} with final "
+            f"The law of the dense runs alone misses the loss of the {dense['num_runs']} sparse ones by "
+            f"{dense['average_mean_abs_error']:.4f} with average and by {dense['final_mean_abs_error']:.4f} with final "
             "parameters."
         )
     return parts
@@ -120,10 +120,11 @@ def _prediction(predict: dict[str, Any]) -> str:
 
 def _cheapest(cheapest: dict[str, Any]) -> str:
     low, high = (None if bound is None else count_text(bound) for bound in cheapest["avg_linear_params_interval"])
+    fixed = "" if cheapest["tokens_are_free"] else ", which this form does not change"
     return (
         f"Loss {cheapest['target_loss']:g} is cheapest with N-bar {count_text(cheapest['avg_linear_params'])} "
-        f"[{low or 'unbounded'}, {high or 'unbounded'}] and D {count_text(cheapest['total_tokens'])}"
-        f"{'' if cheapest['tokens_are_free'] else ', which this form keeps'}: {cheapest['flops']:.3g} floating-point "
+        f"[{low or 'unbounded'}, {high or 'unbounded'}] and D "
+        f"{count_text(cheapest['total_tokens'])}{fixed}: {cheapest['flops']:.3g} floating-point "
         f"operations (6 N D){_extrapolation(cheapest['outside_the_runs'])}."
     )
 

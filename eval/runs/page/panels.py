@@ -63,7 +63,7 @@ PANELS = (
     Panel(
         "average_density", "Sparsity", "Average density so far", "lines",
         y="sparsity/average_density", y_label="mean density over the steps", dense_y=1.0,
-        note="Times the linear parameters it is N-bar.",
+        note="Multiplied by the number of linear parameters, it is N-bar.",
     ),
     Panel(
         "threshold", "Sparsity", "Pruning threshold", "stairs",

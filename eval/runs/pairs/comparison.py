@@ -188,7 +188,7 @@ def _settings(config_file: Path) -> dict[str, Any]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise ValueError(f"{config_file} is garbled or of another version: leave this run out.") from None
+        raise ValueError(f"{config_file} is garbled or from another version: leave this run out.") from None
     return settings
 
 

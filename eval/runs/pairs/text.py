@@ -67,7 +67,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
             "",
             "Held-out nats a token, mean ± sample standard deviation over seeds. A gap is sparse less dense: above 0 the "
             "sparse run is worse. To the twin it is the mean of each seed's difference; to the curve of the dense runs it is "
-            "taken at N-bar." + (f" Where a name says nothing else: {settings_text(usual)}." if usual else ""),
+            "taken at N-bar." + (f" Unless a name says otherwise: {settings_text(usual)}." if usual else ""),
         ]
     )
 
