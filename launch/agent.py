@@ -116,8 +116,8 @@ def _ending(failure: ProcessFailure) -> str:
     if said := _said(failure):
         return f"failed: {' '.join(str(said['message']).split())}"
     if failure.exitcode < 0:
-        return f"was ended by {signal.Signals(-failure.exitcode).name}; what it said is above."
-    return f"ended with exit code {failure.exitcode}; what it said is above."
+        return f"was killed by {signal.Signals(-failure.exitcode).name}; see its output above."
+    return f"ended with exit code {failure.exitcode}; see its output above."
 
 
 if __name__ == "__main__":

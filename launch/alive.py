@@ -77,10 +77,13 @@ def wait_for_live_jobs(
         return False
     if sweep.jobs[0].config.overwrite:
         raise ValueError(
-            f"{', '.join(alive)} of an earlier command still run, and overwrite=true would start them again: end them, or "
-            "leave overwrite out."
+            f"{', '.join(alive)} of an earlier command are still running, and overwrite=true would start them again: end "
+            "them, or leave out overwrite."
         )
-    say(f"{', '.join(alive)} of an earlier command still run: waiting for them; Ctrl-C ends the waiting, not the jobs")
+    say(
+        f"{', '.join(alive)} of an earlier command are still running: waiting for them; Ctrl-C stops waiting and leaves "
+        "the jobs running"
+    )
     while alive:
         time.sleep(poll_s)
         alive = live_jobs(sweep, planned)

@@ -64,8 +64,8 @@ def num_processes(config: Config, gpus: int) -> int:
     asked = config.launch.num_processes
     if asked is not None and 0 < gpus < asked:
         raise ValueError(
-            f"launch.num_processes={asked}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}: take at most "
-            f"{gpus}, or set CUDA_VISIBLE_DEVICES= to run on its CPUs."
+            f"launch.num_processes={asked}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}: use at most {gpus}, "
+            "or set CUDA_VISIBLE_DEVICES= to run on its CPUs."
         )
     return asked or gpus or DEFAULT_CPU_PROCESSES
 
@@ -93,8 +93,8 @@ def accelerate_command(
     replicas = config.launch.num_replicas
     if total % replicas or total // replicas < min(2, replicas):
         raise ValueError(
-            f"launch.num_replicas={replicas} cannot share {total} process{'es' if total > 1 else ''}: each replica is "
-            "sharded over equally many, at least two."
+            f"launch.num_replicas={replicas} does not fit {total} process{'es' if total > 1 else ''}: give each replica "
+            "the same number of processes, at least two."
         )
     config_file = config.launch.config_file or str(_shortest(CONFIGS / fitting_config(gpus, total, machines, replicas)))
     if not Path(config_file).is_file():

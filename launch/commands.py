@@ -18,7 +18,7 @@ class Command:
 COMMANDS = {
     "launch": Command("launch", "Start a run on this machine's devices; with -m a sweep", "train"),
     "plan": Command("launch.plan", "Print what a run will cost before it runs", "plan"),
-    "train": Command("train", "Be one process of a run; accelerate launch starts several", "train"),
+    "train": Command("train", "Run one process of a run; accelerate launch starts several", "train"),
     "data": Command("train.data", "Turn text into tokens before any GPU is taken", "train"),
     "eval": Command("eval", "Score a finished model on text", "eval"),
     "compact": Command("eval.compact", "Write a sparse model's folder in fewer bytes", "compact"),

@@ -28,7 +28,7 @@ One run on this machine's devices, or with -m a sweep:
 Paths and text are taken as typed, with ~ at the start of a path. With -m a comma separates values: quote one that has a
 comma, "prompt='one, two'".
 
-python -m launch.plan experiment=NAME tells what a run will cost. docs/clusters.md: several machines, SLURM, Kubernetes.
+python -m launch.plan experiment=NAME shows what a run will cost. docs/clusters.md: several machines, SLURM, Kubernetes.
 """
 
 

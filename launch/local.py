@@ -84,7 +84,7 @@ def sweep_here(sweep: Sweep) -> int:
     ]
 
     def on_start(index: int) -> None:
-        log = f", its words go to {tasks[index].log}" if tasks[index].log else ""
+        log = f", its output goes to {tasks[index].log}" if tasks[index].log else ""
         say(f"\njob {index + 1} of {len(tasks)}: {waiting[index].name}{log}\n$ {printable(tasks[index].command)}")
 
     def on_end(index: int, code: int) -> None:
@@ -104,9 +104,9 @@ def command_of(job: Job, gpus: int, machines: Machines | None = None, device_byt
 
 def tell_plan(sweep: Sweep, planned: Sequence[PlannedJob], at_a_time: int) -> None:
     num_done = sum(item.finished is not None for item in planned)
-    say(f"sweep {sweep.name}: {len(planned)} jobs, {num_done} of them finished before, {at_a_time} at a time")
+    say(f"sweep {sweep.name}: {len(planned)} jobs, {num_done} of them already finished, {at_a_time} at a time")
     for item in planned:
-        state = "finished before" if item.finished is not None else f"{item.plan.num_steps:,} steps"
+        state = "already finished" if item.finished is not None else f"{item.plan.num_steps:,} steps"
         say(f"  {item.job.name}  {state}")
 
 

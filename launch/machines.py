@@ -41,8 +41,8 @@ def find_machines(launch: LaunchConfig, environment: Mapping[str, str]) -> Machi
     keys = [f"launch.{key}" for key, value in missing.items() if value is None]
     if keys:
         raise ValueError(
-            f"launch.num_machines={num} needs {' and '.join(keys)} on each machine: give them, or start one task a node "
-            "with srun, which tells them."
+            f"launch.num_machines={num} needs {' and '.join(keys)} on each machine: set them, or start one task per node "
+            "with srun, which sets them."
         )
     assert rank is not None
     assert port is not None
@@ -62,8 +62,8 @@ def slurm_machines(environment: Mapping[str, str]) -> Machines | None:
         return None
     if tasks is not None and int(tasks) > int(nodes):
         raise ValueError(
-            f"srun started {tasks} tasks on {nodes} node{'s' if nodes != '1' else ''}, and each would start all "
-            "processes of its machine: give srun --ntasks-per-node=1."
+            f"srun started {tasks} tasks on {nodes} node{'s' if nodes != '1' else ''}, and each would start all processes "
+            "of its machine: use srun --ntasks-per-node=1."
         )
     port = FIRST_PORT + int(environment.get("SLURM_JOB_ID", "0")) % NUM_PORTS
     if nodes == "1":

@@ -41,7 +41,7 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
             print(f"\nfigure   {sweep.folder / FIGURE}", flush=True)
     if failed and sweep.name is None:
         print(
-            f"error: {failed[0].name} did not finish; its words are in {sweep.folder / '.submitit'}.", file=sys.stderr
+            f"error: {failed[0].name} did not finish; its output is in {sweep.folder / '.submitit'}.", file=sys.stderr
         )
     elif failed:
         print(failure_words(sweep, failed, codes), file=sys.stderr, flush=True)
@@ -52,7 +52,7 @@ def close_search(folder: Path) -> int:
     """Print and draw the finished runs of a search, lowest held-out loss first; return the exit code of the search."""
     found = [read_summary(path) for path in folder.glob(f"*/{SUMMARY}")]
     if not found:
-        print(f"error: no trial of {folder} finished; their words are above.", file=sys.stderr, flush=True)
+        print(f"error: no trial of {folder} finished; see their output above.", file=sys.stderr, flush=True)
         return 1
     from eval.runs.sweep import draw_sweep
 
@@ -78,9 +78,9 @@ def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | Non
         failed: The jobs that are not finished.
         codes: The exit codes of jobs, as in `close_sweep`.
     """
-    same = "" if failed[0].config.overwrite else "the same command runs these alone, and "
+    same = "" if failed[0].config.overwrite else "rerun the same command to run only these, or "
     lines = [
-        f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; {same}each has its own command:"
+        f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; {same}use a job's own command:"
     ]
     for job in failed:
         code = codes.get(job.name)

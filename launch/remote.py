@@ -82,10 +82,10 @@ def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
         planned = plan_jobs(sweep, sizes)
     waiting = [item.job for item in planned if item.finished is None]
     if not waiting:
-        say("all jobs were finished before: nothing is submitted")
+        say("all jobs are already finished: nothing is submitted")
         return int(bool(close_sweep(sweep, {})))
     say(
-        f"{launcher['name']}: {len(waiting)} {'jobs' if len(waiting) > 1 else 'job'}, words in {sweep.folder}/.submitit"
+        f"{launcher['name']}: {len(waiting)} {'jobs' if len(waiting) > 1 else 'job'}, output in {sweep.folder}/.submitit"
     )
     try:
         codes = launched(waiting, sweep, arguments)

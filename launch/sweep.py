@@ -122,8 +122,8 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
             continue
         if (other := taken.setdefault(jobs[-1].name, own_values)) is not own_values:
             raise ValueError(
-                f"{other} and {own_values} would share the folder {jobs[-1].name}, and one of them would never run: give "
-                "each value once, and values that differ only in signs or separators in sweeps of their own."
+                f"{other} and {own_values} would share the folder {jobs[-1].name}, so one of them would not run: give "
+                "each value once, and put values that differ only in signs or separators into separate sweeps."
             )
     if mistakes:
         raise ValueError(refusal(mistakes, len(mistakes) + len(jobs)))
@@ -138,7 +138,7 @@ def refusal(mistakes: Sequence[str], num_jobs: int) -> str:
     if num_jobs == 1:
         return mistakes[0].removeprefix("this run: ")
     return (
-        f"{len(mistakes)} of the sweep's {num_jobs} jobs cannot be, so none was started: "
+        f"{len(mistakes)} of the sweep's {num_jobs} jobs are invalid, so none was started: "
         + "; ".join(mistake.rstrip(".") for mistake in mistakes)
         + "."
     )
@@ -205,8 +205,8 @@ def places(launch: LaunchConfig, gpus: Sequence[str]) -> list[dict[str, str]]:
     room = len(gpus) // each
     if asked is not None and asked > room:
         raise ValueError(
-            f"launch.parallel_jobs={asked} jobs of {each} processes need {asked * each} GPUs, and there are {len(gpus)}: "
-            f"take at most {room}, or fewer launch.num_processes."
+            f"launch.parallel_jobs={asked} jobs of {each} processes need {asked * each} GPUs, but there are {len(gpus)}: "
+            f"use at most {room}, or fewer launch.num_processes."
         )
     return [
         {"CUDA_VISIBLE_DEVICES": ",".join(gpus[place * each : (place + 1) * each])} for place in range(asked or room)

@@ -148,4 +148,4 @@ def test_what_wandb_refuses_is_one_sentence(capsys, monkeypatch):
         "launch.dashboard.views.ws.Workspace.save", lambda _: (_ for _ in ()).throw(RuntimeError("no room"))
     )
     said = error_of(capsys, "sweep_name=levels", "entity=team")
-    assert "wandb did not take the dashboard for team/sparsellm (no room)" in said
+    assert "wandb did not accept the dashboard for team/sparsellm (no room)" in said

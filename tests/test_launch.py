@@ -55,7 +55,7 @@ def test_replicas_are_hsdp_over_all_processes():
     assert found["parallelism_config_dp_replicate_size"] == "4"
     assert found["parallelism_config_dp_shard_size"] == "8"
     assert flags(accelerate_command(config, [], gpus=8))["num_machines"] == "1"
-    with pytest.raises(ValueError, match=r"launch.num_replicas=4 cannot share 4 processes"):
+    with pytest.raises(ValueError, match=r"launch.num_replicas=4 does not fit 4 processes"):
         accelerate_command(config, [], gpus=4)
 
 
@@ -202,16 +202,18 @@ def test_a_sweep_with_a_bad_job_starts_none_and_names_every_bad_one(tmp_path):
     done = run_command(arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "2 of the sweep's 4 jobs cannot be, so none was started" in done.stderr
+    assert "2 of the sweep's 4 jobs are invalid, so none was started" in done.stderr
     assert done.stderr.count("sparsity.target=1.5 is outside") == 2
     assert "Traceback" not in done.stderr
 
 
 def test_what_only_the_plan_can_know_is_refused_before_any_job_starts():
     sweep = read_sweep(["experiment=demo", "batch_size=16,17", "trainer.max_steps=8,40"])
-    with pytest.raises(ValueError, match=r"2 of the sweep's 4 jobs cannot be.*batch_size=17 cannot be shared") as error:
+    with pytest.raises(
+        ValueError, match=r"2 of the sweep's 4 jobs are invalid.*batch_size=17 cannot be divided"
+    ) as error:
         plan_jobs(sweep, {job.name: 2 for job in sweep.jobs})
-    assert str(error.value).count("cannot be shared") == 2
+    assert str(error.value).count("cannot be divided") == 2
 
 
 def test_one_run_that_joins_a_sweep_is_called_by_what_was_asked_for():
@@ -242,7 +244,7 @@ def test_two_jobs_of_one_name_are_refused(values):
 def test_a_searchs_name_and_values_are_checked_before_it_starts():
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'sparsellm[search]'")
     search = ["experiment=demo", "sweep=optuna_window", "sparsity.schedule=choice(cubic,linear)"]
-    with pytest.raises(ValueError, match=r"sweep_name=\.\./\.\./x leaves the runs folder"):
+    with pytest.raises(ValueError, match=r"sweep_name=\.\./\.\./x is outside the runs folder"):
         read_sweep([*search, "sweep_name=../../x"])
     with pytest.raises(ValueError, match=r"sparsity\.target=1\.5 is outside"):
         read_sweep([*search, "sparsity.target=1.5"])
@@ -286,7 +288,7 @@ def test_jobs_share_the_gpus_and_take_turns_on_cpus(gpus, num_processes, paralle
 
 
 def test_more_jobs_at_a_time_than_gpus_hold_are_refused():
-    with pytest.raises(ValueError, match=r"launch.parallel_jobs=3 jobs of 2 processes need 6 GPUs, and there are 4"):
+    with pytest.raises(ValueError, match=r"launch.parallel_jobs=3 jobs of 2 processes need 6 GPUs, but there are 4"):
         places(LaunchConfig(num_processes=2, parallel_jobs=3), ["0", "1", "2", "3"])
 
 

@@ -82,7 +82,7 @@ def test_jobs_of_submitit_outlive_their_launcher_and_the_same_command_waits_for_
         for pid in children:
             send(pid, signal.SIGKILL)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "of an earlier command still run: waiting for them" in again.stderr
+    assert "of an earlier command are still running: waiting for them" in again.stderr
     assert "nothing is submitted" in again.stderr
     assert job_numbers(tmp_path / "runs" / "s") == numbers
     check_finished(tmp_path, again.stdout)
@@ -132,7 +132,9 @@ def test_the_wait_ends_with_the_last_job_and_overwrite_does_not_wait(tmp_path, m
     monkeypatch.setattr("launch.alive.queued", lambda _: next(answers))
     said: list[str] = []
     assert wait_for_live_jobs(*sweep_of(tmp_path, False), said.append, poll_s=0.01)
-    assert said == ["job 77 of an earlier command still run: waiting for them; Ctrl-C ends the waiting, not the jobs"]
+    assert said == [
+        "job 77 of an earlier command are still running: waiting for them; Ctrl-C stops waiting and leaves the jobs running"
+    ]
     monkeypatch.setattr("launch.alive.queued", lambda _: [])
     assert not wait_for_live_jobs(*sweep_of(tmp_path, False), said.append)
     monkeypatch.setattr("launch.alive.queued", lambda _: ["77"])

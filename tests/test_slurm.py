@@ -76,7 +76,7 @@ def test_jobs_outlive_a_killed_launcher_and_the_same_command_waits_for_them(clus
     run.wait()
     assert jobs(cluster), "the jobs ended with their launcher"
     assert start(cluster, arguments, log).wait(400) == 0, log.read_text()[-3000:]
-    assert "of an earlier command still run: waiting for them" in log.read_text()
+    assert "of an earlier command are still running: waiting for them" in log.read_text()
     assert "nothing is submitted" in log.read_text()
     assert len(list((sweep / ".submitit").rglob("*_submission.sh"))) == 1
     for target in ("0", "0.5"):
@@ -115,6 +115,6 @@ def test_a_job_with_a_mistake_ends_and_its_words_are_named(cluster, folder):
     command = tiny(folder, "run_name=mistake", "logger=none", f"data.path={folder}/nowhere.jsonl")
     run = start(cluster, [*LAUNCHER, *command], log)
     assert run.wait(120) == 1
-    assert "error: mistake did not finish; its words are in" in log.read_text()
+    assert "error: mistake did not finish; its output is in" in log.read_text()
     words = "".join(file.read_text() for file in (folder / "runs" / ".submitit").rglob("*_log.err"))
     assert "nowhere.jsonl" in words

@@ -89,7 +89,7 @@ def test_a_failed_job_is_named_with_its_own_command_and_alone_run_again(tmp_path
     assert local.sweep_here(sweep) == 0
     assert children.ran == ["sparsity.target-0.5"]
     said = capsys.readouterr()
-    assert said.err.count("finished before\n") == 2
+    assert said.err.count("already finished\n") == 2
     assert "3.700" in said.out
     assert imread(tmp_path / "s" / "sweep.png").std() > 0.01
 
@@ -117,7 +117,7 @@ def test_a_job_that_was_preempted_makes_the_sweep_end_as_preempted(tmp_path, chi
 
 def test_a_folder_of_another_config_is_refused_before_any_job_starts(tmp_path, children):
     finish(sweep_of(tmp_path, "optim.weight_decay=0.3").jobs[1].config, 3.0)
-    with pytest.raises(ValueError, match=r"1 of the sweep's 3 jobs cannot be.*weight_decay was 0.3, is 0.1"):
+    with pytest.raises(ValueError, match=r"1 of the sweep's 3 jobs are invalid.*weight_decay was 0.3, is 0.1"):
         local.sweep_here(sweep_of(tmp_path))
     assert children.ran == []
 
@@ -129,7 +129,7 @@ def test_overwrite_runs_everything_again_and_is_left_out_of_the_commands(tmp_pat
     children.outcomes = {"sparsity.target-0": 3.5, "sparsity.target-0.5": 9, "sparsity.target-0.8": 3.9}
     assert local.sweep_here(sweep) == 1
     assert len(children.ran) == 3
-    assert "overwrite=" not in capsys.readouterr().err.split("each has its own")[1]
+    assert "overwrite=" not in capsys.readouterr().err.split("use a job's own command")[1]
 
 
 SCRIPT = "import sys, time; time.sleep(float(sys.argv[1])); print(sys.argv[2]); sys.exit(int(sys.argv[3]))"

@@ -71,7 +71,7 @@ def save(config: DashboardConfig, title: str, selection: Selection) -> str:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         raise ValueError(
-            f"wandb did not take the dashboard for {selection.entity or 'your account'}/{selection.project} ({reason}): "
+            f"wandb did not accept the dashboard for {selection.entity or 'your account'}/{selection.project} ({reason}): "
             "check entity=, project= and the connection; dry_run=true prints it."
         ) from None
     return str(view.url)

@@ -39,8 +39,8 @@ def select(config: DashboardConfig) -> Selection:
     if config.sweep_name is not None:
         if set(UNQUOTABLE) & set(config.sweep_name):
             raise ValueError(
-                f"sweep_name={config.sweep_name} holds one of {' '.join(UNQUOTABLE)}, which wandb's filters do not take: give "
-                "the runs' folders with runs=."
+                f"sweep_name={config.sweep_name} contains one of {' '.join(UNQUOTABLE)}, which wandb's filters do not "
+                "accept: give the runs' folders with runs=."
             )
         project = config.project or LoggerConfig().project
         return Selection(config.entity or "", project, f"the runs of the group {config.sweep_name}", config.sweep_name)
@@ -69,7 +69,7 @@ def wandb_id(folder: Path) -> str:
         return (folder / "wandb" / "id.txt").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} has no wandb run, it was logged to metrics.jsonl alone: leave it out, or look at it with "
+            f"{folder} has no wandb run, because it was logged only to metrics.jsonl: leave it out, or view it with "
             f"python -m eval.report runs={folder}."
         ) from None
 
@@ -89,6 +89,6 @@ def one_of_all(key: str, loggers: Sequence[Any], folders: Sequence[Path]) -> str
     if len(values) > 1:
         (one, here), (other, there) = list(values.items())[:2]
         raise ValueError(
-            f"{here} is in the wandb {key} {one}, {there} in {other}: give {key}= for all, or runs of one {key}."
+            f"{here} has wandb {key} {one} and {there} has {other}: set {key}= for all, or choose runs with one {key}."
         )
     return next(iter(values))
