@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_ends_the_run_within_steps_and_not_at_the_next_save(
     stopped, step, left = run_ranks(train_on_a_full_disk, 2, tmp_path)[0]
     assert "checkpoint-20 could not be saved" in stopped
     assert "No space left on device" in stopped
-    assert "checkpoint-10 is whole, the same command resumes from it" in stopped
+    assert "checkpoint-10 is complete, rerun the same command to resume" in stopped
     assert 20 <= step < NO_MORE_SAVES
     assert left == ["checkpoint-10"]
 

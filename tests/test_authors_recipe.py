@@ -54,6 +54,6 @@ def test_the_plan_names_the_recipe():
 
 
 def test_an_attention_of_ones_own_is_refused_with_documents():
-    with pytest.raises(ValueError, match=r"model\.attn_implementation=eager would be ignored: leave"):
+    with pytest.raises(ValueError, match=r"model\.attn_implementation=eager would be ignored: set it to null"):
         composed("train", ["recipe=authors", "model.attn_implementation=eager"])
     assert composed("train", ["recipe=authors", "model.attn_implementation=sdpa"]).data.attention == "document"

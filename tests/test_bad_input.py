@@ -52,9 +52,9 @@ CONFIG_MISTAKES = [
     ("data.heldout_share=1.5", "data.heldout_share=1.5 is outside (0, 1)"),
     ("data.sequence_length=4096", "data.sequence_length=4096 is longer than the model's context"),
     ("launch.num_processes=0", "launch.num_processes=0 must be at least 1"),
-    ("launch.num_processes=7", "cannot be shared by 7 processes"),
+    ("launch.num_processes=7", "cannot be divided among 7 processes"),
     ("launch.config_file=nowhere.yaml", "launch.config_file=nowhere.yaml does not exist"),
-    ("run_name=../outside", "leaves the runs folder"),
+    ("run_name=../outside", "is outside the runs folder"),
     ("resume=maybe", "resume=maybe is not known"),
     ("optim.optim=sgdx", "optim.optim=sgdx is not known: did you mean sgd?"),
     ("trainer.optim=adamw_torch_fuse", "did you mean adamw_torch_fused?"),
@@ -117,7 +117,7 @@ def test_a_batch_that_is_more_than_the_text_is_said_once_by_rank_0(tmp_path):
     write_text(tmp_path / "text.jsonl")
     done = run_command(["launch", *tiny(tmp_path, "batch_size=1000000", "logger=none")])
     assert re.match(
-        r"error: batch_size=1000000 is more than the \d+ training blocks there are: give more text", the_error(done)
+        r"error: batch_size=1000000 is larger than the number of training blocks, \d+: give more text", the_error(done)
     )
     assert done.returncode == 2
 
@@ -165,7 +165,7 @@ def test_an_extra_name_cannot_undo_what_the_plan_says(name, message):
 
 def test_a_process_that_belongs_to_no_world_is_refused(tmp_path):
     done = run_command(["train", *tiny(tmp_path)], ACCELERATE_USE_FSDP="true")
-    assert "one process that belongs to no world" in the_error(done)
+    assert "a single process without a process group" in the_error(done)
     assert not (tmp_path / "runs").exists()
 
 
@@ -176,7 +176,7 @@ def test_a_world_smaller_than_accelerate_was_asked_for_is_refused(monkeypatch):
     alone = SimpleNamespace(num_processes=1, process_index=0, distributed_type="NO", device="cpu")
     monkeypatch.setattr(distributed, "PartialState", lambda **_: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="asked for 2 processes but made a world of 1"):
+    with pytest.raises(ValueError, match="asked for 2 processes but set up a world of 1"):
         distributed.join_world(60)
 
 

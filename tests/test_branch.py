@@ -114,11 +114,14 @@ def test_masks_and_average_density_go_on_under_another_schedule(folder):
 def test_what_does_not_fit_is_said_before_anything_starts(folder):
     parent = folder / "runs" / "parent"
     for changes, words in (
-        ([f"branch_from={parent}@5"], r"keeps no checkpoint of step 5 \(kept: 4, 8, 12\)"),
+        ([f"branch_from={parent}@5"], r"has no checkpoint of step 5 \(kept: 4, 8, 12\)"),
         (["branch_from=nowhere"], "names no run"),
         ([f"branch_from={parent}@x"], "no step after the @"),
-        ([f"branch_from={parent}@8", "trainer.max_steps=8"], "begins at step 8 and the run has 8"),
-        ([f"branch_from={parent}@8", "model.num_hidden_layers=3"], "model.num_hidden_layers was 2 there and is 3 here"),
+        ([f"branch_from={parent}@8", "trainer.max_steps=8"], "begins at step 8, but the run has only 8 steps"),
+        (
+            [f"branch_from={parent}@8", "model.num_hidden_layers=3"],
+            "model.num_hidden_layers was 2 in that run and is 3 in this one",
+        ),
         ([f"branch_from={parent}@8", "optim.optim=adamw_torch"], "trainer.optim was adamw_torch_fused there"),
         ([f"branch_from={parent}@8", "sparsity.target=0.8"], r"begin the window at step 8 or later"),
         ([f"branch_from={parent}@8", "run_name=parent", "overwrite=true"], "this run's own folder"),
@@ -133,7 +136,7 @@ def test_another_batch_or_tokenizer_is_refused(folder):
     config = composed("train", command(folder, "new", f"branch_from={parent}@8"))
     branch = check_branch(config, plan_run(config, 1))
     check_steps_alike(config, branch, {"batch_size": 8, "sequence_length": 32})
-    with pytest.raises(ValueError, match="has batch_size=8 and this run batch_size=4"):
+    with pytest.raises(ValueError, match="has batch_size=8 and this run has batch_size=4"):
         check_steps_alike(config, branch, {"batch_size": 4, "sequence_length": 32})
     check_same_tokenizer(config, "/cache/tokenizers/a", "/elsewhere/tokenizers/a")
     with pytest.raises(ValueError, match="set tokenizer=/cache/tokenizers/a"):
@@ -179,8 +182,8 @@ def test_a_window_ends_before_the_decay_begins(folder):
     keys = ["optim=wsd", "optim.decay_steps=0.25", "sparsity.target=0.5", "sparsity.window.start=2"]
     plan_run(composed("train", command(folder, "x", *keys, "sparsity.window.end=9", "sparsity.window.every=1")), 1)
     with pytest.raises(
-        ValueError, match=r"window ends at step 10 and the decay of optim.decay_steps=0.25 begins at step 9"
+        ValueError, match=r"window ends at step 10, after the decay of optim.decay_steps=0.25 begins at step 9"
     ):
         plan_run(composed("train", command(folder, "x", *keys, "sparsity.window.end=10", "sparsity.window.every=1")), 1)
-    with pytest.raises(ValueError, match=r"optim.decay_steps=0.2 is for .*take optim=wsd"):
+    with pytest.raises(ValueError, match=r"optim.decay_steps=0.2 is for .*use optim=wsd"):
         composed("train", command(folder, "x", "optim.decay_steps=0.2"))

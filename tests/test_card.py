@@ -270,7 +270,7 @@ def test_a_sparse_runs_card_names_its_dense_twin():
     dense = make_summary(compose_run("model.match=average")[1], linear_params=9999)
     assert dense["run_name"] == "tiny-twin"
     assert line_of(make_card(siblings=[dense]), "Matching dense model").startswith(
-        "`tiny-twin`, 10.00K linear parameters beside this run's 10.17K"
+        "`tiny-twin`, 10.00K linear parameters, compared with this run's 10.17K"
     )
 
 
@@ -492,7 +492,7 @@ def test_a_run_that_kept_the_zeros_of_another_is_nobodys_twin():
 
 def test_the_card_of_a_run_that_kept_the_zeros_of_another_calls_it_sparse():
     card = make_card("sparsity.target=0", sparsity=0.8)
-    assert "sparse by the zeros of the model that it started from, which it kept: 80.00%" in card
+    assert "sparse because it kept the zeros of the model it started from: 80.00%" in card
     assert line_of(card, "Model type").startswith("sparse causal")
     assert line_of(card, "Sparsity configuration") == "the zeros it started with, kept"
     assert "Pruning start step" not in card

@@ -62,7 +62,7 @@ def test_a_backend_or_mode_that_is_not_there_is_one_sentence(option):
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     asked = {"torch_compile_backend": "inductor", "torch_compile_mode": None, f"torch_compile_{option}": "nonsense"}
     arguments = SimpleNamespace(torch_compile=True, use_liger_kernel=False, **asked)
-    with pytest.raises(ValueError, match=rf"torch_compile_{option}=nonsense .*not what torch.compile takes"):
+    with pytest.raises(ValueError, match=rf"torch_compile_{option}=nonsense .*not accepted by torch.compile"):
         compile_by_blocks(LlamaForCausalLM(config), arguments)  # type: ignore[arg-type]
 
 

@@ -51,7 +51,7 @@ def test_shares_in_any_order_come_to_what_one_process_makes(folder):
     assert first.prepared is None
     assert (first.num_parts, first.num_waiting) == (5, 3)
     assert report_text(first, Shard(2, 2), []).startswith(
-        "shard 2/2 is done, 3 of 5 parts are not: run the other shards"
+        "shard 2/2 is done, but 3 of 5 parts are not: run the other shards"
     )
     last = prepare_shard(config(folder, "shared"), "train", 300, 32, Shard(1, 2))
     assert last.prepared is not None
@@ -63,5 +63,5 @@ def test_shares_in_any_order_come_to_what_one_process_makes(folder):
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0"])
 def test_a_share_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match=f"shard={text} is no share of the text"):
+    with pytest.raises(ValueError, match=f"shard={text} is not a share of the text"):
         parse_shard(text)

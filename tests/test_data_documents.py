@@ -136,9 +136,9 @@ GOOD = b'{"text": "good"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", GOOD + b"{oops\n", r"a\.jsonl, line 2 is not JSON \(.*\): give one JSON object a line"),
-        ("a.jsonl", GOOD + b'{"body": "x", "id": 1}\n', r"line 2 has no field text but the fields body, id: "),
-        ("a.jsonl", GOOD + b'["text"]\n', r"line 2 has no field text but a list: "),
+        ("a.jsonl", GOOD + b"{oops\n", r"a\.jsonl, line 2 is not JSON \(.*\): give one JSON object per line"),
+        ("a.jsonl", GOOD + b'{"body": "x", "id": 1}\n', r"line 2 has no field text, only the fields body, id: "),
+        ("a.jsonl", GOOD + b'["text"]\n', r"line 2 has no field text, only a list: "),
         ("a.jsonl", GOOD + b'{"text": 3}\n', r"line 2 has a number as text: give a string in data\.text_field=text"),
         ("a.jsonl", GOOD + b'{"text": null}\n', r"line 2 has null as text"),
         ("a.jsonl", GOOD + b'{"text": "\xff"}\n', r"line 2 is not UTF-8: convert"),
@@ -150,21 +150,33 @@ GOOD = b'{"text": "good"}\n'
         ),
         ("a.jsonl", GOOD + b'{"text": "x"},\n', r"line 2 is not JSON \(Extra data, character 14 of it\): give one"),
         ("a.jsonl", GOOD + b'{"text": ' + b"9" * 5000 + b"}\n", r"line 2 has a number as text: give"),
-        ("a.jsonl", GOOD + b"[" * 200_000, r"line 2 is nested too deeply to be read: give one JSON object a line"),
-        ("a.jsonl", GOOD + b"{}\n", r"line 2 has no field text but an empty object: give"),
-        ("a.jsonl", GOOD + b'{"a\\nb": 1, "\\ud83d": 2}\n', r"line 2 has no field text but the fields a\?b, \?: give"),
+        ("a.jsonl", GOOD + b"[" * 200_000, r"line 2 is nested too deeply to be read: give one JSON object per line"),
+        ("a.jsonl", GOOD + b"{}\n", r"line 2 has no field text, only an empty object: give"),
+        (
+            "a.jsonl",
+            GOOD + b'{"a\\nb": 1, "\\ud83d": 2}\n',
+            r"line 2 has no field text, only the fields a\?b, \?: give",
+        ),
         ("a.jsonl", json.dumps({f"k{n}": n for n in range(99)}).encode(), r"fields k0, .*, k7 and 91 more: give"),
-        ("a.jsonl", "\ufeff{}".encode("utf-16-le"), r"line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
+        (
+            "a.jsonl",
+            "\ufeff{}".encode("utf-16-le"),
+            r"line 1 is not UTF-8 but UTF-16, as its byte order mark says: convert",
+        ),
         (
             "a.jsonl",
             gzip.compress(GOOD, mtime=0),
-            r"line 1 is not UTF-8, and by its first bytes the file is gzip: give",
+            r"line 1 is not UTF-8, and the file's first bytes say that it is gzip: give",
         ),
         ("a.txt", b"one\ntwo\n\xff\n", r"a\.txt, line 3 is not UTF-8: convert"),
-        ("a.txt", "words".encode("utf-16"), r"a\.txt, line 1 is not UTF-8 but UTF-16 by its byte order mark: convert"),
-        ("a.txt", "words".encode("utf-16-le"), r"a\.txt, line 1 begins a stretch with many NUL bytes, as UTF-16 and"),
-        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz is not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], r"a\.jsonl\.gz is not a whole gzip file"),
+        (
+            "a.txt",
+            "words".encode("utf-16"),
+            r"a\.txt, line 1 is not UTF-8 but UTF-16, as its byte order mark says: convert",
+        ),
+        ("a.txt", "words".encode("utf-16-le"), r"a\.txt, line 1 begins a run of many NUL bytes, as in UTF-16 and"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz is not a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], r"a\.jsonl\.gz is not a complete gzip file"),
         ("a.parquet", b"PAR1 but not really", r"a\.parquet is not a readable parquet file"),
     ],
 )
@@ -184,14 +196,14 @@ def test_a_line_number_counts_from_the_front_of_the_file_not_of_the_part(tmp_pat
 @pytest.mark.parametrize(
     ("table", "sentence"),
     [
-        ({"body": ["x"]}, r"has no column text but body: name its text in data\.text_field"),
+        ({"body": ["x"]}, r"has no column text, only body: name the column with the text in data\.text_field"),
         ({"text": ["x", None]}, r"a\.parquet, row 1 has null as text"),
         ({"text": [1, 2]}, r"a\.parquet, row 0 has a number as text"),
         ({"text": [b"x", b"\xff"]}, r"a\.parquet, row 1 is not UTF-8: write it again"),
         ({"text": [["x"]]}, r"a\.parquet, row 0 has a list as text"),
         ({"text": [{"a": "x"}]}, r"a\.parquet, row 0 has an object as text"),
         ({"text": [datetime(2020, 1, 1)]}, r"a\.parquet, row 0 has a time as text"),
-        ({f"c{n}": ["x"] for n in range(99)}, r"has no column text but c0, .*, c7 and 91 more: name"),
+        ({f"c{n}": ["x"] for n in range(99)}, r"has no column text, only c0, .*, c7 and 91 more: name"),
     ],
 )
 def test_bad_parquet_is_named_by_column_or_row(tmp_path: Path, table: dict[str, list], sentence: str) -> None:
@@ -214,7 +226,7 @@ def test_a_path_that_is_missing_empty_or_of_no_known_kind_is_refused(tmp_path: P
     for path, sentence in {
         tmp_path / "nowhere": "does not exist: give",
         tmp_path / "empty": "holds no data: give",
-        tmp_path / "a.tsv": "has a suffix that is not known: give",
+        tmp_path / "a.tsv": "has an unknown suffix: give",
     }.items():
         with pytest.raises(ValueError, match=sentence):
             find_files(path)
@@ -294,7 +306,7 @@ def test_hidden_files_and_folders_are_not_text(tmp_path: Path) -> None:
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, target: str) -> None:
     (tmp_path / "a.txt").touch()
     (tmp_path / "gone").symlink_to(target)
-    with pytest.raises(ValueError, match=rf"gone is a link to {target}, which cannot be reached: mend or remove it"):
+    with pytest.raises(ValueError, match=rf"gone is a link to {target}, which cannot be reached: fix or remove it"):
         find_files(tmp_path)
     with pytest.raises(ValueError, match=rf"data.path=\S*gone is a link to {target}, which does not exist: give"):
         find_files(tmp_path / "gone")
@@ -319,11 +331,11 @@ def test_files_of_other_kinds_are_said_to_be_left_out(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "c.tsv").touch()
     assert str(left_out(str(tmp_path))).endswith(
-        ": left out 1 file that is not of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.zstd, .json.gz, .json.zst, .csv, "
+        ": left out 1 file that is not .txt, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.zstd, .json.gz, .json.zst, .csv, "
         ".parquet, such as b/c.tsv."
     )
     (tmp_path / "z.zst").touch()
-    assert "left out 2 files that are not of" in str(left_out(str(tmp_path)))
+    assert "left out 2 files that are not .txt" in str(left_out(str(tmp_path)))
     assert left_out(str(tmp_path / "a.txt")) is None
 
 

@@ -97,7 +97,7 @@ def test_four_bytes_are_asked_for_and_read(tmp_path, tokenizer):
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer):
     np.array([*IDS, 300], "<u2").tofile(tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=r"a\.bin holds the id 300, and the tokenizer has 300: give the tokenizer"):
+    with pytest.raises(ValueError, match=r"a\.bin holds the id 300, but the tokenizer has 300 ids: give the tokenizer"):
         prepared(tmp_path / "a.bin", tokenizer)
 
 
@@ -105,9 +105,9 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer):
     ("damage", "words"),
     [
         ("short", r"text\.idx does not fit text\.bin"),
-        ("magic", r"text\.idx does not begin as Megatron's index does"),
-        ("cut", r"text\.idx has 100 bytes where its 40 sequences need"),
-        ("floats", "says that ids are of type 7, which is none for ids"),
+        ("magic", r"text\.idx does not begin like Megatron's index"),
+        ("cut", r"text\.idx has 100 bytes, but its 40 sequences need"),
+        ("floats", "gives the ids type 7, which is not an integer type for ids"),
     ],
 )
 def test_damaged_megatron_files_are_refused_by_what_is_wrong(tmp_path, damage, words):

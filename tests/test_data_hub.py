@@ -85,9 +85,12 @@ def test_a_copy_without_a_readme_has_its_subsets_as_folders(tmp_path, monkeypatc
     [
         (
             {"subset": "fr"},
-            r"data\.name=.*c4 data\.subset=fr cannot be read \(.*fr.*\): give a subset and split that it has",
+            r"data\.name=.*c4 data\.subset=fr cannot be read \(.*fr.*\): give one of its subsets and splits",
         ),
-        ({"subset": "en", "split": "test"}, "has no split test but train, validation: give one in data.split"),
+        (
+            {"subset": "en", "split": "test"},
+            "has no split test, only train, validation: give one of its splits in data.split",
+        ),
     ],
 )
 def test_a_subset_or_split_that_there_is_not_is_refused(c4, tmp_path, changes, words):

@@ -40,7 +40,7 @@ def test_zstd_is_read_also_in_several_frames(tmp_path, kind):
     (tmp_path / f"a{kind}").write_bytes(frames)
     assert read(tmp_path / f"a{kind}") == TEXTS
     (tmp_path / f"b{kind}").write_bytes(zstd(data)[:-5])
-    with pytest.raises(ValueError, match="is not a whole zstd file"):
+    with pytest.raises(ValueError, match="is not a complete zstd file"):
         read(tmp_path / f"b{kind}")
 
 
@@ -53,10 +53,10 @@ def test_csv_is_read_by_its_columns(tmp_path):
     with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([["id", "text"], *([str(number), text] for number, text in enumerate(TEXTS))])
     assert read(tmp_path / "a.csv") == TEXTS
-    with pytest.raises(ValueError, match=r"a\.csv has no column body in its first line but id, text"):
+    with pytest.raises(ValueError, match=r"a\.csv has no column body in its first line, only id, text"):
         read(tmp_path / "a.csv", "body")
     (tmp_path / "b.csv").write_text("id,text\n1,good\n2\n3,better\n")
-    with pytest.raises(ValueError, match=r"b\.csv, line 3 has 1 columns and none for text"):
+    with pytest.raises(ValueError, match=r"b\.csv, line 3 has 1 columns, so none for text"):
         read(tmp_path / "b.csv")
     (tmp_path / "c.csv").write_text('id,text\n1,"never ends\n')
     with pytest.raises(ValueError, match=r"c\.csv, line 2 is not CSV"):
@@ -103,7 +103,7 @@ def test_a_damaged_file_is_read_as_far_as_it_goes(tmp_path):
     skipped = Skipped()
     assert len(read(tmp_path / "a.jsonl.gz", skipped=skipped)) > 100
     assert skipped.count == 1
-    assert "is not a whole gzip file" in skipped.first[0]
+    assert "is not a complete gzip file" in skipped.first[0]
 
 
 def test_skipping_is_asked_for_told_and_kept_in_the_index(tmp_path, capsys):

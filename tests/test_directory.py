@@ -42,14 +42,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds files that are no run's"):
+    with pytest.raises(ValueError, match="holds files that do not belong to a run"):
         RunDirectory(folder).claim(config_of(tmp_path), 0)
     RunDirectory(folder).claim(config_of(tmp_path, "overwrite=true"), 0)
     assert (folder / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_disk_without_room_is_refused_with_both_figures(tmp_path):
-    with pytest.raises(ValueError, match=r"GB free and the run needs 1000000\.00 GB.*another runs_dir"):
+    with pytest.raises(ValueError, match=r"GB free, but the run needs 1000000\.00 GB.*another runs_dir"):
         RunDirectory(tmp_path / "runs" / "tiny").claim(config_of(tmp_path), 10**15)
 
 
@@ -77,10 +77,10 @@ def test_a_runs_dir_without_permission_is_refused(tmp_path):
 
 def test_resume_never_refuses_an_unfinished_run_and_must_a_folder_without_a_checkpoint(tmp_path):
     directory = begun(tmp_path)
-    with pytest.raises(ValueError, match=r"was not finished and resume=never: set overwrite=true"):
+    with pytest.raises(ValueError, match=r"unfinished run, but resume=never: set overwrite=true"):
         directory.claim(config_of(tmp_path, "resume=never"), 0)
     directory._lock.release()
-    with pytest.raises(ValueError, match="no checkpoint to resume from and resume=must"):
+    with pytest.raises(ValueError, match="no checkpoint to resume from, but resume=must"):
         directory.claim(config_of(tmp_path, "resume=must"), 0)
     directory._lock.release()
     (directory.checkpoints / "checkpoint-5").mkdir(parents=True)

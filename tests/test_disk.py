@@ -81,7 +81,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_how_much_was_needed(fo
     assert 400_000 < needed < 401_000
     assert "No space left on device" in found["large"]
     assert "free some space" in found["large"]
-    assert "checkpoint-5 is whole, the same command resumes from it" in found["large"]
+    assert "checkpoint-5 is complete, rerun the same command to resume" in found["large"]
     assert found["left"] == ["checkpoint-5"]
     assert found["damage"] is None
 

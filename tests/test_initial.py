@@ -62,7 +62,7 @@ def test_a_pickled_folder_is_never_opened(tmp_path):
     small().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(small().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"a pickle alone .* write it as safetensors first"):
+    with pytest.raises(ValueError, match=r"only as a pickle .* save them as safetensors first"):
         load_initial_weights(small(), str(tmp_path))
 
 

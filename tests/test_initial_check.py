@@ -61,22 +61,24 @@ def start(folder: Path, init_from: Path, *overrides: str) -> None:
     ("changes", "words"),
     [
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-         r"rope_theta is 500000.0 there and 10000.0 here: set model.rope_theta=500000.0"),
+         r"rope_theta is 500000.0 in the folder and 10000.0 in the config: set model.rope_theta=500000.0"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-         r"rope_type is linear there and default here; .*factor is 2.0 there .*: give a folder with"),
+         r"rope_type is linear in the folder and default in the config; .*factor is 2.0 in the folder .*: give a folder with"),
         ({"num_attention_heads": 4, "num_key_value_heads": 4},
          r"set model.num_attention_heads=4 model.num_key_value_heads=4\.$"),
-        ({"num_key_value_heads": 1}, r"num_key_value_heads is 1 there and 2 here: set model.num_key_value_heads=1"),
-        ({"head_dim": 8}, r"head_dim is 8 there and 16 here: give a folder with head_dim=16"),
-        ({"num_hidden_layers": 4}, r"num_hidden_layers is 4 there and 2 here: set model.num_hidden_layers=4"),
-        ({"hidden_act": "gelu"}, r"hidden_act is gelu there and silu here"),
-        ({"rms_norm_eps": 1e-6}, r"rms_norm_eps is 1e-06 there and 1e-05 here: set model.rms_norm_eps=1e-06"),
-        ({"attention_bias": True}, r"attention_bias is true there and false here"),
-        ({"mlp_bias": True}, r"mlp_bias is true there and false here"),
+        ({"num_key_value_heads": 1},
+         r"num_key_value_heads is 1 in the folder and 2 in the config: set model.num_key_value_heads=1"),
+        ({"head_dim": 8}, r"head_dim is 8 in the folder and 16 in the config: give a folder with head_dim=16"),
+        ({"num_hidden_layers": 4}, r"num_hidden_layers is 4 in the folder and 2 in the config: set model.num_hidden_layers=4"),
+        ({"hidden_act": "gelu"}, r"hidden_act is gelu in the folder and silu in the config"),
+        ({"rms_norm_eps": 1e-6}, r"rms_norm_eps is 1e-06 in the folder and 1e-05 in the config: set model.rms_norm_eps=1e-06"),
+        ({"attention_bias": True}, r"attention_bias is true in the folder and false in the config"),
+        ({"mlp_bias": True}, r"mlp_bias is true in the folder and false in the config"),
         ({"tie_word_embeddings": True}, r"set model.tie_word_embeddings=true"),
-        ({"vocab_size": 400}, r"vocab_size is 400 there and 300 here: set model.vocab_size=400"),
+        ({"vocab_size": 400}, r"vocab_size is 400 in the folder and 300 in the config: set model.vocab_size=400"),
         ({"intermediate_size": 96}, r"set model.intermediate_size=96"),
-        ({"max_position_embeddings": 16}, r"max_position_embeddings is 16 there and 32 here: set model.max_pos"),
+        ({"max_position_embeddings": 16},
+         r"max_position_embeddings is 16 in the folder and 32 in the config: set model.max_pos"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -112,13 +114,13 @@ def test_fields_that_leave_the_function_alone_may_differ(tmp_path, fields):
 def test_an_older_spelling_of_another_rope_is_found(tmp_path):
     folder = folder_of(tmp_path / "model")
     edit(folder, rope_parameters=None, rope_theta=10000.0, rope_scaling={"type": "linear", "factor": 4.0})
-    with pytest.raises(ValueError, match="rope_type is linear there and default here"):
+    with pytest.raises(ValueError, match="rope_type is linear in the folder and default in the config"):
         check_config(str(folder), LlamaConfig(**SIZES))
 
 
 def test_another_architecture_and_forms_that_are_no_plain_model_are_refused(tmp_path):
     Qwen2ForCausalLM(Qwen2Config(**SIZES)).save_pretrained(tmp_path / "qwen")
-    with pytest.raises(ValueError, match="model_type is qwen2 there and llama here"):
+    with pytest.raises(ValueError, match="model_type=qwen2 instead of llama"):
         start(tmp_path, tmp_path / "qwen")
     for key, value in (("quantization_config", {"quant_method": "fp8"}), ("auto_map", {"AutoModel": "x.Y"})):
         folder = folder_of(tmp_path / key)
@@ -179,11 +181,13 @@ def test_a_weight_that_an_index_forgot_is_a_left_over(tmp_path):
 def test_launch_and_plan_refuse_before_anything_is_started(tmp_path):
     folder = folder_of(tmp_path / "model", num_hidden_layers=4)
     command = tiny(tmp_path, f"init_from={folder}")
-    assert "num_hidden_layers is 4 there and 2 here" in one_error([*command, "dry_run=true"])
-    assert "num_hidden_layers is 4 there and 2 here" in one_error(["-m", *command[:-1], f"init_from={folder}"])
+    assert "num_hidden_layers is 4 in the folder and 2 in the config" in one_error([*command, "dry_run=true"])
+    assert "num_hidden_layers is 4 in the folder and 2 in the config" in one_error(
+        ["-m", *command[:-1], f"init_from={folder}"]
+    )
     done = run_command(["launch.plan", "model=llama_micro", f"init_from={folder}"])
     assert done.returncode == 2
-    assert "vocab_size is 300 there and 2048 here" in done.stderr
+    assert "vocab_size is 300 in the folder and 2048 in the config" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -240,6 +244,6 @@ def test_a_folder_without_a_tokenizer_asks_for_one_by_name(tmp_path):
     folder = folder_of(tmp_path / "model")
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"holds no tokenizer.* give the one it was trained with, tokenizer="):
+    with pytest.raises(ValueError, match=r"holds no tokenizer.* give that one, tokenizer="):
         start(tmp_path, folder)
     start(tmp_path, folder, "tokenizer=train")

@@ -129,7 +129,7 @@ def test_a_missing_expert_is_named(folders, tmp_path):
     del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(
-        ValueError, match=r"model.layers.1.mlp.experts.gate_up_proj is made of .* some of them are missing"
+        ValueError, match=r"model.layers.1.mlp.experts.gate_up_proj is combined from .* some of them are missing"
     ):
         initial_weights(model_on_meta(resolved(by_path(folder))), str(folder), by_path=True)
 
@@ -156,8 +156,8 @@ def test_what_is_no_plain_causal_language_model_is_refused_in_a_sentence(folders
         return str(edit(shutil.copytree(folders["phi3"], folder), **values))
 
     for values, words in (
-        ({"model_type": "t5"}, "no causal language model of text alone"),
-        ({"model_type": "gemma3"}, "no causal language model of text alone"),
+        ({"model_type": "t5"}, "not a text-only causal language model"),
+        ({"model_type": "gemma3"}, "not a text-only causal language model"),
         ({"model_type": "nobody_knows"}, "does not have"),
         ({"auto_map": {"AutoModelForCausalLM": "mine.MyPhi3"}}, "code of its own"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
@@ -173,7 +173,9 @@ def test_what_is_no_plain_causal_language_model_is_refused_in_a_sentence(folders
 
 
 def test_keys_of_the_llama_group_are_refused_beside_a_path(folders):
-    with pytest.raises(ValueError, match=r"model\.hidden_size=64 is not read .* model\.overrides=\{hidden_size: 64\}"):
+    with pytest.raises(
+        ValueError, match=r"model\.hidden_size=64 has no effect .* model\.overrides=\{hidden_size: 64\}"
+    ):
         resolved(by_path(folders["qwen3"], hidden_size=64))
     with pytest.raises(ValueError, match=r"model\.init=authors"):
         by_path(folders["qwen3"], init="authors")
@@ -184,7 +186,7 @@ def test_keys_of_the_llama_group_are_refused_beside_a_path(folders):
 def test_a_pickle_is_refused_with_the_way_out(folders, tmp_path):
     folder = shutil.copytree(folders["qwen3"], tmp_path / "qwen3")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"a pickle alone \(\.bin\).*save_pretrained\(OTHER_FOLDER\)"):
+    with pytest.raises(ValueError, match=r"only as a pickle \(\.bin\).*save_pretrained\(OTHER_FOLDER\)"):
         initial_weights(model_on_meta(resolved(by_path(folder))), str(folder), by_path=True)
 
 

@@ -50,7 +50,7 @@ def test_a_dense_run_with_a_budget_takes_as_many_steps():
 
 @pytest.mark.parametrize("override", ["trainer.max_steps=40", "sparsity.window.budget=null"])
 def test_a_run_has_one_length(override):
-    with pytest.raises(ValueError, match=r"both say how long the run is, or neither does"):
+    with pytest.raises(ValueError, match=r"but exactly one of them must set the length of the run"):
         plan("experiment=paper-162m-10x", override)
 
 

@@ -57,7 +57,7 @@ def test_recipes_that_can_be_are_taken(settings):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["optim.optim=lomo"], r"optim\.optim=lomo cannot be made: You need to install `lomo_optim`"),
+        (["optim.optim=lomo"], r"optim\.optim=lomo cannot be created: You need to install `lomo_optim`"),
         (["optim.optim=adamw_torch_xla"], r"optim\.optim=adamw_torch_xla cannot be made"),
         (
             ["optim.lr_scheduler_type=warmup_stable_decay"],

@@ -134,7 +134,7 @@ def test_a_mode_that_wandb_does_not_know_is_refused_before_time_is_spent(tmp_pat
         with pytest.raises(ValueError, match="=online needs an account"):
             check_wandb(logger, environment)
     monkeypatch.setattr("train.record.wandb_key.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="needs the library wandb: pip install wandb, or take logger=none"):
+    with pytest.raises(ValueError, match="needs the library wandb: pip install wandb, or set logger=none"):
         check_wandb(LoggerConfig(), {})
 
 

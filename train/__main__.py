@@ -20,7 +20,7 @@ from train.record.wandb_key import check_wandb
 
 USAGE = """accelerate launch --config_file launch/accelerate/cpu.yaml -m train experiment=demo [key=value ...]
 python -m train experiment=demo [key=value ...]                       one process alone
-One process of a run. python -m launch starts as many as the machine has devices for; python -m launch --help lists the keys."""
+Runs one process of a run. python -m launch starts one for each device here; python -m launch --help lists the keys."""
 
 schema.register()
 

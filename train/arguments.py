@@ -116,7 +116,7 @@ def check_recipe(arguments: TrainingArguments, model: PreTrainedModel) -> None:
             kind([weight], **options)
     except (ImportError, ValueError, TypeError) as error:
         raise ValueError(
-            f"optim.optim={OptimizerNames(arguments.optim).value} cannot be made: {_first_sentence(error)}"
+            f"optim.optim={OptimizerNames(arguments.optim).value} cannot be created: {_first_sentence(error)}"
         ) from error
     scheduler = SchedulerType(arguments.lr_scheduler_type).value
     settings: dict[str, Any] = dict(arguments.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
@@ -149,9 +149,9 @@ def check_extra(extra: dict[str, object]) -> None:
     for name in extra:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see transformers' documentation for the names there are."
-            raise ValueError(f"trainer.extra.{name} is no name of transformers.TrainingArguments: {hint}")
+            hint = f"did you mean {near[0]}?" if near else "see transformers' documentation for the available names."
+            raise ValueError(f"trainer.extra.{name} is not an argument of transformers.TrainingArguments: {hint}")
         if name in SET_HERE:
             raise ValueError(f"trainer.extra.{name} is set by the framework itself: remove it.")
         if name in TrainerConfig.__dataclass_fields__:
-            raise ValueError(f"trainer.extra.{name} has a key of its own: set trainer.{name}.")
+            raise ValueError(f"trainer.extra.{name} has its own key: set trainer.{name}.")

@@ -75,8 +75,8 @@ def check_same_tokenizer(config: Config, before: str | None, now: str) -> None:
     """
     if before is not None and Path(before).name != Path(now).name:
         raise ValueError(
-            f"branch_from={config.branch_from} was trained with the tokenizer {before}, and this run would have another one "
-            f"under the same embeddings: set tokenizer={before}."
+            f"branch_from={config.branch_from} was trained with the tokenizer {before}, but this run would use another "
+            f"one with the same embeddings: set tokenizer={before}."
         )
 
 
@@ -96,7 +96,7 @@ def take_over_checkpoint(source: Path, checkpoints: Path) -> Path:
     if (problem := layout.damage(aside)) is not None:
         shutil.rmtree(aside)
         raise ValueError(
-            f"{source} was removed or damaged while it was taken over ({problem}): branch from another step."
+            f"{source} was removed or damaged while it was being copied ({problem}): branch from another step."
         )
     aside.rename(folder)
     sync(checkpoints)

@@ -146,7 +146,7 @@ def join_world(timeout_s: int) -> World:
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if wants_fsdp() and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "accelerate was asked for FSDP but started one process that belongs to no world, as --cpu makes it: use a "
+            "accelerate was asked for FSDP but started a single process without a process group, as --cpu does: use a "
             "config of launch/accelerate, or `python -m launch`."
         )
     on_cpu = not torch.cuda.is_available()
@@ -158,8 +158,8 @@ def join_world(timeout_s: int) -> World:
         state.distributed_type = DistributedType.MULTI_GPU
     if state.num_processes != asked:
         raise ValueError(
-            f"accelerate was asked for {asked} processes but made a world of {state.num_processes}, so that {asked} "
-            "runs would not know of each other: use a config of launch/accelerate, or `python -m launch`."
+            f"accelerate was asked for {asked} processes but set up a world of {state.num_processes}, so {asked} "
+            "independent runs would start: use a config of launch/accelerate, or `python -m launch`."
         )
     control = dist.new_group(backend="gloo", timeout=PREPARATION_LIMIT) if dist.is_initialized() else None
     return World(state.process_index, state.num_processes, state.device, control)
@@ -210,7 +210,7 @@ def check_ranks_gather_alike(world: World, accelerator: Accelerator) -> None:
     """
     if accelerator.is_fsdp2 and len(set(world.gather(bool(accelerator.state.fsdp_plugin.reshard_after_forward)))) > 1:
         raise ValueError(
-            "launch.reshard_after_forward=auto came out as true on one machine and as false on another, whose GPUs have more "
+            "launch.reshard_after_forward=auto gave true on one machine and false on another, whose GPUs have more "
             "memory: set it to true or to false."
         )
 

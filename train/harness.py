@@ -28,8 +28,8 @@ def check_tasks(tasks: Sequence[str], task_path: str | None, prefix: str = "") -
     known = set(_manager(tuple(tasks), task_path, prefix).all_tasks)
     if unknown := [name for name in tasks if name not in known]:
         raise ValueError(
-            f"{prefix}tasks={unknown} are not known to lm-evaluation-harness: `lm-eval ls tasks` lists its own, and "
-            f"{prefix}task_path names a folder with yours."
+            f"{prefix}tasks={unknown} are not known to lm-evaluation-harness: `lm-eval ls tasks` lists its own; set "
+            f"{prefix}task_path to a folder with yours."
         )
 
 
@@ -101,8 +101,8 @@ def run_tasks(
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{prefix}tasks={list(tasks)} could not be run ({reason}): fetch their data while the hub can be reached, or give "
-            f"tasks on local files in {prefix}task_path."
+            f"{prefix}tasks={list(tasks)} could not be run ({reason}): download their data while the hub can be reached, "
+            f"or give tasks on local files in {prefix}task_path."
         ) from None
     if world is not None:
         found = world.on_main(lambda: {"results": found["results"]})
@@ -110,7 +110,7 @@ def run_tasks(
 
 
 def _refuse_to_generate(*_: Any, **__: Any) -> Any:
-    raise ValueError("a task that generates text is for `python -m eval`, after the run")
+    raise ValueError("a task that generates text runs only in `python -m eval`, after the run")
 
 
 class _Gather:
@@ -144,7 +144,7 @@ def _manager(tasks: tuple[str, ...], folder: str | None, prefix: str) -> Any:
     if folder is None:
         return TaskManager()
     if not Path(folder).is_dir():
-        raise ValueError(f"{prefix}task_path={folder} is no folder: give one with task yamls.")
+        raise ValueError(f"{prefix}task_path={folder} is not a folder: give one with task yamls.")
     try:
         own = TaskManager(include_path=folder, include_defaults=False)
         return own if set(tasks) <= set(own.all_tasks) else TaskManager(include_path=folder)

@@ -358,7 +358,8 @@ class PretrainingTrainer(Trainer):
                 return
             if state["sparsity"] is None:
                 raise ValueError(
-                    f"{reader.folder} is of a dense run, this one is sparse: set overwrite=true to start anew."
+                    f"{reader.folder} was written by a dense run, but this run is sparse: set overwrite=true to start "
+                    "over."
                 )
             self.sparsity.load_state(state["sparsity"], reader.step)
 

@@ -34,13 +34,15 @@ def branch_checkpoint(config: Config) -> Path:
     if step is None:
         if found:
             return found[0]
-        raise ValueError(f"branch_from={config.branch_from}: {folder} has no checkpoint; let it save one first.")
+        raise ValueError(
+            f"branch_from={config.branch_from}: {folder} has no checkpoint yet: wait until that run has saved one."
+        )
     chosen = next((one for one in found if layout.step_of(one) == step), None)
     if chosen is None:
         steps = ", ".join(str(layout.step_of(one)) for one in reversed(found)) or "none"
         raise ValueError(
-            f"branch_from={config.branch_from}: {folder} keeps no checkpoint of step {step} (kept: {steps}); name one of "
-            "these, or keep it in the run from the start by trainer.keep_steps."
+            f"branch_from={config.branch_from}: {folder} has no checkpoint of step {step} (kept: {steps}): choose one of "
+            "these, or set trainer.keep_steps when you start that run."
         )
     return chosen
 
@@ -64,12 +66,13 @@ def check_branch(config: Config, plan: RunPlan) -> Branch:
     for key, (old, new) in changes.items():
         if key.startswith("model.") or key in KEPT or (key == "trainer.optim"):
             raise ValueError(
-                f"{where}: {key} was {old} there and is {new} here, and a branch keeps it: set {key}={old}, or start a run "
-                f"of its own with init_from={parent}/model."
+                f"{where}: {key} was {old} in that run and is {new} in this one, and a branch cannot change it: set "
+                f"{key}={old}, or start a new run with init_from={parent}/model."
             )
     if plan.num_steps <= step:
         raise ValueError(
-            f"{where} begins at step {step} and the run has {plan.num_steps}: set trainer.max_steps above {step}."
+            f"{where} begins at step {step}, but the run has only {plan.num_steps} steps: set trainer.max_steps above "
+            f"{step}."
         )
     _check_pruned(where, step, state["sparsity"], plan)
     inner = read_branch(parent)
@@ -98,8 +101,8 @@ def check_steps_alike(config: Config, branch: Branch, identity: Mapping[str, Any
     for key in ("batch_size", "sequence_length"):
         if before[key] != identity[key]:
             raise ValueError(
-                f"branch_from={config.branch_from} has {key}={before[key]} and this run {key}={identity[key]}: a branch keeps "
-                "it, since its steps go on from there."
+                f"branch_from={config.branch_from} has {key}={before[key]} and this run has {key}={identity[key]}: a "
+                "branch must keep it, because it continues the other run's steps."
             )
 
 
@@ -112,8 +115,8 @@ def _check_pruned(where: str, step: int, saved: Mapping[str, Any] | None, plan: 
         found = 0 if saved is None else pool.numel - sum(saved["kept"][name] for name in pool.names)
         if wanted > found:
             raise ValueError(
-                f"{where} has {found:,} of {pool.numel:,} weights pruned at step {step:,}, where this schedule has pruned "
-                f"{wanted:,}: begin the window at step {step} or later."
+                f"{where} has pruned {found:,} of {pool.numel:,} weights by step {step:,}, but this schedule would have "
+                f"pruned {wanted:,}: begin the window at step {step} or later."
             )
 
 

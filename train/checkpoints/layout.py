@@ -108,7 +108,7 @@ def newest_whole(root: Path, world: World) -> tuple[Path | None, list[str]]:
         warnings.append(f"{folder} is damaged ({found[0]}): it is now {folder.name}.damaged and is not used")
     if warnings:
         raise RunStopped(
-            f"No checkpoint is left to resume from: {'; '.join(warnings)}; set overwrite=true to start anew."
+            f"No checkpoint is left to resume from: {'; '.join(warnings)}; set overwrite=true to start over."
         )
     return None, []
 

@@ -25,8 +25,8 @@ class CheckpointReader:
         self.state: dict[str, Any] = json.loads((folder / layout.STATE).read_text(encoding="utf-8"))
         if self.state.get("format") != layout.FORMAT:
             raise ValueError(
-                f"{folder} has format {self.state.get('format')}, but this version reads {layout.FORMAT}: resume with "
-                "the version that wrote it, or set overwrite=true to start anew."
+                f"{folder} has format {self.state.get('format')}, but this version reads {layout.FORMAT}: resume with the "
+                "version that wrote it, or set overwrite=true to start over."
             )
         self._pieces = Pieces(**self.state["pieces"])
         self._files: dict[int, Any] = {}
@@ -100,15 +100,16 @@ def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> 
     if saved != set(parameters):
         other = sorted(saved ^ set(parameters))[0]
         raise ValueError(
-            f"{reader.folder} is of another model: {other} is in {'the checkpoint' if other in saved else 'the model'} "
-            "alone; resume with the model it was written by, or set overwrite=true to start anew."
+            f"{reader.folder} belongs to another model: {other} is only in "
+            f"{'the checkpoint' if other in saved else 'the model'}; resume with the model that wrote it, or set "
+            "overwrite=true to start over."
         )
     for name, param in parameters.items():
         shape = tuple(reader.state["shapes"][name])
         if shape != tuple(param.shape):
             raise ValueError(
-                f"{reader.folder} holds {name} as {shape} where this run has {tuple(param.shape)}: it is of another "
-                "model; resume with the model it was written by, or set overwrite=true to start anew."
+                f"{reader.folder} holds {name} with shape {shape}, but this run has {tuple(param.shape)}: it belongs to "
+                "another model; resume with the model that wrote it, or set overwrite=true to start over."
             )
         _fill(reader, "model", name, param, param)
 
@@ -161,8 +162,8 @@ def load_masks(reader: CheckpointReader, shards: list[ParameterShard], row_sizes
     for shard in shards:
         if reader.tensor(f"mask/{shard.name}", 0) is None:
             raise ValueError(
-                f"{reader.folder} has no mask of {shard.name}: resuming from it would train a dense model; resume from "
-                "a checkpoint of this sparse run, or set overwrite=true to start anew."
+                f"{reader.folder} has no mask of {shard.name}: resuming from it would train a dense model; resume from a "
+                "checkpoint of this sparse run, or set overwrite=true to start over."
             )
         stop = shard.offset + shard.values.numel()
         shard.mask.copy_(reader.mask(shard.name, shard.offset, stop, row_sizes(shard.name)))

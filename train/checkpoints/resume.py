@@ -58,8 +58,8 @@ def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: st
         before = state["identity"].get(key)
         if before != json.loads(json.dumps(now)):
             raise ValueError(
-                f"{folder} was written with {key}={before}, this run has {key}={now}: give the same batch_size and "
-                "number of steps, or set overwrite=true to start anew."
+                f"{folder} was written with {key}={before}, but this run has {key}={now}: use the same batch_size and "
+                "number of steps, or set overwrite=true to start over."
             )
     check_data(state["carried"]["data"], data_folder)
 
@@ -86,7 +86,7 @@ def check_data(before: dict[str, Any], folder: str) -> None:
     if now["index"] != before["index"]:
         raise ValueError(
             f"The training data has changed since the run began ({folder} has another index): restore the data, or set "
-            "overwrite=true to start anew."
+            "overwrite=true to start over."
         )
     sums = {
         part[split][name]: part[split][sha256]
@@ -97,6 +97,6 @@ def check_data(before: dict[str, Any], folder: str) -> None:
     for name, state in now["files"].items():
         if state != before["files"].get(name) and sha256_of(Path(folder, name)) != sums[name]:
             raise ValueError(
-                f"{Path(folder, name)} has changed since the run began: delete {folder}, so that it is prepared again, "
-                "or set overwrite=true to start anew."
+                f"{Path(folder, name)} has changed since the run began: delete {folder} so that it is prepared again, or "
+                "set overwrite=true to start over."
             )

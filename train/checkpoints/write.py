@@ -62,7 +62,7 @@ def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
         if isinstance(param, DTensor) and dim is not None:
             mesh = param.device_mesh.mesh
             ranks = mesh[tuple(slice(None) if axis == dim else 0 for axis in range(mesh.ndim))].tolist()
-            assert writers in ([0], ranks), f"{name} is shared out among other ranks: {ranks}"
+            assert writers in ([0], ranks), f"{name} is sharded over other ranks: {ranks}"
             writers = ranks
             rows[name] = max(1, -(-param.shape[0] // len(writers)))
     return Pieces(writers, rows)
@@ -99,8 +99,8 @@ def optimizer_state(
                 scalars.setdefault(key, {})[name] = float(value)
             else:
                 raise RunStopped(
-                    f"The optimizer keeps {key} of {name} in a shape of its own, which checkpoints do not carry: "
-                    "choose another trainer.optim, such as adamw_torch_fused."
+                    f"The optimizer keeps {key} of {name} in another shape than the parameter, which checkpoints cannot "
+                    "store: choose another trainer.optim, such as adamw_torch_fused."
                 )
     return tensors, scalars
 
@@ -132,7 +132,7 @@ def rank_tensors(
     found = {name: pieces.of(name, rank, param.shape[0]) for name, param in parameters.items()}
     written = {name: rows for name, rows in found.items() if rows is not None}
     for name, rows in written.items():
-        assert rows == local_rows(parameters[name]), f"{name} is not cut as FSDP2 cuts: {rows}"
+        assert rows == local_rows(parameters[name]), f"{name} is not sharded the way FSDP2 shards: {rows}"
     tensors = {f"model/{name}": local_tensor(parameters[name].detach()) for name in written}
     for key, by_name in moments.items():
         tensors |= {f"optim.{key}/{name}": local_tensor(value) for name, value in by_name.items() if name in written}
@@ -281,5 +281,5 @@ def versions() -> dict[str, str]:
 
 def _failure(folder: Path, problem: str, needed: int) -> str:
     kept = layout.checkpoints(folder.parent)
-    rest = f"{kept[0]} is whole, the same command resumes from it" if kept else "there is no checkpoint before it"
+    rest = f"{kept[0]} is complete, rerun the same command to resume" if kept else "there is no checkpoint before it"
     return f"{folder} could not be saved, it takes {needed:,} bytes: {problem.rstrip('.')}; {rest}."

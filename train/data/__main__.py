@@ -13,7 +13,7 @@ from train.data.pipeline import SplitCounts
 from train.data.shards import Shard, ShardReport, parse_shard, prepare_shard
 from train.plan.run import plan_run
 
-USAGE = """python -m train.data experiment=NAME [key=value ...]          prepare a run's text; the same command resumes
+USAGE = """python -m train.data experiment=NAME [key=value ...]          prepare a run's text; rerun it to resume
 python -m train.data experiment=NAME [key=value ...] shard=2/8   an eighth of it, on machines that share data.cache_dir
 Keys are those of python -m launch; data.num_workers is the number of processes, all cores if it is null."""
 
@@ -42,8 +42,8 @@ def report_text(report: ShardReport, shard: Shard, arguments: Sequence[str]) -> 
     """
     if report.prepared is None:
         return (
-            f"shard {shard.number}/{shard.count} is done, {report.num_waiting} of {report.num_parts} parts are not: run the "
-            "other shards, the last one to end puts them together."
+            f"shard {shard.number}/{shard.count} is done, but {report.num_waiting} of {report.num_parts} parts are not: "
+            "run the other shards; the last one to finish combines them."
         )
     data = report.prepared
     return "\n".join(

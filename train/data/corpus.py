@@ -71,8 +71,8 @@ def left_out(path: str) -> str | None:
     others = [file for file in walk(folder) if kind_of(file) is None] if folder.is_dir() else []
     if not others:
         return None
-    count = "1 file that is" if len(others) == 1 else f"{len(others)} files that are"
-    return f"data.path={path}: left out {count} not of {', '.join(KINDS)}, such as {others[0].relative_to(folder)}."
+    count = "1 file that is not" if len(others) == 1 else f"{len(others)} files that are not"
+    return f"data.path={path}: left out {count} {', '.join(KINDS)}, such as {others[0].relative_to(folder)}."
 
 
 def content_key(files: Sequence[Path], cache: Path) -> str:

@@ -51,12 +51,13 @@ def data_files(asked: Asked) -> tuple[str | None, list[Path]]:
         splits = list(builder.config.data_files or {})
     if not files:
         raise ValueError(
-            f"{asked} has no split {asked.split} but {', '.join(splits) or 'none'}: give one in data.split."
+            f"{asked} has no split {asked.split}, only {', '.join(splits) or 'none'}: give one of its splits in "
+            "data.split."
         )
     if unread := next((file for file in files if kind_of(Path(file)) is None), None):
         raise ValueError(
-            f"{asked} is kept in files such as {unread.rpartition('/')[2]}, and {', '.join(KINDS)} are read: give "
-            "data.stream=true, which reads it through datasets."
+            f"{asked} consists of files such as {unread.rpartition('/')[2]}, but only {', '.join(KINDS)} can be read: set "
+            "data.stream=true to read it through the datasets library."
         )
     if asked.folder is not None:
         return None, [Path(file) for file in files]
@@ -121,7 +122,7 @@ def _downloaded(file: str) -> Path:
 def _text(row: dict[str, Any], text_field: str, place: int) -> str:
     value = field_of(row, text_field)
     if value is MISSING:
-        raise ValueError(f"row {place} has no field {text_field}: name its text in data.text_field")
+        raise ValueError(f"row {place} has no field {text_field}: name the field with the text in data.text_field")
     return checked_text(value, text_field)
 
 
@@ -143,7 +144,7 @@ class _explained:
         if isinstance(error, Exception):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
             remedy = (
-                "give a subset and split that it has"
+                "give one of its subsets and splits"
                 if self.asked.folder
                 else "connect to the network, or give a folder"
             )

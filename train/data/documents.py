@@ -37,7 +37,7 @@ FIRST_BYTES = {
     b"%PDF": "PDF",
 }
 """File formats other than UTF-8 text, by their first bytes."""
-MANY_NULS = "begins a stretch with many NUL bytes, as UTF-16 and binary files have: convert the file to UTF-8."
+MANY_NULS = "begins a run of many NUL bytes, as in UTF-16 and binary files: convert the file to UTF-8."
 # The parsed numbers are never used, and float accepts any length, but int() refuses more than 4,300 digits.
 _JSON = json.JSONDecoder(parse_int=float)
 
@@ -117,7 +117,7 @@ def text_of(line: bytes, text_field: str) -> str:
     Raises:
         ValueError: There is no text. The caller puts the line's place before the message.
     """
-    remedy = f"give one JSON object a line with a string in data.text_field={text_field}"
+    remedy = f"give one JSON object per line with a string in data.text_field={text_field}"
     try:
         record = _JSON.decode(line.decode().removeprefix(BYTE_ORDER_MARK))
     except UnicodeDecodeError:
@@ -133,7 +133,7 @@ def text_of(line: bytes, text_field: str) -> str:
         found = _named(record)
         if isinstance(record, dict):
             found = f"the fields {field_names(record)}" if record else "an empty object"
-        raise ValueError(f"has no field {text_field} but {found}: {remedy}.")
+        raise ValueError(f"has no field {text_field}, only {found}: {remedy}.")
     return checked_text(value, text_field)
 
 
@@ -176,7 +176,7 @@ def checked_text(value: Any, text_field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"has half a surrogate pair in {text_field}, which UTF-8 cannot write: mend it.") from None
+        raise ValueError(f"has half a surrogate pair in {text_field}, which UTF-8 cannot encode: fix it.") from None
     return value
 
 
@@ -225,9 +225,9 @@ def not_utf8(path: str | Path) -> str:
     if kind is None:
         return "is not UTF-8: convert the file to UTF-8."
     if kind == "UTF-16":
-        return "is not UTF-8 but UTF-16 by its byte order mark: convert the file to UTF-8."
+        return "is not UTF-8 but UTF-16, as its byte order mark says: convert the file to UTF-8."
     return (
-        f"is not UTF-8, and by its first bytes the file is {kind}: give it the suffix of its kind, or convert it to "
+        f"is not UTF-8, and the file's first bytes say that it is {kind}: give it the matching suffix, or convert it to "
         "UTF-8 text."
     )
 
@@ -254,7 +254,7 @@ def _lines(part: Part) -> Iterator[bytes]:
             try:
                 yield from file
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{part.path} is not a whole gzip file ({error}): compress it anew.") from None
+                raise ValueError(f"{part.path} is not a complete gzip file ({error}): compress it again.") from None
         return
     with explained(part.path), open(part.path, "rb") as plain:
         plain.seek(part.start)
@@ -275,7 +275,7 @@ def _zstd_lines(part: Part) -> Iterator[bytes]:
             if error.errno is not None:
                 raise
             reason = " ".join(str(error).split())
-            raise ValueError(f"{part.path} is not a whole zstd file ({reason}): compress it anew.") from None
+            raise ValueError(f"{part.path} is not a complete zstd file ({reason}): compress it again.") from None
 
 
 def _read_csv(part: Part, text_field: str, skipped: Skipped | None) -> Iterator[str]:
@@ -286,8 +286,8 @@ def _read_csv(part: Part, text_field: str, skipped: Skipped | None) -> Iterator[
             names = next(rows, [])
             if text_field not in names:
                 raise ValueError(
-                    f"{part.path} has no column {text_field} in its first line but {field_names(names)}: name its text in "
-                    "data.text_field."
+                    f"{part.path} has no column {text_field} in its first line, only {field_names(names)}: name the "
+                    "column with the text in data.text_field."
                 )
             column = names.index(text_field)
             for row in rows:
@@ -295,9 +295,9 @@ def _read_csv(part: Part, text_field: str, skipped: Skipped | None) -> Iterator[
                     yield row[column]
                 elif row:
                     place = f"{part.path}, line {rows.line_num}"
-                    _leave_out(f"{place} has {len(row)} columns and none for {text_field}: mend it.", skipped)
+                    _leave_out(f"{place} has {len(row)} columns, so none for {text_field}: fix it.", skipped)
         except csv.Error as error:
-            raise ValueError(f"{part.path}, line {rows.line_num} is not CSV ({error}): mend it.") from None
+            raise ValueError(f"{part.path}, line {rows.line_num} is not CSV ({error}): fix it.") from None
         except UnicodeDecodeError:
             raise ValueError(f"{part.path}, after line {rows.line_num} {not_utf8(part.path)}") from None
 
@@ -320,7 +320,8 @@ def _read_parquet(part: Part, text_field: str, skipped: Skipped | None) -> Itera
             column = text_field if text_field in names else text_field.partition(".")[0]
             if column not in names:
                 raise ValueError(
-                    f"{part.path} has no column {text_field} but {field_names(names)}: name its text in data.text_field."
+                    f"{part.path} has no column {text_field}, only {field_names(names)}: name the column with the text in "
+                    "data.text_field."
                 )
             row = -1 + sum(file.metadata.row_group(index).num_rows for index in range(part.start))
             groups = list(range(part.start, part.stop))

@@ -107,14 +107,16 @@ def _file_spans(file: Path, flat: str) -> Iterator[Span]:
     if is_array:
         array: Any = np.load(file, mmap_mode="r", allow_pickle=False)
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ValueError(f"{file} is an array {array.dtype}{list(array.shape)}: give ids in one dimension.")
+            raise ValueError(
+                f"{file} is an array {array.dtype}{list(array.shape)}: give a one-dimensional array of ids."
+            )
         yield Span(str(file), array.offset, array.dtype.str, len(array))
         return
     width, size = np.dtype(flat).itemsize, file.stat().st_size
     if size % width:
         raise ValueError(
-            f"{file} has {size} bytes, no whole number of ids of {width} bytes: set data.token_dtype to the type that it "
-            f"was written in, {' or '.join(TYPES)}."
+            f"{file} has {size} bytes, which is not a whole number of ids of {width} bytes: set data.token_dtype to the "
+            f"type it was written in, {' or '.join(TYPES)}."
         )
     yield Span(str(file), 0, flat, size // width)
 
@@ -123,22 +125,24 @@ def _megatron(file: Path, index: Path) -> Span:
     """Read Megatron's index: a magic word, a version, the ids' type, lengths and places of sequences, documents."""
     data = index.read_bytes()
     if not data.startswith(MEGATRON_MAGIC) or len(data) < 34:
-        raise ValueError(f"{index} does not begin as Megatron's index does: remove it if {file.name} is a flat file.")
+        raise ValueError(f"{index} does not begin like Megatron's index: remove it if {file.name} is a flat file.")
     code = data[17]
     sequences, documents = (int(count) for count in np.frombuffer(data, "<u8", 2, 18))
     dtype = MEGATRON_TYPES.get(code)
     if dtype is None or np.dtype(dtype).kind not in "iu":
-        raise ValueError(f"{index} says that ids are of type {code}, which is none for ids: write the files anew.")
+        raise ValueError(
+            f"{index} gives the ids type {code}, which is not an integer type for ids: write the files again."
+        )
     needed = 34 + 12 * sequences + 8 * documents
     if len(data) < needed:
-        raise ValueError(f"{index} has {len(data)} bytes where its {sequences} sequences need {needed}: copy it anew.")
+        raise ValueError(f"{index} has {len(data)} bytes, but its {sequences} sequences need {needed}: copy it again.")
     lengths = np.frombuffer(data, "<i4", sequences, 34).astype(np.int64)
     places = np.frombuffer(data, "<i8", sequences, 34 + 4 * sequences)
     begins = np.frombuffer(data, "<i8", documents, 34 + 12 * sequences)
     ends = np.concatenate([[0], np.cumsum(lengths)])
     width = np.dtype(dtype).itemsize
     if int(ends[-1]) * width != file.stat().st_size or not np.array_equal(places, ends[:-1] * width):
-        raise ValueError(f"{index} does not fit {file.name}, which has {file.stat().st_size} bytes: copy both anew.")
+        raise ValueError(f"{index} does not match {file.name}, which has {file.stat().st_size} bytes: copy both again.")
     return Span(str(file), 0, dtype, int(ends[-1]), ends[begins[:-1] if documents else []])
 
 
@@ -155,14 +159,14 @@ def _dataset_spans(folder: Path) -> Iterator[Span]:
             reader = pa.ipc.open_stream(source)
             if COLUMN not in reader.schema.names:
                 raise ValueError(
-                    f"{folder} has no column {COLUMN} but {', '.join(reader.schema.names)}: save one with ids."
+                    f"{folder} has no column {COLUMN}, only {', '.join(reader.schema.names)}: save the ids in one."
                 )
             for batch in reader:
                 column = batch.column(COLUMN)
                 ids = column.flatten()
                 if column.null_count or ids.null_count or not pa.types.is_integer(ids.type):
                     raise ValueError(
-                        f"{folder} has a column {COLUMN} of {column.type} or with nulls: give lists of ids."
+                        f"{folder} has a column {COLUMN} of type {column.type} or with nulls: give lists of ids."
                     )
                 dtype = np.dtype(ids.type.to_pandas_dtype()).newbyteorder("<")
                 starts = np.asarray(column.offsets)[:-1].astype(np.int64)
@@ -186,14 +190,14 @@ def checked_counts(span: Span, vocab_size: int) -> NDArray[np.int64]:
         if lowest < 0 or highest >= vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
-                f"{span.file} holds the id {wrong}, and the tokenizer has {vocab_size}: give the tokenizer that wrote it, or "
-                f"its type in data.token_dtype ({' or '.join(TYPES)})."
+                f"{span.file} holds the id {wrong}, but the tokenizer has {vocab_size} ids: give the tokenizer that wrote "
+                f"it, or the type of its ids in data.token_dtype ({' or '.join(TYPES)})."
             )
         counts += np.bincount(ids, minlength=vocab_size)
         odd += int(np.count_nonzero(ids[1::2]))
     if span.dtype == "<u2" and span.num_tokens >= 16 and odd == 0 and counts[1:].any():
         raise ValueError(
-            f"{span.file} has a 0 in every other place, as ids of four bytes have: set data.token_dtype=uint32."
+            f"{span.file} has a 0 in every other position, as ids of four bytes would: set data.token_dtype=uint32."
         )
     return counts
 

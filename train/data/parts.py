@@ -82,7 +82,7 @@ def _walk(folder: Path, real_folder: str, seen: set[str]) -> Iterator[Path]:
         path = folder / entry.name
         is_link = entry.is_symlink()
         if is_link and not os.path.exists(path):
-            raise ValueError(f"{path} is a link to {os.readlink(path)}, which cannot be reached: mend or remove it.")
+            raise ValueError(f"{path} is a link to {os.readlink(path)}, which cannot be reached: fix or remove it.")
         # The path may lead through a linked folder, so a plain name is resolved in the real folder.
         real = os.path.realpath(path) if is_link else os.path.join(real_folder, entry.name)
         is_folder = entry.is_dir()
@@ -185,7 +185,7 @@ def kind_of(path: Path) -> Kind | None:
 
 def _kind_of(path: Path) -> Kind:
     if (kind := kind_of(path)) is None:
-        raise ValueError(f"data.path={path} has a suffix that is not known: give {', '.join(KINDS)}.")
+        raise ValueError(f"data.path={path} has an unknown suffix: give {', '.join(KINDS)}.")
     return kind
 
 

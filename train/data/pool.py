@@ -81,8 +81,8 @@ def _in_processes(
         executor.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise ValueError(
-                f"{progress.label}: a worker process was killed, most often for want of memory: "
-                f"lower data.num_workers={num_workers}."
+                f"{progress.label}: a worker process was killed, most often because memory ran out: lower "
+                f"data.num_workers={num_workers}."
             ) from None
         if isinstance(error, ValueError):
             raise ValueError(str(error)) from None

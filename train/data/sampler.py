@@ -75,7 +75,7 @@ class PermutationSampler(Sampler[int]):
             raise ValueError(f"num_blocks={num_blocks} must be at least 1: give more data.")
         if num_blocks < batch_size:
             raise ValueError(
-                f"batch_size={batch_size} is more than the {num_blocks} training blocks there are: give more text or a "
+                f"batch_size={batch_size} is larger than the number of training blocks, {num_blocks}: give more text or a "
                 "smaller batch."
             )
         if not 0 <= start <= num_blocks:

@@ -41,7 +41,7 @@ def parse_shard(text: str) -> Shard:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     number, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= number <= count:
-        raise ValueError(f"shard={text} is no share of the text: give shard=1/4 to shard=4/4 on four machines.")
+        raise ValueError(f"shard={text} is not a share of the text: give shard=1/4 to shard=4/4 on four machines.")
     return Shard(number, count)
 
 

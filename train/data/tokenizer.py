@@ -106,7 +106,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=not online)
     except Exception as error:
-        reason = _first_line(error) if online else "it does not answer, and its cache here has none of that name"
+        reason = _first_line(error) if online else "it does not answer, and the local cache has none of that name"
         raise ValueError(
             f"tokenizer={name} is not a folder here and cannot be fetched from the hub ({reason}): "
             "connect to the network, give a folder or .model file, or tokenizer=train."
@@ -139,7 +139,7 @@ def load_sentencepiece(model: Path) -> PreTrainedTokenizerBase:
         **{name: reference.id_to_piece(token) for name, token in named.items() if token >= 0},
     )
     if tokenizer.encode(PROBE, add_special_tokens=False) != reference.encode(PROBE):
-        raise ValueError(f"tokenizer={model} does not encode as LLaMA's does: {remedy}.")
+        raise ValueError(f"tokenizer={model} does not encode like LLaMA's: {remedy}.")
     return tokenizer
 
 
@@ -182,7 +182,7 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
         ValueError: The tokenizer `spec` has no bos.
     """
     if tokenizer.bos_token_id is None:
-        raise ValueError(f"data.bos=true needs a bos token and tokenizer={spec} has none: set data.bos=false.")
+        raise ValueError(f"data.bos=true needs a bos token, but tokenizer={spec} has none: set data.bos=false.")
     return int(tokenizer.bos_token_id)
 
 
@@ -204,8 +204,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, spec: 
     """
     if (size := vocabulary_of(tokenizer)) > vocab_size:
         raise ValueError(
-            f"tokenizer={spec} has {size} tokens, more than model.vocab_size={vocab_size}: "
-            f"set model.vocab_size={size} or take a smaller tokenizer."
+            f"tokenizer={spec} has {size} tokens, more than model.vocab_size={vocab_size}: set model.vocab_size={size} or "
+            "use a smaller tokenizer."
         )
 
 

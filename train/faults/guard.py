@@ -130,12 +130,13 @@ class StepGuard(TrainerCallback):
         if self.num_in_row > self.max_skipped:
             return RunStopped(
                 f"The loss or the gradient norm was not finite in {self.num_in_row} steps in a row, more than "
-                f"max_skipped={self.max_skipped}; the checkpoint holds the last good weights: lower "
-                "optim.learning_rate, or look at the data of these steps."
+                f"max_skipped={self.max_skipped}; the checkpoint holds the last good weights: lower optim.learning_rate, "
+                "or check the data of these steps."
             )
         if self._is_stop_agreed:
             return RunStopped(
-                "the run was asked to stop and has saved a checkpoint: the same command resumes from it", PREEMPTED_CODE
+                "the run was asked to stop and has saved a checkpoint: rerun the same command to resume from it",
+                PREEMPTED_CODE,
             )
         return None
 

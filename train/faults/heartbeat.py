@@ -147,5 +147,6 @@ def loss_sentence(silent: dict[int, int] | None, step: int) -> str:
     names = ", ".join(f"rank {rank} (in step {begun})" for rank, begun in sorted(silent.items()))
     verb = "does" if len(silent) == 1 else "do"
     return (
-        f"{names} {verb} not answer while the others are in step {step}; the same command resumes from the checkpoint."
+        f"{names} {verb} not answer while the others are in step {step}; rerun the same command to resume from the "
+        "checkpoint."
     )

@@ -58,8 +58,8 @@ def attend_within_documents(model: PreTrainedModel) -> None:
     used = model.config._attn_implementation
     if used not in ("sdpa", WHOLE_BLOCKS, DOCUMENTS):
         raise ValueError(
-            f"data.attention=document chooses attention itself and model.attn_implementation={used} would be ignored: leave "
-            "model.attn_implementation null."
+            f"data.attention=document chooses the attention itself, so model.attn_implementation={used} would be ignored: "
+            "set it to null."
         )
     AttentionInterface.register(DOCUMENTS, attend_by_document)
     model.set_attn_implementation(DOCUMENTS)

@@ -75,8 +75,8 @@ class InitialWeights:
                 )
             if (found := self._shape(name)) != shape:
                 raise ValueError(
-                    f"init_from={self.folder} has {name} as {found}, the configured model {shape}: set the model group to "
-                    "the folder's model."
+                    f"init_from={self.folder} has {name} with shape {found}, but the configured model has {shape}: choose "
+                    "the folder's model in the group model."
                 )
         self._check_left_over(shapes, aliases)
 
@@ -120,8 +120,8 @@ class InitialWeights:
         if other:
             more = f" and {len(other) - 1} more" if len(other) > 1 else ""
             raise ValueError(
-                f"init_from={self.folder} has a weight {other[0]}{more} that the configured model has not, and would lose "
-                "it: give a folder of the configured model."
+                f"init_from={self.folder} has a weight {other[0]}{more} that the configured model does not have, so it "
+                "would be lost: give a folder of the configured model."
             )
 
     def _is_unread(self, name: str) -> bool:
@@ -157,8 +157,8 @@ class InitialWeights:
                 raise self._unreadable(path, error) from error
             if METHOD in (file.metadata() or {}):
                 raise ValueError(
-                    f"init_from={self.folder} is compact: make it plain first, `python -m eval.compact "
-                    f"model={self.folder} out=DIR expand=true`."
+                    f"init_from={self.folder} is compact: expand it first, `python -m eval.compact model={self.folder} "
+                    "out=DIR expand=true`."
                 )
         return self._open[path]
 
@@ -218,7 +218,7 @@ def _files(folder: Path) -> dict[str, Path]:
             raise ValueError(f"init_from={folder}: {INDEX} is garbled: copy it again.") from None
         if strange := [file for file in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)]:
             raise ValueError(
-                f"init_from={folder}: {INDEX} names {strange[0]}, which is no safetensors file of that folder: give a "
+                f"init_from={folder}: {INDEX} names {strange[0]}, which is not a safetensors file in that folder: give a "
                 "folder that transformers' save_pretrained wrote."
             )
         stored = {name: folder / file for file in sorted(set(weight_map.values())) for name in _names(folder, file)}
@@ -227,8 +227,8 @@ def _files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_names(folder, SINGLE), folder / SINGLE)
     if any((folder / name).is_file() for name in PICKLES):
         raise ValueError(
-            f"init_from={folder} holds its weights as a pickle alone (.bin), which could run code when it is read: write it "
-            "as safetensors first, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)."
+            f"init_from={folder} holds its weights only as a pickle (.bin), which could run code when it is read: save "
+            "them as safetensors first, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)."
         )
     raise ValueError(
         f"init_from={folder} holds no {SINGLE}: give a transformers folder with safetensors, such as a run's model/."

@@ -55,13 +55,13 @@ def check_tokenizer_choice(config: Config, overrides: Iterable[str]) -> None:
         return
     if config.tokenizer is None and not has_tokenizer(folder):
         raise ValueError(
-            f"init_from={folder} holds no tokenizer, and its embeddings mean that tokenizer's ids: give the one it was "
-            "trained with, tokenizer=FOLDER_OR_NAME."
+            f"init_from={folder} holds no tokenizer, but its embeddings only fit the ids of the one it was trained with: "
+            "give that one, tokenizer=FOLDER_OR_NAME."
         )
     if config.tokenizer == "train" and not is_named("tokenizer", overrides):
         raise ValueError(
-            f"tokenizer=train would train a new tokenizer under the embeddings of init_from={folder}: set tokenizer=null "
-            "to use the folder's, or write tokenizer=train on the command line if that is meant."
+            f"tokenizer=train would train a new tokenizer, whose ids do not match the embeddings of init_from={folder}: "
+            "set tokenizer=null to use the folder's, or write tokenizer=train on the command line if you mean it."
         )
 
 
@@ -74,8 +74,8 @@ def check_tokenizer_of_path(config: Config) -> None:
     path = config.model.path
     if path is not None and config.tokenizer is None and not has_tokenizer(path):
         raise ValueError(
-            f"model.path={path} holds no tokenizer: give one, tokenizer=FOLDER_OR_NAME, or tokenizer=train for a new one of "
-            "the model's vocabulary size."
+            f"model.path={path} holds no tokenizer: give one, tokenizer=FOLDER_OR_NAME, or tokenizer=train to train one "
+            "of the model's vocabulary size."
         )
 
 
@@ -101,12 +101,12 @@ def check_tokenizer(config: Config, overrides: Iterable[str]) -> None:
         what = "one that cannot be compared"
     if not is_named("tokenizer", overrides):
         raise ValueError(
-            f"tokenizer={chosen} is not the tokenizer of init_from={folder}, whose embeddings mean its own ids: set "
-            f"tokenizer=null to use the folder's, or write tokenizer={chosen} on the command line if that is meant."
+            f"tokenizer={chosen} is not the tokenizer of init_from={folder}, whose embeddings only fit its own ids: set "
+            f"tokenizer=null to use the folder's, or write tokenizer={chosen} on the command line if you mean it."
         )
     print(
-        f"warning: tokenizer={chosen} is {what} beside that of init_from={folder}: the embeddings were trained for the "
-        "folder's ids; leave tokenizer out to use the folder's.",
+        f"warning: tokenizer={chosen} is {what}, not the tokenizer of init_from={folder}: the embeddings were trained for "
+        "the folder's ids; leave tokenizer out to use the folder's.",
         file=sys.stderr,
         flush=True,
     )

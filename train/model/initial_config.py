@@ -37,7 +37,7 @@ class Difference:
 
     @property
     def words(self) -> str:
-        return f"{self.field} is {_yaml(self.theirs)} there and {_yaml(self.ours)} here"
+        return f"{self.field} is {_yaml(self.theirs)} in the folder and {_yaml(self.ours)} in the config"
 
     def override(self, by_path: bool = False) -> str | None:
         """Return the override that takes over the folder's value; None if the group `model` has no such key.
@@ -70,14 +70,14 @@ def check_config(folder: str, ours: Any, by_path: bool = False) -> None:
     theirs = read_config(folder, "init_from")
     if (model_folder(folder, "init_from") / ADAPTER).exists():
         raise ValueError(
-            f"init_from={folder} holds {ADAPTER}, an adapter beside or instead of a whole model: merge it into its base "
-            "model (peft's merge_and_unload) and save that."
+            f"init_from={folder} holds {ADAPTER}, an adapter and not only a whole model: merge it into its base model "
+            "(peft's merge_and_unload) and save that."
         )
     check_plain(theirs, folder, "init_from")
     if theirs.get("model_type") != ours.model_type:
         raise ValueError(
-            f"init_from={folder} is of another architecture, model_type is {theirs.get('model_type')} there and "
-            f"{ours.model_type} here: give a folder whose {CONFIG} has model_type={ours.model_type}."
+            f"init_from={folder} has another architecture, model_type={theirs.get('model_type')} instead of "
+            f"{ours.model_type}: give a folder whose {CONFIG} has model_type={ours.model_type}."
         )
     try:
         parsed = type(ours).from_dict(theirs).to_dict()
@@ -122,10 +122,8 @@ def _sentence(folder: str, found: list[Difference], by_path: bool) -> str:
         remedy = f"give a folder with {', '.join(fixed)}, which no key of the group model changes" + (
             f", and {remedy}" if remedy else ""
         )
-    return (
-        f"init_from={folder} is not of the configured model, "
-        f"{'; '.join(difference.words for difference in found)}: {remedy}."
-    )
+    differences = "; ".join(difference.words for difference in found)
+    return f"init_from={folder} is not the configured model, {differences}: {remedy}."
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -107,8 +107,8 @@ def _stacked(target: str, converter: Any, parts: Mapping[tuple[int, int], str]) 
     whole = {(expert, part) for expert in range(num_experts) for part in range(num_parts)} == set(parts)
     if kinds not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]) or not whole:
         raise ValueError(
-            f"{target} is made of stored weights in a way that is not read here, or some of them are missing: load the folder "
-            "with transformers and write it again by save_pretrained(..., save_original_format=False)."
+            f"{target} is combined from stored weights in a way that is not supported, or some of them are missing: load "
+            "the folder with transformers and write it again by save_pretrained(..., save_original_format=False)."
         )
     return Source(
         experts=tuple(tuple(parts[expert, part] for part in range(num_parts)) for expert in range(num_experts))

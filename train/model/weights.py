@@ -91,8 +91,8 @@ def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int, init: s
                 continue
             if full.sum().isnan():
                 raise ValueError(
-                    f"{type(owner).__name__}._init_weights gives {prefix}{inner} no values, so that this model cannot "
-                    "start from random weights: set init_from."
+                    f"{type(owner).__name__}._init_weights gives {prefix}{inner} no values, so this model cannot start "
+                    "from random weights: set init_from."
                 )
             start, stop = local_rows(target)
             local_tensor(target).copy_(full[start:stop])

@@ -70,7 +70,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
         value, unset = getattr(model, field.name), BY_CONFIG if field.name in SIZES else field.default
         if value not in (unset, sizes.get(field.name, unset)):
             raise ValueError(
-                f"model.{field.name}={value} is not read with model.path={model.path}, whose {CONFIG} gives it: set "
+                f"model.{field.name}={value} has no effect with model.path={model.path}, whose {CONFIG} sets it: set "
                 f"model.overrides={{{field.name}: {value}}}."
             )
     return replace(model, **sizes)
@@ -96,7 +96,7 @@ def hf_config(path: str, overrides: Mapping[str, Any], **token_ids: Any) -> Any:
         config = kind.from_dict(values)
     except Exception as error:
         raise ValueError(
-            f"model.path={path} with model.overrides={dict(overrides)} is no config that transformers takes: "
+            f"model.path={path} with model.overrides={dict(overrides)} is not a config that transformers accepts: "
             f"{' '.join(str(error).split())}"
         ) from None
     for key, value in {"use_cache": False, "dtype": "float32", **token_ids}.items():
@@ -144,17 +144,17 @@ def check_plain(config: Mapping[str, Any], spec: str, key: str) -> None:
     if quantized := config.get("quantization_config"):
         if isinstance(quantized, Mapping) and quantized.get("quant_method") == COMPACT:
             raise ValueError(
-                f"{key}={spec} is compact: make it plain first, `python -m eval.compact model={spec} out=DIR expand=true`, and "
-                f"give {key}=DIR."
+                f"{key}={spec} is compact: expand it first, `python -m eval.compact model={spec} out=DIR expand=true`, "
+                f"and give {key}=DIR."
             )
         raise ValueError(
-            f"{key}={spec} has quantization_config in {CONFIG}, so it is no plain model of transformers: give a folder "
+            f"{key}={spec} has quantization_config in {CONFIG}, so it is not a plain transformers model: give a folder "
             "without it, in float32, bfloat16 or float16."
         )
     if config.get("auto_map") and not _names_only_known_classes(config):
         raise ValueError(
-            f"{key}={spec} has auto_map in {CONFIG}, code of its own, so it is no plain model of transformers: give a folder "
-            "whose model_type and architectures transformers has."
+            f"{key}={spec} has auto_map in {CONFIG}, which loads custom code, so it is not a plain transformers model: "
+            "give a folder whose model_type and architectures are in transformers."
         )
 
 
@@ -180,8 +180,8 @@ def config_class(config: Mapping[str, Any], spec: str, key: str) -> Any:
     found = CONFIG_MAPPING[kind]
     if found not in MODEL_FOR_CAUSAL_LM_MAPPING or "text_config" in (getattr(found, "sub_configs", None) or {}):
         raise ValueError(
-            f"{key}={spec} has model_type={kind} in {CONFIG}, which is no causal language model of text alone: give one, or "
-            "save the language model of this one by itself."
+            f"{key}={spec} has model_type={kind} in {CONFIG}, which is not a text-only causal language model: give one, "
+            "or save only the language model of this one."
         )
     return found
 
@@ -319,7 +319,7 @@ def _overrides(given: Mapping[str, Any], kind: Any, overrides: Mapping[str, Any]
         if name not in known or name in ("model_type", "auto_map", "architectures"):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"give names of {kind.__name__}."
-            raise ValueError(f"model.overrides.{name} is no value of this {CONFIG} that can be changed: {hint}")
+            raise ValueError(f"model.overrides.{name} is not a value of this {CONFIG} that can be changed: {hint}")
         if isinstance(value, Mapping) and isinstance(given.get(name), Mapping):
             value = {**given[name], **value}
         changed[spellings.get(name, name)] = value

@@ -90,7 +90,7 @@ def read_branch(run_dir: Path) -> Branch | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{run_dir / BRANCH} is garbled: set overwrite=true to branch anew.") from None
+        raise ValueError(f"{run_dir / BRANCH} is garbled: set overwrite=true to branch again.") from None
 
 
 def branch_text(branch: Branch) -> str:

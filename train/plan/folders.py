@@ -54,7 +54,7 @@ def _from_hub(name: str, key: str, weights: bool) -> Path:
         return Path(hf_hub_download(name, CONFIG, local_files_only=offline)).parent
     except Exception as error:
         words = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        reason = "it does not answer, and its cache here has none of that name" if offline else words
+        reason = "it does not answer, and the local cache has none of that name" if offline else words
         raise ValueError(
             f"{key}={name} is not a folder here and cannot be fetched from the hub ({reason}): give a transformers folder, or "
             "connect to the network."

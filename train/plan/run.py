@@ -98,7 +98,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     if sequence_length > model.max_position_embeddings:
         raise ValueError(
             f"data.sequence_length={sequence_length} is longer than the model's context, "
-            f"model.max_position_embeddings={model.max_position_embeddings}: shorten the one or lengthen the other."
+            f"model.max_position_embeddings={model.max_position_embeddings}: use a shorter length or a longer context."
         )
     pools = planned_pools(model, config.sparsity)
     batch_size, micro, accumulation = _split_batch(config, world_size)
@@ -133,8 +133,9 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
     num_steps = planned_steps(config) if num_steps is None else num_steps
     if (num_steps is None) == (window.budget is None):
         raise ValueError(
-            f"trainer.max_steps={num_steps} and sparsity.window.budget={window.budget} both say how long the run is, or "
-            "neither does: set one of them, and the other to null; with branch_from=RUN@STEP and optim.decay_steps both may be."
+            f"trainer.max_steps={num_steps} and sparsity.window.budget={window.budget}, but exactly one of them must set "
+            "the length of the run: set one and leave the other null (both may be null with branch_from=RUN@STEP and "
+            "optim.decay_steps)."
         )
     shares = target_shares(pools, sparsity.target)
     if not any(target for _, target in shares):
@@ -167,8 +168,8 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
     update.check(schedule, parse_pattern(sparsity.pattern))
     if config.init_from is not None and update.lets_return:
         raise ValueError(
-            f"init_from={config.init_from} keeps the zeros of its model, and sparsity.update={sparsity.update} lets pruned "
-            "weights return: take sparsity.update=shrink, or start from new weights."
+            f"init_from={config.init_from} keeps the zeros of its model, but sparsity.update={sparsity.update} lets "
+            "pruned weights return: use sparsity.update=shrink, or start from new weights."
         )
     return seen_together(schedule, pools), num_steps
 
@@ -183,8 +184,8 @@ def _check_window_and_decay(config: Config, schedule: Ramp, num_steps: int) -> N
     decay = config.trainer.decay_steps
     if decay and schedule.end_step > (begin := num_steps - decay_length(decay, num_steps)):
         raise ValueError(
-            f"The prune window ends at step {schedule.end_step} and the decay of optim.decay_steps={decay:g} begins at step "
-            f"{begin}: end the window earlier (sparsity.window.end), or decay later."
+            f"The prune window ends at step {schedule.end_step}, after the decay of optim.decay_steps={decay:g} begins at "
+            f"step {begin}: end the window earlier (sparsity.window.end), or decay later."
         )
 
 
@@ -227,7 +228,7 @@ def _split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
         return world_size * micro * accumulation, micro, accumulation
     if config.batch_size % world_size:
         raise ValueError(
-            f"batch_size={config.batch_size} cannot be shared by {world_size} processes: take a multiple of "
+            f"batch_size={config.batch_size} cannot be divided among {world_size} processes: use a multiple of "
             f"{world_size}, or another number of processes."
         )
     share = config.batch_size // world_size
@@ -236,8 +237,8 @@ def _split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
         return config.batch_size, micro, share // micro
     if micro * accumulation != share:
         raise ValueError(
-            f"batch_size={config.batch_size} is not {world_size} processes x "
-            f"trainer.per_device_train_batch_size={micro} x trainer.gradient_accumulation_steps={accumulation}: leave "
-            "the accumulation null and it follows, or set batch_size=null."
+            f"batch_size={config.batch_size} is not {world_size} processes x trainer.per_device_train_batch_size={micro} "
+            f"x trainer.gradient_accumulation_steps={accumulation}: set trainer.gradient_accumulation_steps=null to "
+            "derive it, or batch_size=null."
         )
     return config.batch_size, micro, accumulation

@@ -26,8 +26,8 @@ HEADINGS = (
 MAX_COLUMNS = 100
 NEWLINE = "\n"
 NOTE = (
-    "Batch and total tokens above count as the series' cards do, 2^20 tokens as 1M (8M for 4096 x 2048 = 8,388,608); "
-    "the true ones are below. Loss and perplexity stay empty until they are measured."
+    "Batch and total tokens above are counted like the series' cards, which call 2^20 tokens 1M (8M for 4096 x 2048 = "
+    "8,388,608); the true numbers are below. Loss and perplexity stay empty until they are measured."
 )
 DENSITY_HEADINGS = (
     ("", "average", "by the cards'", "dense-equivalent", "true tokens", "true"),
@@ -143,7 +143,7 @@ def _batch(plan: dict[str, Any]) -> list[tuple[str, str]]:
     if fits["micro_batch_size"] is None:
         largest = (
             f"none: one sequence peaks at {bytes_text(fits['peak_bytes'])} of {room};\n"
-            "more devices or trainer.gradient_checkpointing=true take less"
+            "more devices or trainer.gradient_checkpointing=true need less"
         )
     else:
         largest = (
@@ -196,7 +196,7 @@ def _host_memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
     on_cpus = f"{bytes_text(memory['start_bytes_on_cpus'])} without GPUs, its shard and a layer"
     return [
         ("weights drawn or read", f"{bytes_text(memory['layer_bytes'])}, one layer\n{on_cpus}"),
-        ("export, rank 0 alone", f"{bytes_text(memory['export_bytes_of_rank_0'])}, one file"),
+        ("export, rank 0 only", f"{bytes_text(memory['export_bytes_of_rank_0'])}, one file"),
     ]
 
 

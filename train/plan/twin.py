@@ -70,8 +70,8 @@ def check_has_twin(model: ModelConfig) -> None:
     kind = describe(model).kind
     if kind not in WIDTHS:
         raise ValueError(
-            f"model.match=average is not defined for model_type={kind}, as it is not known which fields of its config.json "
-            f"scale with its width: it is for {', '.join(sorted(WIDTHS))} and the LLaMAs of the group model."
+            f"model.match=average is not defined for model_type={kind}, because it is not known which fields of its "
+            f"config.json scale with its width: use it with {', '.join(sorted(WIDTHS))} or the LLaMAs of the group model."
         )
 
 

@@ -106,20 +106,20 @@ def card_data(config: Config, plan: RunPlan, summary: Figures) -> ModelCardData:
 def _opening(config: Config, plan: RunPlan, own: Figures) -> str:
     zeros = f"{percent_text(own['sparsity'])} of the weights in its linear layers are exactly zero"
     outcome = (
-        f"pruned on the way: {zeros}"
+        f"pruned during training: {zeros}"
         if is_sparse(own)
-        else f"sparse by the zeros of the model that it started from, which it kept: {zeros}"
+        else f"sparse because it kept the zeros of the model it started from: {zeros}"
         if has_sparse_weights(own)
         else "dense: nothing was pruned"
     )
     start = "pre-trained from scratch"
     if config.init_from is not None:
-        start = f"trained on from the weights of `{public_name(config.init_from)}`"
+        start = f"trained further from the weights of `{public_name(config.init_from)}`"
     what = "LLaMA" if plan.model.path is None else f"model of the architecture `{plan.architecture}`"
     return (
-        f"A {what} of {count_text(own['total_params'])} parameters, {start} and {outcome}. Trained by "
-        f"sparsellm, an implementation of [{PAPER.split(':')[0]}]({PAPER_URL}), in a run of its own: it is none of the "
-        "checkpoints published with the paper."
+        f"A {what} of {count_text(own['total_params'])} parameters, {start} and {outcome}. Trained by sparsellm, an "
+        f"implementation of [{PAPER.split(':')[0]}]({PAPER_URL}); it is not one of the checkpoints published with the "
+        "paper."
     )
 
 
@@ -137,7 +137,9 @@ def _model(config: Config, plan: RunPlan, own: Figures) -> str:
         f"vocabulary {model.vocab_size}",
         f"{'shared' if model.tie_word_embeddings else 'separate'} input and output embeddings",
     ]
-    head = "lm_head is the embedding and not counted" if model.tie_word_embeddings else "lm_head counted, embedding not"
+    head = "including lm_head, without the embedding"
+    if model.tie_word_embeddings:
+        head = "lm_head is tied to the embedding and not counted"
     lines = {
         "Model type": f"{'sparse' if has_sparse_weights(own) else 'dense'} causal language model, {architecture} architecture",
         "Shape": ", ".join(shape),
@@ -256,7 +258,7 @@ def _training(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Fi
         start, end, every = own["prune_start_step"], own["prune_end_step"], own["prune_every_steps"]
         curve = f", {label_of(plan.schedule)}" if plan.schedule else ""
         lines |= {
-            "Pruning start step": f"{start:,}, counted from 0; weights go before the step is trained",
+            "Pruning start step": f"{start:,}, counted from 0; weights are pruned before the step trains",
             "Pruning end step": f"{end:,}",
             "Pruning interval": f"every {every:,} steps, {(end - start) // every + 1:,} times in all{curve}"
             if end > start
@@ -298,7 +300,7 @@ def _parametrisation(config: Config) -> dict[str, str]:
         *(["begin with bos"] if config.data.bos else []),
         *([] if config.data.eos else ["end without eos"]),
         *([f"are cut at {limit:,} tokens"] if (limit := config.data.max_document_tokens) else []),
-        *(["are read without attention to the documents before"] if config.data.attention == "document" else []),
+        *(["are read without attention to earlier documents"] if config.data.attention == "document" else []),
     ]:
         lines["Documents"] = "; ".join(words)
     return lines

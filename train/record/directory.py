@@ -69,7 +69,7 @@ class RunDirectory:
             self._lock.acquire(timeout=LOCK_PATIENCE_S)
         except Timeout:
             raise ValueError(
-                f"{self.path} is in use by a live process: wait for it or end it, or take another run_name."
+                f"{self.path} is in use by a live process: wait for it or end it, or use another run_name."
             ) from None
         again = is_restart(os.environ)
         if config.overwrite and not again:
@@ -79,16 +79,18 @@ class RunDirectory:
                 return summary
             if config.resume == "never" and not again:
                 raise ValueError(
-                    f"{self.path} holds a run that was not finished and resume=never: set overwrite=true to start it "
-                    "anew, or resume=auto to resume it."
+                    f"{self.path} holds an unfinished run, but resume=never: set overwrite=true to start it over, or "
+                    "resume=auto to resume it."
                 )
         elif any(entry.name != ".lock" and entry.suffix != ".partial" for entry in self.path.iterdir()):
             raise ValueError(
-                f"{self.path} holds files that are no run's: take another run_name, or set overwrite=true."
+                f"{self.path} holds files that do not belong to a run: use another run_name, or set overwrite=true."
             )
         remove_leftovers(self.checkpoints)
         if config.resume == "must" and not checkpoints(self.checkpoints):
-            raise ValueError(f"{self.path} has no checkpoint to resume from and resume=must: set resume=auto to start.")
+            raise ValueError(
+                f"{self.path} has no checkpoint to resume from, but resume=must: set resume=auto to start."
+            )
         check_room(
             self.path, needed_bytes - bytes_below(self.checkpoints), "the run",
             "lower trainer.save_total_limit, or choose another runs_dir",
@@ -143,7 +145,8 @@ class RunDirectory:
             return read_summary(self.summary)
         except ValueError:
             raise ValueError(
-                f"{self.summary} is garbled: remove it, and the same command writes it again, or set overwrite=true."
+                f"{self.summary} is garbled: remove it and rerun the same command to write it again, or set "
+                "overwrite=true."
             ) from None
 
     def _check_same(self, config: Config) -> None:
@@ -155,13 +158,13 @@ class RunDirectory:
             if isinstance(error, OSError) and error.errno:
                 raise
             raise ValueError(
-                f"{self.config} is garbled or was not written by a run: set overwrite=true to start it anew."
+                f"{self.config} is garbled or was not written by a run: set overwrite=true to start it over."
             ) from None
         now = run_identity(config)
         if changed := _differences(before, now):
             raise ValueError(
-                f"{self.path} is in use by a run with another config ({'; '.join(changed)}): take another run_name, or "
-                "set overwrite=true to start it anew."
+                f"{self.path} is in use by a run with another config ({'; '.join(changed)}): use another run_name, or set "
+                "overwrite=true to start it over."
             )
 
 

@@ -158,8 +158,8 @@ def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
         assert all("train/global_step" in record for record in records)
     except (ValueError, TypeError, AssertionError):
         raise ValueError(
-            f"{metrics} holds a line that is not a record of a run: repair or remove the line, or set overwrite=true to start "
-            "the run anew."
+            f"{metrics} holds a line that is not a record of a run: repair or remove the line, or set overwrite=true to "
+            "start the run over."
         ) from None
     return records
 

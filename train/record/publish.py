@@ -56,7 +56,7 @@ def push_to_hub(card: CardConfig, model: Path) -> None:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         raise ValueError(
-            f"the run is finished and {model} is whole, but it was not uploaded to {card.hub_id} ({reason}): start the "
-            "same command again, it only uploads."
+            f"the run is finished and {model} is complete, but it was not uploaded to {card.hub_id} ({reason}): rerun the "
+            "same command, which only uploads."
         ) from None
     print(f"uploaded {model} to https://huggingface.co/{card.hub_id}", flush=True)

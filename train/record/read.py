@@ -61,7 +61,7 @@ def read_config(file: Path) -> Config:
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise ValueError(f"{file} is garbled or of another version: leave this run out.") from None
+        raise ValueError(f"{file} is garbled or from another version: leave this run out.") from None
     return config
 
 
@@ -90,4 +90,4 @@ def _check_record(where: str, record: Any) -> None:
     for key, least in (("train/global_step", first_step), ("train/tokens", 0)):
         value = record.get(key)
         if not is_number(value) or value < least:
-            raise ValueError(f"{where} has {key}={value}, and records count from {least}: leave this run out.")
+            raise ValueError(f"{where} has {key}={value}, but records count from {least}: leave this run out.")

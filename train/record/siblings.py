@@ -101,11 +101,11 @@ def match_words(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[
         own_average = count_text(own["avg_linear_params"])
         if other is None:
             return (
-                "none found among the finished runs; this run's command with `model.match=average` trains one of about "
+                "none found among the finished runs; this run's command with `model.match=average` trains one with about "
                 f"{own_average} linear parameters"
             )
         size = count_text(other["linear_params"])
-        return f"`{other['run_name']}`, {size} linear parameters beside this run's {own_average} on average"
+        return f"`{other['run_name']}`, {size} linear parameters, compared with this run's {own_average} on average"
     average = other["avg_linear_params"] if other else twin.target_linear_params if twin else None
     if average is None:
         name, suffix = own["run_name"], TWIN_SUFFIXES[0]
@@ -114,8 +114,8 @@ def match_words(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[
     pruned = f"`{config.model.name}` pruned{amount}"
     name = f"`{other['run_name']}`" if other else pruned
     return (
-        f"{name}, {count_text(average)} linear parameters on average, "
-        f"beside this model's {count_text(own['linear_params'])}"
+        f"{name}, {count_text(average)} linear parameters on average, compared with this model's "
+        f"{count_text(own['linear_params'])}"
     )
 
 

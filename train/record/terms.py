@@ -75,11 +75,11 @@ SOURCES = {
     ),
     "tokens": Source(
         "text that whoever trained the model had tokenized",
-        "The tokens were supplied by whoever trained the model, and their terms are theirs to state; this card knows none.",
+        "The tokens were supplied by whoever trained the model, who alone can state their terms; this card knows none.",
     ),
     "text": Source(
         "text supplied by whoever trained the model",
-        "The text was supplied by whoever trained the model, and its terms are theirs to state; this card knows none.",
+        "The text was supplied by whoever trained the model, who alone can state its terms; this card knows none.",
     ),
 }
 
@@ -112,18 +112,17 @@ def tokenizer_terms(tokenizer: str) -> str:
 
 
 def base_model_terms(init_from: str) -> str:
-    return (
-        f"`{public_name(init_from)}` is under its publisher's terms, which go with weights that are trained on from it."
-    )
+    name = public_name(init_from)
+    return f"`{name}` is under its publisher's terms, which also apply to weights trained further from it."
 
 
 def licence_words(card: CardConfig) -> str:
     """Return the model's own licence, or a text that says that none was chosen and how to choose one."""
     if card.license is None:
         return (
-            "none was chosen, and none is implied by the software, the data or the tokenizer. Whoever trained the "
-            "model chooses one: with `card.license=apache-2.0`, or another of the hub's identifiers, the run's command "
-            "rewrites this card and trains nothing anew."
+            "none was chosen, and none is implied by the software, the data or the tokenizer. Whoever trained the model "
+            "chooses one: rerun the run's command with `card.license=apache-2.0`, or another of the hub's identifiers, "
+            "to rewrite this card without training again."
         )
     link = f" ({card.license_link})" if card.license_link else ""
     name = card.license_name or card.license

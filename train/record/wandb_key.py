@@ -23,18 +23,19 @@ def check_wandb(logger: LoggerConfig, environment: Mapping[str, str]) -> None:
     if not logger.wandb:
         return
     check(
-        find_spec("wandb") is not None, "logger=wandb needs the library wandb: pip install wandb, or take logger=none."
+        find_spec("wandb") is not None, "logger=wandb needs the library wandb: pip install wandb, or set logger=none."
     )
     asked = environment.get("WANDB_MODE") if logger.mode == "auto" else logger.mode
     mode = asked if logger.mode == "auto" else None
     check(
         asked != "online" or has_wandb_key() or "WANDB_IDENTITY_TOKEN_FILE" in environment,
-        f"{'WANDB_MODE' if mode else 'logger.mode'}=online needs an account: run `wandb login` or set WANDB_API_KEY, or take "
-        "logger.mode=offline.",
+        f"{'WANDB_MODE' if mode else 'logger.mode'}=online needs an account: run `wandb login` or set WANDB_API_KEY, or "
+        "set logger.mode=offline.",
     )
     check(
         not mode or mode in MODES,
-        f"WANDB_MODE={mode} is not known to wandb: set one of {', '.join(MODES)}, or take logger.mode=offline or logger=none.",
+        f"WANDB_MODE={mode} is not known to wandb: set one of {', '.join(MODES)}, or use logger.mode=offline or "
+        "logger=none.",
     )
 
 

@@ -59,7 +59,7 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
     except Exception as error:
         # There is no connection, the key is wrong, or wandb refuses the value of a WANDB_ variable.
         raise ValueError(
-            f"wandb did not start ({' '.join(str(error).split())}): check the WANDB_ variables and the account, or take "
+            f"wandb did not start ({' '.join(str(error).split())}): check the WANDB_ variables and the account, or set "
             "logger.mode=offline or logger=none."
         ) from error
     run.define_metric("train/tokens")

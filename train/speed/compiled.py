@@ -42,6 +42,6 @@ def compile_by_blocks(model: PreTrainedModel, arguments: TrainingArguments) -> N
         except RuntimeError as error:
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise ValueError(
-                f"trainer.torch_compile_backend={backend} with torch_compile_mode={mode} is not what torch.compile takes: "
-                f"{reason}"
+                f"trainer.torch_compile_backend={backend} with torch_compile_mode={mode} is not accepted by "
+                f"torch.compile: {reason}"
             ) from None

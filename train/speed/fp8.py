@@ -38,25 +38,25 @@ def check_fp8(config: Config, plan: RunPlan, device: torch.device, is_main: bool
         return
     if device.type != "cuda":
         raise ValueError(
-            "trainer.fp8=true needs a GPU with float8 units and this machine has no GPU: set trainer.fp8=false."
+            "trainer.fp8=true needs a GPU with float8 units, but this machine has no GPU: set trainer.fp8=false."
         )
     if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ValueError(
-            f"trainer.fp8=true needs a GPU of compute capability 8.9 or higher and {name} has "
-            f"{capability[0]}.{capability[1]}: take an H100, H200, B200, L40S or RTX 4090, or set trainer.fp8=false."
+            f"trainer.fp8=true needs a GPU of compute capability 8.9 or higher, but {name} has "
+            f"{capability[0]}.{capability[1]}: use an H100, H200, B200, L40S or RTX 4090, or set trainer.fp8=false."
         )
     float8_module()
     if (tokens := plan.micro_batch_size * plan.sequence_length) % MULTIPLE:
         raise ValueError(
-            f"trainer.fp8=true needs micro-batches of a multiple of {MULTIPLE} tokens and "
-            f"trainer.per_device_train_batch_size={plan.micro_batch_size} x data.sequence_length={plan.sequence_length} is "
-            f"{tokens}: choose another micro-batch or length."
+            f"trainer.fp8=true needs micro-batches of a multiple of {MULTIPLE} tokens, but "
+            f"trainer.per_device_train_batch_size={plan.micro_batch_size} x data.sequence_length={plan.sequence_length} "
+            f"is {tokens}: choose another micro-batch or length."
         )
     if is_main and not config.trainer.torch_compile:
         print(
-            "warning: trainer.fp8=true without trainer.torch_compile=true is slower than bf16: the casts to float8 are "
-            "kernels of their own then.",
+            "warning: trainer.fp8=true without trainer.torch_compile=true is slower than bf16, because the casts to "
+            "float8 then run as separate kernels.",
             file=sys.stderr,
             flush=True,
         )
@@ -72,7 +72,7 @@ def float8_module() -> Any:
         return import_module("torchao.float8")
     except ImportError as error:
         raise ValueError(
-            f"trainer.fp8=true needs torchao and it cannot be imported ({error}): pip install 'sparsellm[fp8]', or set "
+            f"trainer.fp8=true needs torchao, which cannot be imported ({error}): pip install 'sparsellm[fp8]', or set "
             "trainer.fp8=false."
         ) from None
 
