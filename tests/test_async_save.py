@@ -138,7 +138,7 @@ def test_a_rank_without_room_is_noticed_by_all_and_the_checkpoint_before_stays(t
     assert (failed, again) == (True, "")
     assert "checkpoint-10 could not be saved, it takes" in sentence
     assert "File too large" in sentence
-    assert "checkpoint-5 is whole" in sentence
+    assert "checkpoint-5 is complete" in sentence
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-15"]
 
 

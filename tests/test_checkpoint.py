@@ -139,7 +139,7 @@ def test_a_rank_without_room_ends_all_and_the_checkpoint_before_stays(tmp_path):
     assert sentences[0] == sentences[1]
     assert "checkpoint-10 could not be saved, it takes" in sentences[0]
     assert "File too large" in sentences[0]
-    assert "checkpoint-5 is whole" in sentences[0]
+    assert "checkpoint-5 is complete" in sentences[0]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
     assert layout.damage(layout.folder_of(tmp_path, 5)) is None
 

@@ -135,7 +135,7 @@ def test_a_run_that_was_not_logged_to_wandb_is_named(capsys, tmp_path):
         (["sweep_name='a=b'", "dry_run=true"], "give the runs' folders with runs="),
         (["sweep_name=levels", "kind=page"], "choose one of workspace, report"),
         (["sweep_nam=levels"], "did you mean sweep_name?"),
-        (["runs=missing", "dry_run=true"], "runs=missing is not there"),
+        (["runs=missing", "dry_run=true"], "runs=missing does not exist"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence_before_anything_is_done(capsys, arguments, words):

@@ -91,7 +91,7 @@ def test_four_bytes_are_asked_for_and_read(tmp_path, tokenizer):
     path = write_flat(tmp_path, "<u4", "olmo.npy")
     data = prepared(path, tokenizer, token_dtype="uint32")
     assert TokenStream(data.folder, "train")[:41].tolist() == DOCUMENTS[0]
-    with pytest.raises(ValueError, match=r"olmo\.npy has a 0 in every other place.*set data\.token_dtype=uint32"):
+    with pytest.raises(ValueError, match=r"olmo\.npy has a 0 in every other position.*set data\.token_dtype=uint32"):
         prepared(path, tokenizer)
 
 
@@ -104,7 +104,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("short", r"text\.idx does not fit text\.bin"),
+        ("short", r"text\.idx does not match text\.bin"),
         ("magic", r"text\.idx does not begin like Megatron's index"),
         ("cut", r"text\.idx has 100 bytes, but its 40 sequences need"),
         ("floats", "gives the ids type 7, which is not an integer type for ids"),

@@ -89,7 +89,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_how_much_was_needed(fo
 def test_a_disk_that_became_read_only_is_said_and_nothing_is_lost(found):
     assert "checkpoint-15 could not be saved" in found["read-only"]
     assert "Read-only file system" in found["read-only"]
-    assert "checkpoint-5 is whole" in found["read-only"]
+    assert "checkpoint-5 is complete" in found["read-only"]
     assert found["still left"] == ["checkpoint-5"]
 
 

@@ -149,7 +149,7 @@ def with_weights(folder: Path, change: Any) -> Path:
 def test_weights_left_over_or_missing_are_named(tmp_path):
     bias = "model.layers.0.self_attn.q_proj.bias"
     more = with_weights(folder_of(tmp_path / "more"), lambda found: found.update({bias: torch.zeros(32)}))
-    with pytest.raises(ValueError, match=f"a weight {bias} that the configured model has not"):
+    with pytest.raises(ValueError, match=f"a weight {bias} that the configured model does not have"):
         start(tmp_path, more)
     less = with_weights(folder_of(tmp_path / "less"), lambda found: found.pop("model.norm.weight"))
     with pytest.raises(ValueError, match=r"has no weight model\.norm\.weight"):

@@ -159,7 +159,7 @@ def test_what_is_no_plain_causal_language_model_is_refused_in_a_sentence(folders
         ({"model_type": "t5"}, "not a text-only causal language model"),
         ({"model_type": "gemma3"}, "not a text-only causal language model"),
         ({"model_type": "nobody_knows"}, "does not have"),
-        ({"auto_map": {"AutoModelForCausalLM": "mine.MyPhi3"}}, "code of its own"),
+        ({"auto_map": {"AutoModelForCausalLM": "mine.MyPhi3"}}, "which loads custom code"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ):
         with pytest.raises(ValueError, match=words):

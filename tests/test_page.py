@@ -181,7 +181,7 @@ def test_a_run_of_any_name_cannot_break_the_page(tmp_path, name):
     ("arguments", "words"),
     [
         ([], "runs=[] names nothing"),
-        (["runs=missing"], "runs=missing is not there"),
+        (["runs=missing"], "runs=missing does not exist"),
         (["runs=.", "page=report.pdf"], "page=report.pdf is not an HTML file"),
         (["runs=.", "form=cubic"], "choose one of auto, nd, n, power"),
         (["runs=.", "los=x"], "did you mean loss?"),

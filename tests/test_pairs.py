@@ -107,7 +107,7 @@ def test_command_prints_a_table_and_draws_it(sweep):
     [
         (["s40"], "all sparse"),
         (["t40", "t20"], "all dense"),
-        (["nothing"], "is not there"),
+        (["nothing"], "does not exist"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(sweep, names, words):

@@ -58,7 +58,7 @@ def test_recipes_that_can_be_are_taken(settings):
     ("settings", "words"),
     [
         (["optim.optim=lomo"], r"optim\.optim=lomo cannot be created: You need to install `lomo_optim`"),
-        (["optim.optim=adamw_torch_xla"], r"optim\.optim=adamw_torch_xla cannot be made"),
+        (["optim.optim=adamw_torch_xla"], r"optim\.optim=adamw_torch_xla cannot be created"),
         (
             ["optim.lr_scheduler_type=warmup_stable_decay"],
             r"lr_scheduler_type=warmup_stable_decay does not say when it decays: set optim\.decay_steps=0\.2",

@@ -424,7 +424,7 @@ def test_runs_of_two_tokenizers_are_not_compared(tmp_path):
 
 def test_a_place_that_is_not_there_is_named(tmp_path):
     (tmp_path / "note.txt").write_text("")
-    for name, sentence in (("missing", "is not there"), ("note.txt", "is not a run"), (".", "holds no finished run")):
+    for name, sentence in (("missing", "does not exist"), ("note.txt", "is not a run"), (".", "holds no finished run")):
         with pytest.raises(ValueError, match=sentence):
             read_points([str(tmp_path / name)])
 
@@ -469,7 +469,7 @@ def test_a_law_without_tokens_predicts_at_its_own_token_count_only(tmp_path, cap
         (["runs=x", "predict.total_tokens=3"], "needs both predict.avg_linear_params and predict.total_tokens"),
         (["runs=x", "predict.experiment=demo", "predict.total_tokens=3"], "already says size and tokens"),
         (["runs=x", "predict.overrides=[a=1]"], "changes an experiment: name it"),
-        (["runs=no-such-folder"], "runs=no-such-folder is not there"),
+        (["runs=no-such-folder"], "runs=no-such-folder does not exist"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
