@@ -230,9 +230,10 @@ class Constant(OneShot):
 
 @dataclass(frozen=True)
 class Alternating(Ramp):
-    """Sparse and dense phases in turn: events 0, 2, 4 ... leave 1 - sparsity, those between them everything.
+    """Sparse and dense phases in turn: even events leave 1 - sparsity, odd events leave all weights.
 
-    The phases of AC/DC (arXiv 2106.12379). Each lasts `every_steps`; the last event begins the sparse phase that stays.
+    These are the phases of AC/DC (arXiv 2106.12379). Each lasts `every_steps`. The last event, which is even, begins a sparse
+    phase that lasts to the end of the run.
     """
 
     name = "alternating"

@@ -128,7 +128,7 @@ def segment_sizes(kept: int, group: int, rows: Tensor | None) -> Tensor:
     if not group:
         assert rows is not None
         return rows
-    # An explicit device, because transformers builds models while the default device is meta.
+    # The device is explicit, because transformers builds models while the default device is meta.
     device = "cpu" if rows is None else rows.device
     sizes = torch.full((-(-kept // group),), group, dtype=torch.int64, device=device)
     if kept % group:
