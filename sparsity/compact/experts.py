@@ -46,7 +46,7 @@ def stacks(conversion: Any, name: str) -> bool:
         (type(operation), getattr(operation, "dim", None)) for operation in getattr(conversion, "operations", ())
     ]
     is_known = operations in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
-    # On a copy, because a conversion records the names that it was asked for.
+    # A copy is asked, because a conversion records the names that it was asked for.
     return is_known and deepcopy(conversion).rename_source_key(name)[1] is not None
 
 
