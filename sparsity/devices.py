@@ -1,4 +1,4 @@
-"""The check whether a device can run the Triton kernels of `sparsity.launches`."""
+"""The check that a device can run the Triton kernels of `sparsity.launches`."""
 
 from __future__ import annotations
 

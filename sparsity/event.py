@@ -1,4 +1,4 @@
-"""One event on one pool: prune the weights with the smallest keys, within the pattern if there is one."""
+"""One prune event on one pool: the weights with the smallest keys are pruned, within the pattern if there is one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def prune_pool_(
     """Set the masks so that exactly `num_pruned` weights of all shards are pruned; see `prune_smallest_`.
 
     With an N:M pattern, only the M - N smallest weights of each block are candidates; of equal weights, those with the lower
-    index are. No block ever loses more, and once all candidates are pruned the pattern is complete. A block is M consecutive
-    weights of a row. It is always on one rank, because FSDP2 shards whole rows. During the call the candidates are in memory
-    twice.
+    index. No block ever loses more weights than these, and the pattern is complete when all candidates are pruned. A block is
+    M consecutive weights of a row. It is always on one rank, because FSDP2 shards whole rows. During the call, memory holds
+    the candidates twice.
 
     Collective: over the shard group.
 
@@ -70,9 +70,9 @@ def prune_pool_(
 
 
 def candidates(shard: ParameterShard, pattern: NofM, score: Score) -> Tensor:
-    """Mark the M - N smallest keys of each block of M weights, bool [local numel]; of equal keys the lower index wins.
+    """Mark the M - N smallest keys of each block of M weights, bool [local numel]; of equal keys, those with the lower index.
 
-    Weights that are pruned already come first, even before survivors that are 0.
+    Weights that are already pruned are marked first, even before survivors that are 0.
     """
     chosen = torch.zeros_like(shard.mask)
     for part in chunks(shard.values.numel() // pattern.block, shard.values.device):

@@ -280,7 +280,7 @@ def count_kept(shards: Sequence[ParameterShard], shape: Shape = COUNT_KEPT) -> T
 def digests(shards: Sequence[ParameterShard], factors: Tensor, shape: Shape = HASH) -> Tensor:
     """Return a digest of each block of the masks, int64 [blocks]: the sum of `factors`, int64 [block], over kept weights."""
     found = [torch.empty(0, dtype=torch.int64, device=factors.device)]
-    # One table, so that replicas with differently aligned memory see the blocks in the same order.
+    # All rows are in one table, so that replicas with differently aligned memory have the blocks in the same order.
     for table in _mask_tables(shards, shape.block, may_align=False):
         found.append(torch.empty(len(table.owners), dtype=torch.int64, device=factors.device))
         table.launch(kernels.hash_masks, factors, found[-1], shape=shape)

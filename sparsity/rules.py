@@ -94,7 +94,7 @@ class Rule:
 
 
 class RegrowRule(Rule):
-    """Masks that drop the lowest kept weights and grow as many others: at random before a step, or by a step's gradients."""
+    """Masks that drop the lowest kept weights and grow the same number of others, at random or by a step's gradients."""
 
     update: Regrowing
 
@@ -140,7 +140,7 @@ class RegrowRule(Rule):
 
 
 class StraightThroughRule(Rule):
-    """Masks that are chosen anew at events and moves; all weights are trained, and the model computes with masked ones."""
+    """Masks that are chosen again at events and moves; all weights are trained, and the model computes with masked ones."""
 
     masks_gradients = False
 
@@ -174,7 +174,7 @@ class StraightThroughRule(Rule):
 
 
 class AlternatingRule(Rule):
-    """Masks that are removed at events that begin a dense phase and chosen anew at the next event."""
+    """Masks that are removed at events that begin a dense phase and chosen again at the next event."""
 
     def act(self, step: int, optimizer: Any) -> None:
         if any(self.pruner.scheduled(step)):

@@ -28,8 +28,8 @@ class Score(Method):
     """The rule that ranks weights. A subclass returns `values`, or `keys` if these are not the bits of float32 numbers."""
 
     needs: tuple[Need, ...] = ()
-    """What a shard must hold besides values and mask: "gradient" for `shard.gradient`, the dense gradient of the step
-    before the event; "state" for `shard.state`, the optimizer's state by name."""
+    """The data that a shard must hold in addition to values and mask: "gradient" for `shard.gradient`, the dense gradient
+    of the step before the event; "state" for `shard.state`, the optimizer's state by name."""
     has_values: bool = True
     """Whether keys are the bits of float32 numbers; only then do factors, norms and the threshold have a meaning."""
     is_zero_first: bool = False

@@ -18,7 +18,9 @@ class SourceConfig:
     hub: str | None = None
     """A dataset's name on the hub, or a local folder in the same layout."""
     subset: str | None = None
+    """The dataset's subset."""
     split: str = "train"
+    """The dataset's split to read."""
     field: str = "text"
     """The field of a record that holds its text, like data.text_field."""
     weight: float = 1.0
@@ -57,6 +59,7 @@ class DataConfig:
     """The source of the text and how it is cut into blocks; see `train/data`."""
 
     source: str = MISSING
+    """The kind of source, which data=CHOICE sets."""
     path: str | None = None
     """A file or folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .csv or .parquet. For `tokens`: .bin or .npy files,
     or a dataset saved to disk. For `fineweb_edu`: a local copy of its parquet files. For `wikitext`: its test file or any
@@ -64,6 +67,7 @@ class DataConfig:
     name: str | None = None
     """For `hub`: the dataset's name there, or a local folder in the same layout."""
     subset: str | None = None
+    """For `hub`, `fineweb_edu` and `wikitext`: the dataset's subset, such as sample-10BT."""
     split: str = "train"
     """For `hub`: the dataset's split to read; held-out documents are taken from it too."""
     stream: bool = False
@@ -90,9 +94,11 @@ class DataConfig:
     attention: str = "causal"
     """`causal` attends over the whole block, including earlier documents; `document` only within the same document."""
     max_documents: int | None = None
+    """Read only this many documents, or pages of `wikitext`; null reads all."""
     num_workers: int | None = None
     """Number of processes that tokenize; null takes all cores."""
     cache_dir: str = MISSING
+    """Folder for the prepared tokens, which later runs reuse."""
 
     def __post_init__(self) -> None:
         check_choice("data.source", self.source, SOURCES)

@@ -32,6 +32,7 @@ class EvalConfig:
     dtype: str = "auto"
     """Type to compute in; `auto` takes the type in which the weights are stored."""
     device: str = "auto"
+    """Device of a single process: auto, cpu, cuda or cuda:N."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness to run instead of `data`; `pip install .[eval]` installs the harness."""
     task_path: str | None = None
@@ -39,6 +40,7 @@ class EvalConfig:
     series: str | None = None
     """A published checkpoint, such as sparsellm-1b-60p, to compare with its card; model=FOLDER may name a local copy."""
     format: str = "text"
+    """`text`, or `json` for scripts."""
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, ("text", "json"))

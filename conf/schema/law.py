@@ -13,8 +13,11 @@ class PredictConfig:
     """A run whose loss the fitted law predicts: its size and tokens, or the experiment that plans it."""
 
     avg_linear_params: float | None = None
+    """Average number of linear parameters of the run, N-bar."""
     total_tokens: float | None = None
+    """Number of tokens of the run."""
     experiment: str | None = None
+    """An experiment, from which a plan computes both numbers."""
     overrides: list[str] = field(default_factory=list)
     """Changes to the experiment: predict.overrides=[sparsity.target=0.6]."""
 
@@ -53,15 +56,20 @@ class ScalingLawConfig:
     loss: str = "auto"
     """The figure to fit; `auto` takes the first of loss, heldout_loss, final_train_loss that every run has."""
     num_bootstrap: int = 400
+    """Number of resamples of the runs, from which intervals are computed."""
     confidence: float = 0.95
+    """Confidence of the intervals."""
     num_folds: int | None = None
     """Number of folds for the held-out error; null leaves each configuration out once."""
     seed: int = 0
+    """Seed of the resamples and of random folds."""
     predict: PredictConfig = field(default_factory=PredictConfig)
     target_loss: float | None = None
     """A loss for which to compute the cheapest N and D."""
     format: str = "text"
+    """`text`, or `json` for scripts."""
     figure: str | None = "scaling_law.png"
+    """File for the figure; null draws none."""
 
     def __post_init__(self) -> None:
         self.runs = names_of(self.runs)

@@ -43,7 +43,7 @@ class ModelConfig:
     """`folded` trains query weights that are smaller by 1/sqrt(head_dim), and attention then applies no scale."""
     attn_implementation: str | None = None
     match: str | None = None
-    """`average` makes this run the dense twin of the configured sparse one: as wide as its average parameter count."""
+    """`average` makes this run the dense twin of the configured sparse run: a dense model with its average size, N-bar."""
 
     def __post_init__(self) -> None:
         check(

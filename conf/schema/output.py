@@ -30,7 +30,9 @@ class ExportConfig:
     """The final model folder."""
 
     dtype: str = "float32"
+    """Type of the weights in the model folder: float32 or bfloat16."""
     max_shard_size: str = "5GB"
+    """Largest size of a file of weights."""
 
     def __post_init__(self) -> None:
         check_choice("export.dtype", self.dtype, ("float32", "bfloat16"))
@@ -52,6 +54,7 @@ class CardConfig:
     license_name: str | None = None
     """The name of the licence if `license` is other."""
     license_link: str | None = None
+    """A link to the licence if `license` is other."""
     hub_id: str | None = None
     """OWNER/NAME on the hub: the target of an upload, and the name that the card's usage code loads."""
     push_to_hub: bool = False

@@ -14,6 +14,7 @@ class PlanConfig:
     series: list[str] = field(default_factory=list)
     """The experiments of the table that is printed if no experiment is named."""
     devices: int = 8
+    """Number of GPUs."""
     device: str = "H100"
     """Name of the GPU (H100, H200, A100, ...), whose peak and memory the plan uses."""
     device_memory: str | None = None
@@ -25,6 +26,7 @@ class PlanConfig:
     peak_tflops: float | None = None
     """Dense bf16 peak of one GPU in 1e12 FLOP/s; null takes that of `device`."""
     format: str = "text"
+    """`text`, or `json` for scripts."""
     figure: str | None = "auto"
     """File for the density curve; `auto` writes plan.png for one run and nothing for a table; null never writes one."""
 

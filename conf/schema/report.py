@@ -16,6 +16,7 @@ class ReportConfig:
     runs: Any = field(default_factory=list)
     """Run folders, folders of runs, or patterns of them, finished or not: one or a list."""
     page: str = "report.html"
+    """The HTML file to write."""
     title: str | None = None
     """Title of the page; null takes the name of the folder that holds the runs."""
     loss: str = "heldout_loss"

@@ -64,10 +64,15 @@ class Config:
     run_name: str | None = None
     """Folder of the run in `runs_dir`; null takes the experiment's or the model's name, with the sparsity."""
     runs_dir: str = "runs"
+    """Folder that holds the folders of all runs and sweeps."""
     sweep_name: str | None = None
+    """Name of a sweep: its folder in `runs_dir`, and the wandb group of its runs."""
     overwrite: bool = False
+    """Delete an existing run of this name and start from the beginning."""
     resume: str = "auto"
+    """`auto` resumes a run if it exists, `must` refuses to start from the beginning, and `never` refuses to resume."""
     dry_run: bool = False
+    """Print the accelerate command and stop."""
     batch_size: int | None = None
     """Number of sequences in an optimizer step over all processes; it does not depend on the number of devices."""
     init_from: str | None = None
@@ -75,7 +80,8 @@ class Config:
     branch_from: str | None = None
     """RUN or RUN@STEP: begin at that run's checkpoint, the newest if no step is given, with the changes in this config."""
     max_skipped: int = 10
-    """Number of updates in a row that may be skipped for a loss or gradient norm that is not finite before the run stops."""
+    """Number of consecutive updates that may be skipped because loss or gradient norm is not finite; after more, the run
+    stops."""
     tokenizer: str | None = None
     """A hub name, a local folder, a SentencePiece .model file, or `train`, which trains a BPE of the model's vocabulary size.
     Null takes the tokenizer of `init_from`, else that of `model.path`, else `train`."""

@@ -19,7 +19,9 @@ class WindowConfig:
     """The prune window: its first and its last event, in steps, tokens, or shares of the run's compute."""
 
     start: float = 0.25
+    """The first event, in the unit `of`."""
     end: float = 0.75
+    """The last event, in the unit `of`."""
     every: int | None = None
     """Steps between events; null derives it from the length of the window (100 for long runs)."""
     of: str = "auto"
@@ -51,6 +53,7 @@ class GroupConfig:
     include: list[str] = field(default_factory=list)
     """Name patterns (`*` matches anything). Each must match a prunable parameter, and groups may not overlap."""
     target: float = 0.0
+    """Share of the group's weights to remove."""
 
     def __post_init__(self) -> None:
         check(len(self.include) > 0, "sparsity.groups needs patterns in each group: {include: ['*mlp*'], target: 0.9}.")
@@ -81,6 +84,7 @@ class SparsityConfig:
     """The registries from which help lists the choices."""
 
     target: float = 0.0
+    """Share of the prunable weights to remove, 0.8 for 80 %."""
     schedule: str = "geometric"
     """Curve of the density inside the window."""
     window: WindowConfig = field(default_factory=WindowConfig)

@@ -104,7 +104,11 @@ def load_model(folder: str, config: Any, dtype: str, world: World) -> Any:
 
 
 def load_whole(folder: str, dtype: torch.dtype) -> Any:
-    """Load the whole model on the CPU."""
+    """Load the whole model on the CPU.
+
+    Raises:
+        ValueError: The folder cannot be loaded, or a weight is missing or has another shape.
+    """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -131,7 +135,11 @@ def load_whole(folder: str, dtype: torch.dtype) -> Any:
 
 
 def stored_dtype(folder: str, config: Any) -> torch.dtype:
-    """Return the dtype in config.json, else that of the first floating-point tensor in the files."""
+    """Return the dtype in config.json, or else that of the first tensor in the files.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     from safetensors import safe_open

@@ -164,7 +164,11 @@ def wiki_tokens(config: EvalConfig, request: Request) -> WikiTokens:
 
 
 def tokenized(text: WikiText, tokenizer: Any, spec: str) -> WikiTokens:
-    """Return the tokens of a text; `spec` names the tokenizer in errors."""
+    """Return the tokens of a text; `spec` names the tokenizer in errors.
+
+    Raises:
+        ValueError: The tokenizer has neither bos nor eos.
+    """
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None:
         raise ValueError(f"tokenizer={spec} has no bos or eos token to begin a text with: set its bos_token.")

@@ -117,7 +117,7 @@ def _own_rows(rows: Any, stored: str, param: Tensor, device: torch.device) -> Te
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn an error of safetensors or the operating system into a sentence that names the file."""
+    """Turn an error of safetensors or the operating system into a ValueError that names the file."""
     try:
         yield
     except (SafetensorError, OSError) as error:

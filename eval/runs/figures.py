@@ -71,7 +71,11 @@ def positive(where: str, row: Mapping[str, Any], key: str) -> float:
 
 
 def number_of(where: str, key: str, value: Any) -> float:
-    """Return a figure as a number; text such as 1.02B, 89.6 M or 20.00% is accepted too."""
+    """Return a figure as a number; text such as 1.02B, 89.6 M or 20.00% is accepted too.
+
+    Raises:
+        ValueError: The figure is not a number.
+    """
     text = str(value).strip()
     unit = UNITS.get(text[-1:], 1.0)
     try:

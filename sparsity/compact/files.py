@@ -44,7 +44,7 @@ def compact_file(
         target: The file to write; None to only compute the sizes.
         dtype: Short for `how=How(dtype)`.
         progress: Called with the number of bytes of dense data done since the last call.
-        how: Conversions of the values, and what is written besides; None keeps every bit.
+        how: The conversion of the values, and additional parts to write; None keeps every bit.
 
     Raises:
         ValueError: The source is not a valid plain file, or a value cannot be rounded.

@@ -72,7 +72,7 @@ def compact_folder(
         dtype: float32, bfloat16, float16 or float64; weights are converted to it first. None keeps every bit.
         progress: Called with the total number of bytes; its result is called with the bytes done since the last call.
         rounding: How the kept values of sparse tensors are rounded to 8 or 4 bits; None keeps every bit.
-        row_starts: Whether to write the number of kept weights before each row too.
+        row_starts: Whether to also write the number of kept weights before each row.
 
     Raises:
         ValueError: The source cannot be converted, `out` exists, or its disk is too full.

@@ -113,7 +113,8 @@ class CompactLoader(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Keep the type of codes and scales, so that values are rounded to the model's type only once."""
-        is_rounded = _expands(converter) and any(tensor.scales is not None for tensor in self.sparse)
+        is_ours = _expands(converter) or stacking_of(converter) is not converter
+        is_rounded = is_ours and any(tensor.scales is not None for tensor in self.sparse)
         return None if is_rounded else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

@@ -23,7 +23,7 @@ class How:
     Args:
         dtype: F64, F32, F16 or BF16; floating-point tensors are converted to it first. None keeps every bit.
         rounding: How the kept values of sparse floating-point tensors are rounded; None keeps every bit.
-        row_starts: Whether to write the number of kept weights before each row too, for readers of single rows.
+        row_starts: Whether to also write the number of kept weights before each row, for readers of single rows.
     """
 
     dtype: str | None = None

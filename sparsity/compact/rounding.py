@@ -128,7 +128,7 @@ def segment_sizes(kept: int, group: int, rows: Tensor | None) -> Tensor:
     if not group:
         assert rows is not None
         return rows
-    # An explicit device, because transformers builds models while the default device is meta.
+    # The device is explicit, because transformers builds models while the default device is meta.
     device = "cpu" if rows is None else rows.device
     sizes = torch.full((-(-kept // group),), group, dtype=torch.int64, device=device)
     if kept % group:
@@ -148,7 +148,11 @@ def restore_stored(bitmask: Tensor, stored: Tensor, scales: Tensor, shape: tuple
 
 
 def row_counts(bitmask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Count the kept weights of each row, int64 [rows]; rows run along the last dimension."""
+    """Count the kept weights of each row, int64 [rows]; rows run along the last dimension.
+
+    Raises:
+        ValueError: The mask does not fit the shape.
+    """
     numel, columns = math.prod(shape), shape[-1] if shape else 1
     if bitmask.numel() != bitmask_bytes(numel):
         raise ValueError(f"a bitmask of {bitmask.numel()} bytes is not of a tensor of shape {shape}")

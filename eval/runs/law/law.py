@@ -77,6 +77,9 @@ class Law:
         """Return the (N, D) that reach a loss with the least compute, 6 N D; D is None if the form has only N.
 
         On the curve of that loss, N D is smallest if alpha A / N^alpha = beta B / D^beta.
+
+        Raises:
+            ValueError: The law does not reach this loss.
         """
         above = target_loss - math.exp(self.e)
         if above <= 0:
