@@ -1,8 +1,13 @@
 """One process of a run: `accelerate launch --config_file launch/accelerate/cpu.yaml -m train experiment=demo`."""
 
+import gc
 import os
 import signal
 import sys
+
+if __name__ == "__main__":
+    # Imports make millions of objects that live as long as the process; looking for garbage among them takes a second.
+    gc.disable()
 
 import hydra
 from omegaconf import DictConfig
@@ -13,7 +18,7 @@ from conf.schema.checks import check
 from conf.streams import keep_writing
 from train.determinism import compute_deterministically
 from train.faults.error import FAILED_CODE, hand_over
-from train.faults.process import AGENT, die_with_parent, end_process, end_process_after
+from train.faults.process import AGENT, collect_again, die_with_parent, end_process, end_process_after
 from train.faults.stop import RunStopped
 from train.plan.run import plan_run, world_size_asked
 from train.record.wandb_key import check_wandb
@@ -53,6 +58,7 @@ def train(cfg: DictConfig) -> None:
     from train.faults.preempt import Preemption
     from train.run import run
 
+    collect_again()
     with cli.user_errors(quiet=not is_main):
         world = join_world(config.trainer.ddp_timeout)
     cli.speak()
