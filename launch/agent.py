@@ -64,6 +64,7 @@ class PassingAgent(LocalElasticAgent):
 
 
 def main() -> None:
+    """Start the ranks, wait for them, and exit with the code that the user is to see."""
     collect_again()
     keep_writing()
     arguments = launch_command_parser().parse_args(read_arguments(sys.argv[1:]))

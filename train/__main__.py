@@ -32,6 +32,7 @@ schema.register()
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
 def main(cfg: DictConfig) -> None:
+    """Train as the composed configuration says; leave an error to the agent if there is one."""
     try:
         train(cfg)
     except Exception as error:
@@ -41,6 +42,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig) -> None:
+    """Check the configuration, join the world, and run."""
     # All ranks find the same errors in the configuration, so only rank 0 prints them. torch is imported after the
     # checks.
     is_main = os.environ.get("RANK", "0") == "0"
@@ -79,6 +81,7 @@ def train(cfg: DictConfig) -> None:
 
 
 def run_process() -> None:
+    """Run this process from its command line to its end."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(USAGE)
         return

@@ -81,10 +81,17 @@ def attend_by_document(
     """Attend causally within documents, by the flash kernel for variable lengths or else by SDPA and a mask.
 
     Args:
-        module: The attention layer; `query` to `scaling` are as in transformers' own functions, [batch, heads,
-            length, width].
+        module: The attention layer.
+        query: [batch, heads, length, width].
+        key: Like `query`, with as many heads or fewer.
+        value: Like `key`.
+        attention_mask: As in transformers' own functions; used for whole rows.
+        dropout: Share of attention weights to drop.
+        scaling: Factor of the scores; None for one over the square root of `width`.
         cu_seq_lens_q: Where documents begin and end in all rows one after another, int32; None for whole rows.
         sliding_window: How many tokens back a token looks, itself included; None for all of its document.
+        softcap: Bound of the scores; None for no bound.
+        **kwargs: Passed on for whole rows.
 
     Returns:
         The attended values [batch, length, heads, width], and None for the attention weights.
