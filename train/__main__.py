@@ -6,7 +6,7 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # Imports make millions of objects that live as long as the process; looking for garbage among them takes a second.
+    # Imports make nearly a million objects that live as long as the process; seeking garbage among them takes a second.
     gc.disable()
 
 import hydra
