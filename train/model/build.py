@@ -14,7 +14,7 @@ from train.plan.architecture import causal_class, hf_config
 
 
 def transformers_config(model: ModelConfig, **token_ids: Any) -> Any:
-    """Return a model's transformers config: a LLaMA's from the group `model`, or the one of `model.path`."""
+    """Return a model's transformers config: that of `model.path`, or else a LLaMA's with the settings of the group `model`."""
     if model.path is not None:
         return hf_config(model.path, model.overrides, **token_ids)
     return llama_config(model, **token_ids)
@@ -44,11 +44,10 @@ def build_skeleton(model: ModelConfig, tokenizer: Any = None) -> PreTrainedModel
 
     Args:
         model: The group `model` of a configuration.
-        tokenizer: The run's tokenizer, for the ids of its special tokens. Before there is one, the skeleton shows whether
-            transformers accepts the configuration.
+        tokenizer: The run's tokenizer, for its special ids; None before there is one.
 
     Raises:
-        ValueError: The attention function is not known, or its library is not installed.
+        ValueError: `model.attn_implementation` is unknown, or its library is not installed.
     """
     ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = transformers_config(model, **ids)
@@ -64,7 +63,13 @@ def build_skeleton(model: ModelConfig, tokenizer: Any = None) -> PreTrainedModel
 
 
 def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> PreTrainedModel:
-    """Return the whole model on the CPU, with the weights that a run of any world size draws for `seed`."""
+    """Return the whole model on the CPU, with the weights that a run of any world size draws.
+
+    Args:
+        model: The group `model` of the configuration.
+        tokenizer: The tokenizer, for its special ids.
+        seed: The seed of the weights.
+    """
     built = build_skeleton(model, tokenizer)
     allocate(built, torch.device("cpu"))
     draw_weights(built, build_skeleton(model, tokenizer), seed, model.init)
