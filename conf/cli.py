@@ -78,6 +78,7 @@ def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> 
 
 
 def fail(error: Exception, quiet: bool = False) -> None:
+    """Print a user's mistake in one sentence and exit; with HYDRA_FULL_ERROR=1 raise it."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
     if not quiet:
@@ -113,4 +114,5 @@ def hush_other_ranks() -> None:
 
 
 def speak() -> None:
+    """Let every rank write to standard error again."""
     sys.stderr = sys.__stderr__

@@ -59,6 +59,7 @@ def unknown_key(argument: str, name: str, *schemas: Any) -> str:
 
 
 def empty_value(name: str, value: str = "") -> str:
+    """Return the sentence about a key that was given no value."""
     return (
         f"{shown(name)}={value or chr(39) * 2} is empty: give a value, or leave the key out; a shell variable that is not "
         "set is empty."

@@ -31,6 +31,7 @@ schema.register()
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="eval")
 def main(cfg: DictConfig) -> None:
+    """Score the model and print its figures."""
     is_main = os.environ.get("RANK", "0") == "0"
     # Only the figures go to standard output, so that a script can read them.
     with contextlib.redirect_stdout(sys.stderr):
@@ -66,6 +67,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def run_process() -> None:
+    """Run this process from its command line to its end."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         cli.overrides_of("eval", "Score a finished model on text.", EXAMPLES, ["--help"])
     if "TORCHELASTIC_RUN_ID" in os.environ:

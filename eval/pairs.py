@@ -18,6 +18,7 @@ Keys: conf/pairs.yaml, PairsConfig in conf/schema/pairs.py."""
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Compare the pairs among finished runs, print the comparison and draw it."""
     with user_errors():
         overrides = overrides_of("eval.pairs", "Compare sparse runs with their dense twins.", EXAMPLES, arguments)
         config: PairsConfig = composed("pairs", overrides)

@@ -19,6 +19,7 @@ conf/report.yaml, ReportConfig in conf/schema/report.py."""
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Write the page about the given runs."""
     with user_errors():
         overrides = overrides_of("eval.report", "Show runs side by side on one HTML page.", EXAMPLES, arguments)
         config: ReportConfig = composed("report", overrides)

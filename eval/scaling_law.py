@@ -22,6 +22,7 @@ ScalingLawConfig in conf/schema/law.py."""
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Fit the law to finished runs, print it and draw it."""
     with user_errors():
         overrides = overrides_of("eval.scaling_law", "Fit the scaling law of finished runs.", EXAMPLES, arguments)
         config: ScalingLawConfig = composed("scaling_law", overrides)

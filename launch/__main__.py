@@ -46,12 +46,14 @@ def one_run(agent: AgentAhead | None = None) -> None:
 
 
 def sweep(arguments: list[str]) -> int:
+    """Run the sweep of the command line, here or on a cluster; return its exit code."""
     check_plugins(arguments)
     asked = read_sweep(arguments)
     return sweep_here(asked) if asked.is_local else sweep_elsewhere(asked, arguments)
 
 
 def main(arguments: list[str]) -> None:
+    """Print the help, start one run, or start a sweep."""
     if {"--help", "-h"} & set(arguments):
         with cli.user_errors():
             groups = [item for item in arguments if not item.startswith("-")]

@@ -7,6 +7,7 @@ that has an error in its configuration. Here the ranks decide when to end, and o
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -20,6 +21,8 @@ from train.faults.preempt import end_when_asked
 
 if __name__ == "__main__":
     end_when_asked()
+    # As in `train.__main__`: until `main`, nothing becomes garbage.
+    gc.disable()
 
 import torch.distributed.launcher.api as launcher
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -30,7 +33,7 @@ from conf.cli import USER_ERROR_CODE
 from conf.streams import keep_writing
 from launch.ahead import read_arguments
 from train.faults.preempt import SIGNALS as PASSED_ON
-from train.faults.process import AGENT
+from train.faults.process import AGENT, collect_again
 from train.faults.stop import PREEMPTED_CODE
 
 FINAL_CODES = (USER_ERROR_CODE, PREEMPTED_CODE)
@@ -61,6 +64,8 @@ class PassingAgent(LocalElasticAgent):
 
 
 def main() -> None:
+    """Start the ranks, wait for them, and exit with the code that the user is to see."""
+    collect_again()
     keep_writing()
     arguments = launch_command_parser().parse_args(read_arguments(sys.argv[1:]))
     # torch's elastic agent reports each failed rank at length; here it is one line.

@@ -42,6 +42,7 @@ def gpu_names(environment: Mapping[str, str]) -> list[str]:
 
 
 def num_gpus(environment: Mapping[str, str]) -> int:
+    """Return the number of GPUs that this process may use."""
     return len(gpu_names(environment))
 
 

@@ -57,6 +57,7 @@ def help_text(group: str | None = None) -> str:
 
 
 def summary(name: str, kinds: dict[str, Any]) -> str:
+    """Return a group's choices, or the first line about one without choices."""
     choices = ", ".join(path.stem for path in sorted((CONF / name).glob("*.yaml")))
     return choices or (inspect.getdoc(kinds[name]) or "").splitlines()[0]
 

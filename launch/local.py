@@ -22,6 +22,8 @@ from train.record.wandb_key import check_wandb
 
 @dataclass(frozen=True)
 class PlannedJob:
+    """A job of a sweep with its plan."""
+
     job: Job
     plan: RunPlan
     finished: Mapping[str, Any] | None
@@ -98,11 +100,13 @@ def sweep_here(sweep: Sweep) -> int:
 
 
 def command_of(job: Job, gpus: int, machines: Machines | None = None, device_bytes: int | None = None) -> list[str]:
+    """Return the command that starts a job on this machine."""
     machines = machines or find_machines(job.config.launch, os.environ)
     return accelerate_command(job.config, job.overrides, gpus, machines, device_bytes)
 
 
 def tell_plan(sweep: Sweep, planned: Sequence[PlannedJob], at_a_time: int) -> None:
+    """Print how many jobs a sweep has, and the steps of each."""
     num_done = sum(item.finished is not None for item in planned)
     say(f"sweep {sweep.name}: {len(planned)} jobs, {num_done} of them already finished, {at_a_time} at a time")
     for item in planned:
@@ -111,4 +115,5 @@ def tell_plan(sweep: Sweep, planned: Sequence[PlannedJob], at_a_time: int) -> No
 
 
 def say(words: str) -> None:
+    """Print `words` on standard error."""
     print(words, file=sys.stderr, flush=True)

@@ -45,6 +45,11 @@ PLUGINS = {
 
 
 def check_plugins(arguments: Sequence[str]) -> None:
+    """Check that the plugins of a command line are installed.
+
+    Raises:
+        ValueError: One is missing; the message says how to install it.
+    """
     for item in arguments:
         for word, (module, extra) in PLUGINS.items():
             if key_of(item) in ("hydra/launcher", "hydra/sweeper", "sweep") and word in item and not _is_there(module):
@@ -198,6 +203,7 @@ def world_size(config: Config, launcher: dict[str, Any]) -> int:
 
 
 def nodes_of(config: Config, launcher: dict[str, Any]) -> int:
+    """Return the number of machines of each job."""
     return config.launch.num_machines or int(launcher.get("nodes") or 1)
 
 

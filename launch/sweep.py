@@ -145,6 +145,11 @@ def refusal(mistakes: Sequence[str], num_jobs: int) -> str:
 
 
 def check_names(arguments: Sequence[str]) -> None:
+    """Check that the jobs of a sweep get folders of their own.
+
+    Raises:
+        ValueError: `run_name` is set, which all jobs would share.
+    """
     for item in arguments:
         if is_key(item, "run_name"):
             raise ValueError(f"{item} would put all jobs of a sweep in one folder: give sweep_name instead.")
@@ -172,6 +177,7 @@ def allow_own_launchers() -> None:
 
 
 def single_values(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that all jobs of a sweep share."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return [item for item, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
 
@@ -182,10 +188,12 @@ def key_of(item: str) -> str:
 
 
 def is_key(item: str, key: str) -> bool:
+    """Return whether an override sets `key`."""
     return key_of(item) == key
 
 
 def is_hydras(item: str) -> bool:
+    """Return whether an override is for Hydra itself."""
     return key_of(item).replace("/", ".").split(".")[0] == "hydra"
 
 

@@ -18,7 +18,7 @@ from tests.architectures import CONFIGS, by_path, folder_of
 from tests.distributed import run_ranks
 from tests.ranks_of_a_run import FSDP2
 from train.distributed import join_world
-from train.model.build import build_model, build_skeleton, model_on_meta
+from train.model.build import build_model, build_skeleton
 from train.model.export import full_names, full_tensor
 from train.model.initial import initial_weights
 from train.model.initial_check import check_tokenizer_of_path
@@ -84,7 +84,7 @@ def test_idle_experts_cost_no_flops(folders):
 def test_a_folder_as_transformers_writes_it_is_read_whole_and_written_alike(folders, name):
     model = resolved(by_path(folders[name]))
     real = AutoModelForCausalLM.from_pretrained(folders[name])
-    weights = initial_weights(model_on_meta(model), str(folders[name]), by_path=True)
+    weights = initial_weights(build_skeleton(model), str(folders[name]), by_path=True)
     tensors = full_names(real)
     for key, tensor in tensors.items():
         assert torch.equal(weights.rows(key, 0, len(tensor)), tensor), key
@@ -106,7 +106,7 @@ def test_names_without_the_prefix_of_the_model_are_read(folders, tmp_path):
     }
     # openai-community/gpt2 stores this in addition to the weights.
     save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, folder / "model.safetensors")
-    model = model_on_meta(resolved(by_path(folder)))
+    model = build_skeleton(resolved(by_path(folder)))
     weights = initial_weights(model, str(folder), by_path=True)
     assert torch.equal(weights.rows("transformer.wte.weight", 0, 300), tensors["wte.weight"])
 
@@ -116,7 +116,7 @@ def test_bf16_in_many_files_becomes_float32_with_the_same_values(tmp_path):
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     model = resolved(by_path(folder))
     real = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    weights = initial_weights(model_on_meta(model), str(folder), by_path=True)
+    weights = initial_weights(build_skeleton(model), str(folder), by_path=True)
     for key, tensor in full_names(real).items():
         assert torch.equal(weights.rows(key, 0, len(tensor)).float(), tensor.float())
 
@@ -131,7 +131,7 @@ def test_a_missing_expert_is_named(folders, tmp_path):
     with pytest.raises(
         ValueError, match=r"model.layers.1.mlp.experts.gate_up_proj is combined from .* some of them are missing"
     ):
-        initial_weights(model_on_meta(resolved(by_path(folder))), str(folder), by_path=True)
+        initial_weights(build_skeleton(resolved(by_path(folder))), str(folder), by_path=True)
 
 
 def test_overrides_change_the_config_and_its_lists_of_layers(folders):
@@ -187,7 +187,7 @@ def test_a_pickle_is_refused_with_the_way_out(folders, tmp_path):
     folder = shutil.copytree(folders["qwen3"], tmp_path / "qwen3")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"only as a pickle \(\.bin\).*save_pretrained\(OTHER_FOLDER\)"):
-        initial_weights(model_on_meta(resolved(by_path(folder))), str(folder), by_path=True)
+        initial_weights(build_skeleton(resolved(by_path(folder))), str(folder), by_path=True)
 
 
 def test_a_folder_without_a_tokenizer_needs_one(folders, tmp_path):
@@ -201,7 +201,7 @@ def test_a_folder_without_a_tokenizer_needs_one(folders, tmp_path):
 def test_another_config_than_the_models_is_refused_with_the_override_that_takes_it_over(folders, tmp_path):
     folder = edit(shutil.copytree(folders["qwen3"], tmp_path / "qwen3"), rms_norm_eps=1e-3)
     with pytest.raises(ValueError, match=r"set model\.overrides=\{rms_norm_eps: 0\.001\}"):
-        initial_weights(model_on_meta(resolved(by_path(folders["qwen3"]))), str(folder), by_path=True)
+        initial_weights(build_skeleton(resolved(by_path(folders["qwen3"]))), str(folder), by_path=True)
 
 
 def test_a_hub_name_is_read_from_the_hubs_cache(folders, tmp_path, monkeypatch):
@@ -218,11 +218,11 @@ def test_a_hub_name_is_read_from_the_hubs_cache(folders, tmp_path, monkeypatch):
     plan = plan_run(config, 1)
     assert plan.model.name == "tiny-qwen3"
     assert plan.counts.linear == describe(by_path(folders["qwen3"])).linear
-    initial_weights(model_on_meta(plan.model), "some/tiny-qwen3", by_path=True)
+    initial_weights(build_skeleton(plan.model), "some/tiny-qwen3", by_path=True)
     with pytest.raises(
         ValueError, match=r"init_from=some/other is not a folder here and cannot be fetched from the hub"
     ):
-        initial_weights(model_on_meta(plan.model), "some/other", by_path=True)
+        initial_weights(build_skeleton(plan.model), "some/other", by_path=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

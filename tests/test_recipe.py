@@ -17,7 +17,7 @@ from conf.compose import composed
 from conf.schema.choices import COMPILE_MODES, INTERVALS, OPTIMIZERS, SCHEDULERS
 from tests.test_run import tiny
 from train.arguments import MUON, check_recipe, training_arguments
-from train.model.build import model_on_meta
+from train.model.build import build_skeleton
 from train.plan.run import plan_run
 
 
@@ -37,7 +37,7 @@ def recipe(*overrides: str) -> None:
     PartialState(cpu=True)
     config = composed("train", tiny(Path("nowhere"), *overrides))
     plan = plan_run(config, 1)
-    check_recipe(training_arguments(config, plan, Path("nowhere")), model_on_meta(plan.model))
+    check_recipe(training_arguments(config, plan, Path("nowhere")), build_skeleton(plan.model))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
 """One process of a run: `accelerate launch --config_file launch/accelerate/cpu.yaml -m train experiment=demo`."""
 
+import gc
 import os
 import signal
 import sys
+
+if __name__ == "__main__":
+    # Imports make nearly a million objects that live as long as the process; seeking garbage among them takes a second.
+    gc.disable()
 
 import hydra
 from omegaconf import DictConfig
@@ -13,7 +18,7 @@ from conf.schema.checks import check
 from conf.streams import keep_writing
 from train.determinism import compute_deterministically
 from train.faults.error import FAILED_CODE, hand_over
-from train.faults.process import AGENT, die_with_parent, end_process, end_process_after
+from train.faults.process import AGENT, collect_again, die_with_parent, end_process, end_process_after
 from train.faults.stop import RunStopped
 from train.plan.run import plan_run, world_size_asked
 from train.record.wandb_key import check_wandb
@@ -27,6 +32,7 @@ schema.register()
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
 def main(cfg: DictConfig) -> None:
+    """Train as the composed configuration says; leave an error to the agent if there is one."""
     try:
         train(cfg)
     except Exception as error:
@@ -36,6 +42,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig) -> None:
+    """Check the configuration, join the world, and run."""
     # All ranks find the same errors in the configuration, so only rank 0 prints them. torch is imported after the
     # checks.
     is_main = os.environ.get("RANK", "0") == "0"
@@ -53,6 +60,7 @@ def train(cfg: DictConfig) -> None:
     from train.faults.preempt import Preemption
     from train.run import run
 
+    collect_again()
     with cli.user_errors(quiet=not is_main):
         world = join_world(config.trainer.ddp_timeout)
     cli.speak()
@@ -73,6 +81,7 @@ def train(cfg: DictConfig) -> None:
 
 
 def run_process() -> None:
+    """Run this process from its command line to its end."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(USAGE)
         return

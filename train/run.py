@@ -26,7 +26,7 @@ from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
 from train.faults.stop import RunStopped
-from train.model.build import build_skeleton, model_on_meta
+from train.model.build import build_skeleton
 from train.model.export import export_model
 from train.model.weights import allocate
 from train.plan.branch import branch_figures, branch_words
@@ -140,7 +140,7 @@ def checked_arguments(config: Config, plan: RunPlan, directory: RunDirectory, wo
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         arguments = training_arguments(config, plan, directory.checkpoints)
         check_fp8(config, plan, world.device, world.is_main)
-        check_recipe(arguments, model_on_meta(plan.model))
+        check_recipe(arguments, build_skeleton(plan.model))
     return arguments
 
 

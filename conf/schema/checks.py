@@ -6,11 +6,21 @@ from typing import Any
 
 
 def check(condition: bool, message: str) -> None:
+    """Check a rule.
+
+    Raises:
+        ValueError: `condition` is false; `message` says what the rule is.
+    """
     if not condition:
         raise ValueError(message)
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check that a value is one of the choices.
+
+    Raises:
+        ValueError: It is not.
+    """
     check(value in choices, f"{key}={value} is not known: choose one of {', '.join(choices)}.")
 
 

@@ -98,6 +98,7 @@ def card_section(found: Mapping[str, Any]) -> str:
 
 
 def progress_bar(num_bytes: int) -> Callable[[int], object]:
+    """Return a function that advances a bar of `num_bytes` by the bytes it is given."""
     from tqdm import tqdm
 
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
@@ -127,6 +128,7 @@ def figures(folder: Folder, config: CompactConfig) -> dict[str, Any]:
 
 
 def figures_text(found: dict[str, Any]) -> str:
+    """Return the sizes before and after as text."""
     before, after = found["model_bytes"], found["out_bytes"]
     change = f"{before / after:.2f} times smaller" if after < before else f"{after / before:.2f} times as large"
     lines = [f"{found['model']} ({bytes_text(before)}) -> {found['out']} ({bytes_text(after)}): {change}"]
@@ -152,6 +154,7 @@ def figures_text(found: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Write a compact folder, or with expand=true a plain one."""
     with user_errors():
         overrides = overrides_of(
             "eval.compact",

@@ -156,6 +156,7 @@ def stored_dtype(folder: str, config: Any) -> torch.dtype:
 
 
 def vocabulary_size(config: Any) -> int:
+    """Return the number of tokens that a model knows."""
     return int(config.get_text_config().vocab_size)
 
 

@@ -154,6 +154,11 @@ def read_text(config: EvalConfig, request: Request) -> WikiTokens | PreparedData
 
 
 def wiki_tokens(config: EvalConfig, request: Request) -> WikiTokens:
+    """Read and tokenize WikiText.
+
+    Raises:
+        ValueError: The text is shorter than one window.
+    """
     tokens = tokenized(read_wikitext(config.data), load_tokenizer(request.tokenizer), request.tokenizer)
     if len(tokens.tokens) < request.window:
         raise ValueError(
@@ -184,6 +189,7 @@ def tokenized(text: WikiText, tokenizer: Any, spec: str) -> WikiTokens:
 
 
 def wiki_facts(text: WikiText, tokenizer: Any, bos: int, first_page: list[int]) -> dict[str, Any]:
+    """Return what was scored: hashes, sizes and counts."""
     scored = text.text.encode()
     return {
         "text_sha256": text.sha256,

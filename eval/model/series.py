@@ -29,6 +29,7 @@ PERPLEXITIES = ("word_perplexity", "token_perplexity", "token_perplexity_stride5
 
 
 def hub_name(series: str) -> str:
+    """Return the hub's name of a model of the series."""
     return f"{OWNER}/{series}"
 
 

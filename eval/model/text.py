@@ -9,6 +9,7 @@ from sparsity.common.text import count_text, half_up, percent_text
 
 
 def figures_text(figures: dict[str, Any]) -> str:
+    """Return a model's figures as text."""
     if "tasks" in figures:
         lines = _tasks(figures)
     elif "word_perplexity" in figures:

@@ -13,6 +13,8 @@ from sparsity.shards import local_values, rank_layout
 
 @dataclass(frozen=True)
 class ZeroCount:
+    """The number of weights, and of zeros among them."""
+
     num_weights: int
     num_zeros: int
 
@@ -23,6 +25,8 @@ class ZeroCount:
 
 @dataclass(frozen=True)
 class ModelZeros(ZeroCount):
+    """The zeros of a model and of each layer."""
+
     layers: dict[str, ZeroCount]
 
 

@@ -53,6 +53,7 @@ def read_runs(patterns: Sequence[str]) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
+    """Read a run's folder; a run that has not ended has the figures of its records."""
     records = read_records(folder / METRICS)
     summary, sample = folder / SUMMARY, folder / SAMPLE
     is_finished = summary.is_file()

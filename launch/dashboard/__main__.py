@@ -24,6 +24,7 @@ account: python -m eval.report runs=runs/SWEEP. Keys: conf/dashboard.yaml, Dashb
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Save the dashboard of the selected runs in wandb and print its address; dry_run=true prints the dashboard instead."""
     with user_errors():
         overrides = overrides_of("launch.dashboard", "Show runs side by side in wandb.", EXAMPLES, arguments)
         config: DashboardConfig = composed("dashboard", overrides)

@@ -65,6 +65,11 @@ def select(config: DashboardConfig) -> Selection:
 
 
 def wandb_id(folder: Path) -> str:
+    """Return the id of a run's wandb run.
+
+    Raises:
+        ValueError: The run was not logged to wandb.
+    """
     try:
         return (folder / "wandb" / "id.txt").read_text(encoding="utf-8").strip()
     except FileNotFoundError:

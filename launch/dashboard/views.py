@@ -24,6 +24,7 @@ def build_view(kind: str, title: str, selection: Selection) -> Any:
 
 
 def workspace(title: str, selection: Selection) -> ws.Workspace:
+    """Return a workspace with all panels, limited to the selected runs."""
     return ws.Workspace(
         entity=selection.entity,
         project=selection.project,
@@ -43,6 +44,7 @@ def workspace(title: str, selection: Selection) -> ws.Workspace:
 
 
 def report(title: str, selection: Selection) -> wr.Report:
+    """Return a report with all panels of the selected runs."""
     blocks: list[Any] = [wr.P(f"{selection.words}. The same panels without an account: python -m eval.report.")]
     for number, section in enumerate(SECTIONS):
         panels = [wandb_panel(panel) for panel in PANELS if panel.section == section]
@@ -63,6 +65,7 @@ def report(title: str, selection: Selection) -> wr.Report:
 
 
 def wandb_panel(panel: Panel) -> Any:
+    """Return a panel as wandb draws it."""
     if panel.kind == "points":
         return wr.ScatterPlot(
             title=panel.title, x=wr.SummaryMetric(panel.x), y=wr.SummaryMetric(panel.y), log_x=panel.log_x or None
@@ -85,6 +88,7 @@ def wandb_panel(panel: Panel) -> Any:
 
 
 def run_filters(selection: Selection) -> list[expr.FilterExpr]:
+    """Return the filters that keep the selected runs."""
     if selection.group is not None:
         return [expr.Metric("Group") == selection.group]
     return [expr.Metric("ID").isin(list(selection.run_ids))]

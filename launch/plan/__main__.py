@@ -23,6 +23,7 @@ Keys of the plan itself are in conf/plan.yaml; all others are the run's, as for 
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Print the plan of a run, or of the published series, and draw its schedule."""
     with user_errors():
         overrides = overrides_of("launch.plan", "Print what a run will cost before it runs.", EXAMPLES, arguments)
         request = read_request(overrides)

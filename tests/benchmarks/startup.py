@@ -9,6 +9,7 @@ first round, which does not count; our command also checks the data and shards t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -17,6 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import psutil
 
 from tests.benchmarks.common import ONE_THREAD, Comparison
 
@@ -56,20 +60,22 @@ def starting(rounds: int, folder: Path) -> Comparison:
     pairs = []
     for _ in range(rounds + 1):
         pairs.append((seconds_until(ours, metrics, environment), seconds_until(theirs, mark, environment)))
-    seconds, baseline = (min(taken) for taken in zip(*pairs[1:], strict=True))
-    details = {"processes": int(processes)}
+    (seconds, processor), (baseline, its_processor) = np.array(pairs[1:]).min(axis=0).tolist()
+    details = {"processes": int(processes), "processor_ratio": its_processor / processor}
     return Comparison("start to the first step", seconds, "torchrun, plain Trainer", baseline, details)
 
 
-def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str]) -> float:
-    """Return the seconds from a command's start until it makes the file `sign`; the command then runs to its end.
+def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str]) -> tuple[float, float]:
+    """Return the time and the processor time, in seconds, from a command's start until it makes the file `sign`.
+
+    The processor time is that of all its processes that live then. The command then runs to its end.
 
     Raises:
         RuntimeError: The command failed; the message has the end of its output.
     """
     sign.unlink(missing_ok=True)
     started = time.perf_counter()
-    taken = 0.0
+    taken = processor = 0.0
     # The output is not a pipe, because nobody would read it while the command runs.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -78,7 +84,7 @@ def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str
                 # The process is polled before the file is checked, because it may make the file and end in between.
                 ended = process.poll() is not None
                 if sign.exists() and sign.stat().st_size:
-                    taken = time.perf_counter() - started
+                    taken, processor = time.perf_counter() - started, processor_seconds(process.pid)
                 elif ended:
                     break
                 elif time.perf_counter() - started > TIMEOUT_S:
@@ -91,6 +97,16 @@ def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str
         output.seek(0)
         if process.returncode or not taken:
             raise RuntimeError(f"{' '.join(command)} failed:\n{output.read()[-2000:]}")
+    return taken, processor
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a process and those below it; of one that has just ended it is unknown."""
+    taken = 0.0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in (parent := psutil.Process(pid), *parent.children(recursive=True)):
+            times = process.cpu_times()
+            taken += times.user + times.system
     return taken
 
 

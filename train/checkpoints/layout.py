@@ -31,10 +31,12 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def rank_file(rank: int) -> str:
+    """Return the name of the file with a rank's shards."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def folder_of(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps."""
     return root / f"checkpoint-{step}"
 
 
@@ -44,6 +46,7 @@ def aside_of(root: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint's folder."""
     return int(folder.name.removeprefix("checkpoint-"))
 
 

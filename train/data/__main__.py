@@ -6,25 +6,24 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from conf.cli import user_errors
+from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import Config, tokenizer_of
 from train.data.pipeline import SplitCounts
 from train.data.shards import Shard, ShardReport, parse_shard, prepare_shard
 from train.plan.run import plan_run
 
-USAGE = """python -m train.data experiment=NAME [key=value ...]          prepare a run's text; rerun it to resume
-python -m train.data experiment=NAME [key=value ...] shard=2/8   an eighth of it, on machines that share data.cache_dir
+EXAMPLES = """python -m train.data experiment=NAME [key=value ...]     prepare a run's text; rerun it to resume
+    ... shard=2/8                                        an eighth of it, on machines that share data.cache_dir
 Keys are those of python -m launch; data.num_workers is the number of processes, all cores if it is null."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return
+    """Prepare the tokens of a run, or one shard of them."""
     with user_errors():
-        own = [argument.partition("=")[2] for argument in arguments if argument.startswith("shard=")]
-        run = [argument for argument in arguments if not argument.startswith("shard=")]
+        overrides = overrides_of("train.data", "Turn a run's text into tokens before it runs.", EXAMPLES, arguments)
+        own = [override.partition("=")[2] for override in overrides if override.startswith("shard=")]
+        run = [override for override in overrides if not override.startswith("shard=")]
         shard = parse_shard(own[-1]) if own else Shard()
         config: Config = composed("train", run)
         plan = plan_run(config, 1)

@@ -1,9 +1,10 @@
-"""The end of processes, with their parent or by themselves. The launcher uses this too, so it does not import torch."""
+"""The start and end of processes: garbage, parent, exit. The launcher uses this too, so it does not import torch."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,12 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def collect_again() -> None:
+    """Turn garbage collection on after the imports, and leave out the objects that exist by then."""
+    gc.freeze()
+    gc.enable()
 
 
 def end_process_after(body: Callable[[], None]) -> NoReturn:

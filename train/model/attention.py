@@ -81,12 +81,19 @@ def attend_by_document(
     """Attend causally within documents, by the flash kernel for variable lengths or else by SDPA and a mask.
 
     Args:
-        module: The attention layer; `query` to `scaling` are as in transformers' own functions, [batch, heads,
-            length, width].
+        module: The attention layer.
+        query: [batch, heads, length, width].
+        key: Like `query`, with as many heads or fewer.
+        value: Like `key`.
+        attention_mask: As in transformers' own functions; used if a token attends over its whole row.
+        dropout: The share of attention weights to drop.
+        scaling: The factor of the scores; None for 1 / sqrt(width).
         cu_seq_lens_q: The offsets at which documents begin and end, counted over all rows in sequence, int32; None to
             attend over whole rows.
         sliding_window: The number of tokens to which a token attends, itself included; None for all earlier tokens of
             its document.
+        softcap: The bound of the scores; None for no bound.
+        **kwargs: Passed to SDPA if a token attends over its whole row.
 
     Returns:
         The attended values [batch, length, heads, width], and None for the attention weights.

@@ -39,34 +39,26 @@ def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
     )
 
 
-def model_on_meta(model: ModelConfig) -> PreTrainedModel:
-    """Build the model on the meta device, where it takes no memory: a quick check that transformers accepts its config.
+def build_skeleton(model: ModelConfig, tokenizer: Any = None) -> PreTrainedModel:
+    """Return the model in float32 with its parameters on the meta device; `train.model.weights` fills them.
+
+    Args:
+        model: The group `model` of a configuration.
+        tokenizer: The run's tokenizer, for its special ids; None before there is one.
 
     Raises:
         ValueError: `model.attn_implementation` is unknown, or its library is not installed.
     """
-    try:
-        with torch.device("meta"):
-            return _build(model, transformers_config(model))
-    except (ImportError, ValueError) as error:
-        if model.attn_implementation is None:
-            raise
-        words = " ".join(str(error).split())
-        raise ValueError(f"model.attn_implementation={model.attn_implementation} cannot be used: {words}") from error
-
-
-def build_skeleton(model: ModelConfig, tokenizer: Any) -> PreTrainedModel:
-    """Return the model in float32 with its parameters on the meta device; `train.model.weights` fills them."""
-    config = transformers_config(model, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = transformers_config(model, **ids)
     built: PreTrainedModel = skeleton(lambda: _build(model, config))
     if model.query_scale == "folded":
         fold_queries(built)
-    built.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        max_length=model.max_position_embeddings,
-    )
+    if tokenizer is not None:
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        built.generation_config = GenerationConfig(
+            **ids, pad_token_id=padding, max_length=model.max_position_embeddings
+        )
     return built
 
 
@@ -86,5 +78,10 @@ def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> PreTrainedMode
 
 def _build(model: ModelConfig, config: Any) -> PreTrainedModel:
     kind = LlamaForCausalLM if model.path is None else causal_class(config)
-    options = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
-    return kind._from_config(config, dtype=torch.float32, **options)
+    if model.attn_implementation is None:
+        return kind._from_config(config, dtype=torch.float32)
+    try:
+        return kind._from_config(config, dtype=torch.float32, attn_implementation=model.attn_implementation)
+    except (ImportError, ValueError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"model.attn_implementation={model.attn_implementation} cannot be used: {words}") from error

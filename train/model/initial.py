@@ -192,9 +192,9 @@ def check_initial_model(folder: str, model: ModelConfig) -> None:
     Raises:
         ValueError: They do not; the message gives the difference, both values and the remedy.
     """
-    from train.model.build import model_on_meta
+    from train.model.build import build_skeleton
 
-    initial_weights(model_on_meta(model), folder, model.path is not None)
+    initial_weights(build_skeleton(model), folder, model.path is not None)
 
 
 def load_initial_weights(model: Any, folder: str) -> None:

@@ -94,6 +94,7 @@ def read_branch(run_dir: Path) -> Branch | None:
 
 
 def branch_text(branch: Branch) -> str:
+    """Return the content of a run's branch file."""
     return json.dumps(asdict(branch), indent=2) + "\n"
 
 

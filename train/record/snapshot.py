@@ -56,9 +56,16 @@ def snapshot(environment: Mapping[str, str], command: list[str], world: World) -
         "host": socket.gethostname(),
         "world_size": world.size,
         "devices": devices(),
-        "packages": dict(sorted((str(found.metadata["Name"]), found.version) for found in distributions())),
+        "packages": packages(),
         "variables": kept_variables(environment),
     }
+
+
+def packages() -> dict[str, str]:
+    """Return the installed packages' versions by name, sorted."""
+    # Each access to `metadata` parses the package's file anew; `version` is one too.
+    found = [distribution.metadata for distribution in distributions()]
+    return dict(sorted((str(metadata["Name"]), str(metadata["Version"])) for metadata in found))
 
 
 def kept_variables(environment: Mapping[str, str]) -> dict[str, str]:

@@ -96,6 +96,7 @@ def public_name(tokenizer: str) -> str:
 
 
 def tokenizer_words(tokenizer: str) -> str:
+    """Return where a tokenizer comes from, for the model card."""
     if tokenizer == "train":
         return "byte-level BPE, trained on this model's training documents"
     owner = "LLaMA 2's" if is_llama_2(tokenizer) else "taken over"
@@ -103,6 +104,7 @@ def tokenizer_words(tokenizer: str) -> str:
 
 
 def tokenizer_terms(tokenizer: str) -> str:
+    """Return the terms of a tokenizer in a sentence."""
     llama_2 = f"Meta's [LLaMA 2 Community License]({LLAMA_2_LICENSE_URL})"
     if tokenizer == "train":
         return "It was trained on the data above and has no terms beyond the data's."
@@ -112,6 +114,7 @@ def tokenizer_terms(tokenizer: str) -> str:
 
 
 def base_model_terms(init_from: str) -> str:
+    """Return the terms of the model that a run started from, in a sentence."""
     name = public_name(init_from)
     return f"`{name}` is under its publisher's terms, which also apply to weights trained further from it."
 

@@ -113,4 +113,5 @@ def convert_to_fp8(model: nn.Module, emulate: bool = False) -> list[str]:
 
 
 def has_fp8_shape(linear: nn.Linear) -> bool:
+    """Return whether float8 kernels can multiply with a layer's weight."""
     return linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0

@@ -15,6 +15,7 @@ PATH_NOTE = (
 
 
 def report_text(figures: dict[str, Any]) -> str:
+    """Return the fitted law, its residuals and its comparisons as text."""
     parts = [
         f"{figures['formula']}, fitted to {figures['loss']} of {figures['num_runs']} runs "
         f"({figures['num_configurations']} configurations); intervals of {100 * figures['confidence']:g} %, "

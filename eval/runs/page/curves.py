@@ -38,6 +38,7 @@ def curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
 
 
 def record_points(panel: Panel, run: Run) -> list[tuple[float, float]]:
+    """Return a panel's points (x, y) from a run's records."""
     points = [
         (float(record[panel.x]), float(record[panel.y]))
         for record in run.records

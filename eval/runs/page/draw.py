@@ -39,6 +39,7 @@ class Picture:
 
 
 def color(run: Run) -> str:
+    """Return the color of a run, which a pair shares."""
     return PAIR_COLORS[run.pair % len(PAIR_COLORS)]
 
 
@@ -237,4 +238,5 @@ def _scale(figure: Any, axes: Any, panel: Panel) -> dict[str, Any]:
 
 
 def save_png(figure: Any, png: Path) -> None:
+    """Write a figure as PNG."""
     figure.savefig(png, dpi=PNG_DPI, facecolor="white")

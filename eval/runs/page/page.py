@@ -65,6 +65,7 @@ def write_page(config: ReportConfig, runs: Sequence[Run], page: Path) -> None:
 
 
 def section(name: str, figures: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return a section's figures, and its panels without any, for the page's template."""
     own = [panel for panel in PANELS if panel.section == name]
     return {
         "name": name,
@@ -94,6 +95,7 @@ def layer_figures(panel: Panel, runs: Sequence[Run], folder: Path) -> list[dict[
 
 
 def figure_of(panel: Panel, picture: Picture, description: str, note: str) -> dict[str, Any]:
+    """Return a panel's figure for the page's template."""
     return {
         "name": panel.name,
         "title": panel.title,
@@ -106,11 +108,13 @@ def figure_of(panel: Panel, picture: Picture, description: str, note: str) -> di
 
 
 def with_loss(panel: Panel, loss: str) -> Panel:
+    """Return a panel that shows the loss named `loss`."""
     words = {"heldout_loss": "held-out loss", "final_train_loss": "final training loss"}
     return replace(panel, y=loss, y_label=f"{words[loss]} (nats per token)")
 
 
 def law_words(law: FittedLaw | None, why: str) -> str:
+    """Return the sentences about the law; `why` says what is missing."""
     more = "Intervals and held-out errors: python -m eval.scaling_law." if law else ""
     return " ".join(part for part in (law.words if law else "", why, more) if part)
 
@@ -134,6 +138,7 @@ def readable(panel: Panel, picture: Picture, drawn: Sequence[Curve]) -> dict[str
 
 
 def rounded(values: Sequence[float]) -> list[float]:
+    """Round values to the digits that a page shows."""
     short = [float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in values]
     return [int(value) if value.is_integer() else value for value in short]
 
@@ -159,6 +164,7 @@ def row(number: int, run: Run) -> dict[str, Any]:
 
 
 def counted(runs: Sequence[Run]) -> str:
+    """Return the number of runs of each kind in words."""
     sparse, finished = sum(run.is_sparse for run in runs), sum(run.is_finished for run in runs)
     kinds = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}: {sparse} sparse (solid), {len(runs) - sparse} dense (dashed)"
     unfinished = "" if finished == len(runs) else f", {len(runs) - finished} not finished"

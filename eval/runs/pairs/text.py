@@ -37,6 +37,7 @@ def label(comparison: Comparison, usual: Mapping[str, Any]) -> str:
 
 
 def cells(comparison: Comparison, usual: Mapping[str, Any]) -> list[str]:
+    """Return a comparison's row of the table."""
     twin, gap = comparison.twin_loss, comparison.curve_gap
     return [
         label(comparison, usual),
@@ -53,6 +54,7 @@ def cells(comparison: Comparison, usual: Mapping[str, Any]) -> list[str]:
 
 
 def spread_text(spread: Spread, sign: bool = False) -> str:
+    """Return a mean with its standard deviation as text."""
     plus = "+" if sign and spread.mean >= 0 else ""
     deviation = "" if spread.std is None else f" ± {half_up(spread.std, 4)}"
     return f"{plus}{half_up(spread.mean, 4)}{deviation}"
@@ -73,4 +75,5 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
 
 
 def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Return comparisons as plain data."""
     return [{**asdict(comparison), "curve_gap": comparison.curve_gap} for comparison in comparisons]
