@@ -7,16 +7,19 @@ of your own extends `Score` and returns `values`, whose bits are the keys. Impor
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from sparsity.factors import factor_of
 from sparsity.registry import Method, Registry, name_of
+from sparsity.update import WEIGHT_GRADIENT_SHARE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sparsity.schedule import Schedule
     from sparsity.shards import ParameterShard
 
 NUM_KEY_BITS = 31
@@ -56,6 +59,13 @@ class Score(Method):
     def seeded(self, seed: int) -> Score:
         """Return the score with a run's seed: the score itself, unless it is random."""
         return self
+
+    def extra_compute(self, schedule: Schedule, num_steps: int) -> float:
+        """Return the compute beyond the sum of densities, in steps of the dense model: gradients of pruned weights."""
+        if "gradient" not in self.needs:
+            return 0.0
+        before = [event - 1 for event in schedule.events() if 0 < event < num_steps]
+        return WEIGHT_GRADIENT_SHARE * math.fsum(1 - schedule.density(step) for step in before)
 
     def __call__(self, shard: ParameterShard, part: slice) -> Tensor:
         return self.keys(shard, part)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from conf.schema import ModelConfig
 from train.plan.counts import count_parameters
 from train.plan.counts import flops_per_token as flops_per_token
+
+if TYPE_CHECKING:
+    from train.plan.run import RunPlan
 
 SECONDS_PER_DAY = 86_400
 FORMULA = "tokens x (6 x linear parameters + 12 x layers x width x sequence length)"
@@ -34,6 +38,22 @@ def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length
         dense=total_tokens * flops_per_token(model, linear, sequence_length),
         average=total_tokens * flops_per_token(model, avg_linear_params, sequence_length),
     )
+
+
+def run_flops(plan: RunPlan, avg_linear_params: float) -> Flops:
+    """Return the FLOPs of a run with what its method computes beyond the weights that are active in the forward pass.
+
+    The convention is that of RigL (arXiv 1911.11134, its appendix on FLOPs). A step of a sparse model costs its forward pass,
+    as much again for the gradients of its inputs, and as much again for those of its weights. `average` counts all three for
+    active weights, but in a step that needs the gradients of all weights the third is a dense model's. Such steps are RigL's
+    and GraNet's moves, all steps of the straight-through estimator, and the steps before the events of a score that needs
+    gradients. The dense phases of AC/DC are in the average density.
+
+    Args:
+        plan: The run's plan.
+        avg_linear_params: The linear weights that are active in the forward pass on average, planned or measured.
+    """
+    return training_flops(plan.model, avg_linear_params + plan.extra_linear, plan.sequence_length, plan.total_tokens)
 
 
 def training_days(flops: float, num_devices: int, peak_tflops: float, mfu: float) -> float:

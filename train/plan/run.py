@@ -10,6 +10,7 @@ from conf.schema import Config, ModelConfig
 from sparsity.pattern import parse_pattern
 from sparsity.schedule import SCHEDULES, Mixed, Ramp
 from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
+from sparsity.score import SCORES, Score
 from sparsity.update import Update
 from sparsity.window import compute_window, schedule_of_window
 from train.plan.architecture import default_length, describe, resolved
@@ -38,6 +39,8 @@ class RunPlan:
     """Divides the pruned weights among the pools."""
     update: Update
     """Determines whether pruned weights may return."""
+    score: Score
+    """Ranks weights."""
     model: ModelConfig
     """The model to train: the configured one, or its dense twin."""
     counts: ParameterCounts
@@ -67,7 +70,11 @@ class RunPlan:
     @property
     def extra_linear(self) -> float:
         """The linear weights, averaged over the steps, whose dense gradients cost compute beside the active ones."""
-        extra = self.update.extra_compute(self.schedule, self.num_steps) if self.schedule else 0.0
+        if self.schedule is None:
+            return 0.0
+        extra = self.update.extra_compute(self.schedule, self.num_steps)
+        if self.update.gradients != "dense":
+            extra += self.score.extra_compute(self.schedule, self.num_steps)
         return extra / self.num_steps * self.num_prunable
 
     @property
@@ -120,6 +127,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         pools=tuple(pools) if schedule else (),
         scope=SCOPES.find(config.sparsity.scope),
         update=config.sparsity.make_update(),
+        score=SCORES.find(config.sparsity.score),
         model=model,
         counts=count_parameters(model),
         target_sparsity=target_sparsity,
