@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NUM_KEY_BITS = 31
 SIGN_OFF = 0x7FFFFFFF
-Need = Literal["gradient", "state"]
+Need = Literal["gradient", "state", "activations"]
 
 
 class Score(Method):
@@ -32,7 +32,8 @@ class Score(Method):
 
     needs: tuple[Need, ...] = ()
     """What a shard must hold besides values and mask: "gradient" for `shard.gradient`, the dense gradient of the step
-    before the event; "state" for `shard.state`, the optimizer's state by name."""
+    before the event; "state" for `shard.state`, the optimizer's state by name; "activations" for `shard.input_norms`, the norm
+    of each of the layer's inputs over calibration text."""
     has_values: bool = True
     """Whether keys are the bits of float32 numbers; only then do factors, norms and the threshold have a meaning."""
     is_zero_first: bool = False
@@ -107,6 +108,22 @@ class Saliency(Score):
         return (shard.values[part].float() * shard.gradient[part]).abs()
 
 
+class Wanda(Score):
+    """The magnitude |w| times the L2 norm of the weight's input over calibration text; usual with scope=row.
+
+    Sun et al. 2023 (arXiv 2306.11695).
+    """
+
+    name = "wanda"
+    label = "lowest |w| times the norm of its input first"
+    needs = ("activations",)
+    is_zero_first = True
+
+    def values(self, shard: ParameterShard, part: slice) -> Tensor:
+        assert shard.input_norms is not None
+        return shard.values[part].float().abs() * shard.input_norms[shard.index(part) % shard.shape[-1]]
+
+
 class Random(Score):
     """A random order, the control: a hash of (seed, name, flat index in the full tensor), the same for any world size."""
 
@@ -170,7 +187,9 @@ class Given(Score):
 
 
 magnitude = Magnitude()
-SCORES: Registry[Score] = Registry("score", {score.name: score for score in (magnitude, Saliency(), Random())}, Score)
+SCORES: Registry[Score] = Registry(
+    "score", {score.name: score for score in (magnitude, Saliency(), Wanda(), Random())}, Score
+)
 
 
 def key_spacing_bits(shards: Sequence[ParameterShard], score: Score) -> int:

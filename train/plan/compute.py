@@ -47,13 +47,30 @@ def run_flops(plan: RunPlan, avg_linear_params: float) -> Flops:
     as much again for the gradients of its inputs, and as much again for those of its weights. `average` counts all three for
     active weights, but in a step that needs the gradients of all weights the third is a dense model's. Such steps are RigL's
     and GraNet's moves, all steps of the straight-through estimator, and the steps before the events of a score that needs
-    gradients. The dense phases of AC/DC are in the average density.
+    gradients. The dense phases of AC/DC are in the average density. The forward passes over calibration text count in both.
 
     Args:
         plan: The run's plan.
         avg_linear_params: The linear weights that are active in the forward pass on average, planned or measured.
     """
-    return training_flops(plan.model, avg_linear_params + plan.extra_linear, plan.sequence_length, plan.total_tokens)
+    trained = training_flops(plan.model, avg_linear_params + plan.extra_linear, plan.sequence_length, plan.total_tokens)
+    calibrated = _calibration_flops(plan)
+    return Flops(trained.dense + calibrated.dense, trained.average + calibrated.average)
+
+
+def _calibration_flops(plan: RunPlan) -> Flops:
+    """Return the FLOPs of the forward passes that give a score its activations."""
+    if plan.schedule is None or not plan.calibration:
+        return Flops(0.0, 0.0)
+    moves = plan.update.moves(plan.schedule.base, plan.num_steps)
+    steps = sorted({*plan.schedule.events(), *moves})
+    densities = [plan.schedule.density(step - 1) if step else 1.0 for step in steps]
+    linear, tokens = plan.counts.linear, plan.calibration * plan.sequence_length
+    active = [linear - (1 - density) * plan.num_prunable for density in densities]
+    return Flops(
+        dense=tokens * len(steps) * flops_per_token(plan.model, linear, plan.sequence_length) / 3,
+        average=tokens * sum(flops_per_token(plan.model, one, plan.sequence_length) for one in active) / 3,
+    )
 
 
 def training_days(flops: float, num_devices: int, peak_tflops: float, mfu: float) -> float:

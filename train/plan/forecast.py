@@ -108,7 +108,7 @@ def _schedule(config: Config, plan: RunPlan) -> dict[str, Any]:
         "pattern": config.sparsity.pattern,
         "score": config.sparsity.score,
         "groups": [{"include": group.include, "target": group.target} for group in config.sparsity.groups],
-        "num_thresholds": len(plan.pools),
+        "num_thresholds": plan.num_thresholds,
         "prune_start_step": schedule.start_step,
         "prune_end_step": schedule.end_step,
         "every_steps": schedule.every_steps,
