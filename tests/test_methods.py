@@ -168,6 +168,7 @@ SOME = list(
         [
             *ALLOWED[::-9],
             Method("one_shot", "global", "none", "unstructured", "saliency"),
+            Method("fixed", "global", "none", "unstructured", "magnitude"),
             Method("cubic", "row", "own targets", "unstructured", "wanda"),
             Method("constant", "global", "none", "1x4", "wanda"),
             Method("constant", "global", "none", "unstructured", "wanda", "rigl"),
