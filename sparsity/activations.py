@@ -23,6 +23,8 @@ from sparsity.prunable import plain_name
 
 FRACTION_BITS = 40
 """A sequence's sum of squares is rounded to a multiple of 2^-40; 2^22 sequences fit in int64."""
+LARGEST = 2.0**52
+"""Sums of squares from here on are refused, as are infinite ones and NaN."""
 
 
 @dataclass(frozen=True)
@@ -94,26 +96,29 @@ def input_norms(
             for one in sums.values():
                 one.is_counting = index <= last
             _call(model, _moved(calibration.fetch(min(index, last)), device))
-    found = torch.cat([one.numbers() for one in sums.values()])
+    numbers = [one.numbers() for one in sums.values()]
+    found = torch.cat(numbers)
     if world > 1:
         dist.all_reduce(found)
-    norms = {}
-    for (name, one), numbers in zip(
-        sums.items(), found.split([one.numbers().numel() for one in sums.values()]), strict=True
-    ):
-        num_tokens, num_bad = numbers[:2].tolist()
+    parts = found.split([len(own) for own in numbers])
+    # One copy to the host for all layers.
+    for name, (num_tokens, num_bad) in zip(sums, torch.stack([part[:2] for part in parts]).tolist(), strict=True):
         if not num_tokens or num_bad:
             saw = (
                 "an input that is not finite"
                 if num_bad
-                else "no input, because its layer is not called or no token reaches it"
+                else "no input, because no token reaches its layer or nothing calls it"
             )
             raise ValueError(
                 f"{name} saw {saw} on the calibration text: name it in requires_dense, or take score=magnitude."
             )
-        wholes, fractions = numbers[2:].view(2, one.num_inputs).double()
-        norms[name] = torch.ldexp(fractions, torch.tensor(-FRACTION_BITS, device=device)).add_(wholes).sqrt_().float()
-    return norms
+    return {name: _norms(part[2:].view(2, -1)) for name, part in zip(sums, parts, strict=True)}
+
+
+def _norms(squares: Tensor) -> Tensor:
+    """Return the roots of sums of squares given as wholes and fractions, int64 [2, inputs]."""
+    wholes, fractions = squares.double()
+    return (wholes + fractions * 2.0**-FRACTION_BITS).sqrt().float()
 
 
 class _Sums:
@@ -124,18 +129,18 @@ class _Sums:
         self.is_counting = True
         self._squares = torch.zeros(2, num_inputs, dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-        """Tokens, and sums that are not finite."""
+        """Tokens, and sums that are refused."""
 
     def add(self, inputs: Tensor) -> None:
         if not self.is_counting:
             return
         rows = inputs.detach().reshape(-1, self.num_inputs).float()
         sums = rows.square().sum(dim=0, dtype=torch.float64)
-        is_bad = ~sums.isfinite()
+        is_bad = ~(sums < LARGEST)
         sums = sums.masked_fill(is_bad, 0)
         wholes = sums.floor()
         self._squares[0] += wholes.long()
-        self._squares[1] += torch.ldexp(sums - wholes, torch.tensor(FRACTION_BITS, device=sums.device)).round().long()
+        self._squares[1] += ((sums - wholes) * 2.0**FRACTION_BITS).round().long()
         self._counts[0] += len(rows)
         self._counts[1] += is_bad.sum()
 
