@@ -84,6 +84,18 @@ def test_dense_gradients_cost_a_third_of_a_step_for_each_pruned_weight(overrides
     assert run_flops(plan, average).average - bare == pytest.approx(TOKENS * 2 * share * SIZE, abs=1)
 
 
+def test_calibration_costs_a_forward_pass_for_each_of_its_tokens_and_rows_have_thresholds_of_their_own():
+    plan = plan_run(composed("train", ["experiment=demo", "trainer.max_steps=320", "sparsity=wanda"]), 1)
+    attention, average = 12 * 4 * 64 * 256, plan.average_density * SIZE
+    found = run_flops(plan, average)
+    forward = 128 * 256 * (2 * SIZE + attention / 3)
+    assert found.dense == pytest.approx(TOKENS * (6 * SIZE + attention) + forward)
+    assert found.average == pytest.approx(TOKENS * (6 * average + attention) + forward)
+    assert plan.num_thresholds == 4 * (4 * 64 + 2 * 256 + 64) + 2048
+    # Rows of 64 and of 256 inputs lose 51 and 205.
+    assert plan.num_pruned == 4 * ((4 * 64 + 2 * 256) * 51 + 64 * 205) + 2048 * 51
+
+
 def names(*runs: list[str]) -> list[str]:
     def settings(overrides: list[str]) -> dict:
         folder = composed("train", ["experiment=demo", *overrides])
