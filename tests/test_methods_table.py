@@ -53,6 +53,9 @@ def test_one_line_a_method_has_mean_and_deviation_over_seeds(sweep):
     assert entries[2].loss.std == pytest.approx(0.2 / 2**0.5)
     assert cells(entries[2])[:4] == ["constant", "2", "78.64K", "78.64K"]
     assert cells(entries[2])[6] == "4.1000 ± 0.1414"
+    assert [entry.dense_gap and (round(entry.dense_gap.mean, 6), entry.dense_gap.num) for entry in entries] == [
+        None, (0.4, 1), (0.5, 1),
+    ], "the dense run has the first seed alone"  # fmt: skip
     assert has_seeds(entries)
     assert as_json(entries)[0]["flops_average"] == 3e12
 

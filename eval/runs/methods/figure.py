@@ -24,8 +24,9 @@ def draw_methods(entries: Sequence[Entry], file: Path) -> None:
     ):
         known = [entry for entry in entries if getattr(entry, key) is not None]
         for entry in known:
+            color = ORANGE if entry.is_sparse else BLUE
             axes.errorbar(
-                getattr(entry, key), entry.loss.mean, yerr=entry.loss.std, color=ORANGE if entry.is_sparse else BLUE,
+                getattr(entry, key), entry.loss.mean, yerr=entry.loss.std, color=color, ecolor=f"{color}80",
                 marker="D" if entry.is_sparse else "o", markersize=6, capsize=3, linewidth=1,
                 markerfacecolor=ORANGE if entry.is_sparse else "white",
             )  # fmt: skip

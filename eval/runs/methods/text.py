@@ -10,7 +10,7 @@ from eval.runs.methods.comparison import Entry
 from eval.runs.trials import spread_text
 from sparsity.common.text import count_text, half_up, markdown_table
 
-HEAD = ("Method", "Seeds", "N-bar", "Final", "FLOPs", "of dense", "Loss", "Bits per byte")
+HEAD = ("Method", "Seeds", "N-bar", "Final", "FLOPs", "of dense", "Loss", "Bits per byte", "Gap to dense")
 
 
 def cells(entry: Entry) -> list[str]:
@@ -24,6 +24,7 @@ def cells(entry: Entry) -> list[str]:
         "" if average is None or dense is None else half_up(average / dense, 2),
         spread_text(entry.loss),
         spread_text(entry.bits_per_byte),
+        "" if entry.dense_gap is None else spread_text(entry.dense_gap, sign=True),
     ]
 
 
@@ -39,10 +40,10 @@ def markdown(entries: Sequence[Entry]) -> str:
         [
             markdown_table(HEAD, [cells(entry) for entry in entries]),
             "",
-            "Held-out nats a token, mean ± sample standard deviation over seeds, the lowest first. N-bar: linear weights "
-            "active in the forward pass, averaged over the steps; Final: those that are not zero at the end. FLOPs: training "
-            "FLOPs of active weights, with the dense gradients that a method needs; of dense: their share of what hardware for "
-            "dense matrices computes.",
+            "Held-out nats a token, mean ± sample standard deviation over seeds, the lowest first; the gap to dense is the "
+            "mean of each seed's difference. N-bar: linear weights active in the forward pass, averaged over the steps; Final: "
+            "those that are not zero at the end. FLOPs: training FLOPs of active weights, with the dense gradients that a "
+            "method needs; of dense: their share of what hardware for dense matrices computes.",
         ]
     )
 
