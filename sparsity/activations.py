@@ -45,7 +45,8 @@ def calibration_of(loader: Any, num_sequences: int) -> Calibration:
     Raises:
         ValueError: The data has no items by number.
     """
-    data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    data: Any = getattr(loader, "dataset", None)
+    collate = getattr(loader, "collate_fn", None)
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or collate is None:
         raise ValueError(
             "A score that needs activations reads some of the training data by number, and this Trainer's data is a stream: "

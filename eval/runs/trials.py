@@ -24,7 +24,7 @@ NAMES = ("run_name", "sweep_name")
 
 @dataclass(frozen=True)
 class Trial:
-    """One finished run: its settings by dotted key without seeds and names, and its figures. Loss in nats a token."""
+    """One finished run: its settings by dotted key, without seeds and names, and its figures; loss in nats per token."""
 
     settings: Mapping[str, Any]
     seed: int
@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; the deviation of one seed is not known."""
+    """Mean and sample standard deviation over seeds; with one seed the deviation is None."""
 
     mean: float
     std: float | None
@@ -62,7 +62,7 @@ def read_trials(patterns: Sequence[str]) -> list[Trial]:
     """Read the finished runs that `patterns` name.
 
     Raises:
-        ValueError: One has no config.yaml, or their losses do not compare.
+        ValueError: A run has no config.yaml, or the losses cannot be compared.
     """
     rows = finished_runs(patterns)
     check_comparable(rows)
@@ -116,7 +116,7 @@ def _settings(config_file: Path, config: Config) -> dict[str, Any]:
     """Return a run's settings by dotted key.
 
     Raises:
-        ValueError: This version cannot have written them.
+        ValueError: The file is garbled or was written by another version.
     """
     try:
         settings = dict(flat(run_identity(config)))
@@ -129,7 +129,7 @@ def _settings(config_file: Path, config: Config) -> dict[str, Any]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return dotted keys and values of nested dicts."""
+    """Return the dotted keys and the values of nested dicts."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
         found += flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]

@@ -14,9 +14,9 @@ from sparsity.compact.packed import Packed, pack, unpack
 from sparsity.devices import kernels_for
 
 MOST_VECTORS = 8
-"""The most vectors that the kernel takes at once; for more, the matrix is unpacked a tile at a time."""
+"""The most vectors that the kernel multiplies at once; for more, the matrix is unpacked a tile at a time."""
 MOST_VECTORS_ON_CPU = 32
-"""The same on a CPU, where each vector reads the matrix once, in about a hundredth of the time to unpack it."""
+"""The same limit on a CPU. There each vector reads the whole matrix, in about a hundredth of the time to unpack it."""
 TILE = 1 << 22
 """The number of weights that are unpacked at a time."""
 MOST_DENSITY, MOST_DENSITY_EARLY = 0.35, 0.5
@@ -25,7 +25,7 @@ _ALIGNMENT = 256
 
 
 class SparseLinear(nn.Module):
-    """An `nn.Linear` that holds only its kept weights, and one more byte for each kept weight's column.
+    """An `nn.Linear` that holds only its kept weights, plus one byte for the column of each.
 
     Up to `MOST_VECTORS` rows of input on a GPU, and `MOST_VECTORS_ON_CPU` on a CPU with numba, are multiplied directly by the
     kept weights. For more rows, the matrix is unpacked a tile at a time. The layer has no parameters and cannot be trained,
@@ -112,10 +112,11 @@ def _cpu_kernel() -> ModuleType | None:
 
 
 def most_density_for(device: torch.device) -> float:
-    """Return the largest density at which the sparse product is worth using, by measurements.
+    """Return the largest density at which measurements favour the sparse product.
 
-    On an H100, where kernels start early, it is 1.3 and 1.4 times as fast as a dense one at 0.5. An H200 without early starts
-    took 0.6 to 0.8 of cuBLAS's time at 0.3 and up to 1.3 at 0.5. On a CPU it is as fast as a dense product at 0.2.
+    On an H100, where kernels start early, the sparse product is 1.3 and 1.4 times as fast as a dense one at 0.5. An H200
+    without early starts took 0.6 to 0.8 of cuBLAS's time at 0.3 and up to 1.3 at 0.5. On a CPU the sparse product is as fast
+    as a dense one at 0.2.
     """
     if device.type != "cuda" or kernels_for(device) is None:
         return MOST_DENSITY
@@ -127,11 +128,15 @@ def most_density_for(device: torch.device) -> float:
 def sparse_linears_(model: nn.Module, most_density: float | None = None) -> list[str]:
     """Replace each sparse linear layer by a `SparseLinear`, one at a time; return the layers' names.
 
-    Layers that share their weight with another module, subclasses of nn.Linear, and layers denser than `most_density` stay.
+    Layers that share their weight with another module, subclasses of nn.Linear, and layers denser than `most_density` are
+    not replaced.
 
     Args:
         model: A module with its weights.
         most_density: The largest share of kept weights at which a layer is replaced; None: `most_density_for` its device.
+
+    Raises:
+        ValueError: The model itself is a linear layer.
     """
     owners: dict[int, int] = {}
     layers: list[SparseLinear] = []
@@ -166,7 +171,7 @@ def sparse_linears_(model: nn.Module, most_density: float | None = None) -> list
 def share_storage_(layers: Sequence[SparseLinear]) -> None:
     """Move the buffers of all layers into one storage for each device.
 
-    An allocator rounds the size of each tensor up: on a GPU by half a megabyte, some 13 MB for a 1B model.
+    An allocator rounds up the size of each tensor: on a GPU by half a megabyte, which adds up to 13 MB for a 1B model.
     """
     by_device: dict[torch.device, list[tuple[SparseLinear, str, Tensor]]] = {}
     for layer in layers:

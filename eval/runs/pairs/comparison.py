@@ -1,7 +1,8 @@
-"""Each sparse run beside its dense twin, and beside the curve of all dense runs at exactly its average size.
+"""Comparison of each sparse run with its dense twin, and with the curve of all dense runs at exactly its average size.
 
-A twin's width is a whole number, so it is a little larger or smaller than N-bar; the curve, log loss linear in log N
-between dense runs, takes that out. The paper's claim (arXiv 2501.12486) is that both gaps are 0.
+A twin's width is a whole number, so the twin is slightly larger or smaller than N-bar, the sparse run's average size. The
+curve removes this difference: between neighbouring dense runs, log loss is taken as linear in log N. The paper's claim
+(arXiv 2501.12486) is that both gaps are 0.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ TWIN = "model.match"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One sparse configuration. Gaps are sparse less dense, in nats a token: above 0 the sparse run is worse."""
+    """The comparison of one sparse configuration.
+
+    Gaps are sparse loss minus dense loss, in nats per token: above 0, the sparse run is worse.
+    """
 
     settings: Mapping[str, Any]
-    """Settings that differ among the sparse configurations."""
+    """The settings that differ among the sparse configurations."""
     avg_linear_params: float
     final_linear_params: float
     loss: Spread
@@ -32,9 +36,9 @@ class Comparison:
     twin_linear_params: float | None
     twin_loss: Spread | None
     twin_gap: Spread | None
-    """Over the seeds that both sides have, each seed's difference."""
+    """The gap to the twin, seed by seed, over the seeds that both have."""
     curve_loss: float | None
-    """Of the dense curve at `avg_linear_params`; None outside the range of the dense runs."""
+    """The loss of the dense curve at `avg_linear_params`; None outside the range of the dense runs."""
 
     @property
     def curve_gap(self) -> float | None:
@@ -42,10 +46,10 @@ class Comparison:
 
 
 def compare(runs: Sequence[Trial]) -> list[Comparison]:
-    """Return a comparison for each sparse configuration, by average size.
+    """Return a comparison for each sparse configuration, the largest average size first.
 
     Raises:
-        ValueError: There is nothing to compare.
+        ValueError: All runs are sparse, or all are dense.
     """
     groups: dict[str, list[Trial]] = {}
     for run in runs:
@@ -65,13 +69,13 @@ def compare(runs: Sequence[Trial]) -> list[Comparison]:
 
 
 def curve(dense: Sequence[Trial]) -> tuple[list[float], list[float]]:
-    """Return (linear parameters, mean loss) of dense runs, by size."""
+    """Return the dense runs' sizes in linear parameters, sorted, and the mean loss at each."""
     sizes = sorted({run.avg_linear_params for run in dense})
     return sizes, [statistics.fmean(run.loss for run in dense if run.avg_linear_params == size) for size in sizes]
 
 
 def curve_loss(dense: Sequence[Trial], size: float) -> float | None:
-    """Return the loss of dense runs at `size` linear parameters, log-log between neighbours; None outside their range."""
+    """Return the dense curve's loss at `size` linear parameters, interpolated log-log; None outside the dense runs' range."""
     sizes, losses = curve(dense)
     if len(sizes) < 2 or not sizes[0] <= size <= sizes[-1]:
         return None
@@ -98,7 +102,7 @@ def _comparison(
 
 
 def _rivals(sparse: Trial, runs: Sequence[Trial]) -> list[Trial]:
-    """Return the dense runs of the same recipe, which differ from `sparse` in their size alone."""
+    """Return the dense runs with the same recipe: they differ from `sparse` only in model and sparsity."""
 
     def recipe(run: Trial) -> str:
         return key_of(
