@@ -230,7 +230,10 @@ def test_every_pool_ends_with_its_share_pruned_and_every_block_with_its_pattern(
         if method.pattern == "1x4":
             gone = round(gone / 4) * 4
         zeros = sum(int((weights[name] == 0).sum()) for name in pool)
-        assert zeros == numel - sum(kept[name] for name in pool) == gone
+        assert zeros == numel - sum(kept[name] for name in pool)
+        # Each layer of erk is rounded to whole blocks by itself.
+        slack = 2 * len(pool) if (method.scope, method.pattern) == ("erk", "1x4") else 0
+        assert abs(zeros - gone) <= slack
     if method.pattern == "1x4":
         for name, weight in weights.items():
             assert set((weight.view(-1, 4) != 0).sum(dim=1).tolist()) <= {0, 4}, name
