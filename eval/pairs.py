@@ -22,9 +22,10 @@ def main(arguments: Sequence[str]) -> None:
     with user_errors():
         overrides = overrides_of("eval.pairs", "Compare sparse runs with their dense twins.", EXAMPLES, arguments)
         config: PairsConfig = composed("pairs", overrides)
-        from eval.runs.pairs.comparison import compare, read_trials
+        from eval.runs.pairs.comparison import compare
         from eval.runs.pairs.figure import draw_pairs
         from eval.runs.pairs.text import as_json, markdown
+        from eval.runs.trials import read_trials
 
         runs = read_trials(config.runs)
         comparisons = compare(runs)

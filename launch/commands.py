@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": Command("eval", "Score a finished model on text", "eval"),
     "compact": Command("eval.compact", "Write a sparse model's folder in fewer bytes", "compact"),
     "compare": Command("eval.pairs", "Compare sparse runs with their dense twins", "pairs"),
+    "methods": Command("eval.methods", "Compare ways to prune over seeds", "methods"),
     "law": Command("eval.scaling_law", "Fit the scaling law of finished runs", "scaling_law"),
     "report": Command("eval.report", "Show runs side by side on one HTML page", "report"),
     "dashboard": Command("launch.dashboard", "Show runs side by side in wandb", "dashboard"),

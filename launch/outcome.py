@@ -12,10 +12,10 @@ from launch.run import exit_code
 from launch.sweep import Job, Sweep, key_of
 from train.plan.run import run_directory
 from train.record.directory import RunDirectory
-from train.record.read import SUMMARY, read_summary
+from train.record.read import SUMMARY, is_number, read_summary
 from train.record.table import markdown
 
-FIGURE = "sweep.png"
+FIGURE, METHODS_FIGURE = "sweep.png", "methods.png"
 
 
 def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
@@ -39,6 +39,9 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
 
             draw_sweep(summaries, sweep.folder / FIGURE, sweep.name)
             print(f"\nfigure   {sweep.folder / FIGURE}", flush=True)
+            compare_methods(
+                [job for job in sweep.jobs if done.get(job.name) is not None], sweep.folder / METHODS_FIGURE
+            )
     if failed and sweep.name is None:
         print(
             f"error: {failed[0].name} did not finish; its output is in {sweep.folder / '.submitit'}.", file=sys.stderr
@@ -46,6 +49,24 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
     elif failed:
         print(failure_words(sweep, failed, codes), file=sys.stderr, flush=True)
     return failed
+
+
+def compare_methods(summaries: Mapping[Path, Mapping[str, Any]], figure: Path) -> None:
+    """Print and draw finished runs by method, if there are several, one of them with several seeds."""
+    from eval.runs.methods.comparison import entries_of, has_seeds
+    from eval.runs.methods.figure import draw_methods
+    from eval.runs.methods.text import markdown as methods_markdown
+    from eval.runs.trials import read_trials
+
+    try:
+        entries = entries_of(
+            read_trials([str(folder) for folder, one in summaries.items() if is_number(one.get("heldout_loss"))])
+        )
+    except ValueError:
+        return  # Their losses do not compare.
+    if has_seeds(entries):
+        draw_methods(entries, figure)
+        print(f"\n{methods_markdown(entries)}\n\nfigure   {figure}", flush=True)
 
 
 def close_search(folder: Path) -> int:

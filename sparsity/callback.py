@@ -6,9 +6,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from sparsity.activations import calibration_of
 from sparsity.order import move_to_the_end
 from sparsity.pruner import Pruner
 from sparsity.resume import STATE_KEY, check_masks, check_zeros, mask_state, restore_from_weights, state_for_trainer
@@ -114,6 +116,17 @@ class SparsityCallback(TrainerCallback):
         """
         self.rule.act(step, optimizer)
 
+    def calibrate(self, model: nn.Module, loader: Any, device: torch.device | None = None) -> None:
+        """Collect the activation norms that the score needs, on sequences of the training data.
+
+        Collective: over all ranks.
+        """
+        self.pruner.calibrate(model, calibration_of(loader, self.pruner.choices.calibration), device)
+
+    @property
+    def _needs_activations(self) -> bool:
+        return "activations" in self.pruner.choices.score.needs
+
     def move_at(self, step: int, optimizer: Any = None) -> None:
         """Move the masks by the gradients of `step`.
 
@@ -132,6 +145,8 @@ class SparsityCallback(TrainerCallback):
         move_to_the_end(self)
         check_weights_are_in_reach(model, args)
         self.rule.prepare(state.max_steps)
+        if self._needs_activations:
+            calibration_of(kwargs.get("train_dataloader"), 1)
         if self._is_loaded:
             self._is_loaded = False
             self.rule.check_restored(kwargs.get("optimizer"))
@@ -156,7 +171,18 @@ class SparsityCallback(TrainerCallback):
         if self.keep_zeros:
             self.pruner.inherit()
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_step_begin(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._needs_activations and self.rule.chooses_at(state.global_step):
+            self.calibrate(model, train_dataloader, getattr(args, "device", None))
         if self.rule.acts_before(state.global_step):
             self.prune_at(state.global_step, optimizer)
         self.rule.begin_step(state.global_step)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sparsity.calibration import USUAL_SEQUENCES, check_calibration
 from sparsity.factors import check_factors
-from sparsity.pattern import UNSTRUCTURED, NofM, parse_pattern
+from sparsity.pattern import UNSTRUCTURED, NofM, Pattern, parse_pattern
 from sparsity.registry import name_of
 from sparsity.schedule import Ramp, Schedule
 from sparsity.scope import SCOPES, Group, Scope
 from sparsity.score import SCORES, Score
-from sparsity.update import UPDATES, Update
+from sparsity.update import UPDATES, Regrowing, Update
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Choices:
         include: Name patterns of the parameters to prune, see `prunable_parameters`.
         requires_dense: Name patterns of parameters that are never pruned.
         seed: The seed of random scores and random growth.
+        calibration: How many sequences of the training data give activation norms, for scores that need them.
 
     Raises:
         ValueError: A name is unknown, or choices cannot be combined.
@@ -42,11 +44,12 @@ class Choices:
     normalize: str = "none"
     scope: Scope = "global"  # type: ignore[assignment]
     groups: Sequence[Group] = ()
-    pattern: NofM | None = UNSTRUCTURED  # type: ignore[assignment]
+    pattern: Pattern | None = UNSTRUCTURED  # type: ignore[assignment]
     update: Update = "shrink"  # type: ignore[assignment]
     include: Sequence[str] | None = None
     requires_dense: Sequence[str] = ()
     seed: int = 0
+    calibration: int = USUAL_SEQUENCES
     events: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,14 +67,25 @@ class Choices:
             )
         if not self.events:
             self._check_nothing_else_is_chosen()
-        if self.score.needs and 0 in self.events:
+        check_calibration(self.calibration, self.score)
+        if {*self.score.needs} - {"activations"} and 0 in self.events:
             need = "gradient of the step before" if "gradient" in self.score.needs else "optimizer's state"
             raise ValueError(
                 f"score={name_of(self.score)} needs the {need}, but the first event is before step 0: start the window at "
                 "step 1 or later."
             )
         self.update.check(self.schedule, self.pattern)
-        if self.pattern is not None and not self.scope.is_even:
+        if self.scope.is_by_row and (self.pattern is not None or isinstance(self.update, Regrowing)):
+            reason = (
+                f"pattern={self.pattern} compares weights by block"
+                if self.pattern is not None
+                else f"update={self.update.name} grows weights in any row"
+            )
+            raise ValueError(
+                f"{reason}, and scope={name_of(self.scope)} compares the inputs of one neuron: take scope=uniform, or another "
+                f"{'pattern' if self.pattern is not None else 'update'}."
+            )
+        if isinstance(self.pattern, NofM) and not self.scope.is_even:
             raise ValueError(
                 f"pattern={self.pattern} takes the same share of every layer, which scope={name_of(self.scope)} does not: "
                 "use scope=uniform or global, or pattern=unstructured."

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from sparsity.notices import warn_on_rank_0
-from sparsity.pattern import NofM
+from sparsity.pattern import Pattern
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 _EXPERT_PATH, _EXPERT_CLASS = re.compile(r"expert|(?<![a-z])moe(?![a-z])"), re.compile("Expert|MoE|Moe")
@@ -74,8 +74,22 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def check_pattern(model: nn.Module, parameters: Mapping[str, Tensor], pattern: NofM) -> None:
+def check_pattern(model: nn.Module, parameters: Mapping[str, Tensor], pattern: Pattern) -> None:
     """Raise a ValueError if the pattern cannot run along the input dimension of a parameter."""
+    check_inputs_are_last(model, parameters, f"pattern={pattern} runs", "take pattern=unstructured")
+    for name, param in parameters.items():
+        pattern.check_shape(name, param.shape)
+
+
+def check_inputs_are_last(model: nn.Module, parameters: Mapping[str, Tensor], words: str, remedy: str) -> None:
+    """Raise a ValueError if a parameter is not known to be [out, in] or [expert, out, in].
+
+    Args:
+        model: Any module.
+        parameters: Some of its parameters by name.
+        words: The choice that needs this, with its verb, for the error.
+        remedy: What else to choose.
+    """
     for path, module in model.named_modules():
         for own in module._parameters:
             name = _joined(path, own)
@@ -83,16 +97,14 @@ def check_pattern(model: nn.Module, parameters: Mapping[str, Tensor], pattern: N
                 continue
             if _is_conv1d(module):
                 raise ValueError(
-                    f"pattern={pattern} runs along the inputs of a weight [out, in], and {name} is a Conv1D's, [in, out], "
-                    "whose inputs FSDP2 shards: name it in requires_dense, or use pattern=unstructured."
+                    f"{words} along the inputs of a weight [out, in], and {name} is a Conv1D's, [in, out], "
+                    f"whose inputs FSDP2 shards: name it in requires_dense, or {remedy}."
                 )
             if parameters[name].dim() == 3 and getattr(module, "is_transposed", None) is not False:
                 raise ValueError(
-                    f"pattern={pattern} runs along the inputs of experts [expert, out, in], but nothing says that {name} "
-                    "is stored that way (is_transposed=False): name it in requires_dense, or use pattern=unstructured."
+                    f"{words} along the inputs of experts [expert, out, in], but nothing says that {name} "
+                    f"is stored that way (is_transposed=False): name it in requires_dense, or {remedy}."
                 )
-    for name, param in parameters.items():
-        pattern.check_shape(name, param.shape)
 
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:

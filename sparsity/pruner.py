@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from sparsity.activations import Calibration, check_inputs, input_norms
+from sparsity.blocks import count_mixed_blocks, keep_whole_blocks_
 from sparsity.choices import Choices
 from sparsity.collapse import all_zero_names, refuse_all_zero
 from sparsity.event import count_overfull_blocks, prune_pool_
@@ -30,7 +34,15 @@ from sparsity.mask import (
 )
 from sparsity.norms import inverse_norms
 from sparsity.notices import frozen_notice, left_out_notice, warn_on_rank_0
-from sparsity.prunable import check_pattern, left_out, own_linear_weights, plain_name, prunable_parameters
+from sparsity.pattern import Blocks
+from sparsity.prunable import (
+    check_inputs_are_last,
+    check_pattern,
+    left_out,
+    own_linear_weights,
+    plain_name,
+    prunable_parameters,
+)
 from sparsity.registry import name_of
 from sparsity.schedule import Ramp, Schedule
 from sparsity.scope import Pool, make_pools, seen_together
@@ -71,6 +83,8 @@ class Pruner:
         """The ranks over which the parameters are sharded; set by `bind`."""
         self.parameters: dict[str, Tensor] = {}
         """The prunable parameters by name; set by `bind`."""
+        self.input_norms: dict[str, Tensor] = {}
+        """The norm of each input of each parameter's layer; set by `calibrate`."""
         self.on_gradient: Callable[[ParameterShard, Tensor], bool] | None = None
         """Called with each gradient before it is masked; returns whether to mask it."""
         self._has_frozen = False
@@ -100,10 +114,9 @@ class Pruner:
     def bind(self, model: nn.Module) -> None:
         """Find the prunable parameters of a prepared model and mask their gradients from now on."""
         self.unbind()
-        self.threshold, self.inherited = None, {}
+        self.threshold, self.inherited, self.input_norms = None, {}, {}
         self.parameters = prunable_parameters(model, self.choices.include, self.choices.requires_dense)
-        if self.choices.pattern is not None:
-            check_pattern(model, self.parameters, self.choices.pattern)
+        self._check_layers(model)
         check_factor_names(self.parameters, self.choices.factors)
         self._say_what_is_pruned(model)
         self.kept = {name: param.numel() for name, param in self.parameters.items()}
@@ -113,12 +126,32 @@ class Pruner:
         if isinstance(self.schedule, Ramp):
             self.overall = seen_together(self.schedule, self.pools)
         self.layout = rank_layout(list(self.parameters.values()))
+        self._check_shards()
         self.shards = make_shards(self.parameters)
         self._updates_leave_zeros = False
         self._hooks = [
             param.register_post_accumulate_grad_hook(partial(self._mask_gradient, shard))
             for param, shard in zip(self.parameters.values(), self.shards, strict=True)
         ]
+
+    def _check_layers(self, model: nn.Module) -> None:
+        """Raise a ValueError if the choices do not fit the layers of the parameters."""
+        choices = self.choices
+        if choices.pattern is not None:
+            check_pattern(model, self.parameters, choices.pattern)
+        if choices.scope.is_by_row:
+            check_inputs_are_last(
+                model, self.parameters, f"scope={name_of(choices.scope)} compares", "take scope=uniform"
+            )
+        if "activations" in choices.score.needs:
+            check_inputs(model, self.parameters, name_of(choices.score))
+
+    def _check_shards(self) -> None:
+        """Raise a ValueError if blocks of the pattern would be on two ranks."""
+        if isinstance(self.choices.pattern, Blocks) and self.layout.shard_group is not None:
+            num_ranks = dist.get_world_size(self.layout.shard_group)
+            for name, param in self.parameters.items():
+                self.choices.pattern.check_shards(name, param.shape, num_ranks)
 
     def _mask_gradient(self, shard: ParameterShard, param: Tensor) -> None:
         """Set pruned gradients to exactly 0, NaN included, as soon as they are accumulated and before any clipping.
@@ -177,12 +210,19 @@ class Pruner:
         Collective: over the shard group.
         """
         masks_from_zeros(self.shards)
+        if isinstance(self.choices.pattern, Blocks):
+            keep_whole_blocks_(self.shards, self.choices.pattern)
         self.recount()
         self.check_blocks()
 
     def scheduled(self, step: int) -> list[int]:
         """Return how many weights of each pool are pruned while `step` runs; step -1 is before the run."""
-        return self.choices.scope.counts(self.pools, self.schedule, step)
+        return self._whole(self.choices.scope.counts(self.pools, self.schedule, step))
+
+    def _whole(self, counts: list[int]) -> list[int]:
+        """Return counts of pruned weights as the pattern can have them."""
+        pattern = self.choices.pattern
+        return counts if pattern is None else [pattern.whole(count) for count in counts]
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
         """Run the event before `step`: prune each pool to its scheduled density.
@@ -197,7 +237,21 @@ class Pruner:
         Collective: over all ranks.
         """
         before = [self.num_pruned(pool) for pool in self.pools]
-        self.prune_to(self.choices.scope.allocate(self.pools, [density] * len(self.pools), before), optimizer)
+        counts = self.choices.scope.allocate(self.pools, [density] * len(self.pools), before)
+        self.prune_to(self._whole(counts), optimizer)
+
+    def calibrate(self, model: nn.Module, calibration: Calibration, device: torch.device | None = None) -> None:
+        """Collect the activation norms that the score needs, for all events until the next call.
+
+        Collective: over all ranks.
+
+        Args:
+            model: The prepared model.
+            calibration: The text.
+            device: Where the model computes; None: where its weights are.
+        """
+        device = device or self.shards[0].values.device
+        self.input_norms = input_norms(model, self.parameters, calibration, device)
 
     def prune_to(
         self, counts: Sequence[int], optimizer: Any = None, before_zeroing: Callable[[], None] | None = None
@@ -221,11 +275,16 @@ class Pruner:
                     if score.is_zero_first:
                         whole = [shard for shard in shards if before[shard.name] == shard.full_numel]
                         refuse_all_zero(all_zero_names(whole, self.layout), "at its first prune event")
-                    threshold = prune_pool_(
-                        shards, count, pattern=self.choices.pattern, score=score, layout=self.layout
+                    key = prune_pool_(
+                        shards,
+                        count,
+                        pattern=self.choices.pattern,
+                        by_row=self.choices.scope.is_by_row,
+                        score=score,
+                        layout=self.layout,
                     )
-                    assert threshold is not None
-                    keys.append(threshold.key)
+                    assert key is not None
+                    keys.append(key)
         if not keys:
             return
         if before_zeroing is not None:
@@ -260,7 +319,7 @@ class Pruner:
 
     @contextmanager
     def event_score(self, optimizer: Any) -> Iterator[Score]:
-        """Yield the score of one event with its factors; the shards hold the gradients and states it needs until the end.
+        """Yield the score of one event with its factors; the shards hold what it needs until the end.
 
         Collective: over the shard group.
         """
@@ -275,10 +334,19 @@ class Pruner:
             yield scaled(choices.score, factors)
         finally:
             for shard in self.shards:
-                shard.state, shard.gradient = {}, None
+                shard.state, shard.gradient, shard.input_norms = {}, None, None
 
     def _lend(self, score: Score, optimizer: Any) -> None:
-        """Put the gradients and optimizer states that a score needs into the shards."""
+        """Put the gradients, optimizer states and activation norms that a score needs into the shards."""
+        if "activations" in score.needs:
+            if not self.input_norms:
+                raise ValueError(
+                    f"score={name_of(score)} needs activation norms: call the pruner's calibrate() before."
+                )
+            for shard in self.shards:
+                shard.input_norms = self.input_norms[shard.name].to(shard.values.device)
+        if not {*score.needs} - {"activations"}:
+            return
         if optimizer is None:
             raise ValueError(f"score={name_of(score)} needs the optimizer: pass it when pruning.")
         for param, shard in zip(self.parameters.values(), self.shards, strict=True):
@@ -335,7 +403,13 @@ class Pruner:
         Collective: over the shard group.
         """
         pattern = self.choices.pattern
-        if pattern is not None and (overfull := count_overfull_blocks(self.shards, pattern, self.layout)):
+        if isinstance(pattern, Blocks):
+            if mixed := count_mixed_blocks(self.shards, pattern, self.layout):
+                raise ValueError(
+                    f"{mixed:,} blocks of {pattern} have both kept and pruned weights: start from a dense model or one of this "
+                    "pattern, or take pattern=unstructured."
+                )
+        elif pattern is not None and (overfull := count_overfull_blocks(self.shards, pattern, self.layout)):
             raise ValueError(
                 f"{overfull:,} blocks of {pattern.block} weights have more than {pattern.block - pattern.kept} zeros, so "
                 f"pattern={pattern} cannot end at its sparsity: start from a dense model or one of this pattern, or use "

@@ -49,6 +49,10 @@ class Rule:
         """
         self.pruner.prune_at(step, optimizer)
 
+    def chooses_at(self, step: int) -> bool:
+        """Return whether scores rank weights before `step` trains or by its gradients."""
+        return self.acts_before(step) or self.moves_after_backward(step)
+
     def begin_step(self, step: int) -> None:
         """Start to collect the dense gradients of `step` if a move in it or the event after it needs them."""
         pruner = self.pruner

@@ -68,6 +68,8 @@ class Scope(Method):
     """Whether weights of different parameters compete; only then do factors and norms have an effect."""
     is_even: bool = True
     """Whether every layer can end at its group's sparsity, as a pattern requires."""
+    is_by_row: bool = False
+    """Whether a weight competes only with those of its own row, the inputs of one neuron."""
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """Divide the parameters `names` of a group into pools; return the names of each pool."""
@@ -107,6 +109,23 @@ class Uniform(Scope):
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         return [(name,) for name in names]
+
+
+class Row(Uniform):
+    """A threshold for each row, the inputs of one neuron: every neuron loses the same number of weights.
+
+    Each row of n inputs loses round((1 - density) n). This is the comparison group of Wanda (arXiv 2306.11695).
+    """
+
+    name = "row"
+    label = "every neuron to its target"
+    is_by_row = True
+
+    def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
+        return [
+            pool.numel // pool.shape[-1] * num_pruned(pool.shape[-1], density)
+            for pool, density in zip(pools, densities, strict=True)
+        ]
 
 
 class Erk(Uniform):
@@ -193,7 +212,7 @@ def erk_counts(shapes: Sequence[tuple[int, ...]], density: float, before: Sequen
     return [had + gain for had, gain in zip(before, gains, strict=True)]
 
 
-SCOPES: Registry[Scope] = Registry("scope", {scope.name: scope for scope in (Global(), Uniform(), Erk())}, Scope)
+SCOPES: Registry[Scope] = Registry("scope", {scope.name: scope for scope in (Global(), Uniform(), Erk(), Row())}, Scope)
 
 
 def make_pools(

@@ -7,21 +7,24 @@ a score, extend `Score` and return `values`; their bits become the keys. Importi
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from sparsity.factors import factor_of
 from sparsity.registry import Method, Registry, name_of
+from sparsity.update import WEIGHT_GRADIENT_SHARE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sparsity.schedule import Schedule
     from sparsity.shards import ParameterShard
 
 NUM_KEY_BITS = 31
 SIGN_OFF = 0x7FFFFFFF
-Need = Literal["gradient", "state"]
+Need = Literal["gradient", "state", "activations"]
 
 
 class Score(Method):
@@ -29,7 +32,8 @@ class Score(Method):
 
     needs: tuple[Need, ...] = ()
     """The data that a shard must hold in addition to values and mask: "gradient" for `shard.gradient`, the dense gradient
-    of the step before the event; "state" for `shard.state`, the optimizer's state by name."""
+    of the step before the event; "state" for `shard.state`, the optimizer's state by name; "activations" for
+    `shard.input_norms`, the norm of each of the layer's inputs over calibration text."""
     has_values: bool = True
     """Whether keys are the bits of float32 numbers; only then do factors, norms and the threshold have a meaning."""
     is_zero_first: bool = False
@@ -56,6 +60,13 @@ class Score(Method):
     def seeded(self, seed: int) -> Score:
         """Return the score with a run's seed: the score itself, unless it is random."""
         return self
+
+    def extra_compute(self, schedule: Schedule, num_steps: int) -> float:
+        """Return the compute beyond the sum of densities, in steps of the dense model: gradients of pruned weights."""
+        if "gradient" not in self.needs:
+            return 0.0
+        before = [event - 1 for event in schedule.events() if 0 < event < num_steps]
+        return WEIGHT_GRADIENT_SHARE * math.fsum(1 - schedule.density(step) for step in before)
 
     def __call__(self, shard: ParameterShard, part: slice) -> Tensor:
         return self.keys(shard, part)
@@ -99,6 +110,22 @@ class Saliency(Score):
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
         assert shard.gradient is not None
         return (shard.values[part].float() * shard.gradient[part]).abs()
+
+
+class Wanda(Score):
+    """The magnitude |w| times the L2 norm of the weight's input over calibration text; usual with scope=row.
+
+    Sun et al. 2023 (arXiv 2306.11695).
+    """
+
+    name = "wanda"
+    label = "lowest |w| times the norm of its input first"
+    needs = ("activations",)
+    is_zero_first = True
+
+    def values(self, shard: ParameterShard, part: slice) -> Tensor:
+        assert shard.input_norms is not None
+        return shard.values[part].float().abs() * shard.input_norms[shard.index(part) % shard.shape[-1]]
 
 
 class Random(Score):
@@ -164,7 +191,9 @@ class Given(Score):
 
 
 magnitude = Magnitude()
-SCORES: Registry[Score] = Registry("score", {score.name: score for score in (magnitude, Saliency(), Random())}, Score)
+SCORES: Registry[Score] = Registry(
+    "score", {score.name: score for score in (magnitude, Saliency(), Wanda(), Random())}, Score
+)
 
 
 def key_spacing_bits(shards: Sequence[ParameterShard], score: Score) -> int:

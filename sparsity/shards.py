@@ -18,7 +18,7 @@ class ParameterShard:
     `values` [local numel] is a flat view of the parameter, so writing to it changes the weight. `mask` [local numel] is True
     for kept weights. Both cover the flat indices offset .. offset + local numel of the full tensor, which has `full_numel`
     elements in the shape `shape`. `gradient` [local numel] and `state`, {name: [local numel]}, are set only during an event
-    whose score needs them.
+    whose score needs them, and so is `input_norms`.
     """
 
     name: str
@@ -29,6 +29,8 @@ class ParameterShard:
     shape: tuple[int, ...] = ()
     gradient: Tensor | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    input_norms: Tensor | None = None
+    """The norm of each input of the layer over calibration text, float32 [inputs], whatever part of the weight this is."""
     stride: int = 1
     """Distance in the full tensor from one of `values` to the next: 1 except in samples."""
 

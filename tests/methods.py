@@ -15,7 +15,7 @@ from sparsity.shards import ParameterShard
 from sparsity.update import AcDc, Rigl, Set, Shrink, Ste
 
 NUM_STEPS = 6
-TARGETS = {"unstructured": 0.8, "2:4": 0.5, "1:4": 0.75}
+TARGETS = {"unstructured": 0.8, "2:4": 0.5, "1:4": 0.75, "1x4": 0.8}
 SCHEDULES = ("geometric", "cubic", "linear", "one_shot", "constant", "fixed")
 SCOPES = ("global", "uniform", "erk")
 GROUPS = {
@@ -23,6 +23,7 @@ GROUPS = {
     "dense attention": (Group(("*attn*",), 0.0),),
     "own targets": (Group(("*q_proj*", "*k_proj*"), 0.25), Group(("*mlp*",), 0.9)),
 }
+PATTERNS = ("unstructured", "2:4", "1:4")
 SCORES = ("magnitude", "random", "scaled", "own")
 """The scores. `scaled` is magnitude with the factors below, divided by norms; `own` is `Steps`."""
 FACTORS = {"*q_proj*": 0.0625, "*down_proj*": 3.0}
@@ -59,7 +60,7 @@ class Method:
 
 
 METHODS = [
-    *(Method(*choice) for choice in product(SCHEDULES, SCOPES, GROUPS, TARGETS, SCORES)),
+    *(Method(*choice) for choice in product(SCHEDULES, SCOPES, GROUPS, PATTERNS, SCORES)),
     *(
         Method(*choice)
         for choice in product(
@@ -67,6 +68,33 @@ METHODS = [
             ("magnitude",), list(UPDATES)[1:],
         )
     ),
+    *(
+        Method(*choice)
+        for choice in product(
+            ("geometric", "constant", "fixed"), SCOPES, ("none", "own targets"), ("1x4",), ("magnitude", "random", "scaled"),
+        )
+    ),
+    *(Method(*choice) for choice in product(("cubic",), ("global",), ("none",), ("1x4",), ("magnitude",), list(UPDATES)[1:])),
+    *(
+        Method(*choice)
+        for choice in product(
+            ("cubic", "one_shot", "constant"), ("row",), ("none", "own targets"), ("unstructured", "2:4", "1x4"),
+            ("magnitude", "random", "scaled", "wanda"),
+        )
+    ),
+    *(
+        Method(*choice)
+        for choice in product(
+            ("cubic", "alternating"), ("row",), ("none",), ("unstructured",), ("magnitude", "wanda"), list(UPDATES)[1:],
+        )
+    ),
+    *(
+        Method(*choice)
+        for choice in product(
+            ("cubic", "one_shot", "constant"), SCOPES, ("none",), ("unstructured", "2:4", "1x4"), ("wanda",),
+        )
+    ),
+    *(Method("constant", "global", "none", "unstructured", "wanda", update) for update in ("set", "rigl")),
     Method("alternating", "global", "none", "unstructured", "magnitude"),
     *(Method(*choice, "none", "unstructured", "saliency") for choice in product(("one_shot", "cubic", "constant"), SCOPES)),
 ]  # fmt: skip
@@ -86,6 +114,12 @@ def reason_to_refuse(method: Method) -> str | None:
         return "take schedule=alternating" if method.update == "acdc" else "take update=acdc"
     if method.update in ("set", "rigl") and method.pattern != "unstructured":
         return f"update={method.update} grows weights anywhere, which pattern={method.pattern} does not allow"
+    if method.scope == "row" and method.pattern != "unstructured":
+        return f"pattern={method.pattern} compares weights by block, and scope=row compares the inputs of one neuron"
+    if method.scope == "row" and method.update in ("set", "rigl"):
+        return f"update={method.update} grows weights in any row, and scope=row compares the inputs of one neuron"
+    if method.pattern == "1x4":
+        return None
     if method.pattern != "unstructured" and method.scope == "erk":
         return f"pattern={method.pattern} takes the same share of every layer, which scope=erk does not"
     if method.pattern != "unstructured" and method.groups == "own targets":

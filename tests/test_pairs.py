@@ -10,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf.compose import composed
-from eval.runs.pairs.comparison import compare, curve_loss, read_trials
+from eval.runs.pairs.comparison import compare, curve_loss
 from eval.runs.pairs.text import cells, markdown, usual_settings
+from eval.runs.trials import read_trials
 from tests.commands import run_command
 
 

@@ -25,7 +25,7 @@ SUMMARY_KEYS = {
     "run_name", "world_size", "fsdp_version", "total_params", "linear_params", "nonzero_linear_params", "sparsity",
     "average_density", "avg_linear_params", "steps", "batch_tokens", "total_tokens", "learning_rate",
     "final_train_loss", "final_train_loss_std", "perplexity", "bits_per_byte", "unigram_bits_per_byte",
-    "prune_start_step", "prune_end_step", "seconds",
+    "prune_start_step", "prune_end_step", "seconds", "training_flops_dense", "training_flops_average",
 }  # fmt: skip
 
 

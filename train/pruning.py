@@ -30,6 +30,10 @@ class RunSparsity(SparsityCallback):
         with self.clock.pause():
             return super().prune_at(*args, **kwargs)
 
+    def calibrate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.pause():
+            return super().calibrate(*args, **kwargs)
+
     def carry_over(self, saved: dict[str, Any] | None, step: int) -> None:
         """Take over the masks and the average density of another run at `step`.
 
@@ -97,6 +101,7 @@ def sparsity_callback(config: Config, plan: RunPlan, branch: Branch | None = Non
         pattern=sparsity.pattern,
         update=sparsity.make_update(),
         seed=config.trainer.seed,
+        calibration=sparsity.calibration,
         report=False,
         **patterns,
     )

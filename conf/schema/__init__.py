@@ -12,6 +12,7 @@ from conf.schema.compact import CompactConfig
 from conf.schema.data import DataConfig
 from conf.schema.evaluation import EvalConfig
 from conf.schema.law import PredictConfig, ScalingLawConfig
+from conf.schema.methods import MethodsConfig
 from conf.schema.model import ModelConfig
 from conf.schema.output import CardConfig, ExportConfig, LoggerConfig
 from conf.schema.pairs import PairsConfig
@@ -23,8 +24,8 @@ from conf.schema.trainer import OptimConfig, TrainerConfig
 
 __all__ = [
     "SCHEMAS", "CardConfig", "CompactConfig", "Config", "DashboardConfig", "DataConfig", "EvalConfig", "ExportConfig",
-    "LaunchConfig", "LoggerConfig", "ModelConfig", "OptimConfig", "PairsConfig", "PlanConfig", "PredictConfig",
-    "ReportConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig", "register",
+    "LaunchConfig", "LoggerConfig", "MethodsConfig", "ModelConfig", "OptimConfig", "PairsConfig", "PlanConfig",
+    "PredictConfig", "ReportConfig", "ScalingLawConfig", "SparsityConfig", "TrainerConfig", "WindowConfig", "register",
     "tokenizer_of",
 ]  # fmt: skip
 
@@ -35,6 +36,7 @@ SCHEMAS: dict[str, type] = {
     "compact": CompactConfig,
     "scaling_law": ScalingLawConfig,
     "pairs": PairsConfig,
+    "methods": MethodsConfig,
     "report": ReportConfig,
     "dashboard": DashboardConfig,
 }

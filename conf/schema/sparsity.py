@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from conf.schema.checks import check, check_choice
+from sparsity.calibration import USUAL_SEQUENCES, check_calibration
 from sparsity.factors import check_factors
 from sparsity.pattern import parse_pattern
 from sparsity.schedule import SCHEDULES
@@ -99,10 +100,13 @@ class SparsityConfig:
     groups: list[GroupConfig] = field(default_factory=list)
     """Groups of parameters with their own targets; all other parameters follow `target`."""
     pattern: str = "unstructured"
-    """Positions that may be pruned: `unstructured` for any, or N:M; "2:4" keeps 2 of every 4 consecutive inputs."""
+    """Positions that may be pruned: `unstructured` for any; N:M, "2:4" keeps 2 of every 4 consecutive inputs; RxC, 4x1
+    prunes blocks of 4 outputs x 1 input."""
     update: str = "shrink"
     """Rule by which pruned weights may come back."""
     moves: MovesConfig = field(default_factory=MovesConfig)
+    calibration: int = USUAL_SEQUENCES
+    """Sequences of the training text that give activation norms at each event, for score=wanda."""
     include: list[str] | None = None
     """Name patterns (`*` matches anything) of the parameters to prune; null takes every linear layer's weight."""
     requires_dense: list[str] = field(default_factory=list)
@@ -116,6 +120,7 @@ class SparsityConfig:
         score = SCORES.find(self.score, "sparsity.score")
         scope = SCOPES.find(self.scope, "sparsity.scope")
         check_factors(self.factors, score, scope, self.normalize)
+        check_calibration(self.calibration, score)
         SCHEDULES.find(self.schedule, "sparsity.schedule")
         parse_pattern(self.pattern)
         self.make_update()

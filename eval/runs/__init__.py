@@ -1,1 +1,1 @@
-"""Comparison of many runs: the scaling law, pairs of sparse and dense runs, the report page, a sweep's figure."""
+"""Many runs: the scaling law, pairs of sparse and dense runs, ways to prune, the report page, a sweep's figure."""

@@ -22,9 +22,10 @@ from eval.runs.law.fit import bootstrap, fit_law
 from eval.runs.law.points import read_points
 from eval.runs.law.report import interval, report
 from eval.runs.law.text import report_text
-from eval.runs.pairs.comparison import compare, read_trials
+from eval.runs.pairs.comparison import compare
 from eval.runs.pairs.figure import draw_pairs
 from eval.runs.pairs.text import markdown
+from eval.runs.trials import read_trials
 from tests.benchmarks.page import table
 from tests.gpu.page import origin
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from conf.schema import ModelConfig
 from conf.schema.model import BY_CONFIG
-from sparsity.pattern import NofM
+from sparsity.pattern import Pattern
 from train.plan.folders import CONFIG, model_folder
 
 SIZES = (
@@ -233,8 +233,8 @@ def prunable_meta(model: ModelConfig, include: Sequence[str] | None, requires_de
         return prunable_parameters(meta_model(model), include, requires_dense)
 
 
-def check_pattern_meta(model: ModelConfig, names: Iterable[str], pattern: NofM) -> None:
-    """Refuse an N:M pattern for a weight that stores its inputs first, in a model by `path`.
+def check_pattern_meta(model: ModelConfig, names: Iterable[str], pattern: Pattern) -> None:
+    """Refuse a pattern for a weight that stores its inputs first, in a model by `path`.
 
     Raises:
         ValueError: See `sparsity.prunable.check_pattern`.

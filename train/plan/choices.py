@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from conf.schema import Config
 from sparsity.registry import label_of
+from sparsity.score import SCORES
 
 
 def choice_words(config: Config, *, prunes: bool) -> list[str]:
@@ -32,6 +33,10 @@ def choice_words(config: Config, *, prunes: bool) -> list[str]:
     words += [f"scores of {pattern} times {factor:g}" for pattern, factor in sparsity.factors.items()]
     if sparsity.normalize != "none":
         words.append(f"each parameter's scores divided by their {sparsity.normalize} norm")
+    if "activations" in SCORES.find(sparsity.score).needs:
+        words.append(
+            f"norms of inputs over {sparsity.calibration} sequences of the training text (sparsity.calibration)"
+        )
     if sparsity.update != "shrink":
         words.append(label_of(sparsity.make_update()))
     return words

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from conf.schema import ModelConfig
 from train.plan.counts import count_parameters
 from train.plan.counts import flops_per_token as flops_per_token
+
+if TYPE_CHECKING:
+    from train.plan.run import RunPlan
 
 SECONDS_PER_DAY = 86_400
 FORMULA = "tokens x (6 x linear parameters + 12 x layers x width x sequence length)"
@@ -39,6 +43,39 @@ def training_flops(model: ModelConfig, avg_linear_params: float, sequence_length
     return Flops(
         dense=total_tokens * flops_per_token(model, linear, sequence_length),
         average=total_tokens * flops_per_token(model, avg_linear_params, sequence_length),
+    )
+
+
+def run_flops(plan: RunPlan, avg_linear_params: float) -> Flops:
+    """Return the FLOPs of a run with what its method computes beyond the weights that are active in the forward pass.
+
+    The convention is that of RigL (arXiv 1911.11134, its appendix on FLOPs). A step of a sparse model costs its forward pass,
+    as much again for the gradients of its inputs, and as much again for those of its weights. `average` counts all three for
+    active weights, but in a step that needs the gradients of all weights the third is a dense model's. Such steps are RigL's
+    and GraNet's moves, all steps of the straight-through estimator, and the steps before the events of a score that needs
+    gradients. The dense phases of AC/DC are in the average density. The forward passes over calibration text count in both.
+
+    Args:
+        plan: The run's plan.
+        avg_linear_params: The linear weights that are active in the forward pass on average, planned or measured.
+    """
+    trained = training_flops(plan.model, avg_linear_params + plan.extra_linear, plan.sequence_length, plan.total_tokens)
+    calibrated = _calibration_flops(plan)
+    return Flops(trained.dense + calibrated.dense, trained.average + calibrated.average)
+
+
+def _calibration_flops(plan: RunPlan) -> Flops:
+    """Return the FLOPs of the forward passes that give a score its activations."""
+    if plan.schedule is None or not plan.calibration:
+        return Flops(0.0, 0.0)
+    moves = plan.update.moves(plan.schedule.base, plan.num_steps)
+    steps = sorted({*plan.schedule.events(), *moves})
+    densities = [plan.schedule.density(step - 1) if step else 1.0 for step in steps]
+    linear, tokens = plan.counts.linear, plan.calibration * plan.sequence_length
+    active = [linear - (1 - density) * plan.num_prunable for density in densities]
+    return Flops(
+        dense=tokens * len(steps) * flops_per_token(plan.model, linear, plan.sequence_length) / 3,
+        average=tokens * sum(flops_per_token(plan.model, one, plan.sequence_length) for one in active) / 3,
     )
 
 

@@ -12,9 +12,9 @@ from train.plan.choices import choice_words
 from train.plan.compute import (
     FORMULA,
     event_network_bytes,
+    run_flops,
     step_network_bytes,
     training_days,
-    training_flops,
 )
 from train.plan.disk import checkpoint_bytes, export_bytes
 from train.plan.gathering import run_setting
@@ -34,9 +34,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
     row = table_row(config, plan)
     num_prunable = plan.num_prunable
     setting = run_setting(config, plan, parse_bytes(memory_of(request)), request.memory_headroom)
-    flops = training_flops(
-        plan.model, row["avg_linear_params"] + plan.extra_linear, plan.sequence_length, plan.total_tokens
-    )
+    flops = run_flops(plan, row["avg_linear_params"])
     days = training_days(flops.dense, plan.world_size, peak_of(request), request.mfu)
     twin = plan.twin
     return {
@@ -110,7 +108,7 @@ def _schedule(config: Config, plan: RunPlan) -> dict[str, Any]:
         "pattern": config.sparsity.pattern,
         "score": config.sparsity.score,
         "groups": [{"include": group.include, "target": group.target} for group in config.sparsity.groups],
-        "num_thresholds": len(plan.pools),
+        "num_thresholds": plan.num_thresholds,
         "prune_start_step": schedule.start_step,
         "prune_end_step": schedule.end_step,
         "every_steps": schedule.every_steps,

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import Config, ModelConfig
-from sparsity.pattern import parse_pattern
+from sparsity.pattern import Blocks, Pattern, parse_pattern
 from sparsity.schedule import SCHEDULES, Mixed, Ramp
 from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
+from sparsity.score import SCORES, Score
 from sparsity.update import Update
 from sparsity.window import compute_window, schedule_of_window
 from train.plan.architecture import default_length, describe, resolved
 from train.plan.branch import planned_steps
 from train.plan.counts import ParameterCounts, count_parameters
-from train.plan.names import planned_pools
+from train.plan.names import planned_pools, prunable_shapes
 from train.plan.twin import DenseTwin, dense_twin
 
 
@@ -38,6 +39,12 @@ class RunPlan:
     """The rule that divides the pruned weights among the pools."""
     update: Update
     """The rule that determines whether pruned weights may return."""
+    score: Score
+    """The rule that ranks weights."""
+    pattern: Pattern | None
+    """The positions that may be pruned; None for all."""
+    calibration: int
+    """The number of sequences whose activations the score needs at each event; 0 if it needs none."""
     model: ModelConfig
     """The model to train: the configured one, or its dense twin."""
     counts: ParameterCounts
@@ -67,8 +74,19 @@ class RunPlan:
     @property
     def extra_linear(self) -> float:
         """The average number of pruned linear weights that cost compute too, because their gradients are needed."""
-        extra = self.update.extra_compute(self.schedule, self.num_steps) if self.schedule else 0.0
+        if self.schedule is None:
+            return 0.0
+        extra = self.update.extra_compute(self.schedule, self.num_steps)
+        if self.update.gradients != "dense":
+            extra += self.score.extra_compute(self.schedule, self.num_steps)
         return extra / self.num_steps * self.num_prunable
+
+    @property
+    def num_thresholds(self) -> int:
+        """The number of sets of weights that compete with each other."""
+        if self.scope.is_by_row:
+            return sum(pool.numel // pool.shape[-1] for pool in self.pools)
+        return len(self.pools)
 
     @property
     def num_prunable(self) -> int:
@@ -80,7 +98,8 @@ class RunPlan:
         if self.schedule is None:
             return 0
         base = self.schedule.base
-        return sum(self.scope.counts(self.pools, base, base.end_step))
+        counts = self.scope.counts(self.pools, base, base.end_step)
+        return sum(counts if self.pattern is None else map(self.pattern.whole, counts))
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
@@ -102,12 +121,14 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         )
     pools = planned_pools(model, config.sparsity)
     batch_size, micro, accumulation = _split_batch(config, world_size)
+    _check_shards(model, config, world_size)
     schedule, num_steps = _schedule_and_steps(config, pools, batch_size * sequence_length)
     target_sparsity = schedule.sparsity if schedule else None
     twin = None
     if model.match == "average":
         twin = dense_twin(model, _average_linear(model, pools, schedule, num_steps))
         model, schedule = twin.model, None
+    score = SCORES.find(config.sparsity.score)
     return RunPlan(
         run_dir=run_directory(config),
         world_size=world_size,
@@ -120,6 +141,9 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         pools=tuple(pools) if schedule else (),
         scope=SCOPES.find(config.sparsity.scope),
         update=config.sparsity.make_update(),
+        score=score,
+        pattern=parse_pattern(config.sparsity.pattern),
+        calibration=config.sparsity.calibration if "activations" in score.needs else 0,
         model=model,
         counts=count_parameters(model),
         target_sparsity=target_sparsity,
@@ -172,6 +196,14 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
             "pruned weights return: use sparsity.update=shrink, or start from new weights."
         )
     return seen_together(schedule, pools), num_steps
+
+
+def _check_shards(model: ModelConfig, config: Config, world_size: int) -> None:
+    """Refuse blocks that FSDP2 would share out to two ranks; what a config of the user's own shards is checked at the start."""
+    pattern, num_ranks = parse_pattern(config.sparsity.pattern), max(1, world_size // config.launch.num_replicas)
+    if isinstance(pattern, Blocks) and config.sparsity.target and config.launch.config_file is None:
+        for name, shape in prunable_shapes(model, config.sparsity).items():
+            pattern.check_shards(name, shape, num_ranks)
 
 
 def decay_length(decay_steps: float, num_steps: int) -> int:

@@ -16,6 +16,7 @@ from conf.schema.data import SourceConfig
 from sparsity.prunable import own_linear_weights
 from sparsity.shards import local_values, rank_layout
 from train.plan.choices import choice_words
+from train.plan.compute import run_flops
 from train.plan.run import RunPlan
 from train.scoring import Score
 
@@ -120,7 +121,7 @@ def summarize(
     loss, spread = final_loss(step_losses)
     linear = plan.counts.linear
     average_linear = linear - (1 - average_density) * num_prunable
-    schedule = plan.schedule
+    schedule, flops = plan.schedule, run_flops(plan, average_linear)
     return {
         "run_name": plan.run_dir.name,
         "model": plan.model.name,
@@ -139,6 +140,8 @@ def summarize(
         "steps": len(step_losses),
         "batch_tokens": plan.batch_tokens,
         "total_tokens": plan.total_tokens,
+        "training_flops_dense": flops.dense,
+        "training_flops_average": flops.average,
         **{
             f"{kind}_by_source": {
                 name[len(kind) + 1 :]: value for name, value in by_source.items() if name.startswith(kind)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.runs.pairs.comparison import Comparison, Trial, curve
+from eval.runs.pairs.comparison import Comparison, curve
 from eval.runs.pairs.text import label, usual_settings
+from eval.runs.trials import Trial
 
 
 def draw_pairs(runs: Sequence[Trial], comparisons: Sequence[Comparison], file: Path) -> None:

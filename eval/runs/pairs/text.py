@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from eval.runs.pairs.comparison import Comparison, Spread
+from eval.runs.pairs.comparison import Comparison
+from eval.runs.trials import spread_text
 from sparsity.common.text import count_text, half_up, markdown_table
 
 HEAD = (
@@ -51,13 +52,6 @@ def cells(comparison: Comparison, usual: Mapping[str, Any]) -> list[str]:
         "" if comparison.twin_gap is None else spread_text(comparison.twin_gap, sign=True),
         "" if gap is None else f"{'+' if gap >= 0 else ''}{half_up(gap, 4)}",
     ]
-
-
-def spread_text(spread: Spread, sign: bool = False) -> str:
-    """Return a mean with its standard deviation as text."""
-    plus = "+" if sign and spread.mean >= 0 else ""
-    deviation = "" if spread.std is None else f" ± {half_up(spread.std, 4)}"
-    return f"{plus}{half_up(spread.mean, 4)}{deviation}"
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
