@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import sparsity.compact
-import sparsity.compact.linear as linear_module
+import sparsity.compact.product as product_module
 from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
 from sparsity.compact.linear import share_storage_
 from sparsity.compact.packed import pack, rounded, unpack
@@ -179,7 +179,7 @@ def test_a_layer_is_multiplied_a_tile_at_a_time_and_its_input_has_gradients(monk
     layer = SparseLinear.from_dense(weight, bias)
     x = torch.randn(2, 3, 33, requires_grad=True)
     for tile in (1 << 22, 99, 1):
-        monkeypatch.setattr(linear_module, "TILE", tile)
+        monkeypatch.setattr(product_module, "TILE", tile)
         check_product(layer(x).detach(), x.detach(), weight, bias)
     layer(x).sum().backward()
     assert torch.allclose(x.grad, weight.sum(0).expand(2, 3, 33), atol=1e-6)

@@ -77,7 +77,9 @@ def _product(x: Tensor, packed: Packed, bias: Tensor | None, tiles: Tiles) -> Te
 
 
 def _dense_tiles(packed: Packed, tiles: Tiles) -> Any:
-    return (unpack(packed, *rows, words) for rows, words in zip(pairwise(tiles.rows), pairwise(tiles.words), strict=True))
+    return (
+        unpack(packed, *rows, words) for rows, words in zip(pairwise(tiles.rows), pairwise(tiles.words), strict=True)
+    )
 
 
 # --- the operator ---
