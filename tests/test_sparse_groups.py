@@ -28,18 +28,20 @@ from tests.test_compact import IDS, same_bits
 from tests.test_sparse_linear import weight_of
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4,
 }  # fmt: skip
 MODELS: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SIZES)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, tie_word_embeddings=False, **SIZES)),
+    "llama": lambda **kwargs: LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SIZES, **kwargs)),
+    "qwen2": lambda **kwargs: Qwen2ForCausalLM(
+        Qwen2Config(num_key_value_heads=2, tie_word_embeddings=False, **SIZES, **kwargs)
+    ),
 }
 
 
-def sparse_model(name: str = "llama", group: bool = True) -> PreTrainedModel:
+def sparse_model(name: str = "llama", group: bool = True, num_layers: int = 2) -> PreTrainedModel:
     """A model of random weights and biases, 80 % sparse, whose layers are sparse in memory."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = MODELS[name](num_hidden_layers=num_layers).eval()
     with torch.no_grad():
         for param in model.parameters():
             if param.dim() == 1:
@@ -101,7 +103,7 @@ def test_a_decoding_step_makes_one_product_a_group(products):
 
 def test_a_model_without_such_names_keeps_its_layers():
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)).eval()
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=2, **SIZES)).eval()
     expected = model(IDS).logits
     assert len(sparse_linears_(model, most_density=1.0)) == 9
     assert not [module for module in model.modules() if isinstance(module, GroupedLinear)]
@@ -185,29 +187,29 @@ def test_a_model_with_groups_is_copied_and_converted_as_a_whole():
 # --- compiled ---
 
 
-def test_a_compiled_step_has_one_graph_and_makes_one_product_a_group(products):
-    model = sparse_model()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+def test_compiled_projections_have_one_graph_share_a_product_and_pass_gradients_on(products):
+    separate, grouped = separate_and_grouped()
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    def project(x: Tensor) -> list[Tensor]:
+        return [grouped.q_proj(x), grouped.k_proj(x), grouped.v_proj(x)]
+
+    layers = separate.q_proj, separate.k_proj, separate.v_proj
+    few, many = torch.randn(2, 300), torch.randn(40, 300)
     with torch.no_grad():
-        found = compiled(IDS[:1, :1]).logits
-        block = [64, 32, 112, 32]
-        assert products == [*block, *block, 96]
-        assert torch.allclose(found, model(IDS[:1, :1]).logits, atol=1e-5)
+        for x, expected in ((few, [18]), (many, [8, 4, 6])):
+            products.clear()
+            found = project(x)
+            assert products == expected
+            assert all(same_bits(part, layer(x)) for part, layer in zip(found, layers, strict=True))
+    few.requires_grad_()
+    torch.cat(project(few), -1).sum().backward()
+    assert torch.allclose(few.grad, torch.cat([layer.weight for layer in layers]).sum(0).expand(2, -1), atol=1e-5)
 
 
-def test_a_compiled_prompt_has_one_graph_and_gradients_of_its_input():
-    model, ids = sparse_model(), torch.arange(40)[None]
-    results = []
-    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        x = model.model.embed_tokens(ids).detach().requires_grad_()
-        forward(inputs_embeds=x).logits.square().sum().backward()
-        results.append(x.grad)
-    assert torch.allclose(*results, rtol=1e-4, atol=1e-4)
-
-
-def test_generation_with_a_static_cache_compiles_and_gives_the_same_tokens():
-    model = sparse_model()
-    options = {"max_new_tokens": 5, "do_sample": False}
+def test_generation_with_a_static_cache_compiles_a_step_into_one_graph(products):
+    model = sparse_model(num_layers=1)
+    options = {"max_new_tokens": 4, "do_sample": False}
     expected = model.generate(IDS, **options)
     config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     config._compile_all_devices = True
@@ -216,6 +218,7 @@ def test_generation_with_a_static_cache_compiles_and_gives_the_same_tokens():
     found = model.generate(IDS, cache_implementation="static", compile_config=config, **options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert torch.equal(found, expected)
+    assert products[-5:] == [64, 32, 112, 32, 96]
 
 
 def test_the_operator_keeps_the_rules_of_torch():

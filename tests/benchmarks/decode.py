@@ -1,6 +1,6 @@
 """Measure decoding of one sequence with sparse weights on a GPU, by layer and by token, beside dense weights.
 
-    python -m tests.benchmarks.decode [--cpu | --rehearse] [--generate] [--seconds 60] [--output FILE]  -> runs/bench/decode.json
+    python -m tests.benchmarks.decode [--cpu | --rehearse] [--generate] [--seconds 60] [--output FILE] -> runs/bench/decode.json
 
 It first measures tokens a second and memory of the 1B at 80 %: dense, sparse, and sparse with values rounded to int8. Each is
 captured in one CUDA graph, once with a step's small operations in fused kernels (`tests/benchmarks/decode_kernels.py`) and once
