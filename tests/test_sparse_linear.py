@@ -21,7 +21,7 @@ import sparsity.compact
 import sparsity.compact.product as product_module
 from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
 from sparsity.compact.linear import share_storage_
-from sparsity.compact.packed import coded, pack, rounded, unpack
+from sparsity.compact.packed import coded, concatenate, pack, rounded, rows_of, unpack
 from sparsity.compact.rounding import Rounding
 from tests.commands import run_command
 from tests.test_compact import IDS, same_bits, sparse_model
@@ -124,6 +124,16 @@ def test_a_kernel_multiplies_by_rounded_values_and_scales():
     weight, x = weight_of(7, 2051, 0.3), torch.randn(3, 2051)
     packed = rounded(pack(weight.to(DEVICE)))
     check_product(kernel().spmv(packed, x.to(DEVICE)), x, unpack(packed).cpu())
+
+
+def test_a_kernel_multiplies_by_some_rows_of_a_matrix_and_by_joined_matrices():
+    first, second, x = weight_of(5, 600, 0.3), weight_of(4, 600, 0.3), torch.randn(2, 600)
+    for pieces in ([pack(weight.to(DEVICE)) for weight in (first, second)], [rounded(pack(first.to(DEVICE)))] * 2):
+        whole = concatenate(pieces)
+        dense = torch.cat([unpack(piece) for piece in pieces]).cpu()
+        assert same_bits(unpack(whole).cpu().contiguous(), dense.contiguous())
+        check_product(kernel().spmv(whole, x.to(DEVICE)), x, dense)
+        check_product(kernel().spmv(rows_of(whole, 3, 8), x.to(DEVICE)), x, dense[3:8])
 
 
 def test_layers_share_one_storage_and_hold_what_they_held():
