@@ -23,14 +23,14 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# Where this is root it installs what they need; elsewhere what is missing is skipped with a reason.
+# As root this installs what the tests need. For other users, tests that lack something are skipped with a reason.
 test-cluster: $(READY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -qq --yes --no-install-recommends slurm-wlm munge iproute2 chromium >/dev/null; fi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs,slurm,search,eval]'
 	$(BIN)/python -m pytest -q -m cluster
 
-# The GPU's kernels on a CPU, in Triton's interpreter. torch for GPUs brings a Triton of its own; torch for CPUs needs none.
+# The GPU kernels on a CPU, in Triton's interpreter. torch for GPUs includes Triton; torch for CPUs does not.
 test-kernels: $(READY)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.6.0
 	$(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_sparse_linear.py
@@ -44,7 +44,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The site lands in site/; a link that leads nowhere is an error.
+# Writes the site to site/; a broken link is an error.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -55,7 +55,7 @@ bench: $(READY)
 bench-all: $(READY)
 	$(BIN)/python -m tests.benchmarks --all
 
-# On a machine with one GPU, 5 minutes each at most; make gpu-check ARGS=--rehearse on any machine.
+# For a machine with one GPU, at most 5 minutes each. `make gpu-check ARGS=--rehearse` works on any machine.
 gpu-check: $(READY)
 	$(BIN)/python -m tests.gpu check $(ARGS)
 

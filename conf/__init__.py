@@ -1,1 +1,1 @@
-"""The configuration tree: yaml for people, `conf.schema` for types."""
+"""The configuration: yaml files with the choices of each group, and `conf.schema` with the types of all keys."""

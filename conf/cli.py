@@ -1,4 +1,4 @@
-"""Shared by every command line of the project: options, typed configs, and errors in one sentence."""
+"""Helpers of all command lines of the project: options, typed configs, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from conf.streams import write_any_character
 USER_ERRORS = (ValueError, OSError)
 USER_ERROR_CODE = 2
 CLOSED_OUTPUT_CODE = 141
-"""As a shell has it for a program that SIGPIPE ended."""
+"""The exit code that a shell reports for a program ended by SIGPIPE."""
 
 
 def typed(cfg: DictConfig) -> Any:
-    """Return a composed config as its dataclass, checked.
+    """Return a composed config as its dataclass, with all values checked.
 
     Raises:
-        ValueError: A value breaks a rule; the sentence names the remedy.
+        ValueError: A value breaks a rule; the message names the remedy.
     """
     return checked(cfg)
 
@@ -33,13 +33,13 @@ def overrides_of(module: str, words: str, examples: str, arguments: Sequence[str
     """Return the key=value arguments of `python -m module`; on --help, print the help and exit.
 
     Args:
-        module: Name of the command's module.
-        words: What the command does, in a sentence.
-        examples: Commands with what they give, and where the keys are.
+        module: The name of the command's module.
+        words: A sentence that says what the command does.
+        examples: Example commands with their results, and the place where the keys are documented.
         arguments: The command line after the module.
 
     Raises:
-        ValueError: The command has no such option.
+        ValueError: An argument is neither key=value nor --help.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
@@ -61,8 +61,8 @@ def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> 
     """Turn a user's mistake into one sentence on stderr and exit code 2; with HYDRA_FULL_ERROR=1 raise it.
 
     Args:
-        quiet: Print nothing, because another rank does.
-        also: Exceptions that are a user's mistake here and the program's elsewhere.
+        quiet: Print nothing, because another rank prints the sentence.
+        also: Exceptions that are a user's mistake here, although elsewhere they would be a bug.
     """
     write_any_character()
     user_mistakes: tuple[type[Exception], ...] = (*USER_ERRORS, *also)
@@ -71,7 +71,7 @@ def user_errors(quiet: bool = False, also: tuple[type[Exception], ...] = ()) -> 
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output, such as head, has enough.
+        # The reader of our output, such as `head`, has closed the pipe.
         os._exit(CLOSED_OUTPUT_CODE)
     except user_mistakes as error:
         fail(error, quiet)
@@ -86,15 +86,15 @@ def fail(error: Exception, quiet: bool = False) -> None:
 
 
 def stop(words: str, code: int, quiet: bool = False) -> None:
-    """End this process with a sentence on stderr and an exit code."""
+    """Exit this process with a sentence on stderr and an exit code."""
     if not quiet:
-        # A progress bar may be in the line.
+        # The line may still hold a progress bar.
         print(f"\nerror: {words}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def sentence(error: Exception) -> str:
-    """Return an error in one sentence; the operating system's own errors get their path."""
+    """Return an error as one sentence; errors of the operating system get their path."""
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
         remedies = {
@@ -107,7 +107,7 @@ def sentence(error: Exception) -> str:
 
 
 def hush_other_ranks() -> None:
-    """Silence the standard error of every rank but 0, while all ranks find the same errors; `speak` ends it."""
+    """Silence stderr on every rank but 0 as long as all ranks would print the same errors; `speak` restores it."""
     if os.environ.get("RANK", "0") != "0":
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until `speak`
 

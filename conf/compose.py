@@ -1,4 +1,4 @@
-"""Composing configs, with Hydra's messages in one line."""
+"""Composing configs with Hydra, whose error messages are shortened to one line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from conf.schema import SCHEMAS, Config, register
 from conf.values import as_typed, kind_of
 
 CHECKED = "SPARSELLM_CHECKED"
-"""The variable by which a launcher tells the ranks that it has composed and checked their arguments."""
+"""The environment variable by which the launcher tells the ranks that it has already checked their arguments."""
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> Any:
-    """Return the typed config that `overrides` make of `config_name`.
+    """Return the typed config `config_name` with `overrides` applied.
 
     Raises:
-        ValueError: Hydra or the schema refuses an override; the sentence names the remedy.
+        ValueError: Hydra or the schema refuses an override; the message names the remedy.
     """
     register()
     schemas = schemas_of(config_name)
@@ -33,9 +33,9 @@ def composed(config_name: str, overrides: Sequence[str]) -> Any:
 
 
 def prepared(config_name: str, arguments: Sequence[str], is_sweep: bool = False) -> list[str]:
-    """Return a command line as Hydra reads it: each key is in the schema, and text is taken as typed.
+    """Return a command line in Hydra's grammar, after checking that each key is in the schema; text is taken as typed.
 
-    With flags of Hydra's among them (--cfg, --info, ...) the keys are left to Hydra.
+    If there are flags of Hydra (--cfg, --info, ...), Hydra checks the keys.
     """
     own = [folder_key(argument) for argument in arguments] if config_name in ("eval", "compact") else list(arguments)
     schemas = schemas_of(config_name)
@@ -46,26 +46,25 @@ def prepared(config_name: str, arguments: Sequence[str], is_sweep: bool = False)
 
 
 def schemas_of(config_name: str) -> tuple[Any, ...]:
-    """Return the classes whose keys a command takes."""
+    """Return the schema classes whose keys a command accepts."""
     if config_name == "plan":
         return (SCHEMAS["plan"], Config)
     return (Config,) if config_name == "train" else (SCHEMAS[config_name],)
 
 
 def folder_key(argument: str) -> str:
-    """Return model=DIR as folder=DIR: by its own name Hydra would look for DIR among the configs in conf/model."""
+    """Return model=DIR as folder=DIR, because for `model` Hydra would look for a config DIR in conf/model."""
     return f"folder={argument.removeprefix('model=')}" if argument.startswith("model=") else argument
 
 
 def check_arguments(config_name: str, arguments: Sequence[str]) -> None:
-    """Compose the config before Hydra does, so that a mistake gets one sentence; calls with flags are left to Hydra."""
+    """Compose the config before Hydra does, so that a mistake is reported in one sentence; skip calls with Hydra's flags."""
     if not any(argument.startswith("-") for argument in arguments):
         composed(config_name, arguments)
 
 
 def composition_sentence(error: Exception, *schemas: Any) -> str:
-    """Return Hydra's message in one line, without its search path and advice; for a mistyped key, name the nearest of
-    `schemas`."""
+    """Return Hydra's message as one line, without search path and advice; for a mistyped key, name the nearest one."""
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override} cannot be read: quote text for Hydra and the shell, \"key='some text'\"; lists are [a,b], and "

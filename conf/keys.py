@@ -1,4 +1,4 @@
-"""Keys of a command line and of a composed config: each is in the schema, none is removed, none is empty."""
+"""Checks for the keys of a command line and of a composed config: each must exist and have a value; none may be removed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from conf.values import NAME_LISTS, TEXT_LISTS, kind_of, split_at_commas
 
 CONF = Path(__file__).parent
 CHOOSERS = ("experiment", "sweep")
-"""Groups that are no keys of the config themselves."""
+"""Config groups without a key in the config: their files set keys of other groups."""
 
 MAX_CHOICES = 12
-"""More choices than a sentence should list."""
+"""The most choices that an error message lists."""
 
 
 def check_argument(argument: str, *schemas: Any) -> None:
-    """Raise a ValueError if one word of the command line names no key, removes a key, or gives an empty value."""
+    """Raise a ValueError if an argument names no key, removes a key, or gives an empty value."""
     key, equals, value = argument.partition("=")
     name = key.lstrip("+~")
     if name.replace("/", ".").split(".")[0] == "hydra" or "@" in name:
@@ -49,7 +49,7 @@ def check_argument(argument: str, *schemas: Any) -> None:
 
 
 def unknown_key(argument: str, name: str, *schemas: Any) -> str:
-    """Say that a key does not exist, with the nearest one that does."""
+    """Return the error for a key that does not exist; it names the nearest key."""
     paths = [path for schema in schemas for path in key_paths(schema)]
     last = {path.split(".")[-1]: path for path in paths}
     near = difflib.get_close_matches(name, [*paths, *CHOOSERS], n=1, cutoff=0.75)
@@ -66,18 +66,18 @@ def empty_value(name: str, value: str = "") -> str:
 
 
 def missing_value(name: str) -> str:
-    """Say that a key has no value and what it takes."""
+    """Return the error for a key without a value; it names the possible values."""
     value = "DIR" if name in ("folder", "out") else _choices(name) or "VALUE"
     return f"{shown(name)} has no value: give {shown(name)}={value}."
 
 
 def shown(name: str) -> str:
-    """Return a key as the user writes it: `folder` is typed as model=DIR."""
+    """Return a key as the user types it: `folder` is typed as model=DIR."""
     return "model" if name == "folder" else name
 
 
 def key_paths(schema: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of a config class's keys, at any depth, the outer ones last."""
+    """Yield the dotted names of all keys of a config class, nested ones before their parents."""
     for key, kind in get_type_hints(schema).items():
         if is_dataclass(kind):
             yield from key_paths(kind, f"{prefix}{key}.")
@@ -88,7 +88,7 @@ def checked(config: DictConfig) -> Any:
     """Return the dataclass of a composed config.
 
     Raises:
-        ValueError: A key is not in the schema, or it has no value or an empty one.
+        ValueError: A key is not in the schema, or its value is missing or empty.
     """
     try:
         for path, name, schema in unknown_keys(config):
@@ -104,7 +104,7 @@ def checked(config: DictConfig) -> Any:
 
 
 def unknown_keys(config: DictConfig) -> Iterator[tuple[str, str, Any]]:
-    """Yield (prefix, key, the root's class) of each key that the class of its node does not have."""
+    """Yield (prefix, key, class of the root) for each key that is not in the class of its node."""
     root = OmegaConf.get_type(config)
     for path, node in _nodes(config):
         schema = OmegaConf.get_type(node)
@@ -113,7 +113,7 @@ def unknown_keys(config: DictConfig) -> Iterator[tuple[str, str, Any]]:
 
 
 def empty_texts(config: DictConfig) -> Iterator[str]:
-    """Yield the dotted name of each text of the schema, and of each item of a list, that is empty."""
+    """Yield the dotted name of each empty text, also inside lists."""
     for path, node in _nodes(config):
         if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)):
             yield from (f"{path}{key!s}" for key in node if _is_empty(node, key))
@@ -134,7 +134,7 @@ def _is_empty(node: Any, key: Any) -> bool:
 
 
 def _choices(name: str) -> str:
-    """Return the choices of a group, as `a or b`."""
+    """Return the choices of a group as text: `a or b`."""
     names = sorted(path.stem for path in (CONF / name.replace(".", "/")).glob("*.yaml"))
     if len(names) > MAX_CHOICES:
         return "NAME"
@@ -142,7 +142,7 @@ def _choices(name: str) -> str:
 
 
 def _example(name: str) -> str:
-    """Return `, like group=name`, if `name` is a choice of a group."""
+    """Return the text `, like group=name` if `name` is a choice of a group."""
     groups = sorted(path.parent.name for path in CONF.glob(f"*/{name}.yaml")) if name.replace("-", "").isalnum() else []
     return f", like {groups[0]}={name}" if groups else ", like experiment=demo"
 

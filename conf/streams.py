@@ -1,4 +1,4 @@
-"""Standard output and standard error that never end a command: any character, a closed pipe, a full disk."""
+"""Standard streams that never end a command, whether a character is unknown, a pipe closed or a disk full."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class SteadyFile(io.FileIO):
 
 
 def write_any_character() -> None:
-    """Write characters that the terminal's encoding lacks as escapes; without this, `print` would raise."""
+    """Make `print` write escapes, instead of raising, for characters that the terminal's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def keep_writing() -> None:
-    """Let a run outlive its output: drop words after the reader of a pipe is gone or the disk is full.
+    """Keep the process running if its output cannot be written, because a pipe is closed or the disk is full.
 
-    For commands whose product is a file. If the product is what they print, a failed write has to be an error.
+    This is for commands that produce files. For a command whose product is its output, a failed write must be an error.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -1,14 +1,14 @@
 """Values of a command line, read as they were typed.
 
-Hydra's grammar takes `~/corpus`, `a=b/` or `it's` for a mistake, and `1e3` or `true` for something other than text. A
-key whose type is text takes its value as typed: it is quoted for Hydra if Hydra would read anything else.
+Hydra's grammar rejects `~/corpus`, `a=b/` or `it's`, and reads `1e3` or `true` as something other than text. Here a key
+whose type is text takes its value as typed: the value is quoted if Hydra would read it differently.
 
-- Text in quotes of its own ('...' or "...") is left to Hydra, and so is null, which means no value.
-- `${key}` refers to another key, as everywhere in Hydra; only braces that Hydra cannot read are text.
-- In a sweep (-m) commas outside quotes separate the values; a value with a comma needs quotes of its own:
-  "title='one, two'". Hydra's functions (choice, interval, ...) are read as functions there.
-- A dictionary's keys may be in quotes, and may be new: "factors={'*q_proj*': 0.5}" adds to the others.
-- A path that starts with ~ is expanded as the shell expands it at the start of a word.
+- Text that the user quoted ('...' or "...") is passed to Hydra unchanged, and so is null, which means no value.
+- `${key}` refers to another key, as everywhere in Hydra; braces that Hydra cannot read are text.
+- In a sweep (-m), commas outside quotes separate the values, so a value with a comma must be quoted:
+  "title='one, two'". Hydra's functions (choice, interval, ...) work there.
+- The keys of a dictionary may be quoted and may be new: "factors={'*q_proj*': 0.5}" adds to the others.
+- A ~ at the start of a path is expanded, as the shell does at the start of a word.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 TEXT = (str, str | None)
 TEXT_LISTS = (list[str], list[str] | None)
 NAME_LISTS = ("runs",)
-"""Keys that take one name or a list of them, whatever their type says."""
+"""Keys that take one name or a list of names; their type in the schema is Any."""
 PATHS = (
     "data.path", "data.cache_dir", "runs_dir", "init_from", "tokenizer", "launch.config_file", "folder", "out",
     "model.path", "branch_from", "task_path", "runs", "figure", "page",
@@ -36,12 +36,12 @@ SWEPT = re.compile(r"(?:choice|range|interval|glob|tag|sort|shuffle)\(.*\)", re.
 
 
 def as_typed(argument: str, *schemas: Any, is_sweep: bool = False) -> str:
-    """Return `key=value` with a value that Hydra reads as the text that was typed.
+    """Return `key=value` so that Hydra reads the value as the text that was typed.
 
     Args:
-        argument: One word of the command line; flags and keys that are not text are returned unchanged.
-        schemas: The config classes whose keys the command takes.
-        is_sweep: Read commas outside quotes as separators of a sweep's values.
+        argument: One argument of the command line; flags and keys that are not text are returned unchanged.
+        schemas: The config classes whose keys the command accepts.
+        is_sweep: Whether commas outside quotes separate the values of a sweep.
     """
     key, equals, value = argument.partition("=")
     name = key.lstrip("+")
@@ -54,7 +54,7 @@ def as_typed(argument: str, *schemas: Any, is_sweep: bool = False) -> str:
         pieces = [piece.strip() for piece in split_at_commas(value)] if is_sweep else [value]
         return f"{key}={','.join(text_value(name, piece) for piece in pieces)}"
     if getattr(kind, "__origin__", None) is dict:
-        # Hydra's grammar has no quotes around the keys of a dictionary, and without + it takes no new keys.
+        # Hydra's grammar does not allow quotes around the keys of a dictionary, or new keys without +.
         plus = "" if key.startswith(("+", "~")) else "+"
         return f"{plus}{key}={QUOTED_NAMES.sub(lambda found: found[0][1:-1], value)}"
     if kind in TEXT_LISTS or name in NAME_LISTS:
@@ -63,13 +63,13 @@ def as_typed(argument: str, *schemas: Any, is_sweep: bool = False) -> str:
 
 
 def override_of(key: str, text: str) -> str:
-    """Return the override that sets `key` to `text`, whatever characters it has."""
+    """Return the override that sets `key` to `text`, which may contain any characters."""
     value = text_value(key, text)
     return f"{key}={_quoted(value) if value == 'null' else value}"
 
 
 def text_of(value: str) -> str:
-    """Return the text that a value of the command line is, without the quotes it may have."""
+    """Return a value of the command line as text, without its quotes if it has any."""
     return str(OverridesParser.create().parse_override(f"text={value}").value())
 
 
@@ -86,7 +86,7 @@ def kind_of(name: str, schema: Any) -> Any:
 
 
 def text_value(name: str, value: str) -> str:
-    """Return one value of a key that is text, quoted if Hydra would not read it as it is."""
+    """Return one value of a text key, quoted if Hydra would read something else."""
     if QUOTED.fullmatch(value) or value == "null":
         return value
     if name in PATHS and value.startswith("~"):
@@ -98,7 +98,7 @@ def text_value(name: str, value: str) -> str:
         is_read = False
     if not is_read:
         return _quoted(value.replace("${", r"\${"))
-    # Hydra writes a sweep's values anew and would put a backslash before each space.
+    # Hydra rewrites a sweep's values and would put a backslash before each space.
     return _quoted(value) if re.search(r"\s", value) else value
 
 
@@ -107,13 +107,13 @@ def _quoted(text: str) -> str:
 
 
 def list_value(name: str, value: str, is_sweep: bool) -> str:
-    """Return a list of texts, or one name, as Hydra reads it; lists that Hydra can read are returned unchanged."""
+    """Return a list of texts, or one name, in Hydra's grammar; lists that Hydra can read are returned unchanged."""
     inner = value.strip()
     is_list = inner.startswith("[") and inner.endswith("]")
     if name not in NAME_LISTS and (not is_list or is_sweep or _is_read(value)):
         return value
     if is_sweep or re.search(r"\$\{|[{}]|.\[|\].", inner):
-        # Nested, a reference to another key, or the values of a sweep.
+        # A nested list, a reference to another key, or the values of a sweep.
         return value
     pieces = [piece.strip() for piece in split_at_commas(inner[1:-1] if is_list else inner)]
     return f"[{','.join(text_value(name, piece) for piece in pieces if piece)}]"
@@ -135,7 +135,7 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def _is_read(value: str) -> bool:
-    """Tell whether Hydra reads a list of texts and null out of `value`."""
+    """Return whether Hydra can read `value` as a list of texts and nulls."""
     try:
         read = OverridesParser.create().parse_override(f"list={value}").value()
     except HydraException:

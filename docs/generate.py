@@ -1,7 +1,7 @@
-"""Hooks of the documentation site: pages generated from the code, and links that only a repository can follow.
+"""Hooks of the documentation site: pages generated from the code, and links to files that are only in the repository.
 
-The commands, the configuration and the Python API are written where the code is; the site copies them from there, so that no
-page can fall behind.
+Commands, configuration and Python API are documented in the code. Their pages are generated from it, so that they are never
+out of date.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Show a link to a file of the repository as its path: the site has documents alone."""
+    """Show a link to a file of the repository as its path, because the site contains only documents."""
     return LINK.sub(lambda found: _site_link(found, Path(config["docs_dir"])), markdown)
 
 
@@ -45,7 +45,7 @@ def _site_link(found: re.Match[str], docs: Path) -> str:
 
 
 def commands_page() -> str:
-    """Return the page of all commands: what `sparsellm --help` and each command's own help print."""
+    """Return the page of all commands: the output of `sparsellm --help` and of each command's help."""
     from launch.console import COMMANDS, usage
 
     parts = [

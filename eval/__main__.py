@@ -1,6 +1,6 @@
-"""A model folder's figures: `python -m eval model=DIR data=wikitext data.path=FILE [tokenizer=...] [format=json]`.
+"""The command that evaluates a model: `python -m eval model=DIR data=wikitext data.path=FILE [tokenizer=...] [format=json]`.
 
-Under `accelerate launch --config_file launch/accelerate/cpu.yaml -m eval ...` all processes share the model and the text.
+Under `accelerate launch --config_file launch/accelerate/cpu.yaml -m eval ...` the processes share the model and the text.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ schema.register()
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="eval")
 def main(cfg: DictConfig) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
-    # Standard output is for the figures alone, so that a script can read them.
+    # Only the figures go to standard output, so that a script can read them.
     with contextlib.redirect_stdout(sys.stderr):
         with cli.user_errors(quiet=not is_main):
             config = cli.typed(cfg)

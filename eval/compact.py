@@ -1,4 +1,4 @@
-"""The command `python -m eval.compact model=DIR out=DIR2 [dtype=bfloat16] [expand=true]`."""
+"""The command that makes a model folder compact: `python -m eval.compact model=DIR out=DIR2 [expand=true]`."""
 
 import sys
 

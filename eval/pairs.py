@@ -1,4 +1,4 @@
-"""Sparse runs beside their dense twins: `python -m eval.pairs runs=runs/SWEEP [format=json] [figure=FILE]`."""
+"""The command that compares sparse runs with their dense twins: `python -m eval.pairs runs=runs/SWEEP [format=json]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs side by side: `python -m eval.report runs=runs/SWEEP [key=value ...]` writes one HTML page and its PNGs."""
+"""The command that shows runs side by side: `python -m eval.report runs=runs/SWEEP` writes an HTML page and its PNGs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scaling law of finished runs: `python -m eval.scaling_law runs=runs/SWEEP [key=value ...] [format=json]`."""
+"""The command that fits the scaling law to finished runs: `python -m eval.scaling_law runs=runs/SWEEP [format=json]`."""
 
 from __future__ import annotations
 

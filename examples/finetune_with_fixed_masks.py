@@ -1,10 +1,10 @@
-"""Fine-tune a model that is sparse already: its zeros stay zeros.
+"""Fine-tune a model that is already sparse: its zeros stay zeros.
 
     python examples/prune_in_trainer.py                        makes a sparse model
-    python examples/finetune_with_fixed_masks.py [FOLDER]      trains it on, from runs/example-sparse unless told otherwise
+    python examples/finetune_with_fixed_masks.py [FOLDER]      fine-tunes it; the default folder is runs/example-sparse
 
 Without the callback the first optimizer step would make the model dense again. Expect the same zeros before and after,
-and a loss that begins where the first training ended.
+and a loss that starts where the first training ended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ folder = sys.argv[1] if len(sys.argv) > 1 else "runs/example-sparse"
 
 
 def zeros(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return where each linear layer's weight is zero."""
+    """Return a mask of the zeros in each linear layer's weight."""
     return {name: weight == 0 for name, weight in model.named_parameters() if name.endswith("proj.weight")}
 
 

@@ -1,7 +1,7 @@
-"""Prune by a score of your own: a weight counts as |w| times the size of its optimizer's steps.
+"""Prune by your own score: |w| times the size of the weight's recent gradients.
 
-Run it with `python -m examples.own_score`, or in a run: `python -m launch experiment=demo
-sparsity.score=examples.own_score:Momentum`. It trains a model of two layers for two seconds and prints what is left.
+`python -m examples.own_score` trains a model of two layers for two seconds and prints the share of weights that is kept. To
+use the score in a run: `python -m launch experiment=demo sparsity.score=examples.own_score:Momentum`.
 """
 
 import torch
@@ -22,7 +22,7 @@ class Momentum(Score):
 
 
 class Model(torch.nn.Module):
-    """Learns the sum of its inputs."""
+    """A model of two layers that learns the sum of its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Model(torch.nn.Module):
 
 
 def main(output_dir: str = "runs/own_score") -> dict[str, float]:
-    """Train, prune 80 % of the weights and return the share kept of each layer."""
+    """Train, prune 80 % of the weights and return each layer's share of kept weights."""
     rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
     data = [{"inputs": row, "labels": row.sum(0, keepdim=True)} for row in rows]
     callback = SparsityCallback(Geometric(sparsity=0.8, start_step=10, end_step=40, every_steps=10), score=Momentum())

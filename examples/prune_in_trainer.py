@@ -1,9 +1,9 @@
-"""Prune in a plain transformers.Trainer: the callback is all that is added.
+"""Prune in a plain transformers.Trainer; only the callback is added.
 
     python examples/prune_in_trainer.py [FOLDER]
 
-Trains a small LLaMA on the bytes of Python's help texts and prunes it to 80 % between steps 50 and 150 of 200. Expect a
-loss that falls from 5.5 to about 2.5 nats a byte, and a folder, runs/example-sparse, that transformers loads.
+The script trains a small LLaMA on the bytes of Python's help texts and prunes it to 80 % between steps 50 and 150 of 200.
+Expect a loss that falls from 5.5 to about 2.5 nats per byte, and a folder, runs/example-sparse, that transformers can load.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small LLaMA and text that every Python has, shared by the examples so that each can be about one thing."""
+"""A small LLaMA and a text that is part of every Python, shared by the examples so that each can show one thing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BLOCK = 128
 
 
 class Bytes(Dataset):
-    """The help texts of Python itself, cut into blocks of bytes."""
+    """A data set of Python's own help texts, cut into blocks of bytes."""
 
     def __init__(self) -> None:
         from pydoc_data.topics import topics
@@ -27,7 +27,7 @@ class Bytes(Dataset):
 
 
 def small_llama() -> LlamaForCausalLM:
-    """Return a LLaMA with a token for each byte and 0.15 M linear weights."""
+    """Return a LLaMA with 0.15 M linear weights whose tokens are bytes."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
@@ -37,7 +37,7 @@ def small_llama() -> LlamaForCausalLM:
 
 
 def arguments(folder: str, max_steps: int, learning_rate: float) -> TrainingArguments:
-    """Return the arguments of a plain Trainer; nothing in them is about sparsity."""
+    """Return the arguments of a plain Trainer; none of them concerns sparsity."""
     return TrainingArguments(
         folder, max_steps=max_steps, per_device_train_batch_size=8, learning_rate=learning_rate, warmup_steps=10,
         lr_scheduler_type="cosine", logging_steps=25, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -46,7 +46,7 @@ def arguments(folder: str, max_steps: int, learning_rate: float) -> TrainingArgu
 
 
 def print_history(trainer: Trainer) -> None:
-    """Print the loss beside the density that the callback adds to the Trainer's own log history."""
+    """Print the loss, and the density that the callback adds to the Trainer's log history."""
     for record in trainer.state.log_history:
         if "loss" in record:
             print(f"step {record['step']:4}  loss {record['loss']:.3f}  density {record['sparsity/density']:.3f}")

@@ -1,8 +1,8 @@
-"""Train a 2:4 sparse model: of every 4 consecutive inputs of a neuron 2 weights stay, which is what sparse tensor cores read.
+"""Train a 2:4 sparse model, which sparse tensor cores can use: 2 of every 4 consecutive inputs of a neuron are kept.
 
     python examples/two_four.py
 
-Expect exactly two zeros in each group of four. On an NVIDIA GPU the last lines hand a layer to torch's 2:4 kernels.
+Expect exactly two zeros in each group of four. On an NVIDIA GPU the last lines pass a layer to torch's 2:4 kernels.
 """
 
 from __future__ import annotations

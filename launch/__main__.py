@@ -1,4 +1,4 @@
-"""From a config to processes on machines: `python -m launch experiment=demo [key=value ...]`, with -m a sweep."""
+"""The command `python -m launch experiment=demo [key=value ...]`, which starts a run, or with -m a sweep."""
 
 import os
 import sys
@@ -28,7 +28,11 @@ MULTIRUN = ("-m", "--multirun")
 
 
 def one_run(agent: AgentAhead | None = None) -> None:
-    """Compose the run of the command line, start it and wait for it; `agent` waits for its command already."""
+    """Compose the run of the command line, start it and wait for it.
+
+    Args:
+        agent: A process that already waits for the run's command; without it a new one is started.
+    """
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
     def body(cfg: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""`accelerate launch` for runs that are interrupted: signals reach the ranks, their exit codes and words reach the user.
+"""`accelerate launch` for runs that may be interrupted: ranks get the user's signals, the user gets their errors.
 
 torch's elastic agent would answer SIGTERM by ending the ranks within 30 s, and would restart a run that was preempted or
 that has an error in its configuration. Here the ranks decide when to end, and only failures are restarted.
@@ -37,7 +37,7 @@ FINAL_CODES = (USER_ERROR_CODE, PREEMPTED_CODE)
 
 
 class PassingAgent(LocalElasticAgent):
-    """torch's agent, which knows its ranks' process ids and does not restart a run if that cannot help."""
+    """torch's elastic agent, except that it knows its ranks' process ids and restarts a run only if that can help."""
 
     current: PassingAgent | None = None
     is_asked_to_stop = False
@@ -66,7 +66,7 @@ def main() -> None:
     # torch's elastic agent reports each failed rank at length; here it is one line.
     logging.disable(logging.ERROR)
     os.environ[AGENT] = str(os.getpid())
-    # torch's agent answers these itself; the parser of its options reads this.
+    # torch's option parser reads this variable: torch's agent handles these signals, so that we can handle the others.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     launcher.LocalElasticAgent = PassingAgent  # type: ignore[misc]
     for number in PASSED_ON:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def pass_on(number: int, _frame: FrameType | None) -> None:
-    """Pass a signal to every rank and keep waiting; before there are ranks, end."""
+    """Pass a signal to every rank and keep waiting; if there are no ranks yet, exit."""
     PassingAgent.is_asked_to_stop = True
     pids = PassingAgent.current.pids() if PassingAgent.current is not None else []
     if not pids:
@@ -95,16 +95,16 @@ def pass_on(number: int, _frame: FrameType | None) -> None:
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """Return the rank to name: the earliest of those that left an error, else the one that ended first."""
+    """Return the rank to report: the first one that left an error, or if none did, the one that ended first."""
     rank = min(failures, key=lambda rank: (not _said(failures[rank]), failures[rank].timestamp, rank))
     return rank, failures[rank]
 
 
 def show_error(failures: Mapping[int, ProcessFailure]) -> None:
-    """Print the traceback that the failed ranks left, once if several raised the same."""
+    """Print the traceback of one failed rank, if any left one: usually all raised the same error."""
     _, failure = first_failure(failures)
     if said := _said(failure):
-        # A progress bar may be in the line.
+        # A progress bar may have left the cursor in the middle of a line.
         print("\n" + said["extraInfo"]["py_callstack"].rstrip(), file=sys.stderr, flush=True)
 
 

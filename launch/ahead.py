@@ -1,7 +1,7 @@
 """An agent that is started before its command is known.
 
-The agent imports torch, which takes longer than composing and checking a configuration does. Started first, it imports while
-the launcher composes, and then reads its arguments and environment from a pipe.
+The agent imports torch, which takes longer than composing and checking a configuration. So the agent is started first: it
+imports torch while the launcher composes, and then reads its arguments and environment from a pipe.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from functools import partial
 from train.faults.process import die_with_parent
 
 OPTION = "--arguments-from"
-"""With it, `launch.agent` reads its arguments from the file descriptor that follows."""
+"""The option of `launch.agent` that names a file descriptor; the agent reads its arguments from it."""
 
 
 class AgentAhead:
-    """A process of `launch.agent` that waits for its arguments; without any it ends."""
+    """A process of `launch.agent` that waits for its arguments, and ends if none come."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         read, self._write = os.pipe()
@@ -37,18 +37,23 @@ class AgentAhead:
             os.close(read)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """Hand over the command of `launch.command.accelerate_command`, and return the process that obeys it."""
+        """Send the agent its command, and return its process.
+
+        Args:
+            command: The command made by `launch.command.accelerate_command`.
+            environment: The environment variables that replace the agent's.
+        """
         message = json.dumps({"arguments": list(command[3:]), "environment": dict(environment)})
-        # If the agent is gone its exit code tells why.
+        # If the agent has already ended, its exit code tells why.
         with contextlib.suppress(BrokenPipeError), os.fdopen(self._write, "w", encoding="utf-8") as pipe:
             self._write = -1
             pipe.write(message)
         return self.process
 
     def dismiss(self) -> None:
-        """End an agent that got no command; nothing happens to one that did."""
+        """Kill the agent if it got no command; otherwise do nothing."""
         if self._write >= 0:
-            # It may still be importing, and has nothing to clean up.
+            # The agent may still be importing torch, and has nothing to clean up.
             self.process.kill()
             self.process.wait()
             os.close(self._write)
@@ -57,7 +62,7 @@ class AgentAhead:
 
 @contextlib.contextmanager
 def agent_ahead(environment: Mapping[str, str]) -> Iterator[AgentAhead]:
-    """Start an agent, and end it on the way out if it got no command."""
+    """Start an agent, and kill it on exit if it got no command."""
     agent = AgentAhead(environment)
     try:
         yield agent
@@ -66,9 +71,10 @@ def agent_ahead(environment: Mapping[str, str]) -> Iterator[AgentAhead]:
 
 
 def read_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the agent's arguments: those given, or those that the launcher sends, with its environment taken over.
+    """Return the agent's arguments: those of its command line, or those that the launcher sends through a pipe.
 
-    Exits if the launcher ends without sending any.
+    The launcher also sends environment variables, which replace those of this process. The process exits if the launcher
+    ends without sending anything.
     """
     if list(arguments[:1]) != [OPTION]:
         return list(arguments)

@@ -1,7 +1,7 @@
 """Jobs of an earlier command that outlive it: a killed launcher leaves submitit's jobs running.
 
-The jobs of a sweep on this machine end with their launcher (launch.process). Submitit's continue by design: the same
-command waits for them and then runs the jobs that are not finished, so that no job runs twice.
+The jobs of a sweep on this machine end with their launcher (launch.process). Submitit's jobs continue by design. When the
+same command is run again, it waits for them and then runs the unfinished jobs, so that no job runs twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POLL_S = 5.0
 
 
 def live_jobs(sweep: Sweep, planned: Sequence[PlannedJob]) -> list[str]:
-    """Return the jobs of a sweep that run or wait in the queue: submitit's job numbers, else the runs in use."""
+    """Return the jobs of a sweep that run or wait in the queue: submitit's job numbers, or else names of runs in use."""
     numbers = job_numbers(sweep.folder) if sweep.name is not None else []
     is_slurm = sweep.launcher["name"] == "submitit_slurm"
     alive = queued(numbers) if is_slurm else [number for number in numbers if is_controller(number)]
@@ -30,13 +30,13 @@ def live_jobs(sweep: Sweep, planned: Sequence[PlannedJob]) -> list[str]:
 
 
 def job_numbers(folder: Path) -> list[str]:
-    """Return the numbers of the jobs that submitit has started for a sweep, an array's once: its folders are named so."""
+    """Return the numbers of a sweep's submitit jobs, read from the names of their folders; an array counts once."""
     names = {path.name.partition("_")[0] for path in (folder / ".submitit").glob("*") if path.is_dir()}
     return sorted(name for name in names if name.isdigit())
 
 
 def queued(numbers: Sequence[str]) -> list[str]:
-    """Return those of SLURM's jobs that wait or run."""
+    """Return those of `numbers` that are waiting or running jobs of this user in SLURM."""
     if not numbers:
         return []
     command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F"]
@@ -45,13 +45,13 @@ def queued(numbers: Sequence[str]) -> list[str]:
             command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=60, check=False
         )
     except OSError:
-        # No SLURM here: submitit says so.
+        # There is no SLURM on this machine; submitit reports that later.
         return []
     return sorted(set(done.stdout.split()) & set(numbers))
 
 
 def is_controller(number: str) -> bool:
-    """Tell whether a process of this machine is submitit's for the local job of that number."""
+    """Return whether the process with this number is submitit's controller of a local job."""
     try:
         return b"submitit" in Path(f"/proc/{number}/cmdline").read_bytes()
     except OSError:
@@ -62,6 +62,12 @@ def wait_for_live_jobs(
     sweep: Sweep, planned: Sequence[PlannedJob], say: Callable[[str], None], poll_s: float = POLL_S
 ) -> bool:
     """Wait until no job of an earlier command is left; return False if there was none.
+
+    Args:
+        sweep: The sweep.
+        planned: Its jobs.
+        say: Prints a message to the user.
+        poll_s: The seconds between two checks.
 
     Raises:
         ValueError: The sweep has overwrite=true, which would remove the files of those jobs.

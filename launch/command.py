@@ -1,4 +1,4 @@
-"""The command that starts a run's processes on this machine: `accelerate launch` with the config that fits."""
+"""The command that starts a run's processes on this machine: `accelerate launch` with the accelerate config that fits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def num_gpus(environment: Mapping[str, str]) -> int:
 
 
 def gpu_bytes(environment: Mapping[str, str]) -> int | None:
-    """Return the memory of this machine's smallest GPU in bytes, None if nvidia-smi does not tell; torch is not imported."""
+    """Return the bytes of this machine's smallest GPU, without importing torch; None if nvidia-smi does not report them."""
     if not gpu_names(environment) or shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -59,7 +59,7 @@ def num_processes(config: Config, gpus: int) -> int:
     """Return the number of processes of a run on this machine.
 
     Raises:
-        ValueError: The config wants more than there are GPUs.
+        ValueError: The config asks for more processes than there are GPUs.
     """
     asked = config.launch.num_processes
     if asked is not None and 0 < gpus < asked:
@@ -81,13 +81,13 @@ def accelerate_command(
 
     Args:
         config: The run.
-        overrides: The run's overrides, for `python -m train` to compose again.
-        gpus: GPUs of this machine.
-        machines: This machine among the run's.
-        device_bytes: Memory of a GPU, which decides whether gathered weights are kept (`train.plan.gathering`).
+        overrides: The run's overrides, from which `python -m train` composes it again.
+        gpus: The number of GPUs of this machine.
+        machines: The machines of the run, and which of them this is.
+        device_bytes: The memory of a GPU, which decides whether gathered weights are kept (`train.plan.gathering`).
 
     Raises:
-        ValueError: Processes, replicas or the accelerate config are impossible here.
+        ValueError: This machine cannot have that many processes or replicas, or launch.config_file does not exist.
     """
     total = num_processes(config, gpus) * machines.num
     replicas = config.launch.num_replicas
@@ -105,7 +105,7 @@ def accelerate_command(
     if machines.num > 1:
         options |= {"num_machines": machines.num, "machine_rank": machines.rank, "main_process_ip": machines.address}
     elif replicas > 1:
-        # hsdp.yaml is of two machines.
+        # hsdp.yaml is for two machines.
         options |= {"num_machines": 1}
     options |= {"main_process_port": machines.port, "max_restarts": config.launch.max_restarts}
     if replicas > 1:
@@ -118,7 +118,13 @@ def accelerate_command(
 
 
 def resharding(config: Config, world_size: int, device_bytes: int | None) -> str | None:
-    """Return whether accelerate frees gathered weights, `true` or `false`; None leaves it to accelerate's config."""
+    """Return accelerate's `fsdp_reshard_after_forward` for a run, or None to keep that of the accelerate config.
+
+    Args:
+        config: The run.
+        world_size: The number of processes of the run.
+        device_bytes: The memory of a GPU; None if it is unknown.
+    """
     launch = config.launch
     if launch.reshard_after_forward != "auto":
         return launch.reshard_after_forward
@@ -130,7 +136,14 @@ def resharding(config: Config, world_size: int, device_bytes: int | None) -> str
 
 
 def fitting_config(gpus: int, total: int, machines: Machines, replicas: int) -> str:
-    """Return the file of launch/accelerate for these machines; the command overrides its numbers."""
+    """Return the name of the file in launch/accelerate for these machines; the command overrides its numbers.
+
+    Args:
+        gpus: The number of GPUs of this machine.
+        total: The number of processes on all machines.
+        machines: The machines of the run.
+        replicas: The number of copies of the model.
+    """
     if replicas > 1:
         return "hsdp.yaml"
     if not gpus:
@@ -143,11 +156,12 @@ def fitting_config(gpus: int, total: int, machines: Machines, replicas: int) -> 
 def child_environment(environment: Mapping[str, str], gpus: int | None = None) -> dict[str, str]:
     """Return the variables of a run's processes.
 
-    They get one thread each unless told otherwise, and this package, not one of the current folder.
+    Each process gets one thread, unless the launcher's variables say otherwise, and imports this package rather than one
+    in the current folder.
 
     Args:
         environment: The launcher's variables.
-        gpus: GPUs of this machine; None if they were not counted yet.
+        gpus: The number of GPUs of this machine; None if they have not been counted yet.
     """
     return {
         "OMP_NUM_THREADS": "1",
@@ -161,15 +175,15 @@ def child_environment(environment: Mapping[str, str], gpus: int | None = None) -
 
 
 def import_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables with which a child imports this package whatever the current folder holds, and reads UTF-8."""
+    """Return the variables that make a child import this package, whatever the current folder holds, and use UTF-8."""
     root = str(Path(__file__).parent.parent)
     python_path = [root, environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else [root]
-    # In an ASCII locale a prompt or a path would reach the ranks as characters that no file can be written with.
+    # In an ASCII locale a prompt or a path would reach the ranks with characters that cannot be written to a file.
     return {"PYTHONPATH": os.pathsep.join(python_path), "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
 
 
 def printable(command: Sequence[str]) -> str:
-    """Return the command for a person to type, with accelerate by its own name."""
+    """Return the command as a user would type it: `accelerate launch` replaces our agent."""
     from shlex import join
 
     return join(["accelerate", "launch", *command[3:]])

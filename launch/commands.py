@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """A module with its line in the help."""
+    """A module that runs as a command, and its line in the help."""
 
     module: str
     summary: str

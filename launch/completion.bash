@@ -11,11 +11,11 @@ _complete_sparsellm() {
     local typed
     read -ra typed <<< "$line"
     words+=("${typed[@]}")
-    # A blank at the end begins a new word.
+    # After a space the word to complete is a new, empty one.
     [[ $line == "" || $line == *" " ]] && words+=("")
     local IFS=$'\n'
     COMPREPLY=($("${command[@]}" complete "${words[@]}" 2>/dev/null))
-    # A shell that breaks words at = replaces what follows it.
+    # A shell that splits words at = replaces only the part after it.
     local last=${words[${#words[@]} - 1]}
     if [[ $last == *=* && $COMP_WORDBREAKS == *=* ]]; then COMPREPLY=("${COMPREPLY[@]#"${last%%=*}="}"); fi
 }

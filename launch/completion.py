@@ -13,13 +13,16 @@ from conf.keys import CHOOSERS, CONF, key_paths
 from launch.commands import COMMANDS
 
 RUN_COMMANDS = ("train", "plan")
-"""Configs that compose a run: they take the groups of conf/ as well."""
+"""Configs that compose a run, and so also take the groups of conf/."""
 
 
 def completions(words: Sequence[str]) -> list[str]:
-    """Return what the last of `words` may become; the words before it begin with the command.
+    """Return the completions of the last of `words`.
 
-    A word that is complete but for its value ends with `=`; every other one ends with a space.
+    A key ends with `=`, a group with `.`, and a word that needs no more with a space.
+
+    Args:
+        words: The words of the command line after `sparsellm`: the command first, and last the word to complete.
     """
     *before, last = words or [""]
     if not before:
@@ -35,7 +38,7 @@ def completions(words: Sequence[str]) -> list[str]:
     if command.config in RUN_COMMANDS:
         keys |= set(CHOOSERS)
     if command.config in ("eval", "compact"):
-        # The user's name for `folder`.
+        # On the command line `folder` is called `model`.
         keys = (keys - {"folder"}) | {"model"}
     # One level at a time: `trainer.` opens the forty keys below it.
     depth = last.count(".")

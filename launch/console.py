@@ -1,7 +1,7 @@
 """The command `sparsellm`: one name for the modules that a user runs.
 
-`sparsellm launch ...` is `python -m launch ...`, and so on for every command. Nothing is imported before the command is
-known, so that `sparsellm --help` answers at once.
+`sparsellm launch ...` is `python -m launch ...`, and likewise for every command. A command's module is imported only when
+the command is known, so that `sparsellm --help` answers at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def usage() -> str:
 
 
 def completion_script(shell: str) -> str:
-    """Return what a shell sources to complete `sparsellm`.
+    """Return the script that a shell sources to complete `sparsellm`.
 
     Raises:
         ValueError: There is no script for the shell.
@@ -44,7 +44,7 @@ def completion_script(shell: str) -> str:
     if shell not in SHELLS:
         raise ValueError(f"completion {shell}: there is no such script; give one of {', '.join(SHELLS)}.")
     script = Path(__file__).with_name("completion.bash").read_text(encoding="utf-8")
-    # zsh runs bash's completions through a module of its own.
+    # zsh's module bashcompinit runs completions written for bash.
     return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script
 
 
@@ -55,7 +55,7 @@ def run(module: str, name: str, arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the command that the command line names; an unknown one ends with a sentence and exit code 2."""
+    """Run the command that the command line names; for an unknown one, print an error and exit with code 2."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())

@@ -1,4 +1,4 @@
-"""`python -m launch --help`: the groups, and with a group's name its choices and keys."""
+"""The text of `python -m launch --help`: an overview, or with the name of a group its choices and keys."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def summary(name: str, kinds: dict[str, Any]) -> str:
 
 
 def choice_lines(folder: Path) -> list[str]:
-    """Return each yaml's name with its opening sentence."""
+    """Return a line for each yaml file of a folder: its name and its opening comment."""
     files = sorted(folder.glob("*.yaml"))
     width = max(len(file.stem) for file in files)
     return [f"  {file.stem:{width}}  {opening(file)}" for file in files]
 
 
 def opening(file: Path) -> str:
-    """Return the opening comment of a yaml, up to its first command."""
+    """Return the opening comment of a yaml file, up to the first command in it."""
     words: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package"):
@@ -81,7 +81,7 @@ def opening(file: Path) -> str:
 
 
 def key_lines(kind: Any) -> list[str]:
-    """Return each key with its default and its class's words about it."""
+    """Return a line for each key of a config class: its name, its default and its docstring."""
     documents = dict(documented_keys(kind))
     hints = get_type_hints(kind)
     lines = []
@@ -96,7 +96,7 @@ def key_lines(kind: Any) -> list[str]:
 
 
 def documented_keys(kind: Any) -> Iterator[tuple[str, str]]:
-    """Yield (key, the string below it), of the class and of those it extends."""
+    """Yield (key, the docstring below it) for a dataclass, its base classes first."""
     bases: list[Any] = [base for base in kind.__mro__ if is_dataclass(base)]
     for base in reversed(bases):
         (body,) = (node.body for node in ast.parse(inspect.getsource(base)).body if isinstance(node, ast.ClassDef))
@@ -106,7 +106,7 @@ def documented_keys(kind: Any) -> Iterator[tuple[str, str]]:
 
 
 def default_of(field: Field[Any]) -> str:
-    """Return a key's default as yaml has it; nothing for a key that must be given or that is a list or a dictionary."""
+    """Return a key's default as yaml writes it; an empty string for a required key, a list or a dictionary."""
     return "" if field.default is MISSING or field.default == "???" else _plain(field.default)
 
 

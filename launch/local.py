@@ -1,4 +1,4 @@
-"""A sweep on this machine: its jobs one after another, or on GPUs as many at a time as they hold."""
+"""A sweep on this machine: its jobs run one after another, or if there are enough GPUs, several at a time."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class PlannedJob:
     job: Job
     plan: RunPlan
     finished: Mapping[str, Any] | None
-    """Summary of a run that has ended before, else None."""
+    """The summary if an earlier command finished the run, else None."""
 
 
 def plan_jobs(sweep: Sweep, world_size: Mapping[str, int]) -> list[PlannedJob]:
     """Plan every job for its number of processes.
 
     Args:
-        world_size: By job name.
+        sweep: The sweep.
+        world_size: The number of processes of each job, by the job's name.
 
     Raises:
-        ValueError: Names every invalid job.
+        ValueError: Some jobs are invalid; the message names all of them.
     """
     planned, mistakes = [], []
     for job in sweep.jobs:
@@ -52,10 +53,13 @@ def plan_jobs(sweep: Sweep, world_size: Mapping[str, int]) -> list[PlannedJob]:
 
 
 def sweep_here(sweep: Sweep) -> int:
-    """Run the jobs of a sweep that are not finished; return the exit code for all.
+    """Run the unfinished jobs of a sweep on this machine.
+
+    Returns:
+        The exit code of the sweep: 0 if all jobs finished, 75 if it was interrupted, otherwise 1.
 
     Raises:
-        ValueError: A job is invalid; nothing has started.
+        ValueError: A job is invalid. No job was started.
     """
     gpus = gpu_names(os.environ)
     launch = sweep.jobs[0].config.launch

@@ -1,4 +1,4 @@
-"""The machines of a run: this one alone, those that the configuration names, or the nodes of a SLURM step."""
+"""The machines of a run: only this one, those that the configuration names, or the nodes of a SLURM step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from conf.schema import LaunchConfig
 
 FIRST_PORT, NUM_PORTS = 20_000, 10_000
-"""Where the port of a SLURM job is taken from, by its number: two jobs on one node seldom meet."""
+"""The range of ports for SLURM jobs. A job's number chooses its port, so that two jobs on one node seldom share one."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Machines:
     rank: int = 0
     address: str | None = None
     port: int = 0
-    """0 lets machine 0 choose, which only a machine alone can."""
+    """0 chooses a free port, which works only on a single machine: others could not know it."""
 
 
 def find_machines(launch: LaunchConfig, environment: Mapping[str, str]) -> Machines:
-    """Return the machines of a run, from the configuration and for the rest from SLURM.
+    """Return the machines of a run, from the configuration and, if that leaves something out, from SLURM.
 
     Raises:
-        ValueError: Something is missing.
+        ValueError: Neither gives the machine's rank, or the address or port of machine 0.
     """
     slurm = slurm_machines(environment)
     num = launch.num_machines or (slurm.num if slurm else 1)
@@ -52,7 +52,10 @@ def find_machines(launch: LaunchConfig, environment: Mapping[str, str]) -> Machi
 def slurm_machines(environment: Mapping[str, str]) -> Machines | None:
     """Return the nodes of the SLURM step that this process is a task of; None outside one.
 
-    A batch script itself is no step: processes that it starts without srun run on its own machine alone.
+    A batch script by itself is not a step: what it starts without srun runs only on its own machine.
+
+    Raises:
+        ValueError: srun started more than one task on a node.
     """
     nodes, tasks = environment.get("SLURM_STEP_NUM_NODES"), environment.get("SLURM_STEP_NUM_TASKS")
     if nodes is None or "SLURM_NODEID" not in environment:
@@ -70,7 +73,7 @@ def slurm_machines(environment: Mapping[str, str]) -> Machines | None:
 
 
 def host_names(node_list: str) -> list[str]:
-    """Expand SLURM's `node[1-3,7]` to names, by SLURM itself."""
+    """Expand a node list such as `node[1-3,7]` to host names, with SLURM's own command."""
     listed = subprocess.run(
         ["scontrol", "show", "hostnames", node_list],
         capture_output=True,

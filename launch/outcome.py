@@ -19,10 +19,15 @@ FIGURE = "sweep.png"
 
 
 def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
-    """Print the table of the finished jobs, draw their figure, and name the others; these are handed back.
+    """Print a table and draw a figure of the finished jobs, and print the commands that resume the others.
 
-    `codes` are the exit codes of the jobs that were to run just now, None for one that was not begun: with
-    overwrite=true it has an older run's summary still.
+    Args:
+        sweep: The sweep.
+        codes: The exit codes, by name, of the jobs that this command was to run; None for a job that did not start. With
+            overwrite=true such a job may still have the summary of an older run, which does not count.
+
+    Returns:
+        The jobs that are not finished.
     """
     done = {job.name: summary_of(job) for job in sweep.jobs if codes.get(job.name, 0) == 0}
     summaries = [summary for summary in done.values() if summary is not None]
@@ -44,7 +49,7 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
 
 
 def close_search(folder: Path) -> int:
-    """Print a search's finished runs, the lowest held-out loss first, draw them, and tell the best; its exit code."""
+    """Print and draw the finished runs of a search, lowest held-out loss first; return the exit code of the search."""
     found = [read_summary(path) for path in folder.glob(f"*/{SUMMARY}")]
     if not found:
         print(f"error: no trial of {folder} finished; their words are above.", file=sys.stderr, flush=True)
@@ -60,13 +65,19 @@ def close_search(folder: Path) -> int:
 
 
 def summary_of(job: Job) -> dict[str, Any] | None:
-    """Return a finished run's figures under its name in the sweep."""
+    """Return the summary of a job's run, or None if the run has not finished."""
     path = RunDirectory(run_directory(job.config)).summary
     return read_summary(path) if path.exists() else None
 
 
 def failure_words(sweep: Sweep, failed: list[Job], codes: Mapping[str, int | None]) -> str:
-    """Return one line for the sweep and one for each job that is not finished, with the command that resumes this job."""
+    """Return a line about the sweep, and two for each unfinished job: its state and the command that resumes it.
+
+    Args:
+        sweep: The sweep.
+        failed: The jobs that are not finished.
+        codes: The exit codes of jobs, as in `close_sweep`.
+    """
     same = "" if failed[0].config.overwrite else "the same command runs these alone, and "
     lines = [
         f"error: {len(failed)} of the sweep's {len(sweep.jobs)} jobs did not finish; {same}each has its own command:"

@@ -1,4 +1,4 @@
-"""Child processes that end when their parent does, a few at a time, and that get the user's signals."""
+"""Child processes that end when their parent does, get its signals, and run a few at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Task:
-    """A command with its environment; its words go to `log`, or to this terminal."""
+    """A command with its environment; its output goes to `log`, or to this terminal if that is None."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
@@ -55,11 +55,11 @@ class WaitingTask(Task):
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str], agent: AgentAhead | None = None) -> int:
-    """Run `command` to its end and return its exit code; signals to this process go to it.
+    """Run `command`, forward this process's signals to it, and return its exit code.
 
     Args:
-        command: What to run.
-        environment: The variables of the process.
+        command: The program and its arguments.
+        environment: The environment variables of the process.
         agent: A process that waits for the command; without it a new one is started.
     """
     task = Task(command, environment) if agent is None else WaitingTask(command, environment, agent=agent)
@@ -74,9 +74,18 @@ def run_children(
     on_start: Callable[[int], None] = lambda _: None,
     on_end: Callable[[int, int], None] = lambda *_: None,
 ) -> list[int | None]:
-    """Run tasks in their order, one in each of `places` (changes to the environment) at a time; their exit codes.
+    """Run tasks in order, as many at a time as there are places.
 
-    Signals to this process go to all that run, and none is started after one: its code is None.
+    A signal to this process is forwarded to all running tasks, and no further task is started after it.
+
+    Args:
+        tasks: The tasks.
+        places: For each task that can run at a time, changes to its environment, such as the GPUs that it may use.
+        on_start: Called with a task's index before it starts.
+        on_end: Called with a task's index and exit code after it has ended.
+
+    Returns:
+        The exit code of each task; None for a task that was not started.
     """
     codes: list[int | None] = [None] * len(tasks)
     running: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
@@ -90,7 +99,7 @@ def run_children(
                     child = tasks[index].start(places[place])
                     running[place] = (index, child)
                     for number in heard:
-                        # It came while the child was being started.
+                        # The signal came while the child was being started.
                         child.send_signal(number)
             time.sleep(POLL_S)
             for place, (index, child) in list(running.items()):
@@ -104,7 +113,7 @@ def run_children(
 
 @contextlib.contextmanager
 def forwarding(children: Callable[[], Sequence[subprocess.Popen[bytes]]]) -> Iterator[list[int]]:
-    """Pass signals on to the children there are; hands out the list of those that came."""
+    """Forward signals to the running children; yield the list of signals received so far."""
     heard: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:

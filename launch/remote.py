@@ -1,4 +1,4 @@
-"""A sweep through a launcher or a sweeper of Hydra's: SLURM by submitit, a search by Optuna."""
+"""A sweep that a Hydra plugin runs: the submitit launcher on SLURM, or the Optuna sweeper for a search."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PLUGINS = {
     "submitit": ("hydra_plugins.hydra_submitit_launcher", "slurm"),
     "optuna": ("hydra_plugins.hydra_optuna_sweeper", "search"),
 }
-"""Library that a choice of hydra/launcher or hydra/sweeper needs, and our extra that installs it."""
+"""The library that a choice of hydra/launcher or hydra/sweeper needs, and our extra that installs it."""
 
 
 def check_plugins(arguments: Sequence[str]) -> None:
@@ -59,9 +59,13 @@ def _is_there(module: str) -> bool:
 
 
 def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
-    """Plan all jobs, give the unfinished ones to Hydra's launcher, wait, and close the sweep; return its exit code."""
+    """Plan all jobs, run the unfinished ones with Hydra's launcher, print the results, and return the exit code.
+
+    Raises:
+        ValueError: A job is invalid. No job was started.
+    """
     launcher = sweep.launcher
-    # Inherited by the jobs: submitit starts them in this folder, with `python -m`.
+    # The jobs inherit these variables: submitit starts them in the current folder with `python -m`.
     os.environ.update(import_environment(os.environ))
     if sweep.trial is not None:
         if sweep.trial.config.dry_run:
@@ -86,15 +90,15 @@ def sweep_elsewhere(sweep: Sweep, arguments: Sequence[str]) -> int:
     try:
         codes = launched(waiting, sweep, arguments)
     except RuntimeError as error:
-        # submitit's words: no SLURM here, or a job that was cancelled; the others stay.
+        # submitit raises this if there is no SLURM or a job was cancelled; the other jobs keep running.
         say(f"error: {launcher['name']}: {' '.join(str(error).split())}")
         codes = {}
     return int(bool(close_sweep(sweep, codes)))
 
 
 def launched(jobs: Sequence[Job], sweep: Sweep, arguments: Sequence[str]) -> dict[str, int]:
-    """Run `jobs` by Hydra's launcher and wait for them; return their exit codes by name."""
-    # A single run has no sweep's folder, so its output is beside it.
+    """Run `jobs` with Hydra's launcher and wait for them; return their exit codes by name."""
+    # A single run has no sweep folder, so submitit's files are written beside the run's folder.
     place = ["hydra.sweep.dir=${runs_dir}"] if sweep.name is None else []
     with hydra_context([*filter(is_hydras, arguments), *place, *jobs[0].overrides]) as (config, context):
         launcher = Plugins.instance().instantiate_launcher(context, run_job, config)
@@ -103,7 +107,7 @@ def launched(jobs: Sequence[Job], sweep: Sweep, arguments: Sequence[str]) -> dic
 
 
 def search(sweep: Sweep, arguments: Sequence[str]) -> int:
-    """Run a search by Hydra's sweeper and print the best run; return its exit code, 75 if it was preempted."""
+    """Run a search with Hydra's sweeper and print the best run; return the exit code, 75 if it was preempted."""
     assert sweep.trial is not None
     code = 0
     try:
@@ -125,7 +129,11 @@ def search(sweep: Sweep, arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def hydra_context(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, HydraContext]]:
-    """Yield the config of a sweep and the context that Hydra's plugins are set up with."""
+    """Yield the config of a sweep, and the context with which Hydra sets up its plugins.
+
+    Raises:
+        ValueError: The config cannot be composed.
+    """
     with initialize_config_module("conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         try:
@@ -136,14 +144,14 @@ def hydra_context(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, HydraC
 
 
 def run_job(cfg: DictConfig) -> int:
-    """Run one planned job where Hydra's launcher placed it; return its exit code."""
+    """Run one planned job, in the process that Hydra's launcher started for it; return its exit code."""
     return run_here(cfg, list(HydraConfig.get().overrides.task))
 
 
 def run_here(cfg: DictConfig, overrides: Sequence[str]) -> int:
-    """Start a run and wait for it; its exit code.
+    """Start a run, wait for it, and return its exit code.
 
-    On a preemption or before the time limit the run has saved a checkpoint: submitit puts the job back into the queue.
+    If SLURM preempts the job or its time is nearly up, the run saves a checkpoint, and submitit then requeues the job.
     """
     try:
         code = start_run(cli.typed(cfg), overrides)
@@ -156,14 +164,14 @@ def run_here(cfg: DictConfig, overrides: Sequence[str]) -> int:
 
 
 def run_trial(cfg: DictConfig) -> float | None:
-    """Run one trial of a search under a name made of its values; return the held-out loss, None if it did not finish."""
+    """Run one trial of a search, named after its values; return its held-out loss, or None if it did not finish."""
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
     swept = {key_of(item) for item in overrides} - set(settings.job.config.override_dirname.exclude_keys)
     cfg.run_name = f"{cfg.sweep_name}/{job_name(overrides, swept)}"
     code = run_here(cfg, [*overrides, override_of("run_name", cfg.run_name)])
     if code in (PREEMPTED_CODE, *(-number for number in SIGNALS)) and "SUBMITIT_EXECUTOR" not in os.environ:
-        # Hydra keeps an Exception to itself and would start the next trial.
+        # Hydra would catch an Exception and start the next trial; it does not catch SystemExit.
         sys.exit(PREEMPTED_CODE)
     summary = RunDirectory(run_directory(cli.typed(cfg))).summary
     return (
@@ -174,15 +182,16 @@ def run_trial(cfg: DictConfig) -> float | None:
 
 
 def requeue() -> None:
-    """Ask submitit to requeue this SLURM job; on its first node this does not return.
+    """Ask submitit to requeue this SLURM job; on the job's first node this does not return.
 
-    Its handler of the signal that announces the end does that; it was set aside while the run saved its checkpoint.
+    submitit requeues in its handler of the preemption signal. Our own handlers replaced it while the run was being
+    waited for, so the signal is raised again.
     """
     signal.raise_signal(getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")))
 
 
 def world_size(config: Config, launcher: dict[str, Any]) -> int:
-    """Return the number of processes that a job will have, as far as the launcher's settings tell."""
+    """Return the number of processes that a job will have according to the launcher's settings."""
     if launcher["name"] == "submitit_local":
         return num_processes(config, num_gpus(os.environ))
     return num_processes(config, gpus_of_node(launcher)) * nodes_of(config, launcher)
@@ -193,13 +202,13 @@ def nodes_of(config: Config, launcher: dict[str, Any]) -> int:
 
 
 def gpus_of_node(launcher: dict[str, Any]) -> int:
-    """Return the GPUs of a node in SLURM's settings; gres=gpu:a100:8 is another way to write 8."""
+    """Return the number of GPUs per node in the SLURM settings: gpus_per_node=8, or gres=gpu:a100:8."""
     asked = re.fullmatch(r"gpu(?::[\w.-]+)?:(\d+)", str(launcher.get("gres") or ""))
     return int(launcher.get("gpus_per_node") or (asked[1] if asked else 0))
 
 
 def dry_command(job: Job, launcher: dict[str, Any]) -> list[str]:
-    """Return the command of the first node; only that node knows the address."""
+    """Return the command of the first node, with a placeholder for its address, which SLURM has not chosen yet."""
     nodes = nodes_of(job.config, launcher)
     machines = Machines(nodes, 0, "FIRST_NODE", 20_000) if nodes > 1 else Machines()
     return command_of(job, gpus_of_node(launcher), machines)

@@ -1,4 +1,4 @@
-"""One run on this machine and its peers: planned, turned into accelerate's command, started and waited for."""
+"""The start of one run on this machine: it is planned and checked, and `accelerate launch` is run and waited for."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def start_run(config: Config, overrides: Sequence[str], agent: AgentAhead | None
 
     Args:
         config: The run.
-        overrides: What makes it, for the ranks to compose again.
+        overrides: The command line that makes it, from which the ranks compose it again.
         agent: A process that waits for the run's command; without it a new one is started.
 
     Raises:
-        ValueError: The run cannot be.
+        ValueError: The run is invalid.
     """
     gpus = num_gpus(os.environ)
     machines = find_machines(config.launch, os.environ)
@@ -44,16 +44,16 @@ def start_run(config: Config, overrides: Sequence[str], agent: AgentAhead | None
             )
         return 0
     if not config.overwrite:
-        # A folder of another config is refused by the ranks too, but only seconds later.
+        # The ranks also refuse a folder with another config, but only seconds later.
         RunDirectory(plan.run_dir).finished(config)
     print(f"$ {printable(command)}", file=sys.stderr, flush=True)
     return run_child(command, child_environment(os.environ, gpus), agent)
 
 
 def file_in_the_way(folder: Path) -> Path | None:
-    """Return a module of the user in a folder that `python -m train` would take for ours, or None.
+    """Return a file of the user's in `folder` that `python -m train` would run instead of ours, or None.
 
-    `python -m launch` protects its own processes; a command that a person types starts from the current folder.
+    `python -m launch` protects its own processes from such files, but not a command that the user types.
     """
     own = Path(__file__).resolve().parents[1]
     names = ("train", "conf", "sparsity", "eval", "launch")
@@ -62,5 +62,5 @@ def file_in_the_way(folder: Path) -> Path | None:
 
 
 def exit_code(code: int) -> int:
-    """Return the exit code as a shell has it: a process ended by signal N is 128 + N."""
+    """Return a process's exit code as a shell reports it: 128 + N if signal N ended the process."""
     return code if code >= 0 else 128 - code

@@ -1,6 +1,6 @@
-"""A sweep: its jobs are named and planned before the first one starts, and run as many at a time as the devices allow.
+"""A sweep read from the command line: all its jobs are named and checked before the first one starts.
 
-Finished jobs do not run again, so the same command resumes a sweep; each failed job has a command of its own.
+Finished jobs do not run again, so the same command resumes a sweep. Each job can also be resumed alone by its own command.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from train.record.directory import RunDirectory, is_restart
 
 DEFAULT_NAME = "sweep"
 NOT_IN_A_NAME = ("experiment", "sweep", "sweep_name", "launch", "dry_run", "overwrite", "resume", "logger", "runs_dir")
-"""Keys that do not tell a single run of a sweep from its others."""
+"""Keys that are not used to name a job when nothing is swept, because they do not describe the run."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: `overrides` is its command line, its own run_name included."""
+    """One run of a sweep; `overrides` is its whole command line, including its run_name."""
 
     overrides: tuple[str, ...]
     config: Config
@@ -52,15 +52,15 @@ class Sweep:
     """The jobs of `python -m launch -m ...`."""
 
     name: str | None
-    """None if nothing is swept and the one run keeps a name of its own."""
+    """None if nothing is swept and the only run has its own name."""
     jobs: tuple[Job, ...]
-    """Empty if a search (Optuna) decides on them one after another."""
+    """Empty for a search, in which Optuna chooses the trials one by one."""
     trial: Job | None
-    """Overrides that the trials of a search share; None for other sweeps."""
+    """The settings that all trials of a search share; None for other sweeps."""
     launcher: dict[str, Any]
-    """Hydra's launcher, with its `name`: basic is this machine."""
+    """The settings of Hydra's launcher and its `name`, which is `basic` for this machine."""
     fixed_keys: tuple[str, ...]
-    """Keys that have one value in all jobs, and so no place in their names."""
+    """Keys that have the same value in all jobs, and so do not appear in the jobs' names."""
     folder: Path
 
     @property
@@ -69,10 +69,13 @@ class Sweep:
 
 
 def read_sweep(arguments: Sequence[str]) -> Sweep:
-    """Return the sweep of a command line without its -m.
+    """Return the sweep that a command line asks for.
+
+    Args:
+        arguments: The command line without its -m.
 
     Raises:
-        ValueError: Names every invalid job.
+        ValueError: Some jobs are invalid, and the message names all of them; or two jobs would share a folder.
     """
     arguments = prepared("train", arguments, is_sweep=True)
     own = [item for item in arguments if not is_hydras(item)]
@@ -83,7 +86,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
         overrides = [*OverridesParser.create().parse_overrides(params), *overrides]
         swept = {key_of(override.get_key_element()) for override in overrides if override.is_sweep_override()}
         is_search = hydra.runtime.choices["hydra/sweeper"] != "basic"
-        # A search's intervals have no values yet; the rest is checked like a job.
+        # The intervals of a search have no values to check yet; everything else is checked as for a job.
         listed = [
             item for item in overrides if not is_search or not item.is_sweep_override() or item.is_discrete_sweep()
         ]
@@ -94,7 +97,7 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
     name = next((text_of(item.split("=", 1)[1]) for item in own if is_key(item, "sweep_name")), None)
     has_own_name = name is None or any(is_key(item, "run_name") for item in own)
     is_one_run = not swept and not is_search and has_own_name
-    # The overrides tell one run of a sweep from the others.
+    # If nothing is swept, the job is named after its overrides.
     naming = swept or {key for key in keys if key.split(".")[0] not in NOT_IN_A_NAME}
     if is_one_run:
         name = None
@@ -148,7 +151,7 @@ def check_names(arguments: Sequence[str]) -> None:
 
 
 def job_name(overrides: Sequence[str], keys: Container[str]) -> str:
-    """Return a sweep job's folder: its values of `keys`, in characters that file systems and Hydra take without quotes."""
+    """Return a job's name: its values of `keys`, in characters that need no quotes in file systems and in Hydra."""
     own = sorted(item.lstrip("+") for item in overrides if key_of(item) in keys)
     return re.sub(r"[^\w.+]+", "-", "_".join(own)).strip("-")
 
@@ -162,7 +165,7 @@ def hydra_settings(overrides: Sequence[str]) -> Any:
 
 
 def allow_own_launchers() -> None:
-    """Silence Hydra's warning that conf/hydra/launcher/ gives our defaults to submitit's launchers under their own names."""
+    """Silence Hydra's warning about conf/hydra/launcher/: our files there have the names of submitit's launchers."""
     warnings.filterwarnings(
         "ignore", message=r"\s*'hydra/launcher/submitit_\w+' is validated against ConfigStore schema"
     )
@@ -187,7 +190,11 @@ def is_hydras(item: str) -> bool:
 
 
 def places(launch: LaunchConfig, gpus: Sequence[str]) -> list[dict[str, str]]:
-    """Return the part of this machine for each of the jobs that run at a time.
+    """Return, for each job that can run at a time, the environment variable that assigns its GPUs.
+
+    Args:
+        launch: The processes of a job, and how many jobs may run at a time.
+        gpus: The GPUs of this machine.
 
     Raises:
         ValueError: The machine has too few GPUs.
@@ -207,7 +214,7 @@ def places(launch: LaunchConfig, gpus: Sequence[str]) -> list[dict[str, str]]:
 
 
 def finished_job(job: Job, plan: RunPlan) -> dict[str, Any] | None:
-    """Return the summary of a job that has ended before and is not to be started anew."""
+    """Return the summary of a job that an earlier command finished, or None if the job must run."""
     return (
         None if job.config.overwrite and not is_restart(os.environ) else RunDirectory(plan.run_dir).finished(job.config)
     )

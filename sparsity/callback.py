@@ -19,18 +19,18 @@ from sparsity.wrappers import check_weights_are_in_reach
 
 
 class SparsityCallback(TrainerCallback):
-    """Prunes the smallest weights before the steps that the schedule names, and keeps them at exactly 0.
+    """A Trainer callback that prunes the smallest weights before the steps of a schedule and keeps them at exactly 0.
 
     Its `pruner` holds the masks; the callback decides when the pruner acts. It uses no global random generator and does not
-    touch surviving weights: with a sparsity of 0 a run equals one without the callback to the last bit. It makes itself the
-    last of the Trainer's callbacks. If another callback writes into pruned weights, they are therefore 0 again before the
-    model is evaluated, saved or returned. A Trainer accepts only one SparsityCallback.
+    touch surviving weights: with a sparsity of 0, a run equals one without the callback to the last bit. The callback moves
+    itself to the end of the Trainer's callbacks. If another callback writes into pruned weights, they are therefore set to 0
+    again before the model is evaluated, saved or returned. A Trainer accepts only one SparsityCallback.
 
     Collective: all ranks must call it in the same way. An event sums counts over the shard group and compares a hash of the
     masks over replicas.
 
     Args:
-        schedule: How the density falls, and before which steps; `Fixed()` only keeps the model's zeros.
+        schedule: The share of weights to keep at each step, such as `Geometric`; `Fixed()` only keeps the model's zeros.
         report: Add the figures to the Trainer's log history, and to wandb if a run is open there.
         keep_zeros: Keep the zeros of a model that is already sparse; events then prune further weights.
         choices: The arguments of `Pruner`: scope, groups, pattern, score, factors, seed, include, requires_dense.
@@ -91,7 +91,7 @@ class SparsityCallback(TrainerCallback):
         return self._density_sum / self._num_steps if self._num_steps else 1.0
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Return the figures to log while `step` is the last step that ran."""
+        """Return the figures to log after `step` has run."""
         figures = {
             "sparsity/density": self.density,
             "sparsity/target_density": self.pruner.target_density(step),
@@ -108,7 +108,7 @@ class SparsityCallback(TrainerCallback):
         self._density_sum, self._num_steps = 0.0, 0
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
-        """Change the masks before `step` trains.
+        """Change the masks before `step` runs.
 
         Collective: over all ranks.
         """
@@ -219,7 +219,7 @@ class SparsityCallback(TrainerCallback):
     def load_state(self, state: Mapping[str, Any], global_step: int) -> None:
         """Resume at `global_step` from `state`, after `bind` and after the saved masks were written into `shards`.
 
-        The next on_train_begin then neither binds nor restores again.
+        The next on_train_begin then skips binding and restoring.
 
         Collective: over the shard group.
 
@@ -233,13 +233,15 @@ class SparsityCallback(TrainerCallback):
     def restore(self, global_step: int, saved: Mapping[str, Any] | None) -> None:
         """Resume at `global_step` from a checkpoint that holds only weights, after `bind`.
 
-        `saved` is the state that `on_step_end` stored in the Trainer's state at that step. Without it every zero counts as
-        a pruned weight, and the number of zeros must be the schedule's.
-
         Collective: over the shard group.
 
+        Args:
+            global_step: The next step to train.
+            saved: The state that `on_step_end` stored in the Trainer's state at that step. If None, every zero counts as a
+                pruned weight, and the number of zeros must be the schedule's.
+
         Raises:
-            ValueError: The weights are not as sparse as they must be.
+            ValueError: The number of zeros is not the one that the state or the schedule demands.
         """
         if saved is not None and saved["step"] == global_step:
             restore_from_weights(self.pruner, saved, global_step)

@@ -16,17 +16,17 @@ from sparsity.update import UPDATES, Update
 
 @dataclass
 class Choices:
-    """The settings of a pruner. Names are replaced by the methods they stand for, see `sparsity.registry`.
+    """The settings of a pruner. Names of methods are replaced by the methods, see `sparsity.registry`.
 
     Args:
-        schedule: How many weights are pruned, and before which steps.
+        schedule: The share of weights to keep at each step, see `sparsity.schedule`.
         score: The rule that ranks weights, see `sparsity.score`.
         factors: Name patterns of parameters, with the factors of their scores, see `sparsity.factors`.
         normalize: "l2" or "rms" divides each parameter's scores by their norm of that kind, at each event.
-        scope: Which weights compete with each other, see `sparsity.scope`.
+        scope: The rule that says which weights compete with each other, see `sparsity.scope`.
         groups: Parameters with their own targets.
-        pattern: Which positions may be pruned, see `sparsity.pattern`.
-        update: Whether pruned weights may come back, see `sparsity.update`.
+        pattern: The positions that may be pruned, see `sparsity.pattern`.
+        update: The rule by which pruned weights may come back, see `sparsity.update`.
         include: Name patterns of the parameters to prune, see `prunable_parameters`.
         requires_dense: Name patterns of parameters that are never pruned.
         seed: The seed of random scores and random growth.
@@ -36,7 +36,7 @@ class Choices:
     """
 
     schedule: Schedule
-    # Names are accepted too; __post_init__ replaces them by the methods they stand for.
+    # Names are accepted too; __post_init__ replaces them by the methods.
     score: Score = "magnitude"  # type: ignore[assignment]
     factors: Mapping[str, float] = None  # type: ignore[assignment]
     normalize: str = "none"

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsity.shards import ParameterShard, RankLayout, chunks, to_device
 
 FIRST = 1 << 10
-"""How many weights of a shard are read first: nearly always one of them is not 0."""
+"""The number of weights of a shard that are read first; almost always at least one of them is not 0."""
 
 
 def all_zero_names(shards: Sequence[ParameterShard], layout: RankLayout) -> list[str]:

@@ -1,4 +1,4 @@
-"""The check whether a device can run the Triton kernels of `sparsity.launches`."""
+"""The check that a device can run the Triton kernels of `sparsity.launches`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _is_gpu(device: torch.device) -> bool:
 
 @cache
 def _launches(device: torch.device) -> ModuleType | None:
-    """Return the module if a test kernel runs: only then does Triton need a C compiler and Python's headers."""
+    """Return the module if a test kernel runs. Triton needs a C compiler and Python's headers only when a kernel runs."""
     try:
         from sparsity import launches
 

@@ -1,4 +1,4 @@
-"""One event on one pool: prune the weights with the smallest keys, within the pattern if there is one."""
+"""One prune event on one pool: the weights with the smallest keys are pruned, within the pattern if there is one."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ def prune_pool_(
 ) -> Threshold | None:
     """Set the masks so that exactly `num_pruned` weights of all shards are pruned; see `prune_smallest_`.
 
-    Under N:M only the M - N smallest weights of each block compete (of equal ones those with the lower index). No block
-    ever loses more, and once all of them are pruned the pattern holds. A block is M consecutive weights of a row, so it is
-    always on one rank, because FSDP2 shards whole rows. During the call the candidates are in memory twice.
+    With an N:M pattern, only the M - N smallest weights of each block are candidates; of equal weights, those with the lower
+    index. No block ever loses more weights than these, and the pattern is complete when all candidates are pruned. A block is
+    M consecutive weights of a row. It is always on one rank, because FSDP2 shards whole rows. During the call, memory holds
+    the candidates twice.
 
     Collective: over the shard group.
 
     Args:
         shards: This rank's shards of the parameters in the pool.
-        num_pruned: How many weights of the full parameters are pruned afterwards.
+        num_pruned: The number of weights of the full parameters that are pruned afterwards.
         pattern: N:M; None if weights may be pruned anywhere.
         score: The score that ranks weights.
-        layout: Which ranks hold the other shards; None: this rank holds all.
+        layout: The ranks that hold the other shards; None if this rank holds all of them.
 
     Returns:
         The threshold, or None if nothing is to be pruned.
 
     Raises:
-        ValueError: The pattern does not allow to prune so many weights, or there are not so many.
+        ValueError: `num_pruned` is more than the pattern allows, or more than the pool has.
     """
     if pattern is None:
         return prune_smallest_(shards, num_pruned, score=score, layout=layout)
@@ -49,7 +50,7 @@ def prune_pool_(
     if num_pruned > most:
         raise ValueError(f"pattern={pattern} lets {most:,} weights go, not {num_pruned:,}: prune less.")
     allowed = [candidates(shard, pattern, score) for shard in shards]
-    # A score that depends on a weight's position makes its keys before candidates are taken out.
+    # A score that depends on positions must compute its keys before the candidates are taken out of their tensor.
     ranked = [shard.values if score.is_placeless else score(shard, slice(0, len(shard.values))) for shard in shards]
     compact = [
         ParameterShard(
@@ -69,9 +70,9 @@ def prune_pool_(
 
 
 def candidates(shard: ParameterShard, pattern: NofM, score: Score) -> Tensor:
-    """Mark the M - N smallest keys of each block of M weights, bool [local numel]; of equal keys the lower index wins.
+    """Mark the M - N smallest keys of each block of M weights, bool [local numel]; of equal keys, those with the lower index.
 
-    Weights that are pruned already come first, even before survivors that are 0.
+    Weights that are already pruned are marked first, even before survivors that are 0.
     """
     chosen = torch.zeros_like(shard.mask)
     for part in chunks(shard.values.numel() // pattern.block, shard.values.device):
@@ -83,7 +84,7 @@ def candidates(shard: ParameterShard, pattern: NofM, score: Score) -> Tensor:
 
 
 def take_candidates(values: Tensor, chosen: Tensor, pattern: NofM) -> Tensor:
-    """Return `values[chosen]`; on a GPU without waiting for the device, as that index would."""
+    """Return `values[chosen]`, on a GPU without waiting for the device, as indexing would."""
     return values[chosen] if values.device.type == "cpu" else _take_by_block(values, chosen, pattern)
 
 

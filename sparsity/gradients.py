@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from sparsity.shards import ParameterShard, local_values
 
 STATE = "dense_gradient"
-"""The key in the optimizer's state of a parameter, from the step before an event until the event."""
+"""The key in a parameter's optimizer state that holds the gradient from the step before an event until the event."""
 
 
 class DenseGradients:

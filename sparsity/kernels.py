@@ -187,7 +187,7 @@ def count_ties(  # type: ignore[no-untyped-def]
     """Count the kept weights of each block that have this key."""
     row, start, left = _block(rows, owners, WIDTH, BLOCK)
     pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
-    # Beyond the last weight the mask reads as 0.
+    # After the last weight, the mask is loaded as 0.
     is_tie = (_as_keys(_load(pointer, left, BLOCK, False)) == key) & (_load(mask, left, BLOCK, False) != 0)
     tl.store(ties + tl.program_id(0), tl.sum(is_tie.to(tl.int32), 0))
 

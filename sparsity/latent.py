@@ -28,7 +28,7 @@ class LatentWeights:
 
     @torch.no_grad()
     def put_back(self, parameters: Mapping[str, Tensor], shards: list[ParameterShard], optimizer: Any) -> None:
-        """Write the values of masked weights back: all weights are then as the last update left them."""
+        """Write the values of masked weights back, so that all weights are as the last update left them."""
         for (name, param), shard in zip(parameters.items(), shards, strict=True):
             latent = local_values(self._of(name, param, optimizer))
             local_values(param).copy_(torch.where(shard.mask, local_values(param), latent))
@@ -60,7 +60,7 @@ class LatentWeights:
             self._values[name] = found
         elif name not in self._values:
             self._values[name] = torch.zeros_like(param.detach())
-        # Not into an empty state: an optimizer creates its own states only if a parameter has none yet.
+        # Leave an empty state empty, because an optimizer creates its states only for parameters that have none.
         if state and STATE not in state:
             state[STATE] = self._values[name]
         return self._values[name]

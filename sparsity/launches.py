@@ -22,7 +22,7 @@ from sparsity import kernels
 from sparsity.shards import ParameterShard
 
 NUM_COPIES = 32
-"""A histogram is counted in so many copies, which are then summed."""
+"""The number of copies of a histogram; they are counted separately and then summed."""
 MOST_SEGMENTS, LEAST_ROOM = 1 << 10, 1 << 12
 """The most segments of the buffer for collected keys, each with its own cursor, and the fewest places in a segment."""
 _READ_AS = {torch.float32: tl.int32, torch.int32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
@@ -32,7 +32,7 @@ _WRITTEN_AS = {torch.int32: tl.int32, torch.int16: tl.int16}
 
 @dataclass(frozen=True)
 class Shape:
-    """Elements of a block and warps of a program; `python -m tests.benchmarks.event` measures the best ones."""
+    """Elements of a block and warps of a program; `python -m tests.benchmarks.event` measures the best values."""
 
     block: int
     num_warps: int
@@ -49,7 +49,7 @@ KEEP_TIES = Shape(1 << 12, 8)
 COUNT_KEPT = Shape(1 << 14, 4)
 HASH = Shape(1 << 12, 8)
 ZERO, ZERO_MODE = Shape(1 << 11, 8), "change"
-"""Most pruned weights of an event are 0 already."""
+"""Only weights that change are written, because at an event most pruned weights are 0 already."""
 ZERO_GRADIENT, ZERO_GRADIENT_MODE = Shape(1 << 10, 8), "rewrite"
 """Most pruned gradients are not 0: writing whole vectors moves fewer bytes than scattered writes."""
 
@@ -146,7 +146,7 @@ def collect(
     """Collect the keys lo .. hi - 1 of all shards.
 
     Returns:
-        Counts int64 [3] of the keys below `lo`, of those in the range, and of those in the range that found no place; the
+        Counts int64 [3] of the keys below `lo`, of those in the range, and of those in the range that did not fit; the
         collected keys, int32 [limit] in no order, with -1 in unused places; and the number of each key's shard.
     """
     device, numel = shards[0].values.device, sum(shard.values.numel() for shard in shards)
@@ -280,7 +280,7 @@ def count_kept(shards: Sequence[ParameterShard], shape: Shape = COUNT_KEPT) -> T
 def digests(shards: Sequence[ParameterShard], factors: Tensor, shape: Shape = HASH) -> Tensor:
     """Return a digest of each block of the masks, int64 [blocks]: the sum of `factors`, int64 [block], over kept weights."""
     found = [torch.empty(0, dtype=torch.int64, device=factors.device)]
-    # One table, so that replicas with differently aligned memory see the blocks in the same order.
+    # All rows are in one table, so that replicas with differently aligned memory have the blocks in the same order.
     for table in _mask_tables(shards, shape.block, may_align=False):
         found.append(torch.empty(len(table.owners), dtype=torch.int64, device=factors.device))
         table.launch(kernels.hash_masks, factors, found[-1], shape=shape)
@@ -302,7 +302,7 @@ def zero_all_(masked: Sequence[tuple[Tensor, Sequence[Tensor]]], shape: Shape = 
         rows += [Row(dtype, mask.numel(), 0, mask.data_ptr(), tuple(found)) for dtype, found in by_type.items()]
     if rows:
         for table in make_tables(tuple(rows), shape.block, masked[0][0].device):
-            # Without alignment neighbouring threads take neighbouring elements: a warp's scattered writes stay together.
+            # Without alignment, neighbouring threads take neighbouring elements, so that a warp's writes stay close together.
             plain = table if mode == "rewrite" else Table(table.rows, table.owners, table.dtype, False)
             plain.launch(kernels.zero, DTYPE=_WRITTEN_AS[table.dtype], MODE=mode, shape=shape)
 

@@ -34,7 +34,7 @@ def make_shards(parameters: dict[str, Tensor]) -> list[ParameterShard]:
 def check_can_prune(name: str, param: Tensor) -> None:
     """Raise a ValueError if selection cannot read a parameter.
 
-    It reads contiguous tensors in float32, bfloat16 or float16.
+    Selection reads contiguous tensors of float32, bfloat16 or float16.
     """
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A move of a mask: some kept weights are dropped, and as many pruned ones grow."""
+"""A move of the masks: some kept weights are dropped, and the same number of pruned weights grow."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def move_(
 
     Args:
         shards: The shards of one pool.
-        num_moved: How many weights to move, at most as many as are kept.
+        num_moved: The number of weights to move, at most the number of kept ones.
         drop_by: The score of the kept weights.
         grow_by: The score of the pruned ones: `Magnitude` of the gradients, or a random order.
         gradients: The dense gradient of each shard by name, for scores that read values.
-        layout: Which ranks hold the other shards.
+        layout: The ranks that hold the other shards; None if this rank holds all of them.
     """
     layout = layout or RankLayout()
     if not num_moved:
@@ -44,7 +44,7 @@ def move_(
     numel = sum(shard.full_numel for shard in shards)
     kept = layout.sum_ints([sum(int(shard.mask.sum()) for shard in shards)], shards[0].mask.device)[0]
     prune_smallest_(shards, numel - kept + num_moved, score=drop_by, layout=layout)
-    # Selection run the other way: the candidates are the pruned weights, and what it leaves of them are those that grow.
+    # Select in reverse: the candidates are the pruned weights, and those that selection keeps are the ones that grow.
     candidates = [replace(shard, values=_growth_values(shard, gradients), mask=~shard.mask) for shard in shards]
     prune_smallest_(candidates, numel - num_moved, score=grow_by, layout=layout)
     for shard, grown in zip(shards, candidates, strict=True):
@@ -52,7 +52,7 @@ def move_(
 
 
 def _growth_values(shard: ParameterShard, gradients: Mapping[str, Tensor] | None) -> Tensor:
-    """Return the candidates' values to compare and 0 for other weights; NaN becomes 0, so that it never grows."""
+    """Return the candidates' values to compare, and 0 for other weights; NaN becomes 0, so that such a weight never grows."""
     if gradients is None:
         return shard.values
     return gradients[shard.name].nan_to_num(nan=0.0).masked_fill_(shard.mask, 0.0)

@@ -1,4 +1,4 @@
-"""Norms of a parameter's scores. Sums of integers do not depend on order, so all numbers of ranks give the same bits."""
+"""Norms of a parameter's scores, bit for bit the same on any number of ranks, because they are sums of integers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsity.score import Score
 from sparsity.shards import ParameterShard, RankLayout, chunks
 
 BITS = 22
-"""Scores are rounded to about 2^-22 of the parameter's largest before they are squared and summed."""
+"""Scores are rounded to about 2^-22 of the parameter's largest score before they are squared and summed."""
 HALF = 1 << BITS
 
 
@@ -28,7 +28,7 @@ def inverse_norms(
         shards: This rank's shards of the parameters.
         score: A score whose keys are the bits of float32 numbers.
         normalize: "l2" (root of the sum of squares) or "rms" (root of the mean square over all weights).
-        layout: Which ranks hold the other shards.
+        layout: The ranks that hold the other shards.
     """
     largest = torch.stack([_largest_key(shard, score) for shard in shards])
     if layout.shard_group is not None:

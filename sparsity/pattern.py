@@ -49,7 +49,7 @@ class NofM:
             )
 
     def check_sparsity(self, sparsity: float) -> None:
-        """Raise a ValueError if a schedule's final sparsity is neither the pattern's nor 0, which leaves weights dense."""
+        """Raise a ValueError unless a schedule's final sparsity is the pattern's, or 0 for weights that stay dense."""
         if sparsity and not math.isclose(sparsity, self.sparsity, abs_tol=1e-12):
             raise ValueError(
                 f"pattern={self} ends at a sparsity of {self.sparsity:g}, not {sparsity:g}: set the target to "

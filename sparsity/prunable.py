@@ -52,7 +52,7 @@ def prunable_parameters(
             raise ValueError(f"{frozen[0]} is named in include but is frozen: train it, or name others.")
     unique: dict[int, str] = {}
     for name, param in chosen.items():
-        # With the old spectral_norm, weight does not depend on weight_orig, nor require a gradient, before the first forward.
+        # With the old spectral_norm, `weight` does not require a gradient before the first forward pass.
         is_trained = param.requires_grad or (name in computed and parameters.get(f"{name}_orig", param).requires_grad)
         if not matches(name, requires_dense) and is_trained:
             unique.setdefault(id(param), name)
@@ -125,7 +125,7 @@ def _own_matrices(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has_own_rules(module: nn.Module) -> bool:
-    """Return whether it is a torch.nn layer that is not linear, or another library's embedding, norm or convolution."""
+    """Return whether a module is a torch.nn layer that is not linear, or another library's embedding, norm or convolution."""
     of_torch = (cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules."))
     containers = ("torch.nn.modules.module", "torch.nn.modules.container")
     return any(home not in containers for home in of_torch) or bool(_OWN_RULES.search(type(module).__name__))

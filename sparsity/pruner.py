@@ -42,7 +42,7 @@ class Pruner:
     """The masks on a model's prunable parameters, and the methods that change them.
 
     Args:
-        schedule: How many weights are pruned, and before which steps.
+        schedule: The share of weights to keep at each step, see `sparsity.schedule`.
         choices: The other arguments of `sparsity.choices.Choices`.
 
     Raises:
@@ -68,7 +68,7 @@ class Pruner:
         self.pools: list[Pool] = []
         """The sets of weights that compete with each other; set by `bind`."""
         self.layout = RankLayout()
-        """Which ranks the parameters are sharded over; set by `bind`."""
+        """The ranks over which the parameters are sharded; set by `bind`."""
         self.parameters: dict[str, Tensor] = {}
         """The prunable parameters by name; set by `bind`."""
         self.on_gradient: Callable[[ParameterShard, Tensor], bool] | None = None
@@ -89,7 +89,7 @@ class Pruner:
         return sum(self.inherited.values())
 
     def target_density(self, step: int) -> float:
-        """Return the share that the schedule keeps while `step` trains, or less if more zeros were inherited."""
+        """Return the share that the schedule keeps while `step` runs, or less if more zeros were inherited."""
         inherited = self.num_inherited / self.num_prunable if self.num_prunable else 0.0
         return min(self.overall.density(step), 1.0 - inherited)
 
@@ -158,8 +158,8 @@ class Pruner:
     def check_adapters(self) -> None:
         """Raise a ValueError if a model with frozen weights, such as LoRA, trains a parameter that is still all zeros.
 
-        An adapter's second matrix starts at 0 and stays far smaller than the first, so magnitude pruning removes it first
-        even after some steps.
+        An adapter's second matrix starts at 0 and stays far smaller than its first one. Magnitude pruning would therefore
+        remove it first, even after some steps.
 
         Collective: over the shard group.
         """
@@ -172,7 +172,7 @@ class Pruner:
         self.inherited = {name: self.parameters[name].numel() - kept for name, kept in self.kept.items()}
 
     def take_masks_from_zeros(self) -> None:
-        """Mark every exact 0 as pruned; raise a ValueError if the pattern does not allow so many in a block.
+        """Mark every exact 0 as pruned; raise a ValueError if a block has more zeros than the pattern allows.
 
         Collective: over the shard group.
         """
@@ -181,7 +181,7 @@ class Pruner:
         self.check_blocks()
 
     def scheduled(self, step: int) -> list[int]:
-        """Return how many weights of each pool are pruned while `step` trains; step -1 is before the run."""
+        """Return how many weights of each pool are pruned while `step` runs; step -1 is before the run."""
         return self.choices.scope.counts(self.pools, self.schedule, step)
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
@@ -243,7 +243,7 @@ class Pruner:
         """
         check_replicas_agree(self.shards, self.layout)
         counted = self._start_count()
-        # Before the host waits for the counts, so that the device is busy meanwhile.
+        # Zero the weights before the host waits for the counts, so that the device is busy meanwhile.
         self.zero_pruned(optimizer)
         self._end_count(counted)
 

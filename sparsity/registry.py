@@ -1,7 +1,7 @@
 """Methods by name: scores, schedules, scopes and updates as settings, help, plans, cards and records refer to them.
 
-A method is an object with a `name`, a `label` and a docstring. Settings give its name, or `my.module:Method` for a method of
-the user's own; the callback accepts an instance too. This needs only the standard library.
+A method is an object with a `name`, a `label` and a docstring. Settings give its name, or `my.module:Method` for a method
+that the user wrote; the callback also accepts an instance. This needs only the standard library.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Registry(Mapping[str, T], Generic[T]):
             key: The setting's name in errors; the kind if it is empty.
 
         Raises:
-            ValueError: The name is unknown, or the module has no such method.
+            ValueError: The name is unknown, cannot be imported, or is not a method of this kind.
         """
         key = key or self.kind
         if not isinstance(choice, str):

@@ -34,7 +34,7 @@ def check_masks(pruner: Pruner, state: Mapping[str, Any], global_step: int) -> N
     Collective: over the shard group.
 
     Args:
-        pruner: Bound to the model, with the saved masks in its shards.
+        pruner: The pruner, bound to the model, with the saved masks in its shards.
         state: The result of `mask_state` when the masks were saved.
         global_step: The next step to train.
 
@@ -76,7 +76,7 @@ def check_zeros(pruner: Pruner, global_step: int, *, allow_more: bool) -> None:
     Collective: over the shard group.
 
     Args:
-        pruner: Bound to the model.
+        pruner: The pruner, bound to the model.
         global_step: The next step to train.
         allow_more: Accept more zeros than the schedule has pruned by then.
 
@@ -122,7 +122,7 @@ def restore_from_weights(pruner: Pruner, saved: Mapping[str, Any], global_step: 
 def surviving_zeros(shards: Sequence[ParameterShard], layout: RankLayout) -> dict[str, list[int]] | None:
     """Return, by parameter, the flat indices in the full tensors of kept weights that are exactly 0 by chance.
 
-    Nearly always there are none. If there are more than `MAX_LISTED`, the result is None.
+    There are almost never any. If there are more than `MAX_LISTED`, the result is None.
 
     Collective: over the shard group.
     """

@@ -39,11 +39,11 @@ class Rule:
         self.moves = self.update.moves(self.pruner.schedule, num_steps)
 
     def acts_before(self, step: int) -> bool:
-        """Return whether masks change before `step` trains."""
+        """Return whether masks change before `step` runs."""
         return step in self.pruner.events
 
     def act(self, step: int, optimizer: Any) -> None:
-        """Change masks before `step` trains.
+        """Change masks before `step` runs.
 
         Collective: over all ranks.
         """
@@ -76,7 +76,7 @@ class Rule:
         """Act between the backward pass and the optimizer's update."""
 
     def after_update(self, optimizer: Any) -> None:
-        """Zero what the optimizer's update may have written into pruned weights."""
+        """Zero the pruned weights again, because the optimizer's update may have changed them."""
         self._keep_gradients(optimizer)
         self.pruner.after_update(optimizer)
 
@@ -94,7 +94,7 @@ class Rule:
 
 
 class RegrowRule(Rule):
-    """Drops the lowest kept weights and grows as many others: at random before a step, or by the gradients of a step."""
+    """Masks that drop the lowest kept weights and grow the same number of others, at random or by a step's gradients."""
 
     update: Regrowing
 
@@ -140,7 +140,7 @@ class RegrowRule(Rule):
 
 
 class StraightThroughRule(Rule):
-    """Trains all weights while the model computes with masked ones, and chooses masks anew at events and moves."""
+    """Masks that are chosen again at events and moves; all weights are trained, and the model computes with masked ones."""
 
     masks_gradients = False
 
@@ -174,7 +174,7 @@ class StraightThroughRule(Rule):
 
 
 class AlternatingRule(Rule):
-    """Unmasks all weights at events that begin a dense phase; the next event chooses new masks."""
+    """Masks that are removed at events that begin a dense phase and chosen again at the next event."""
 
     def act(self, step: int, optimizer: Any) -> None:
         if any(self.pruner.scheduled(step)):

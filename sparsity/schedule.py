@@ -1,11 +1,11 @@
-"""Schedules: when weights are pruned, and how many remain. They give the density as a function of the step.
+"""Schedules say when weights are pruned and how many remain: they give the density as a function of the step.
 
 This needs only the standard library, so that a plan can be printed before torch is imported. A *step* is an optimizer step,
-counted from 0. `density(step)` holds while that step trains, because an event at step s runs before it. *Compute* is
+counted from 0. `density(step)` holds while that step runs, because an event at step s runs before it. *Compute* is
 measured in dense-equivalent steps: the sum of the density over the steps (arXiv 2501.12486).
 
-Every schedule is a staircase over its events. Schedules differ in one line, `kept`: the share that is left once a given part
-of the events is done.
+Every schedule is a staircase over its events. Schedules differ only in one method, `kept`: the share of weights that remains
+when a given share of the events is done.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Schedule(Protocol):
 
 
 class Staircase:
-    """Density falls at start_step, start_step + every_steps, ..., end_step, each time before that step trains."""
+    """Density falls at start_step, start_step + every_steps, ..., end_step, each time before that step runs."""
 
     start_step: int
     end_step: int
@@ -52,7 +52,7 @@ class Staircase:
         return range(self.start_step, self.end_step + 1, self.every_steps)
 
     def density(self, step: int) -> float:
-        """Return the share of the prunable weights kept while `step` trains, in (0, 1]."""
+        """Return the share of the prunable weights kept while `step` runs, in (0, 1]."""
         if step < self.start_step:
             return 1.0
         return self.density_after(min((step - self.start_step) // self.every_steps, self.num_events - 1))
@@ -62,7 +62,11 @@ class Staircase:
         return self.dense_equivalent_steps(num_steps) / num_steps
 
     def dense_equivalent_steps(self, num_steps: int) -> float:
-        """Return the sum of density(step) over steps 0 .. num_steps - 1: the run's compute in steps of the dense model."""
+        """Return the sum of density(step) over steps 0 .. num_steps - 1: the run's compute in steps of the dense model.
+
+        Raises:
+            ValueError: `num_steps` is below 1.
+        """
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} must be at least 1.")
         edges = [0, *self.events(), num_steps]
@@ -82,29 +86,42 @@ class Staircase:
 
 @dataclass(frozen=True)
 class Ramp(Staircase, Method):
-    """A staircase down to the density 1 - sparsity, along the curve of a subclass."""
+    """A staircase down to the density 1 - sparsity. A subclass gives the curve in `kept`.
+
+    Raises:
+        ValueError: The sparsity is outside [0, 1), or the window is reversed or not divisible by `every_steps`.
+    """
 
     events_per_phase = 1
     """The number of events is 1 plus a multiple of this."""
 
     sparsity: float
+    """The share of the prunable weights that is pruned after the last event."""
     start_step: int
+    """The step of the first event."""
     end_step: int
+    """The step of the last event."""
     every_steps: int = DEFAULT_EVERY_STEPS
+    """The number of steps between events."""
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
-        """Return the share kept once the share `progress`, in (0, 1], of the events is done; 1 - sparsity at 1."""
+        """Return the share of weights that remains after a part of the events.
+
+        Args:
+            sparsity: The final sparsity.
+            progress: The share of the events that is done, in (0, 1]. At 1 the result must be 1 - `sparsity`.
+        """
         raise NotImplementedError
 
     @classmethod
     def kept_after(cls, sparsity: float, event: int, num_events: int) -> float:
-        """Return the share kept after event number `event` of `num_events`, counted from 0."""
+        """Return the share of weights that remains after event number `event` of `num_events`, counted from 0."""
         return 1.0 - sparsity if event == num_events - 1 else cls.kept(sparsity, (event + 1) / num_events)
 
     @classmethod
     def over(cls, sparsity: float, start_step: int, end_step: int, every_steps: int) -> Self:
-        """Return the schedule of a window."""
+        """Return the schedule of a window; schedules with a single event ignore its end and interval."""
         return cls(sparsity, start_step, end_step, every_steps)
 
     @property
@@ -199,7 +216,7 @@ class OneShot(Ramp):
 
 @dataclass(frozen=True)
 class Constant(OneShot):
-    """Sparse from initialization: the masks of the full sparsity are there before the first step trains."""
+    """Sparse from initialization: the masks have the full sparsity before the first step."""
 
     name = "constant"
     label = "all at once, before the first step"
@@ -213,9 +230,10 @@ class Constant(OneShot):
 
 @dataclass(frozen=True)
 class Alternating(Ramp):
-    """Sparse and dense phases in turn: events 0, 2, 4 ... leave 1 - sparsity, those between them everything.
+    """Sparse and dense phases in turn: even events leave 1 - sparsity, odd events leave all weights.
 
-    The phases of AC/DC (arXiv 2106.12379). Each lasts `every_steps`; the last event begins the sparse phase that stays.
+    These are the phases of AC/DC (arXiv 2106.12379). Each lasts `every_steps`. The last event, which is even, begins a sparse
+    phase that lasts to the end of the run.
     """
 
     name = "alternating"
@@ -237,7 +255,7 @@ class Alternating(Ramp):
 
 @dataclass(frozen=True)
 class Mixed(Staircase):
-    """The density of groups of weights together, each of which follows `base` to its own sparsity.
+    """The density of several groups of weights together; each group follows `base` to its own sparsity.
 
     `shares` holds (share of the prunable weights, sparsity) for each group; the shares add up to 1.
     """
@@ -268,7 +286,7 @@ class Mixed(Staircase):
 
 @dataclass(frozen=True)
 class Fixed:
-    """No event at all: what is zero when the run begins stays zero, and nothing else is pruned."""
+    """A schedule without events: weights that are zero when the run begins stay zero, and no others are pruned."""
 
     def density(self, step: int) -> float:
         return 1.0

@@ -1,4 +1,4 @@
-"""Pools of weights that compete with each other: each has one threshold and a number of weights to lose.
+"""Pools of weights that compete with each other to be kept. An event prunes a number of weights in each, by one threshold.
 
 A pool is all prunable weights, one parameter, or a group named by patterns. A scope forms the pools and divides the weights
 that an event prunes among them. This needs only the standard library, so that a plan and a run count in the same way.
@@ -41,7 +41,7 @@ class Pool:
     """The shape of the parameter if the pool has only one."""
 
     def density(self, schedule: Schedule, step: int) -> float:
-        """Return the share of the group's weights that the schedule keeps while `step` trains; step -1 is before the run."""
+        """Return the share of the group's weights that the schedule keeps at a training step; step -1 is before the run."""
         return self.own(schedule).density(step) if step >= 0 else 1.0
 
     def final_sparsity(self, schedule: Ramp) -> float:
@@ -62,28 +62,34 @@ def num_pruned(numel: int, density: float) -> int:
 
 
 class Scope(Method):
-    """The rule that says which weights compete. A scope of your own extends it and returns the pools' names from `split`."""
+    """The rule that says which weights compete. A subclass divides parameters into pools in `split`."""
 
     compares_parameters: bool = True
-    """Whether weights of different parameters compete, so that factors and norms mean something."""
+    """Whether weights of different parameters compete; only then do factors and norms have an effect."""
     is_even: bool = True
-    """Whether every layer can end at its group's share, as a pattern requires."""
+    """Whether every layer can end at its group's sparsity, as a pattern requires."""
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """Divide the parameters `names` of a group into pools; return the names of each pool."""
         raise NotImplementedError
 
     def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
-        """Return how many weights each pool has lost once its group is at its density; `before` had been lost earlier."""
+        """Return how many weights each pool has lost after an event.
+
+        Args:
+            pools: All pools.
+            densities: The density of each pool's group after the event.
+            before: The number of weights that each pool had lost before the event.
+        """
         return [num_pruned(pool.numel, density) for pool, density in zip(pools, densities, strict=True)]
 
     def counts(self, pools: Sequence[Pool], schedule: Schedule, step: int) -> list[int]:
-        """Return how many weights each pool has lost while `step` trains; step -1 is before the run."""
+        """Return how many weights each pool has lost at a training step; step -1 is before the run."""
         return self.allocate(pools, [pool.density(schedule, step) for pool in pools], [0] * len(pools))
 
 
 class Global(Scope):
-    """One threshold for all weights, or for each group: layers end at densities of their own."""
+    """One threshold for all weights, or for each group: layers end at different densities."""
 
     name = "global"
     label = "one threshold for all"
@@ -107,7 +113,7 @@ class Erk(Uniform):
     """A threshold for each parameter, small ones kept denser: densities in proportion to (inputs + outputs) / weights.
 
     Erdos-Renyi-Kernel (Evci et al. 2020, arXiv 1911.11134), with densities of at most 1. The counts of a group add up to
-    exactly what the schedule prunes of it, and no count falls from one event to the next.
+    exactly the number that the schedule prunes in it, and no count falls from one event to the next.
     """
 
     name = "erk"
@@ -145,7 +151,7 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
     """Return each parameter's density by Erdos-Renyi-Kernel, so that all of them together have `density`.
 
     Args:
-        shapes: [out, in], or [expert, out, in], in which each expert's matrix counts by itself.
+        shapes: [out, in], or [expert, out, in]; the formula then uses the shape of one expert's matrix.
         density: The share of all weights that is kept.
     """
     numels = [math.prod(shape) for shape in shapes]
@@ -163,9 +169,15 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
 
 
 def erk_counts(shapes: Sequence[tuple[int, ...]], density: float, before: Sequence[int]) -> list[int]:
-    """Return how many weights of each parameter are pruned: `erk_densities` rounded so that the sum is the schedule's.
+    """Return how many weights of each parameter are pruned: `erk_densities` rounded so that the sum is exact.
 
-    Each parameter loses, beyond `before`, the whole part of what it lacks; the rest goes to the largest remainders.
+    Each parameter first loses the integer part of the weights that it has left to lose. The parameters with the largest
+    remainders then lose one more, until the sum is round((1 - density) x number of weights).
+
+    Args:
+        shapes: The parameters' shapes, as for `erk_densities`.
+        density: The share of all weights that is kept.
+        before: The number of weights that each parameter has lost already; no result is lower.
     """
     numels = [math.prod(shape) for shape in shapes]
     more = num_pruned(sum(numels), density) - sum(before)
@@ -212,7 +224,7 @@ def make_pools(
 
 
 def target_shares(pools: Sequence[Pool], sparsity: float) -> tuple[tuple[float, float], ...]:
-    """Return (share of all weights, final sparsity) of each target; `sparsity` is for pools without their own."""
+    """Return (share of all weights, final sparsity) of each target; pools without their own target end at `sparsity`."""
     numels: dict[float, int] = {}
     for pool in pools:
         target = sparsity if pool.sparsity is None else pool.sparsity

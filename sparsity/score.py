@@ -1,7 +1,7 @@
 """Scores rank weights: a score turns weights into integer keys, and the weights with the smallest keys are pruned first.
 
-A key is an int32 of at least 0. Weights that are pruned already must have the key 0, so that they stay the smallest. A score
-of your own extends `Score` and returns `values`, whose bits are the keys. Importing this needs no torch.
+A key is an int32 of at least 0. Weights that are pruned already must have the key 0, so that they stay the smallest. To write
+a score, extend `Score` and return `values`; their bits become the keys. Importing this needs no torch.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Need = Literal["gradient", "state"]
 
 
 class Score(Method):
-    """The rule that ranks weights. A score of your own returns `values`, or `keys` that are not the bits of float32 numbers."""
+    """The rule that ranks weights. A subclass returns `values`, or `keys` if these are not the bits of float32 numbers."""
 
     needs: tuple[Need, ...] = ()
-    """What a shard must hold besides values and mask: "gradient" for `shard.gradient`, the dense gradient of the step
-    before the event; "state" for `shard.state`, the optimizer's state by name."""
+    """The data that a shard must hold in addition to values and mask: "gradient" for `shard.gradient`, the dense gradient
+    of the step before the event; "state" for `shard.state`, the optimizer's state by name."""
     has_values: bool = True
     """Whether keys are the bits of float32 numbers; only then do factors, norms and the threshold have a meaning."""
     is_zero_first: bool = False
     """Whether a weight of 0 scores 0, so that a parameter of all zeros would be pruned before all others."""
     is_placeless: bool = False
-    """Whether it can rank weights taken out of their tensor, such as the candidates of a pattern."""
+    """Whether keys do not depend on positions, so that weights can be ranked outside their tensor, as a pattern requires."""
 
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
         """Return the scores of a slice of the shard's local weights, numbers [stop - start] of at least 0.
@@ -70,9 +70,13 @@ class Magnitude(Score):
     is_placeless = True
 
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
-        """Return the bits of |w| as float32, which are ordered as |w|, denormals and infinities included; NaN is last.
+        """Return the bits of |w| as float32.
 
-        bfloat16 and float16 convert to float32 exactly, so parameters of different types compare by value.
+        As integers they have the same order as |w|, including denormals and infinities; NaN is last. bfloat16 and float16
+        convert to float32 exactly, so parameters of different types compare by value.
+
+        Raises:
+            ValueError: The weights are float64.
         """
         import torch
 
@@ -151,7 +155,7 @@ def scaled(score: Score, factors: Mapping[str, float]) -> Score:
 
 
 class Given(Score):
-    """Keys that were computed before and are held as the values."""
+    """Keys that were computed earlier and are stored as the shard's values."""
 
     is_placeless = True
 
@@ -166,7 +170,7 @@ SCORES: Registry[Score] = Registry("score", {score.name: score for score in (mag
 def key_spacing_bits(shards: Sequence[ParameterShard], score: Score) -> int:
     """Return how many low bits are 0 in every key: 16 if all keys are magnitudes of bfloat16, else 0.
 
-    Keys of float16 would have 13, but torch converts its NaN to float32 in more than one bit pattern.
+    Keys of float16 would have 13, but torch converts a float16 NaN to more than one float32 bit pattern.
     """
     import torch
 
@@ -175,7 +179,7 @@ def key_spacing_bits(shards: Sequence[ParameterShard], score: Score) -> int:
 
 
 def is_magnitude(score: Score) -> bool:
-    """Return whether keys are the weights' own bits, which numpy and the kernels read faster than a score computes them."""
+    """Return whether keys are the weights' own bits; numpy and the kernels read those faster than a score computes keys."""
     return type(score) is Magnitude
 
 

@@ -1,4 +1,4 @@
-"""A parameter as one rank sees it: its local shard, the shard's position in the full tensor, and who holds the rest."""
+"""A parameter as one rank sees it: its local shard, the shard's position in the full tensor, and which ranks hold the rest."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def shard_offset(param: Tensor) -> int:
 
 
 def rank_layout(params: Sequence[Tensor]) -> RankLayout:
-    """Return the layout of all `params`; raise a ValueError if they differ. It may be plain, DDP, FSDP2 or HSDP."""
+    """Return the layout that all `params` share (plain, DDP, FSDP2 or HSDP); raise a ValueError if they differ."""
     layouts = {_layout_of(param) for param in params}
     if len(layouts) > 1:
         raise ValueError(

@@ -29,14 +29,17 @@ class Update(Method):
     state_bytes = 0
     """Bytes for each weight that are held and saved in addition to its mask."""
     move_bytes = 0
-    """Bytes for each weight that a move by gradients takes: float32 gradients, a copy to compare, the candidates' mask."""
+    """Bytes for each weight that a move by gradients needs: float32 gradients, a copy to compare, the candidates' mask."""
 
     def moves(self, schedule: Schedule, num_steps: int) -> frozenset[int]:
         """Return the steps of a run at which masks move in addition to the schedule's events."""
         return frozenset()
 
     def extra_compute(self, schedule: Schedule, num_steps: int) -> float:
-        """Return the compute beyond the sum of densities, in steps of the dense model: gradients of pruned weights."""
+        """Return the compute for gradients of pruned weights, in steps of the dense model.
+
+        The sum of densities over the steps does not include it.
+        """
         if self.gradients == "masked":
             return 0.0
         if self.gradients == "dense":
@@ -133,7 +136,7 @@ class Set(Regrowing):
 class Rigl(Regrowing):
     """RigL: at each move the lowest kept weights are dropped and those with the largest gradients grow.
 
-    Evci et al. 2020 (arXiv 1911.11134). The step of a move updates masks and no weights. With a falling density it is the
+    Evci et al. 2020 (arXiv 1911.11134). A step that moves masks does not update weights. With a falling density this is the
     dense-to-sparse training of GraNet (arXiv 2106.10404).
     """
 

@@ -1,4 +1,4 @@
-"""Checks for wrappers that hide a model's weights, so that pruning would not last."""
+"""Checks for wrappers that hide a model's weights, under which pruning would not last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that are supported by name, as transformers folders with a tokenizer."""
+"""Tiny random models of the named architectures that are supported, as transformers folders with a tokenizer."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def folder_of(name: str, folder: Path, **options: Any) -> Path:
 
 
 def by_path(path: Path | str, **keys: Any) -> Any:
-    """Return the config group `model` as `model=hf model.path=PATH` makes it."""
+    """Return the config group `model` of `model=hf model.path=PATH`."""
     from conf.schema import ModelConfig
     from train.plan.architecture import SIZES as KEYS
 

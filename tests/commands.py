@@ -1,4 +1,4 @@
-"""Run the project's commands as a user would, with a timeout."""
+"""Running the project's commands as a user would, with a timeout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARED = ROOT.parent / "shared"
 def run_command(
     arguments: Sequence[str], *, cwd: Path = ROOT, timeout_s: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m ARGUMENTS` on the CPU, offline, with one thread a process, and capture its output."""
+    """Run `python -m ARGUMENTS` on the CPU, offline, with one thread per process, and capture its output."""
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=cwd,
@@ -30,7 +30,7 @@ def run_command(
 def quiet_environment(changes: Mapping[str, str]) -> dict[str, str]:
     return {
         **os.environ,
-        # This checkout comes first, before other folders that were copied to this machine.
+        # This checkout comes before other copies on the path.
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",

@@ -1,6 +1,6 @@
-"""Compile every kernel for compute capability 9.0, which needs Triton and no device.
+"""Compile every kernel for compute capability 9.0; this needs Triton but no device.
 
-python -m tests.compiled_kernels        a line of JSON a variant: registers, spills, and the loads and stores of its PTX
+python -m tests.compiled_kernels        prints a line of JSON per variant: registers, spills, loads and stores in its PTX
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WRITTEN = {"32 bits": tl.int32, "16 bits": tl.int16}
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launches.Shape]]:
-    """Return name, kernel, argument types, constants and shape of every kernel that an event or a hook launches."""
+    """Yield name, kernel, argument types, constants and launch shape of each kernel that an event or a hook launches."""
     readers = {
         kernels.collect: (
             {
@@ -99,7 +99,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launc
 
 
 def products() -> Iterator[tuple[str, dict[str, str], dict[str, Any], int]]:
-    """Return name, types, constants and warps of the sparse product: rows of 2 and 7 chunks, and without bases."""
+    """Yield name, types, constants and warps of the sparse product: for rows of 2 and 7 chunks, and without bases."""
     for value, (num_chunks, has_bases) in itertools.product(
         ("bf16", "fp16", "fp32", "i8"), ((2, True), (7, True), (7, False))
     ):
@@ -129,7 +129,7 @@ def compiled(
     num_warps: int,
     attributes: dict[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compile one variant; return the loads and stores of its code, its registers and its spills."""
+    """Compile one variant, and return the loads and stores of its code, its registers and its spills."""
     signature = types | dict.fromkeys(constants, "constexpr")
     ordered = {name: signature[name] for name in kernel.arg_names}
     source = ASTSource(

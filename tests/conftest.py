@@ -1,4 +1,4 @@
-"""An uninterrupted run that several test modules share, and the order of the modules."""
+"""An uninterrupted run that several test modules share, and the order in which modules run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLOWEST = (
     "test_failures", "test_resume", "test_run", "test_callback", "test_initial", "test_methods", "test_bad_input",
     "test_errors", "test_benchmarks",
 )  # fmt: skip
-"""Modules that launch most; they run first, so that two workers end together (`make test`)."""
+"""The modules that launch the most processes. They run first, so that two workers end together (`make test`)."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """Make the folder of a text and the runs on it, shared by all workers."""
+    """Make a folder for a text and the runs on it, which all workers share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "interrupted"
     with FileLock(f"{folder}.lock"):
@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(folder) -> Path:
-    """Make the run of `interrupted` without an interruption."""
+    """Make the run of `interrupted`, but without an interruption."""
     with FileLock(f"{folder}.whole.lock"):
         if not (folder / "runs" / "whole" / "summary.json").exists():
             done = run_command(["launch", *interrupted(folder, "whole", "logger=none")])

@@ -1,4 +1,4 @@
-"""Run a plain function on several gloo ranks, with a timeout, and collect their results."""
+"""Running a plain function on several gloo ranks, with a timeout, and collecting the results."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def run_ranks(
 ) -> list[Any]:
     """Return the results of `body(*args)` in rank order, run on `world_size` ranks of one thread each.
 
-    `body` must be importable. With `joined=False` it starts as a script under torchrun does: with the environment, and
-    without a process group. With `on_gpu=True` all ranks see the GPUs, and gloo serves CPU and CUDA tensors.
+    `body` must be importable. With `joined=False` it starts like a script under torchrun: with the environment variables,
+    but without a process group. With `on_gpu=True` all ranks see the GPUs, and gloo serves CPU and CUDA tensors.
     """
-    # Ranks are forked from a server that has imported torch, because the import takes longer than most bodies.
+    # Ranks are forked from a server that has imported torch, because the import takes longer than most functions.
     # On a GPU they are spawned, because a forked process cannot use the driver's state that it inherits.
     context = mp.get_context("spawn" if on_gpu else "forkserver")
     if not on_gpu:
         context.set_forkserver_preload(["train.trainer", "train.model.export"])
     results: Any = context.Queue()
-    # The store is in this process, as in torchrun's agent: its port is taken from the start, and it outlives every rank.
+    # The store is in this process, as in torchrun's agent: its port is reserved from the start, and it outlives the ranks.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
         context.Process(
@@ -95,7 +95,7 @@ def _rank_main(
         )
     torch.set_num_threads(1)
     if on_gpu and torch.cuda.is_available():
-        # Set before a device mesh would choose the device with the rank's number.
+        # The device is set here, before a device mesh would choose the one with the rank's number.
         torch.cuda.set_device(rank % torch.cuda.device_count())
         torch.cuda.init()
     try:
@@ -105,7 +105,7 @@ def _rank_main(
         value = body(*args)
         if dist.is_initialized():
             dist.barrier()
-        # As bytes, because torch would share tensors through files that are removed when the process ends.
+        # Results are sent as bytes: torch would share tensors through files that are removed when the process ends.
         results.put((rank, pickle.dumps(value), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

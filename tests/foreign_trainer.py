@@ -1,8 +1,8 @@
-"""Somebody else's training script: a plain transformers.Trainer with the three lines of the callback added.
+"""A training script as a user might have it: a plain transformers.Trainer, with the three lines of the callback added.
 
     python -m tests.foreign_trainer OUTPUT_DIR [--sparsity 0.8] [--fsdp2] [--bf16] [--compile] [--accumulate 2] [--wandb]
 
-Rank 0 prints its findings as one line of JSON. Run it under torchrun for several processes.
+Rank 0 prints its results as one line of JSON. Run it under torchrun for several processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS = 12
 
 
 class Counting(Dataset):
-    """Sequences that count up, each from its own number, so that a model learns them within a few steps."""
+    """Sequences that count up, each from another number, so that a model learns them within a few steps."""
 
     def __len__(self) -> int:
         return 400
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str]) -> None:
         import wandb
 
         wandb.finish()
-    # Threads of the destroyed process group sometimes abort a normal exit of the interpreter.
+    # Threads of the destroyed process group would sometimes abort a normal exit of the interpreter.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def train(words: Sequence[str]) -> tuple[dict[str, Any] | None, bool]:
-    """Return rank 0's findings, None on other ranks, and whether wandb was requested."""
+    """Train, and return rank 0's results (None on other ranks) and whether wandb was requested."""
     parser = argparse.ArgumentParser()
     parser.add_argument("output_dir")
     parser.add_argument("--sparsity", type=float, default=None)

@@ -1,4 +1,4 @@
-"""Damage compact folders at random: reading one must give the same tensors or a ValueError, in bounded memory.
+"""Damage compact folders at random. Reading one must give the same tensors or a ValueError, in bounded memory.
 
 python -m tests.hostile [--count 20000] [--first 0]
 """
@@ -25,11 +25,11 @@ from sparsity.compact.rounding import Rounding
 
 INDEX = "model.safetensors.index.json"
 ROOM = 64 << 20
-"""Bytes of address space beyond those of the process, which must suffice for everything."""
+"""The bytes of address space that reading may use in addition to those of the process."""
 
 
 def write_plain(folder: Path) -> None:
-    """Write a folder of two small shards with sparse, dense, empty and odd tensors in several types."""
+    """Write a folder of two small shards with sparse, dense, empty and odd-sized tensors of several types."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "a": (40, 33),
@@ -56,7 +56,7 @@ def write_plain(folder: Path) -> None:
 
 
 def all_tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Return type, shape and bits of every tensor of a plain folder."""
+    """Return the type, shape and bytes of every tensor of a plain folder."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -226,7 +226,7 @@ def change_index(path: Path, rng: random.Random) -> None:
 
 
 def damage(folder: Path, rng: random.Random) -> None:
-    """Change something about one file of `folder`."""
+    """Change one file of `folder` in some way."""
     weights = sorted(folder.glob("*.safetensors"))
     changes: list[tuple[Callable[[Path, random.Random], None], Path]] = [
         *[(change, rng.choice(weights)) for change in (change_bytes, change_header, change_header, swap_data)],
@@ -242,7 +242,7 @@ def damage(folder: Path, rng: random.Random) -> None:
 
 
 def attempt(whole: Path, place: Path, seed: int, expected: Any) -> str:
-    """Damage a copy of `whole` and expand it; return "same" or "refused", and raise at anything else."""
+    """Damage a copy of `whole` and expand it; return "same" or "refused", and raise in any other case."""
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(whole, place / "compact")
     damage(place / "compact", random.Random(seed))
@@ -257,7 +257,7 @@ def attempt(whole: Path, place: Path, seed: int, expected: Any) -> str:
 
 
 def fuzz(count: int, first: int = 0, show_progress: bool = False) -> dict[str, int]:
-    """Damage a folder `count` times with `ROOM` bytes more address space; count how often it was refused or the same."""
+    """Damage a folder `count` times, with `ROOM` more bytes of address space; count the outcomes."""
     found: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)

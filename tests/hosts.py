@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with one cable between them (iproute2, root)."""
+"""Two hosts on one machine: network namespaces with a cable between them, which needs iproute2 and root."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CABLE = "cable"
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace with an address on the cable."""
+    """A network namespace with an address on the cable."""
 
     name: str
     address: str
@@ -25,7 +25,7 @@ class Host:
 
 
 def missing_for_hosts() -> str | None:
-    """Return why two hosts cannot be made here, or None if they can."""
+    """Return the reason why two hosts cannot be made here, or None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:

@@ -1,4 +1,4 @@
-"""The run that the tests interrupt: small, with several epochs and a prune window; and the parts they compare."""
+"""The run that tests interrupt, small but with several epochs and a prune window; and the parts that they compare."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STEPS = 60
 
 
 def interrupted(folder: Path, name: str, *overrides: str) -> list[str]:
-    """Return overrides for 60 steps of three micro-batches, 11 steps an epoch, pruned at steps 20 to 40.
+    """Return the overrides of a run of 60 steps of three micro-batches, 11 steps per epoch, that prunes at steps 20 to 40.
 
-    A step has 12 sequences. Checkpoints, every 7 steps, are out of step with epochs and events.
+    A step has 12 sequences. Checkpoints come every 7 steps, at other steps than the ends of epochs and prune events.
     """
     return tiny(
         folder, f"run_name={name}", f"trainer.max_steps={STEPS}", "data.max_documents=44", "trainer.save_steps=7",
@@ -50,7 +50,7 @@ def tensors_of(run_dir: Path, pattern: str) -> dict[str, bytes]:
 
 
 def unfinished(folder: Path, whole: Path, name: str) -> Path:
-    """Copy the whole run as if it had been killed during its evaluation."""
+    """Copy the finished run so that it looks as if it had been killed during its evaluation."""
     run_dir = folder / "runs" / name
     shutil.copytree(whole, run_dir)
     for file in ("summary.json", "report.png", "sample.txt"):

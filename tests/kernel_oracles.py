@@ -1,4 +1,4 @@
-"""Expected results of kernels, computed on the CPU by numpy from copies: keys, masks, zeros. And shards to try them on."""
+"""The expected results of kernels, computed on the CPU by numpy from copies, and shards to run the kernels on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ["normal", "ties", "denormal", "mostly zeros", "mixed"]
 
 
 def tensors_of(kind: str, dtype: str, sizes: tuple[int, ...] = SIZES) -> list[Tensor]:
-    """Return weights on the CPU with NaN, both infinities and -0.0 among them."""
+    """Return weights on the CPU, with NaN, both infinities and -0.0 among them."""
     generator = torch.Generator().manual_seed(0)
     found = [torch.randn(size, generator=generator) for size in sizes]
     if kind == "ties":
@@ -30,7 +30,7 @@ def tensors_of(kind: str, dtype: str, sizes: tuple[int, ...] = SIZES) -> list[Te
 
 
 def shards_on(device: str, tensors: list[Tensor], offset: int = 0) -> list[ParameterShard]:
-    """Return shards with copies of the tensors, which begin `offset` elements into their memory.
+    """Return shards with copies of the tensors; each copy begins `offset` elements after the start of its memory.
 
     The last third of each mask is pruned.
     """
@@ -57,7 +57,7 @@ def zeroed(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal to the last bit, NaN and signs of zeros included."""
+    """Return whether two tensors are equal to the last bit, including NaN and the signs of zeros."""
     bits = {4: torch.int32, 2: torch.int16}[one.element_size()]
     return torch.equal(one.detach().cpu().contiguous().view(bits), other.detach().cpu().contiguous().view(bits))
 
@@ -82,7 +82,7 @@ def small_model(
 
 
 class HostReads(TorchFunctionMode):
-    """A counter of operations that wait for a device: values read into Python, and shapes that depend on values."""
+    """A counter of operations for which the host waits: values read into Python, and shapes that depend on values."""
 
     NAMES = frozenset(
         """item tolist cpu numpy nonzero masked_select unique equal allclose

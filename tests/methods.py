@@ -1,4 +1,4 @@
-"""Every combination of settings for pruning, with whether it is allowed: one table for all tests of methods."""
+"""A table of every combination of settings for pruning, and whether it is allowed; all tests of methods use it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ GROUPS = {
     "own targets": (Group(("*q_proj*", "*k_proj*"), 0.25), Group(("*mlp*",), 0.9)),
 }
 SCORES = ("magnitude", "random", "scaled", "own")
-"""`scaled` is magnitude with the factors below and divided by norms; `own` is `Steps`."""
+"""The scores. `scaled` is magnitude with the factors below, divided by norms; `own` is `Steps`."""
 FACTORS = {"*q_proj*": 0.0625, "*down_proj*": 3.0}
 UPDATES = {"shrink": Shrink(), "set": Set(0.5, 2, 1), "rigl": Rigl(0.5, 2, 1), "ste": Ste(0.5, 2, 1), "acdc": AcDc()}
-"""Masks move before or at steps 2 and 4."""
+"""The updates; masks move before or at steps 2 and 4."""
 
 
 class Steps(Score):
@@ -73,7 +73,7 @@ METHODS = [
 
 
 def reason_to_refuse(method: Method) -> str | None:
-    """Return part of the sentence that refuses a method, or None if it is allowed."""
+    """Return a part of the sentence with which a method is refused, or None if it is allowed."""
     if method.score == "scaled" and method.scope != "global":
         return f"factors have no effect with scope={method.scope}"
     if method.schedule == "fixed":
@@ -113,7 +113,7 @@ REFUSED = [method for method in METHODS if reason_to_refuse(method) is not None]
 def schedule_of(method: Method) -> Schedule:
     """Return the schedule of a run of NUM_STEPS steps.
 
-    Gradual ones prune before steps 1, 3 and 5; one-shot prunes before step 4, right after a resume.
+    Gradual schedules prune before steps 1, 3 and 5; one-shot prunes before step 4, right after a resume.
     """
     sparsity = TARGETS[method.pattern]
     return {

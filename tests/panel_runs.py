@@ -1,4 +1,4 @@
-"""Small run folders with a run's files, made without a run."""
+"""Small folders with the files of a run, made without a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = (
 def write_run(
     folder: Path, *, sparsity: float = 0.0, linear: int = LINEAR, steps: int = 20, finished: bool = True, **figures: Any
 ) -> Path:
-    """Write a run whose density falls from 1 at half its steps, and whose loss falls with tokens and average size."""
+    """Write a run whose density falls from 1 after half its steps, and whose loss falls with tokens and average size."""
     folder.mkdir(parents=True)
     records, kept = [], 0.0
     for step in range(1, steps + 1):

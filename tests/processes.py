@@ -1,4 +1,4 @@
-"""A launched run for tests that harm it: its processes by name, its progress, and signals at chosen steps."""
+"""A launched run for tests that interrupt it: its processes, its progress, and signals at chosen steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 from tests.commands import ROOT, quiet_environment
 
 PATIENCE_S = 300.0
-"""Long enough that other work on the machine does not look like a hang."""
+"""The seconds to wait for a run: so many that other work on the machine does not look like a hang."""
 PYTHON_LAUNCH = (sys.executable, "-m", "launch")
 
 
 class LaunchedRun:
-    """`python -m launch ARGUMENTS` in the background; its output goes to files beside `run_dir`.
+    """A `python -m launch ARGUMENTS` in the background, whose output goes to files beside `run_dir`.
 
-    `command` is started instead of `python -m launch`.
+    `command` is started in place of `python -m launch`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LaunchedRun:
         return [found[rank] for rank in sorted(found)]
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
-        """Return as soon as `condition()` is true; raise AssertionError if the run ends first or the time is up."""
+        """Wait until `condition()` is true; raise AssertionError if the run ends first or the time is up."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, f"the run ended first: {self.stderr[-2000:]}"
@@ -100,7 +100,7 @@ def launched(
 
 
 def last_step(run_dir: Path) -> int:
-    """Return the step of the last complete record, 0 before the first."""
+    """Return the step of the last complete record, or 0 if there is none."""
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists():
         return 0

@@ -1,4 +1,4 @@
-"""Run a training command on ranks forked from a server that has imported torch, which takes seconds a run."""
+"""Running a training command on ranks that are forked from a server with torch imported: this saves seconds per run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-"""Variables that accelerate sets for launch/accelerate/cpu.yaml."""
+"""The variables that accelerate sets for launch/accelerate/cpu.yaml."""
 
 
 def train_on_ranks(num_ranks: int, overrides: Sequence[str], timeout_s: float = 240) -> None:
-    """Train one run to its end: on one rank without FSDP2, on more with it."""
+    """Train one run to its end, on one rank without FSDP2 or on several ranks with it."""
     run_ranks(_train, num_ranks, list(overrides), timeout_s=timeout_s, joined=False)
 
 

@@ -1,7 +1,7 @@
-"""One process of a run, like `python -m train`, whose prune events last long enough for a kill during one.
+"""One process of a run, like `python -m train`, whose prune events take so long that a test can kill it during one.
 
-`accelerate launch ... -m tests.slow_events` with EVENTS_FILE set: rank 0 writes each event's number there when the event
-begins; it then decides masks and zeroes weights and moments slowly.
+Run it as `accelerate launch ... -m tests.slow_events` with EVENTS_FILE set. Rank 0 writes the number of each event to that
+file when the event begins, and then decides masks and zeroes weights and moments slowly.
 """
 
 import os
@@ -17,7 +17,7 @@ PAUSE_S = 0.05
 
 
 def announced(prune_smallest: Any) -> Any:
-    """Wrap `prune_smallest_` in pauses, so that a kill finds masks not yet applied to the weights."""
+    """Wrap `prune_smallest_` in pauses, so that a kill finds masks that are not yet applied to the weights."""
     events = 0
 
     def prune(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """One process of a run, like `python -m train`, that writes each file of a checkpoint slowly.
 
-`accelerate launch ... -m tests.slow_saves`: half of a rank's file is on the disk for some seconds before the rest, so that
-a kill or a signal finds a half-written checkpoint.
+Run it as `accelerate launch ... -m tests.slow_saves`. Half of a rank's file is on the disk for some seconds before the rest,
+so that a kill or a signal finds a half-written checkpoint.
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""A SLURM of one node for tests, as root and without systemd: munged, slurmctld and slurmd, all below one folder."""
+"""A SLURM cluster of one node for tests: munged, slurmctld and slurmd below one folder, as root and without systemd."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PartitionName=urgent Nodes={host} PriorityTier=2 OverSubscribe=NO MaxTime=INFINI
 
 
 def missing_for_slurm() -> str | None:
-    """Return why SLURM cannot be started here, or None if it can."""
+    """Return the reason why SLURM cannot be started here, or None if it can."""
     if os.geteuid() != 0:
         return "starting a SLURM needs root"
     missing = [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
@@ -67,7 +67,7 @@ def search_path() -> str:
 
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """Run a cluster on this machine; yield the environment in which sbatch and srun find it."""
+    """Run a cluster on this machine; yield the environment variables with which sbatch and srun find it."""
     host = socket.gethostname().split(".")[0]
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)

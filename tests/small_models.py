@@ -1,4 +1,4 @@
-"""Small causal language models as transformers folders, with weights that make their predictions differ."""
+"""Small causal language models as transformers folders, with weights so large that their predictions differ."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
 
 
 def saved(model: Any, folder: Path, **options: Any) -> Path:
-    """Write the model and a byte-level tokenizer to a folder, with `text.raw` for both beside it."""
+    """Write the model and a byte-level tokenizer to a folder, and a text for them, `text.raw`, beside it."""
     model.save_pretrained(folder, **options)
     train_bpe([wiki_source()], VOCABULARY, folder / "bpe.json")
     wrap_bpe(folder / "bpe.json", CONTEXT).save_pretrained(folder)
@@ -57,7 +57,7 @@ def saved(model: Any, folder: Path, **options: Any) -> Path:
 
 @torch.no_grad()
 def prune(model: Any, share: float) -> int:
-    """Zero the first rows of each linear layer and return the number of zeros."""
+    """Zero the first rows of each linear layer, and return the number of zeros."""
     from sparsity.prunable import own_linear_weights
 
     total = 0

@@ -40,7 +40,7 @@ def random_rows(num_rows: int, length: int = LENGTH, vocab_size: int = VOCABULAR
 
 
 def document_rows(num_rows: int) -> list[dict[str, torch.Tensor]]:
-    """Return the rows of `random_rows` cut into documents, whose number and length differ from row to row."""
+    """Return the rows of `random_rows`, cut into documents whose number and lengths differ from row to row."""
     rows = []
     for number, row in enumerate(random_rows(num_rows)):
         starts = np.arange(3 + number % 7, LENGTH, 5 + number % 3)
@@ -63,9 +63,9 @@ def small_trainer(
     by_document: bool = False,
     **changes: Any,
 ) -> PretrainingTrainer:
-    """Return a Trainer for four steps of two micro-batches of two rows, which logs every step and saves nothing.
+    """Return a Trainer for four steps of two micro-batches of two rows; it logs every step and saves nothing.
 
-    `changes` are TrainingArguments.
+    `changes` are changes of its TrainingArguments.
     """
     options: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,

@@ -1,4 +1,4 @@
-"""The agent starts before its command is known, obeys the command that comes, and ends if none does."""
+"""The agent starts before its command is known, runs the command that it is sent, and ends if none is."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_agent_runs_the_command_that_it_is_handed(tmp_path: Path):
 
 
 def test_a_mistake_in_the_configuration_leaves_no_agent(tmp_path: Path):
-    """An agent that lived on would hold the output open, and the command would not be seen to end."""
+    """A surviving agent would keep the output open, and a reader of it would wait forever."""
     done = run_command(["launch", "experiment=demo", "sparsity.target=1.2", f"runs_dir={tmp_path}"])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: sparsity.target=1.2 is outside [0, 1)")

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background: the same bytes, visible when whole, one at a time, and no error is lost."""
+"""Checkpoints written in the background: the same bytes, visible only when complete, one at a time, no error lost."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from train.faults.stop import RunStopped
 
 ROWS = 40
 NO_MORE_SAVES = 300
-"""Steps of a run that saves after 10 and 20 alone."""
+"""The number of steps of a run that saves only after steps 10 and 20."""
 
 
 class Gate:
-    """Holds every file of a checkpoint back until it is opened."""
+    """A gate that holds every file of a checkpoint back until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.reached = threading.Event(), threading.Event()
@@ -56,7 +56,7 @@ def gate(monkeypatch) -> Gate:
 
 
 def save(save_: Callable[..., Any], root: Path, step: int, weight: torch.Tensor, world: World = ALONE) -> None:
-    """A checkpoint of `weight`, an equal part of its rows on each rank."""
+    """Write a checkpoint of `weight`, with an equal part of its rows on each rank."""
     size = ROWS // world.size
     pieces = Pieces(list(range(world.size)), {"w": size})
     tensors = {"model/w": weight[world.rank * size : (world.rank + 1) * size]}
@@ -175,7 +175,7 @@ def test_a_disk_that_is_full_ends_the_run_within_steps_and_not_at_the_next_save(
 
 
 class SaveTwice(TrainerCallback):
-    """No save comes later that could raise the error."""
+    """A callback that saves twice, so that no later save could raise the error."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save |= state.global_step in (10, 20)
@@ -208,7 +208,7 @@ def train_on_a_full_disk(folder: Path) -> tuple[str, int, list[str]]:
 
 @pytest.fixture(scope="module")
 def killed(folder, whole) -> dict[str, Any]:
-    """The run of `whole`, saved in the background: killed in a save, asked to end in a save, and run to its end."""
+    """Run like `whole`, but with saves in the background: kill it in a save, ask it to stop in another, and finish it."""
     run_dir, found = folder / "runs" / "background", {}
     command = interrupted(folder, "background", "logger=none", "trainer.async_save=true")
     process = accelerate_command(composed("train", command), [], gpus=0)
@@ -241,7 +241,7 @@ def test_killed_in_a_save_the_checkpoint_before_is_whole_and_the_half_is_not_tak
 
 
 def test_asked_to_end_it_waits_until_its_last_checkpoint_is_whole(killed):
-    # Plain accelerate launch ends with torch's agent's code.
+    # Plain `accelerate launch` exits with the code of torch's agent.
     assert killed["code"] != 0
     assert "asked to stop and has saved a checkpoint" in killed["words"]
     step, damage = killed["preempted"]

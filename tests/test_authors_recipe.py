@@ -1,4 +1,4 @@
-"""recipe=authors sets what the paper's authors do, for the experiments that reproduce them; the plan says so."""
+"""recipe=authors sets the choices of the paper's authors; experiments that reproduce them use it, and the plan says so."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_what_reproduces_the_paper_takes_the_authors_recipe(name):
     assert (config.model.init, config.model.query_scale) == ("authors", "folded")
     data = config.data
     assert (data.bos, data.eos, data.max_document_tokens, data.attention) == (True, True, 2049, "document")
-    # The cards name FineWeb-Edu, the paper is on C4.
+    # The model cards name FineWeb-Edu; the paper used C4.
     if name.startswith("sparsellm"):
         assert data.source == "fineweb_edu"
     elif name.startswith("paper"):

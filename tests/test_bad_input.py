@@ -1,4 +1,4 @@
-"""What bad input gets: one sentence that names the value, the rule and the remedy, from one rank, and no traceback."""
+"""Bad input gives one sentence with the value, the rule and the remedy, from one rank, and no traceback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.plan.run import plan_run
 
 
 def the_error(done: subprocess.CompletedProcess[str]) -> str:
-    """The one error line of a command that failed without a traceback."""
+    """Return the only error line of a command that failed without a traceback."""
     assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -80,7 +80,7 @@ def test_a_mistake_in_the_config_is_said_in_a_sentence_before_any_process_starts
 
 
 def command_for(overrides: list[str]) -> list[str]:
-    """What `python -m launch` does before it starts anything."""
+    """Do what `python -m launch` does before it starts anything, and return the command."""
     config = composed("train", overrides)
     plan_run(config, num_processes(config, gpus=0))
     return accelerate_command(config, overrides, gpus=0)
@@ -170,7 +170,7 @@ def test_a_process_that_belongs_to_no_world_is_refused(tmp_path):
 
 
 def test_a_world_smaller_than_accelerate_was_asked_for_is_refused(monkeypatch):
-    """What stock accelerate does on CPUs: each process believes to be alone."""
+    """Plain accelerate does this on CPUs: each process believes that it is alone."""
     import train.distributed as distributed
 
     alone = SimpleNamespace(num_processes=1, process_index=0, distributed_type="NO", device="cpu")

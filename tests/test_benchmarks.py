@@ -1,4 +1,4 @@
-"""The benchmarks on the smallest inputs: what their files hold, and when a goal counts as missed. Never their times."""
+"""The benchmarks on the smallest inputs: the contents of their files, and when a goal is missed. Times are not tested."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONTRACT = {"name", "seconds", "baseline", "baseline_seconds", "ratio"}
 
 @pytest.fixture
 def in_this_process(monkeypatch) -> None:
-    """No process of its own for each figure: that keeps figures clean, and here nobody reads them."""
+    """Measure in this process instead of separate ones, which make figures exact: here nobody reads the figures."""
 
     def call(module: str, function: str, *arguments: object, **environment: str) -> Any:
         return json.loads(json.dumps(getattr(import_module(module), function)(*json.loads(json.dumps(arguments)))))
@@ -102,7 +102,7 @@ def test_a_way_of_masking_that_leaves_other_gradients_is_found_out(monkeypatch):
 
 
 def peak_after_as_much_was_freed() -> int | None:
-    """The body of a process: 20 MB in small pieces, with as many freed before under one that stays."""
+    """Measure 20 MB of small pieces, after as many were freed below one that stays; a separate process runs this."""
     pieces = [bytearray(20_000) for _ in range(1_001)]
     del pieces[:-1]
     return peak_beyond(lambda: [bytearray(20_000) for _ in range(1_000)])
@@ -270,7 +270,7 @@ def test_a_variant_that_cannot_run_is_a_result_with_the_reason():
 
 
 def losses(precision: str) -> list[float]:
-    """Of ten steps on one batch."""
+    """Return the losses of ten steps on the same batch."""
     work = throughput.Workload(hidden=16, layers=1, heads=2, vocabulary=32, length=8, batch=2)
     step = throughput.make_step(work, throughput.Variant("", precision=precision, compiled=False), "cpu")
     return [float(step(work.batches("cpu")[0])) for _ in range(10)]

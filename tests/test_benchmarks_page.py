@@ -1,4 +1,4 @@
-"""The page of measured figures: what it makes of the benchmarks' files."""
+"""The page of measured figures, made from the files of the benchmarks."""
 
 import json
 

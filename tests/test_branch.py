@@ -1,4 +1,4 @@
-"""A run that begins at another run's checkpoint: what it takes over, what may change, and that the other run is left alone."""
+"""A run that begins at another run's checkpoint: what it takes over, what may change, and that the other run is unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def command(folder: Path, name: str, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A text, and a sparse run on it with the checkpoints 4, 8 and 12."""
+    """Make a text, and a sparse run on it with checkpoints 4, 8 and 12."""
     folder = tmp_path_factory.mktemp("branch")
     write_text(folder / "text.jsonl")
     train_on_ranks(1, command(folder, "parent"))
@@ -77,7 +77,7 @@ def test_a_branch_that_was_interrupted_goes_on_as_a_branch(folder):
     train_on_ranks(1, arguments)
     assert records_of(child) == records_of(whole)
     assert tensors_of(child, "model/*.safetensors") == tensors_of(whole, "model/*.safetensors")
-    # The rate is the branch's own from its first step on, at its place in the longer schedule.
+    # From its first step on, the branch has its own rate, at its place in the longer schedule.
     rates = {record["train/global_step"]: record["train/learning_rate"] for record in records_of(child)}
     assert rates[8] > 0.002 > rates[9] > rates[14] >= 0.0002
 
@@ -102,7 +102,7 @@ def test_masks_and_average_density_go_on_under_another_schedule(folder):
     assert found["nonzero_linear_params"] == linear - round(0.8 * linear)
     masks = {run: tensors_of(run, "checkpoints/checkpoint-12/rank-*.safetensors") for run in (parent, child)}
     densities = [record["sparsity/density"] for record in records_of(child)]
-    # The first event of the new window would leave more than there is: nothing comes back.
+    # The first event of the new window would keep more weights than are left: none comes back.
     assert densities[:8] == [record["sparsity/density"] for record in records_of(parent)][:8]
     assert densities[8] == pytest.approx(0.5, abs=1e-3)
     assert found["average_density"] == pytest.approx(sum(densities) / 12, abs=1e-6)

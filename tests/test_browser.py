@@ -1,4 +1,4 @@
-"""The page in a browser: it renders from disk, with nothing fetched and no error in its script."""
+"""The page in a browser: it renders from disk, fetches nothing, and its script has no error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def browse(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProces
 
 
 def asked_for(net_log: Path) -> list[str]:
-    """What pages asked for; the browser's own requests have no origin."""
+    """Return the addresses that pages requested; the browser's own requests have no origin."""
     events = [event.get("params", {}) for event in json.loads(net_log.read_text())["events"]]
     requests = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
     return list(dict.fromkeys(requests))
@@ -62,7 +62,7 @@ def test_the_page_renders_from_disk_and_asks_for_nothing_else(page, tmp_path):
     assert dom.count('<th scope="row">') == 5
     assert dom.count("<figure ") == 13
     assert len(re.findall(r'<div class="plot".*?<svg', dom, re.S)) == 13
-    # Each plot's script has added the group that it draws its reading into.
+    # The script has added to each plot the group in which it draws the values under the pointer.
     assert dom.count("<g></g></svg>") == 9
     assert not re.findall(r".*CONSOLE.*", done.stderr)
 

@@ -1,4 +1,4 @@
-"""The callback in somebody else's Trainer script: one process, DDP, FSDP2; as a command, and forked, which is quicker."""
+"""The callback in a user's Trainer script, in one process, DDP and FSDP2: as a command, and in forked ranks, to save time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WEIGHTS = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 97 * 32
 
 
 def foreign(tmp_path: Path, *options: str, processes: int = 1) -> dict[str, Any]:
-    """What the script found, in ranks that are forked with its imports done."""
+    """Run the script in ranks that are forked after its imports, and return its results."""
     tmp_path.mkdir(exist_ok=True)
     return run_ranks(train, processes, [str(tmp_path), *options], joined=False)[0][0]
 
 
 def foreign_command(tmp_path: Path, *options: str, processes: int = 1) -> dict[str, Any]:
-    """What the script found, run as a person would."""
+    """Run the script as a user would, and return its results."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
     done = run_command([*launcher, "tests.foreign_trainer", str(tmp_path), *options], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

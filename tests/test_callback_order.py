@@ -1,4 +1,4 @@
-"""One SparsityCallback among others in a Trainer: it acts last, and alone."""
+"""A SparsityCallback among other callbacks in a Trainer: it acts last, and there is only one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def assigned(module: nn.Module, average: dict[str, torch.Tensor]) -> None:
 
 
 class Averaging(TrainerCallback):
-    """Keeps an average of the weights, and writes it into the model by `write` at the event called `at`."""
+    """A callback that averages the weights, and writes the average into the model by `write` at the event `at`."""
 
     def __init__(self, at: str = "on_train_end", write: Callable[..., None] = in_place) -> None:
         self.average: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""The model card: what it states, what it leaves to its reader, and that it never costs a finished run."""
+"""The model card: what it states, what it leaves open, and that it never makes a finished run fail."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def compose_run(*overrides: str) -> tuple[Config, RunPlan]:
 
 
 def make_summary(plan: RunPlan, **changes: Any) -> dict[str, Any]:
-    """What a run by this plan might have measured."""
+    """Return figures that a run with this plan might have measured."""
     schedule, linear = plan.schedule, plan.counts.linear
     return {
         "run_name": plan.run_dir.name,
@@ -87,7 +87,7 @@ def make_card(*overrides: str, siblings: Sequence[dict[str, Any]] = (), **change
 
 
 def line_of(card: str, name: str) -> str:
-    """The bullet called `name`."""
+    """Return the bullet called `name`."""
     (line,) = re.findall(rf"^- \*\*{re.escape(name)}:\*\* (.*)$", card, flags=re.MULTILINE)
     return line
 
@@ -286,7 +286,7 @@ def test_a_sparse_runs_card_names_its_dense_twin():
     ],
 )
 def test_a_twin_is_told_by_its_name_or_by_its_size(dense, matches):
-    # Of the sparse run, the average counts; of the dense one, the size.
+    # The average counts for the sparse run, and the size for the dense one.
     dense = {"prune_start_step": None, "avg_linear_params": dense["linear_params"], **dense}
     sparse = {
         "run_name": "run",
@@ -350,7 +350,7 @@ def test_the_usage_code_loads_from_the_hub_where_an_id_is_given():
 
 @pytest.fixture
 def finished(tmp_path):
-    """A finished run's config, plan, directory and summary; its card says that no licence was chosen."""
+    """Make a finished run, whose card says that no licence was chosen; return its config, plan, directory and summary."""
     config, plan = compose_run(f"runs_dir={tmp_path}")
     directory = RunDirectory(plan.run_dir)
     directory.model.mkdir(parents=True)

@@ -1,5 +1,4 @@
-"""The checkpoint's format: what is written can be read in any cut, what is damaged is found, what fails leaves
-nothing."""
+"""The checkpoint's format: any rows of it can be read, damage is found, and a failed write leaves nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ MASK = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 0], [1, 0, 0], [0, 
 
 
 def save(root: Path, step: int, size: int = 7, world: World = ALONE) -> Path:
-    """A checkpoint of WEIGHT and MASK in pieces of `size` rows, a rank each."""
+    """Write a checkpoint of WEIGHT and MASK in pieces of `size` rows, one for each rank."""
     pieces = Pieces(list(range(world.size)), {"w": size})
     start, stop = pieces.of("w", world.rank, len(WEIGHT)) or (0, 0)
     tensors = {"model/w": WEIGHT[start:stop], "mask/w": pack_mask(MASK[start:stop].reshape(-1))}
@@ -169,7 +168,7 @@ def test_a_checkpoint_without_masks_is_refused(tmp_path):
 
 
 def pruned_callback() -> tuple[torch.nn.Linear, SparsityCallback]:
-    """A layer of 64 weights, half of them pruned in one event at step 0."""
+    """Return a layer of 64 weights, half of them pruned in one event at step 0, and its callback."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 8, bias=False)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1), include=["weight"])

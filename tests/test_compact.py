@@ -1,4 +1,4 @@
-"""The compact checkpoint: bits, sizes, loading through transformers, folders, and what is damaged."""
+"""The compact checkpoint: bits, sizes, loading through transformers, folders, and damaged files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sparse_model(tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A model's folder in several files, and its compact form."""
+    """Make a model folder with several files, and its compact form."""
     base = tmp_path_factory.mktemp("compact")
     sparse_model().save_pretrained(base / "plain", max_shard_size="20KB")
     compact_folder(base / "plain", base / "compact")
@@ -177,7 +177,7 @@ def test_every_stored_tensor_lies_aligned_to_its_type(tmp_path):
 
 @pytest.mark.parametrize(("num_zeros", "is_sparse"), [(4, False), (5, True)])
 def test_a_tensor_is_sparse_only_where_that_is_smaller(tmp_path, num_zeros, is_sparse):
-    """64 bf16 weights: a mask of 8 bytes pays off from the fifth zero on."""
+    """For 64 bf16 weights, a mask of 8 bytes saves space from the fifth zero on."""
     weight = torch.ones(64, dtype=torch.bfloat16)
     weight[:num_zeros] = 0
     save_file({"w": weight}, tmp_path / "plain")
@@ -203,7 +203,7 @@ def test_the_1b_model_takes_less_than_85_percent_of_a_gigabyte():
     stored, total, offset = [], 0, 0
     for name, weight in model.named_parameters():
         total += weight.numel()
-        # What is pruned is the share of all linear weights, so its place among them changes no size.
+        # Only the number of pruned linear weights matters: their places change no size.
         kept = weight.numel() - 4 * weight.numel() // 5 if name in linear else weight.numel()
         bitmask = Entry("U8", (bitmask_bytes(weight.numel()),), offset, bitmask_bytes(weight.numel()))
         values = Entry("BF16", (kept,), offset, 2 * kept)
@@ -409,7 +409,7 @@ def test_a_damaged_folder_gives_the_same_tensors_or_a_value_error_in_bounded_mem
 
 
 def test_both_ways_hold_less_than_one_tensor(tmp_path):
-    """Beyond what the process uses before, with a file of four tensors of 16 MB."""
+    """This is the memory in addition to that used before, for a file of four tensors of 16 MB."""
     peaks = in_process(
         "tests.benchmarks.compact", "extra_bytes", str(tmp_path), 16_000_000, 0.8, "float32", 4, **EXACT_MEMORY
     )
@@ -478,7 +478,7 @@ def test_a_full_disk_is_found_before_anything_is_written(folders, tmp_path, monk
     with pytest.raises(ValueError, match=r"has 0\.00 GB free and the result needs"):
         expand_folder(folders["compact"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    # Less than the dense model, but enough for the compact one.
+    # This is less than the dense model needs, but enough for the compact one.
     disk(needed + folder_module.ROOM_FOR_SMALL_FILES)
     compact_folder(folders["plain"], tmp_path / "out")
     assert (tmp_path / "out").is_dir()

@@ -1,4 +1,4 @@
-"""Compact files whose kept values are rounded to 8 or 4 bits, and that say where rows begin."""
+"""Compact files whose kept values are rounded to 8 or 4 bits, and which hold the starts of rows."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_reader_in_the_document_reads_what_expanding_gives(tmp_path, roundin
     assert {name: (shape, bits) for name, (_, shape, bits) in found.items()} == {
         name: (shape, bits) for name, (_, shape, bits) in expanded.items()
     }
-    # Dense tensors and integers are not rounded, types stay.
+    # Dense tensors and integers are not rounded, and types stay the same.
     assert {name: kind for name, (kind, _, _) in expanded.items()} == {
         name: kind for name, (kind, _, _) in plain.items()
     }

@@ -1,4 +1,4 @@
-"""torch.compile makes one graph of a block for all blocks, with FSDP2's hooks between them, and trains the same."""
+"""torch.compile makes one graph that serves all blocks, with FSDP2's hooks between them, and the training is the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_LAYERS = 12
 
 
 def train(folder: Path, fsdp: bool, compiled: bool) -> dict[str, Any]:
-    """Three steps; `aot_eager` makes inductor's graphs and runs them operation by operation."""
+    """Train for three steps; `aot_eager` makes inductor's graphs and runs them operation by operation."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": str(fsdp).lower(), "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
@@ -90,5 +90,5 @@ def test_blocks_share_a_graph_that_nothing_breaks_and_train_as_without(tmp_path,
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     assert compiled["names"] == plain["names"]
     assert compiled["breaks"] == 0
-    # Beside the block there are the embedding, the last norm, the rotary table, the head and the loss.
+    # In addition to the block there are the embedding, the last norm, the rotary table, the head and the loss.
     assert 2 <= compiled["graphs"] <= 6

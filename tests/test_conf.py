@@ -1,4 +1,4 @@
-"""The configuration tree: everything composes, is typed, and is what the command lines say."""
+"""The configuration tree: everything in it composes, is typed, and has the values that the command line gives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEEDS = {
     ("data", "mixture"): ["data.sources=[{path: somewhere, weight: 1.0}]"],
     ("model", "hf"): ["model.path=somewhere"],
 }
-"""What a choice cannot do without."""
+"""The overrides that a choice needs."""
 GROUPS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
 
 

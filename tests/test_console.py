@@ -18,7 +18,7 @@ SCRIPT = "from launch.console import main; main()"
 
 
 def sparsellm(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run what the console script runs."""
+    """Run the same code as the console script."""
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments], cwd=cwd, env=quiet_environment({}), capture_output=True, text=True,
         timeout=120, check=False,
@@ -88,7 +88,7 @@ def test_completions_are_the_commands_then_the_schemas_words():
     ("sparsellm compact ex", "expand="),
 ])  # fmt: skip
 def test_bash_completes(tmp_path: Path, typed: str, expected: str):
-    """As bash calls it: the line so far, and the choices for its last word."""
+    """Bash passes the line so far, and gets the completions of its last word."""
     command = tmp_path / "sparsellm"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{SCRIPT}" "$@"\n')
     command.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The panels as wandb objects: their JSON, built without the service, and what is refused before anything is done."""
+"""The panels as wandb objects: their JSON, built without the service, and what is refused at the start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.panel_runs import write_run
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """No account, and no way to the service."""
+    """Remove the account, and block the service."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the service was asked")
@@ -44,7 +44,7 @@ def error_of(capsys, *arguments: str) -> str:
 
 
 def parts(spec: Any, key: str) -> Iterator[Any]:
-    """Every value of `key`, at any depth."""
+    """Yield every value of `key`, at any depth."""
     if isinstance(spec, dict):
         for name, value in spec.items():
             if name == key:
@@ -56,7 +56,7 @@ def parts(spec: Any, key: str) -> Iterator[Any]:
 
 
 def shown(config: dict[str, Any]) -> tuple[str | None, str]:
-    """(x, y) of a panel's config by the keys of the list."""
+    """Return the (x, y) of a panel's config, as keys of our records."""
     x = config.get("xAxis")
     y = config.get("yAxis") or config.get("metricRegex") or config["metrics"][0]
     return x and x.removeprefix("summary:"), y.removeprefix("summary:")

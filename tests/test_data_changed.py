@@ -1,4 +1,4 @@
-"""Prepared tokens that are no longer those a run began with are noticed before it goes on."""
+"""If prepared tokens have changed since a run began, this is noticed before the run resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.data.pipeline import prepare
 
 @pytest.fixture
 def tokens(tmp_path) -> Path:
-    """A folder of prepared tokens."""
+    """Make a folder of prepared tokens."""
     write_text(tmp_path / "text.jsonl")
     config = composed("train", tiny(tmp_path, "data.max_documents=60"))
     return Path(prepare(config.data, "train", 300, 32).folder)

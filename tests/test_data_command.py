@@ -1,4 +1,4 @@
-"""python -m train.data: text to tokens before any GPU is taken, in shares that come to the same."""
+"""python -m train.data: it turns text into tokens before a GPU is needed; shares give the same tokens as one process."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     documents = read(tmp_path / "a.txt")
     assert len(documents) > 1
     assert "".join(documents) == long
-    # Files that were put one after the other bring their marks along.
+    # Files that were concatenated still have their byte order marks.
     (tmp_path / "a.jsonl").write_bytes(2 * (marked + jsonl(["x"])))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(marked + jsonl(["x"])))
     (tmp_path / "b.txt").write_bytes(marked)
@@ -230,7 +230,7 @@ def test_a_file_without_read_permission_is_refused_by_name(tmp_path: Path, monke
         def refuse(*_: object) -> None:
             raise PermissionError(13, "Permission denied", str(file))
 
-        # The superuser reads everything.
+        # Root can read everything.
         monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(ValueError, match=r"a\.jsonl cannot be read \(Permission denied\): give"):
         list(read_documents(parts[0], "text"))

@@ -1,4 +1,4 @@
-"""Files of the cache are whole or absent, and their content is hashed once."""
+"""Files of the cache are complete or absent, and their content is hashed once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""data=tokens: Megatron's files, flat ones and saved datasets are read in place, with their types and ids checked."""
+"""data=tokens: Megatron's files, flat files and saved datasets are read in place, and their types and ids are checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.data.foreign import MEGATRON_MAGIC, find_spans
 
 LENGTH = 16
 DOCUMENTS = [[0] * 0 + list(range(5 + number % 90, 45 + number % 90)) + [0] for number in range(40)]
-"""Forty ids and the separator each."""
+"""Forty documents of forty ids and a separator."""
 IDS = [token for document in DOCUMENTS for token in document]
 
 

@@ -1,4 +1,4 @@
-"""What is stored of a document: bos, eos, the cut, where it begins, and the bytes that its tokens stand for."""
+"""The parts of a document that are stored: bos, eos, the cut, its start, and the bytes that its tokens stand for."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def write_lines(file: Path, words: str, count: int) -> None:
 
 @pytest.fixture
 def c4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """C4's layout: subsets in a README, files of gzipped lines."""
+    """Make a folder with C4's layout: subsets listed in a README, files of gzipped lines."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     folder = tmp_path / "c4"
     write_lines(folder / "en" / "c4-train.00000-of-00002.json.gz", "first", 40)

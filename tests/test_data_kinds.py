@@ -1,4 +1,4 @@
-"""Kinds of files as people have them, a field by its path, and documents that cannot be read."""
+"""The kinds of files that users have, a field given by its path, and documents that cannot be read."""
 
 from __future__ import annotations
 

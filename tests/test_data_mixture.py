@@ -1,4 +1,4 @@
-"""data=mixture: shares of tokens hold in each window of a thousand blocks, whatever the world size and the length."""
+"""data=mixture: each window of a thousand blocks has the shares of tokens, for any world size and length."""
 
 from __future__ import annotations
 

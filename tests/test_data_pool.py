@@ -1,4 +1,4 @@
-"""Work is spread over processes in order, and its first error ends all of it."""
+"""Work is spread over processes, results come in order, and the first error stops all processes."""
 
 from __future__ import annotations
 

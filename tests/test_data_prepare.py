@@ -1,4 +1,4 @@
-"""Prepared tokens follow from the content alone: not from workers, interruptions, or who else prepares them."""
+"""Prepared tokens depend only on the content, not on workers, interruptions, or other processes that prepare them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TEXTS = make_texts(240)
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Four files, so four parts."""
+    """Write four files, which make four parts."""
     folder = tmp_path / "source"
     folder.mkdir()
     for index in range(4):

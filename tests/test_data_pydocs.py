@@ -1,4 +1,4 @@
-"""Docstrings are read off files that are never imported, whole and once."""
+"""Docstrings are read from files that are never imported, each completely and once."""
 
 from __future__ import annotations
 

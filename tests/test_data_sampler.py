@@ -1,4 +1,4 @@
-"""The order of training blocks is a permutation that a seed, an epoch and a position fix."""
+"""The order of training blocks is a permutation that only a seed and an epoch determine."""
 
 from __future__ import annotations
 

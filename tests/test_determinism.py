@@ -61,7 +61,7 @@ def test_the_mode_asks_for_ordered_kernels_and_does_not_make_the_host_wait(tmp_p
 
 
 def rank_main_calls(deterministic: bool) -> list[str]:
-    """What `python -m train` does first, in order."""
+    """Return the first calls of `python -m train`, in order."""
     from omegaconf import OmegaConf
 
     from train import __main__ as entry

@@ -1,4 +1,4 @@
-"""The table of peak rates: names as drivers give them, and what must not be taken for a whole device."""
+"""The table of peak rates: names as drivers give them, and names that must not be taken for a whole device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what may be in it, and what `resume` and `overwrite` mean."""
+"""A run's folder: to which run it belongs, what it may contain, and what `resume` and `overwrite` mean."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 def begun(folder: Path, *overrides: str) -> RunDirectory:
-    """A folder that a run has begun in and left unfinished."""
+    """Make the folder of a run that has begun and is unfinished."""
     directory = RunDirectory(folder / "runs" / "tiny")
     directory.claim(config_of(folder, *overrides), 0)
     directory.begin(config_of(folder, *overrides))
@@ -62,7 +62,7 @@ def test_a_runs_dir_that_cannot_be_made_is_refused(tmp_path):
 
 def test_a_runs_dir_without_permission_is_refused(tmp_path):
     (tmp_path / "runs").mkdir(mode=0o500)
-    # Read while this is still the user whose checkout it is.
+    # The config is read while this is still the user who owns the checkout.
     config, user = config_of(tmp_path), os.geteuid()
     try:
         if user == 0:
@@ -92,7 +92,7 @@ def test_resume_never_refuses_an_unfinished_run_and_must_a_folder_without_a_chec
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_restart_by_the_agent_or_by_slurm_goes_on_whatever_the_command_said(tmp_path, monkeypatch, variable):
-    """They repeat the command: with overwrite=true it must not begin anew."""
+    """They repeat the command, and even with overwrite=true it must not start again."""
     directory = begun(tmp_path)
     monkeypatch.setenv(variable, "1")
     assert directory.claim(config_of(tmp_path, "resume=never", "overwrite=true"), 0) is None

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only while a checkpoint is saved: the one before stays, and the words say what was needed."""
+"""A full or read-only disk when a checkpoint is saved: the previous one stays, and the error says what was needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.record.directory import RunDirectory
 
 
 def save(root: Path, step: int, num_weights: int) -> str:
-    """The words that end the saving of a checkpoint of `num_weights`, empty where it was saved."""
+    """Save a checkpoint of `num_weights`, and return the error with which this ends, or an empty string."""
     tensors = {"model/w": torch.ones(num_weights, 1)}
     try:
         write_checkpoint(
@@ -34,7 +34,7 @@ def save(root: Path, step: int, num_weights: int) -> str:
 
 
 def main(folder: Path) -> None:
-    """In a mount namespace of its own, on a disk of 256 KiB: what saving says as the disk fills up and is locked."""
+    """Print the errors of saving on a disk of 256 KiB when it is full and when it is read-only; a mount namespace holds it."""
     root = folder / "runs" / "tiny" / "checkpoints"
     root.mkdir(parents=True)
     found: dict[str, Any] = {"small": save(root, 5, 1000), "large": save(root, 10, 100_000)}

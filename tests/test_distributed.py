@@ -1,4 +1,4 @@
-"""What one rank prunes, two and three prune: plain shards, FSDP2, HSDP and DDP over gloo."""
+"""Two and three ranks prune the same weights as one: plain shards, FSDP2, HSDP and DDP over gloo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsity.schedule import Geometric
 from tests.distributed import run_ranks
 
 SHAPES = [(7, 5), (1, 3), (2, 64), (16, 16)]
-"""Odd numbers of rows, and fewer rows than ranks: some shards are empty."""
+"""Shapes with odd numbers of rows, and with fewer rows than ranks, so that some shards are empty."""
 DENSITIES = [0.9, 0.6, 0.25, 0.05, 0.0]
 
 
@@ -47,7 +47,7 @@ def full_masks(callback: SparsityCallback) -> list[torch.Tensor]:
 
 
 def prune_through(kind: str, layout: str, score: str = "magnitude") -> list[list[torch.Tensor]]:
-    """The full masks after each event, for a model laid out over the ranks there are."""
+    """Return the full masks after each event, for a model that is spread over all ranks."""
     model = make_model(kind)
     if layout == "fsdp2":
         for layer in model:
@@ -98,7 +98,7 @@ def test_ranks_prune_exactly_what_one_does(layout, world_size):
 
 
 def globally_smallest() -> bool:
-    """On FSDP2 shards: the pruned set against an outside sort of the gathered weights."""
+    """Compare the weights pruned on FSDP2 shards with a sort of the whole weights."""
     model = make_model("normal")
     before = torch.cat([param.detach().abs().view(-1).clone() for param in model.parameters()])
     for layer in model:
@@ -137,7 +137,7 @@ def test_replicas_that_disagree_are_an_error_on_every_rank():
 
 
 def count_traffic(columns: int) -> int:
-    """Bytes handed to collectives in one event."""
+    """Return the bytes passed to collectives in one event."""
     sent = []
     all_reduce = dist.all_reduce
 

@@ -1,4 +1,4 @@
-"""The README stays short and its commands work; the documentation builds with no link that leads nowhere."""
+"""The README stays short and its commands work; the documentation builds and has no broken link."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_link_of_the_readme_and_of_contributing_leads_somewhere():
     for name in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#\s]+)", text):
-            # The site makes these three from the code.
+            # These three pages are generated from the code when the site is built.
             is_made = target in ("docs/commands.md", "docs/config.md", "docs/api.md")
             assert "://" in target or is_made or (ROOT / target).exists(), f"{name}: {target}"
 

@@ -1,4 +1,4 @@
-"""The commands of docs/data.md, run as they are written on small files of the names that they have."""
+"""The commands of docs/data.md, run as written, on small files with the names that the page uses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def lines(name: str, count: int = 60) -> bytes:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with all the files that the page names."""
+    """Make a folder with all files that the page names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     for folder in ("corpus", "code", "megatron", "allenai/c4/en"):

@@ -1,4 +1,4 @@
-"""data.attention=document: a document in a packed block is read as if it were alone, and nothing is predicted across."""
+"""data.attention=document: a document in a packed block is read as if it were alone, and its first token is not predicted."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ metric_list:
 
 
 def write_task(folder: Path, name: str = "colours", count: int = 9) -> Path:
-    """Questions of different lengths, so that an order by length mixes the ranks' shares."""
+    """Write a task with questions of different lengths, so that sorting by length mixes the ranks' shares."""
     folder.mkdir(exist_ok=True)
     questions = [
         {"question": "red " * (1 + number % 4), "choices": ["green", "blue", "grey pink"], "answer": number % 3}
@@ -65,7 +65,7 @@ def test_a_run_logs_its_sets_and_tasks_by_name_as_it_trains_and_at_its_end(tmp_p
     assert sorted(evaluated) == [10, 20, 24]
     for record in evaluated.values():
         assert {"eval/code/loss", "eval/prose/loss", "eval/prose/bits_per_byte", "eval/colours/acc"} <= record.keys()
-        # A text it has never seen the like of.
+        # The model has never seen text of this kind.
         assert record["eval/prose/bits_per_byte"] > record["eval/code/bits_per_byte"]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["eval"]["code/loss"] == evaluated[24]["eval/code/loss"] < evaluated[10]["eval/code/loss"]

@@ -1,4 +1,4 @@
-"""An error that nobody foresaw is shown once, with its rank; one that all ranks have, once too."""
+"""An unexpected error is shown once, with its rank, even if all ranks have it."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_the_four_figures_equal_loops_over_the_tokens(sparse):
     assert figures["token_perplexity"] == pytest.approx(math.exp(math.fsum(alone) / len(alone)), rel=1e-5)
     every = [nats(model, text[(at - 1) // window * window : at], text[at]) for at in range(1, len(text))]
     assert figures["bits_per_byte"] == pytest.approx(math.fsum(every) / math.log(2) / figures["num_bytes"], rel=1e-5)
-    # A window of 32 moves on by 8: its last 8 tokens are read behind at least 24 others.
+    # A window of 32 moves by 8 tokens: its last 8 tokens are read after at least 24 others.
     starts = [0 if at < 32 else min(at - 24 - (at - 32) % 8, len(text) - 1) for at in range(1, len(text))]
     strided = [nats(model, text[start:at], text[at]) for at, start in zip(range(1, len(text)), starts, strict=True)]
     assert figures["token_perplexity_stride512"] == pytest.approx(math.exp(math.fsum(strided) / len(strided)), rel=1e-5)
@@ -149,7 +149,7 @@ def test_a_gpt2_with_its_conv1d_and_tied_head_is_evaluated(tied, tmp_path):
 
 
 def test_a_config_as_older_transformers_wrote_it_is_read(sparse, tmp_path):
-    """The published models of the series were written years ago."""
+    """The published models of the series were saved by older versions of transformers."""
     folder = saved(llama(), tmp_path / "model")
     old = {
         "_name_or_path": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 1,

@@ -1,4 +1,4 @@
-"""Only models that predict each token from those before it get a perplexity, in windows that they were made for."""
+"""Only models that predict each token from those before it get a perplexity, in windows no longer than their context."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_context_is_found_by_every_name_for_it(kind, tmp_path):
 
 
 def folder_of(made: Any, folder: Path) -> Path:
-    """A model's folder without weights: the windows are chosen before those are read."""
+    """Write a model's folder without weights: windows are chosen before weights are read."""
     saved(llama(), folder)
     made.save_pretrained(folder)
     return folder
@@ -193,7 +193,7 @@ def test_a_last_token_changes_what_is_before_it_in_models_that_read_ahead(dtype)
 
 
 def ending_of(folder: str) -> int | str | None:
-    """How an evaluation in shards ends on this rank."""
+    """Return how an evaluation in shards ends on this rank: with an exit code or an error."""
     import eval.model.load as load
 
     load.wants_fsdp = lambda: True

@@ -1,4 +1,4 @@
-"""Parity with lm-evaluation-harness, run offline on a local file: `make test-cluster` installs it."""
+"""Our figures equal those of lm-evaluation-harness, run offline on a local file; `make test-cluster` installs it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ metric_list:
 
 
 def trained(steps: int = 30, **changes: Any) -> Any:
-    """A model a few steps into learning by heart; its figures are of ordinary size."""
+    """Return a model trained for a few steps on a fixed text, so that its figures have a usual size."""
     model = llama(initializer_range=0.05, **changes).train()
     ids = torch.arange(4 * 24).view(4, 24) * 7 % model.config.vocab_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -54,7 +54,7 @@ def trained(steps: int = 30, **changes: Any) -> Any:
 
 
 def with_task(folder: Path) -> Path:
-    """The harness's own rules on the pages of `text.raw`, as a task that needs no network."""
+    """Write a task with the harness's own rules on the pages of `text.raw`, which needs no network."""
     from lm_eval.tasks.wikitext import preprocess_wikitext
 
     tasks = folder.parent / "tasks"
@@ -69,7 +69,7 @@ def with_task(folder: Path) -> Path:
 
 
 def both(folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(own figures, the harness's) of one folder, both by the one command."""
+    """Return (our figures, the harness's figures) of a folder, both computed by our command."""
     common = [f"folder='{folder}'", *overrides]
     own = evaluate(composed("eval", [*common, "data=wikitext", f"data.path='{folder.parent}/text.raw'"]), ALONE)
     tasks = with_task(folder)
@@ -141,7 +141,7 @@ def test_without_the_harness_the_remedy_is_said(monkeypatch):
 
 
 def test_the_harness_takes_logarithms_in_float32(monkeypatch):
-    """Its own default takes them in the logits' type: in bfloat16 log-probabilities near 8 come in steps of 0.03."""
+    """By default it takes them in the logits' type, and in bfloat16 log-probabilities near 8 have steps of 0.03."""
     from eval.model import harness
     from train import harness as shared
 
@@ -159,7 +159,7 @@ def test_the_harness_takes_logarithms_in_float32(monkeypatch):
 
 
 def test_word_perplexity_is_what_the_harness_measured(tmp_path):
-    """Its figure for this model, measured by `python -m tests.test_eval_harness` where it is installed."""
+    """The harness's figure for this model was measured by `python -m tests.test_eval_harness` on a machine that has it."""
     golden = json.loads(GOLDEN.read_text())
     folder = saved(llama(), tmp_path / "model")
     own = evaluate(composed("eval", [f"folder='{folder}'", "data=wikitext", f"data.path='{tmp_path}/text.raw'"]), ALONE)

@@ -1,4 +1,4 @@
-"""`python -m eval series=NAME`: a published checkpoint beside its card and our plan, on a stand-in folder."""
+"""`python -m eval series=NAME`: a published checkpoint compared with its card and our plan, on a stand-in folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYERS = {
 
 
 def figures(**changes: Any) -> dict[str, Any]:
-    """Three layers of 100 weights, 180 of all 300 zero."""
+    """Return the figures of a model with three layers of 100 weights, 180 of them zero."""
     return {
         "word_perplexity": 20.80 * 1.05,
         "token_perplexity": 10.40,

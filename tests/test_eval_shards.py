@@ -1,4 +1,4 @@
-"""A model over several ranks: the same figures as in one process, and every rank reading only its own rows."""
+"""A model over several ranks: it has the same figures as in one process, and every rank reads only its own rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def overrides(folder: str) -> list[str]:
 
 
 def figures_in_shards(folders: list[str], whole_first: bool) -> list[tuple[dict[str, Any], float]]:
-    """The figures of each folder's model, and the share of its weights that this rank held."""
+    """Return the figures of each folder's model, and the share of its weights that this rank held."""
     import eval.model.load as load
 
     load.wants_fsdp = lambda: True
@@ -83,7 +83,7 @@ def test_shards_give_the_figures_and_zeros_of_one_process(folders, whole_first, 
             figures, share = rank[index]
             assert 0.4 < share < 0.6
             for name in FIGURES:
-                # In bfloat16 another order of a sum is another sum.
+                # In bfloat16 a sum in another order has another value.
                 tolerance = 1e-2 if expected["dtype"] == "bfloat16" else 1e-5
                 assert figures[name] == pytest.approx(expected[name], rel=tolerance)
             same = ("zero_linear_params", "layer_zeros", "dtype", "text_sha256", "num_windows")

@@ -1,4 +1,4 @@
-"""WikiText's rows, pages and prose, and what of it a model reads."""
+"""WikiText's rows, pages and prose, and the parts of them that a model reads."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_prose_follows_the_harness_rules(page, prose):
 def test_words_are_counted_twice_as_the_two_conventions_do():
     text = WikiText(" = A = \n one two \n")
     assert text.num_words == 5
-    # The harness counts the empty pieces in front of and behind a page.
+    # The harness also counts the empty pieces before and after a page.
     assert text.num_page_words == 7
 
 

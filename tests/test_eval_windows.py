@@ -1,4 +1,4 @@
-"""Which tokens each convention reads and scores, against what its authors describe."""
+"""The tokens that each convention reads and scores, compared with its authors' description."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_strided_windows_move_on_and_score_what_is_new():
 
 
 def test_rolling_windows_are_disjoint_but_for_the_last_which_is_full():
-    # Eleven tokens behind a prefix, four at a time: 4, 4, and three with one more of context.
+    # Eleven tokens after a prefix, four at a time: 4, 4, and 3 with one more token as context.
     assert rolling_windows([12], 4) == [Window(0, 5, 1), Window(4, 9, 5), Window(7, 12, 9)]
     assert [window.num_inputs for window in rolling_windows([12], 4)] == [4, 4, 4]
 

@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, and find what they promise."""
+"""The examples run as their first lines say, and give the results that they promise."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ from transformers import (
 
 from eval.model.zeros import count_zeros
 from sparsity import Geometric, SparsityCallback
-from sparsity.compact.folder import compact_folder
+from sparsity.compact.folder import compact_folder, expand_folder
+from sparsity.compact.rounding import Rounding
 from sparsity.prunable import linear_weights, prunable_parameters
 from tests.distributed import run_ranks
 from tests.test_distributed import full_masks
@@ -124,7 +125,7 @@ def test_routers_are_pruned_whether_they_are_linear_layers_or_not():
 
 
 def prune_experts(sharded: bool) -> list[torch.Tensor]:
-    """The masks of a Mixtral with 4 experts after two events, on the ranks there are."""
+    """Return the masks of a Mixtral with 4 experts after two events, on all ranks."""
     model = made("Mixtral")
     if sharded:
         for layer in model.model.layers:
@@ -150,7 +151,7 @@ def test_ranks_prune_the_experts_that_one_does(world_size):
 
 
 def resume_experts(folder: str) -> list[torch.Tensor]:
-    """Masks that a new callback takes from the weights and the saved state of another one, FSDP2 on two ranks."""
+    """Check that a new callback restores the masks from weights and saved state, under FSDP2, and return the masks."""
     model = made("Mixtral")
     for layer in model.model.layers:
         fully_shard(layer)
@@ -212,3 +213,26 @@ def test_a_compact_folder_holds_three_dimensional_experts(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "compact")
     for (name, mine), theirs in zip(loaded.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3-MoE"])
+@pytest.mark.parametrize(
+    "rounding", [Rounding(8), Rounding(4), Rounding(8, group=0)], ids=["int8", "int4", "int8 by row"]
+)
+@torch.no_grad()
+def test_rounded_experts_load_as_their_folder_expands(tmp_path, kind, rounding):
+    model = made(kind).bfloat16()
+    for name, weight in linear_weights(model).items():
+        if name != "model.layers.0.mlp.experts.down_proj":
+            weight.masked_fill_(torch.rand_like(weight) < 0.8, 0)
+    # One expert in four stays dense: a bitmask would not make it smaller.
+    model.get_parameter("model.layers.0.mlp.experts.down_proj")[1:] *= torch.rand(3, 1, 1) < 0
+    model.save_pretrained(tmp_path / "plain")
+    compact_folder(tmp_path / "plain", tmp_path / "compact", rounding=rounding)
+    expand_folder(tmp_path / "compact", tmp_path / "expanded")
+    for dtype in (torch.bfloat16, torch.float16):
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "compact", dtype=dtype)
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "expanded", dtype=dtype)
+        for (name, mine), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
+            assert mine.dtype == dtype, name
+            torch.testing.assert_close(mine, theirs, rtol=1e-2 if dtype == torch.float16 else 0, atol=0)

@@ -30,7 +30,7 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def export_shards(folder: str, dtype: str, tied: bool) -> tuple[torch.Tensor, int]:
-    """Shard, prune and export a model on the ranks there are; its logits and its number of zeros."""
+    """Shard, prune and export a model on all ranks; return its logits and its number of zeros."""
     tokenizer = tokenizer_in(Path(folder) / f"tokenizer-{dist.get_rank()}")
     config = ModelConfig(
         name="tiny", vocab_size=300, hidden_size=24, intermediate_size=40, num_hidden_layers=2,

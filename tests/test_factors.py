@@ -1,4 +1,4 @@
-"""Factors on scores: keys of literal tensors, masks against a sort, refusals, and what states them."""
+"""Factors on scores: keys of given tensors, masks compared with a sort, refusals, and the texts that state them."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_the_threshold_is_in_units_of_the_product():
     callback.bind(model)
     callback.pruner.prune(0.5)
     assert model.q_proj.weight.tolist() == [[0.0, 0.0, 24.0, 40.0]]
-    # 24 / 16 lies between 1 and 2.
+    # 24 / 16 is between 1 and 2.
     assert model.up.weight.tolist() == [[0.0, 0.0, 2.0, 3.0]]
     assert callback.threshold == 1.0
     callback.pruner.prune(0.375)
@@ -194,7 +194,7 @@ def test_a_run_with_other_factors_is_another_run(tmp_path):
 
 
 def pruned_shards(dtype: str) -> dict[str, Tensor]:
-    """Masks of three events over the ranks there are, gathered."""
+    """Return the gathered masks of three events on all ranks."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 

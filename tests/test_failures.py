@@ -1,4 +1,4 @@
-"""Signals, lost ranks, killed launchers and bad numbers: the run goes on, or ends soon and says why."""
+"""Signals, lost ranks, killed launchers and bad numbers: the run continues, or it ends soon and says why."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def errors_in(stderr: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def harmed(folder) -> dict[str, Any]:
-    """One run, harmed in four ways and started again each time, the last time by torch's agent itself."""
+    """Interrupt a run in four ways and start it again each time, the last time by torch's agent itself."""
     run_dir = folder / "runs" / "harmed"
     command = interrupted(folder, "harmed", "logger=none", "launch.max_restarts=1", "launch.num_processes=2")
     found: dict[str, Any] = {"run_dir": run_dir}
@@ -82,7 +82,7 @@ def harmed(folder) -> dict[str, Any]:
 
 
 def test_plain_accelerate_launch_saves_when_it_is_asked_to_end(harmed):
-    """Its exit code is torch's agent's own, 1: `launch.agent` takes the same arguments and ends with 75."""
+    """The exit code is that of torch's agent, 1; `launch.agent` takes the same arguments and exits with 75."""
     assert harmed["plain code"] not in (0, 75)
     assert "asked to stop and has saved a checkpoint" in harmed["plain words"]
     assert harmed["plain ranks"] == []
@@ -118,7 +118,7 @@ def test_a_second_writer_is_refused_and_a_rank_that_hangs_is_named(folder):
         started = time.monotonic()
         code = run.wait()
         assert code not in (0, 75)
-        # The timeout, the survivors' grace, and torch's agent, which gives the stopped rank half a minute to end.
+        # This covers the timeout, the survivors' grace, and the half minute that torch's agent gives the stopped rank to end.
         assert time.monotonic() - started < 120
         first = errors_in(run.stderr)[0]
         assert "rank 1 (in step" in first, run.stderr[-2000:]
@@ -184,14 +184,14 @@ def test_a_launcher_heeds_signals_before_it_imports_what_takes_long(module):
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler of its own for a signal."""
+    """Return whether a process has installed a handler for a signal."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     (mask,) = [line.split()[1] for line in lines if line.startswith("SigCgt:")]
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 class listening:
-    """A process that listens for the cluster's signals; killed afterwards."""
+    """A process that listens for the cluster's signals, and is killed afterwards."""
 
     def __init__(self, **options: bool) -> None:
         self.process = subprocess.Popen(
@@ -221,7 +221,7 @@ def test_a_bad_step_on_one_rank_is_skipped_by_all_and_still_counts(tmp_path):
 
 
 def train_with_poison(folder: Path) -> tuple[list[float], list[float], list[int], list[float]]:
-    """Seven steps whose loss is NaN in steps 3 and infinite in step 4, on rank 1 alone."""
+    """Train for seven steps whose loss is NaN in step 3 and infinite in step 4, only on rank 1."""
     from torch.utils.data import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
@@ -297,7 +297,7 @@ class FakeGroup:
         assert device.type == "cuda"
         if self.mark is None:
             raise RuntimeError("No backend type associated with device type cuda")
-        # In a torch with CUDA, gloo serves GPUs too, and has no such method.
+        # In a torch with CUDA, gloo also serves GPUs, and does not have this method.
         return object() if self.mark == "gloo" else self
 
     def get_error(self) -> SimpleNamespace:

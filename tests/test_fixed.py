@@ -1,4 +1,4 @@
-"""Fixed masks: a sparse model is trained on or fine-tuned, in anybody's Trainer, and its zeros stay."""
+"""Fixed masks: a sparse model is trained further or fine-tuned, in any Trainer, and its zeros stay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 4
 
 
 def sparse_model(folder: Path) -> Path:
-    """A folder with a small model, 70 % of its linear weights zero."""
+    """Write a folder with a small model, 70 % of whose linear weights are zero."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -46,7 +46,7 @@ def assert_only_survivors_moved(folder: Path, model: nn.Module) -> None:
 
 
 def foreign_trainer(folder: Path, output: Path, schedule: Schedule, **options: Any) -> tuple[Trainer, SparsityCallback]:
-    """Somebody's Trainer over the sparse model in `folder`, and the callback in it."""
+    """Return a user's Trainer of the sparse model in `folder`, and the callback in it."""
     data = [{"input_ids": torch.arange(i, i + 16), "labels": torch.arange(i, i + 16)} for i in range(16)]
     arguments = TrainingArguments(
         str(output), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=2, use_cpu=True,

@@ -1,5 +1,4 @@
-"""Checkpoints of a Trainer that is not ours hold weights only: which of their zeros are pruned weights, and which wrappers
-hide the weights."""
+"""Checkpoints of another Trainer hold only weights: which of their zeros are pruned, and which wrappers hide weights."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def bound(model: nn.Module) -> SparsityCallback:
 
 
 def kill_survivors(callback: SparsityCallback) -> None:
-    """On every rank, the first kept weight of each of its shards becomes exactly 0."""
+    """Set the first kept weight of each of this rank's shards to exactly 0."""
     for shard in callback.shards:
         shard.values[int(shard.mask.nonzero()[0])] = 0.0
 
@@ -74,7 +73,7 @@ def resume_on_two_ranks() -> dict[str, Any]:
     found["without state"] = refusal(None)
     found["state of another step"] = refusal({**saved, "step": 0})
     found["too many to list"] = refusal({**saved, "surviving_zeros": None})
-    # As many zeros as before, but one of them in the other layer.
+    # There are as many zeros as before, but one of them is in the other layer.
     first, second = callback.shards
     if dist.get_rank() == 0:
         first.values[int((first.values == 0).nonzero()[0])] = 1.0
@@ -156,7 +155,7 @@ def test_deepspeed_is_refused_by_the_callback():
 
 
 def refusals_of_offloading() -> dict[str, str]:
-    """What is said of CPU offload: by torch 2.12.1 and 2.13.0, with and without pinned memory, and of no offload."""
+    """Return the errors about CPU offload, for torch 2.12.1 and 2.13.0, with and without pinned memory, and without offload."""
     cases = {
         "2.12.1": CPUOffloadPolicy(), "2.13.0": CPUOffloadPolicy(),
         "2.12.1, pageable": CPUOffloadPolicy(pin_memory=False), "2.12.1, none": OffloadPolicy(),
@@ -164,7 +163,7 @@ def refusals_of_offloading() -> dict[str, str]:
     said = {}
     for case, policy in cases.items():
         torch.__version__ = TorchVersion(case.partition(",")[0])
-        # Without a GPU there is no pinned memory; on the meta device FSDP2 takes none yet.
+        # Without a GPU there is no pinned memory; on the meta device FSDP2 does not use any yet.
         model = nn.Sequential(nn.Linear(4, 4, device="meta"))
         fully_shard(model[0], offload_policy=policy)
         fully_shard(model, offload_policy=policy)

@@ -1,4 +1,4 @@
-"""Float8 linears: which layers, which parameters, what is refused; and with torchao's emulation a run on the CPU."""
+"""Float8 linears: the layers, their parameters, what is refused, and with torchao's emulation a run on the CPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def llama(hidden_size: int = 32, intermediate_size: int = 48) -> LlamaForCausalL
 
 
 class FakeFloat8Linear(nn.Linear):
-    """What torchao leaves in the place of a linear layer, as far as its parameters go."""
+    """A layer with the same parameters as torchao's replacement of a linear layer."""
 
 
 def fake_convert(model: nn.Module, *, config: Any, module_filter_fn: Any) -> nn.Module:
@@ -50,7 +50,7 @@ def fake_convert(model: nn.Module, *, config: Any, module_filter_fn: Any) -> nn.
 
 @pytest.fixture
 def torchao(monkeypatch) -> None:
-    """torchao's interface without torchao."""
+    """Install a fake torchao with the functions that we call."""
     package, float8 = ModuleType("torchao"), ModuleType("torchao.float8")
     float8.convert_to_float8_training = fake_convert  # type: ignore[attr-defined]
     float8.Float8LinearConfig = SimpleNamespace  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def num_zeros(tensor: torch.Tensor) -> int:
 
 
 def train_in_float8(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Export 8 steps under FSDP2, pruned before the fifth, and the same resumed after the sixth, by emulation."""
+    """Train 8 emulated steps under FSDP2, pruning before the fifth; export these weights, and those after a resume."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
@@ -185,7 +185,7 @@ def trained(folder: Path, checkpoint: Path | None) -> tuple[dict[str, torch.Tens
 
 
 class Tokenizer:
-    """None: the model alone is looked at."""
+    """A tokenizer that is not written, because only the model is tested."""
 
     def save_pretrained(self, folder: Path) -> None:
         """Write nothing."""

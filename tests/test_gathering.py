@@ -12,7 +12,7 @@ from train.distributed import World, check_ranks_gather_alike
 
 
 def refusal(choices: list[bool]) -> str:
-    """What is said when rank i frees gathered weights if `choices[i]`."""
+    """Return the error if rank i frees gathered weights when `choices[i]` is true."""
     rank = dist.get_rank()
     plugin = SimpleNamespace(reshard_after_forward=choices[rank])
     accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))

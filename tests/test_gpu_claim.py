@@ -1,4 +1,4 @@
-"""The claim on one GPU: which runs there are, what they are told, and the page of what they found."""
+"""The claim on one GPU: its runs, their overrides, and the page of their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.plan.run import plan_run
 
 
 def overrides_of(step: Any) -> list[str]:
-    """The arguments of `python -m launch` that a run's step ends in."""
+    """Return the arguments of `python -m launch` at the end of a run's step."""
     return [word for word in step.command[4:] if "=" in word]
 
 
@@ -62,12 +62,33 @@ def test_what_the_user_adds_overrides_every_run(tmp_path):
 def test_rates_are_tuned_on_the_dense_side_with_two_seeds_each(tmp_path):
     found = [composed("train", overrides_of(step)) for step in claim.rates_steps(tmp_path, tmp_path, False)[2:]]
     assert all(config.model.match == "average" for config in found)
-    tried = {(config.recipe, config.trainer.learning_rate, config.trainer.seed) for config in found}
-    assert len(tried) == len(found) == len(claim.RECIPES) * len(claim.RATES) * 2
+    tried = {(config.sparsity.target, config.trainer.learning_rate, config.trainer.seed) for config in found}
+    assert len(tried) == len(found) == 2 * 3 * 2
+
+
+def test_each_pair_takes_the_rate_of_its_sparsity_from_the_rates_beside_its_results(tmp_path):
+    losses = {"20p-0.003-seed0": 2.0, "20p-0.006-seed0": 2.1, "80p-0.003-seed0": 2.5, "80p-0.006-seed0": 2.4}
+    steps = [
+        {"name": name, "outcome": "passed",
+         "figures": {"summary": {"learning_rate": float(name.split("-")[1]), "heldout_loss": loss}}}
+        for name, loss in losses.items()
+    ]  # fmt: skip
+    failed = {"name": "20p-0.012-seed0", "outcome": "failed", "figures": None}
+    (tmp_path / "rates.json").write_text(json.dumps({"steps": [*steps, failed]}))
+    found = {step.name: step.command for step in claim.claim_steps(tmp_path, tmp_path, False)[2:]}
+    for name, rate in (
+        ("20p-seed0", "0.003"),
+        ("40p-seed0-twin", "0.00378"),
+        ("60p-seed0", "0.00476"),
+        ("80p-seed1", "0.006"),
+    ):
+        assert f"optim.learning_rate={rate}" in found[name]
+    assert claim.rate_at(0.9, {0.2: 0.003, 0.8: 0.006}) == 0.006
+    assert claim.rate_at(0.1, {0.2: 0.003, 0.8: 0.006}) == 0.003
 
 
 def result(folder: Path) -> Path:
-    """A results file of six runs whose loss follows from N-bar."""
+    """Write a results file of six runs whose loss depends on N-bar."""
     steps: list[dict[str, Any]] = [
         {"name": "device", "outcome": "passed", "seconds": 5.0, "figures": {"gpu": "NVIDIA H100", "torch": "2.11.0"}},
         {"name": "60p-seed0", "outcome": "timed out", "seconds": 9.0, "figures": None},

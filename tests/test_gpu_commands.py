@@ -1,4 +1,4 @@
-"""The device command: what its runner promises, and a rehearsal of its steps on the CPU."""
+"""The commands for a GPU: the promises of their runner, and a rehearsal of their steps on the CPU."""
 
 from __future__ import annotations
 

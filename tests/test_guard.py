@@ -1,4 +1,4 @@
-"""An update with bad numbers is skipped: decided on the host, or by the optimizer's own kernel with the host a step late."""
+"""An update with bad numbers is skipped by the host, or by the optimizer's kernel, and then the host learns it a step later."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def alone() -> World:
 
 
 def train(model: nn.Module, guard: StepGuard, losses: list[torch.Tensor], on_device: bool) -> list[torch.Tensor]:
-    """Weights and moments after an update with each loss."""
+    """Make an update with each loss, and return weights and moments."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     for step, loss in enumerate(losses):
         for param in model.parameters():
@@ -72,7 +72,7 @@ def test_only_a_fused_optimizer_on_a_gpu_decides_there():
 
 
 def skip_on_one_rank() -> tuple[int, list[torch.Tensor]]:
-    """Rank 1 alone has a bad loss in the second step."""
+    """Train with a bad loss in the second step, only on rank 1."""
     torch.manual_seed(0)
     rank = dist.get_rank()
     guard = StepGuard(World(rank, 2, torch.device("cpu")), Preemption(), max_skipped=10)

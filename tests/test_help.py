@@ -1,4 +1,4 @@
-"""`python -m launch --help` names every group, choice and key, with what each is."""
+"""`python -m launch --help` names and explains every group, choice and key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders from somewhere else: nothing in them is executed, nothing leads out of them, and what is garbled is said."""
+"""Folders from untrusted sources: nothing in them is executed, no path leads out of them, and garbled files are named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from train.record.metrics import keep_whole_records
 
 
 class Bomb:
-    """Unpickled, it makes the file `fuse`."""
+    """An object that creates the file `fuse` when it is unpickled."""
 
     def __init__(self, fuse: Path) -> None:
         self.fuse = fuse
@@ -40,7 +40,7 @@ class Bomb:
 
 @pytest.fixture
 def fuse(tmp_path) -> Path:
-    """What must not exist after a test."""
+    """Return the path of a file that must not exist after a test."""
     return tmp_path / "executed"
 
 
@@ -63,7 +63,7 @@ CODE = "import os\nos.mkdir({fuse!r})\nfrom transformers import {base} as Made\n
 
 
 def with_code(folder: Path, fuse: Path, file: str, key: str, base: str) -> None:
-    """A model or tokenizer folder whose config asks for a class of its own."""
+    """Give a model or tokenizer folder its own code, and a config that asks for it."""
     (folder / "made.py").write_text(CODE.format(fuse=str(fuse), base=base))
     config = json.loads((folder / file).read_text())
     own = "made.Made" if key != "AutoTokenizer" else ["made.Made", "made.Made"]
@@ -151,7 +151,7 @@ def test_a_pickle_in_a_data_folder_is_no_document(tmp_path, fuse):
 
 
 def unfinished_run(folder: Path) -> tuple[RunDirectory, Config]:
-    """A folder that a run has begun in."""
+    """Make the folder of a run that has begun."""
     directory, config = RunDirectory(folder / "runs" / "tiny"), config_of(folder)
     directory.claim(config, 0)
     directory.begin(config)
@@ -207,7 +207,7 @@ def test_a_garbled_record_is_named_and_a_cut_off_last_one_removed(tmp_path, line
 
 
 def test_a_pickle_in_the_place_of_a_checkpoints_tensors_is_not_loaded(tmp_path, fuse):
-    """With checksums that agree: whoever writes the file writes them too."""
+    """Its checksums agree, because whoever writes the file can write them too."""
     folder = layout.folder_of(tmp_path, 5)
     folder.mkdir()
     (folder / layout.rank_file(0)).write_bytes(pickle.dumps(Bomb(fuse)))
@@ -230,7 +230,7 @@ def test_no_name_leads_out_of_the_runs_folder(tmp_path, key, name):
 
 
 def test_torch_loads_nothing_here():
-    """No module calls an unpickler on a file; `all_gather_object` stays between the processes of one run."""
+    """No module unpickles a file; `all_gather_object` is used only between the processes of a run."""
     sources = [path for room in ("conf", "eval", "launch", "sparsity", "train") for path in Path(room).rglob("*.py")]
     assert len(sources) > 80
     for path in sources:

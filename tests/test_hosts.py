@@ -1,4 +1,4 @@
-"""A run over two hosts, and what becomes of it when the cable between them is pulled."""
+"""A run on two hosts, and what happens when the cable between them is pulled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.processes import descendants, last_step, send
 
 TIMEOUT_S = 10
 LEEWAY_S = 45
-"""What the survivors' inquiry and the ending of all processes may take on a slow machine."""
+"""The seconds in which survivors must find the lost ranks and all processes must end, on a slow machine."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -31,7 +31,7 @@ def hosts():
 
 
 class Pair:
-    """One `python -m launch` on each host, one rank each."""
+    """A `python -m launch` on each host, with one rank each."""
 
     def __init__(self, hosts: list[Host], folder: Path, name: str) -> None:
         self.run_dir = folder / "runs" / name
@@ -100,6 +100,6 @@ def test_two_hosts_train_as_one_and_go_on_after_a_pulled_cable(hosts, folder, wh
     with Pair(hosts, folder, "hosts") as pair:
         assert pair.wait(300) == [0, 0], pair.words()
         assert "Traceback" not in pair.words()
-    # The single-machine run of two ranks, which nothing happened to: the same numbers to the last bit.
+    # The numbers equal those of an undisturbed run of two ranks on one machine, to the last bit.
     assert records_of(folder / "runs" / "hosts") == records_of(whole)
     assert tensors_of(folder / "runs" / "hosts", "model/*.safetensors") == tensors_of(whole, "model/*.safetensors")

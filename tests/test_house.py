@@ -1,4 +1,4 @@
-"""The house of CONTRIBUTING.md: no import runs up, no two files need each other, and what plans a run needs no torch."""
+"""The house of CONTRIBUTING.md: no import runs up, no two files need each other, and planning a run needs no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOUSE = (
     "eval.model", "eval.runs", "eval",
     "launch",
 )  # fmt: skip
-"""Rooms from the ground up. A file belongs to the longest name that fits, and imports from its own room or one before."""
+"""The rooms, lowest first. A file belongs to the room with the longest name that fits, and imports only from it or lower."""
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for folder in TOP
@@ -28,7 +28,7 @@ FILES = {
 
 
 def imported(module: str, source: str) -> Iterator[str]:
-    """Our modules that `source` imports anywhere, also inside functions, but not for types alone."""
+    """Yield our modules that `source` imports, even inside functions, but not those imported only for types."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -70,7 +70,7 @@ def reached(graph: dict[str, set[str]], start: str) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[str]:
-    """Pairs of files of which each reaches the other."""
+    """Return pairs of files that import each other, directly or through others."""
     reach = {module: reached(graph, module) for module in graph}
     return sorted(f"{one} and {other}" for one in reach for other in reach[one] if one < other and one in reach[other])
 

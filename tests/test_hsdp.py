@@ -24,7 +24,7 @@ from tests.test_run import tiny, write_text
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_two_replicas_prune_and_train_what_one_process_does(tmp_path):
-    """With a checkpoint in between: replicas that disagreed on a mask would end the run with an error."""
+    """The run has a checkpoint; replicas that disagreed on a mask would end it with an error."""
     write_text(tmp_path / "text.jsonl")
     own = {"one": ["launch.num_processes=1"], "replicas": ["launch.num_processes=4", "launch.num_replicas=2"]}
     said = {}
@@ -48,7 +48,7 @@ def test_two_replicas_prune_and_train_what_one_process_does(tmp_path):
 
 
 def norms_of_two_replicas() -> dict[str, Any]:
-    """Of two replicas over three ranks each that sum 1.7^2 and two small squares in opposite orders."""
+    """Return the norms of two replicas of three ranks, which sum 1.7^2 and two small squares in opposite orders."""
     from train.clipping import clip_replicas_alike_, has_replicas
 
     mesh = DeviceMesh("cpu", [[0, 1, 2], [5, 4, 3]], mesh_dim_names=("replicate", "shard"))
@@ -84,7 +84,7 @@ def test_replicas_clip_by_the_same_number_whatever_order_they_sum_in():
 
 
 def train_two_replicas(folder: Path) -> dict[str, Any]:
-    """Two steps of our Trainer on a 2 x 2 mesh: timeouts of all groups in seconds, and how its gradients were clipped."""
+    """Train two steps on a 2 x 2 mesh; return the timeouts of all groups, and the norms by which gradients were clipped."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
@@ -119,7 +119,7 @@ def two_replicas(tmp_path_factory) -> list[dict[str, Any]]:
 
 def test_every_group_of_the_mesh_has_the_runs_timeout(two_replicas):
     for found in two_replicas:
-        # The world, a shard group, a replica group and the flattened ones.
+        # These are the world, a shard group, a replica group and the flattened ones.
         assert found["num_groups"] >= 3
         assert found["timeouts"] == {timedelta(seconds=77)}
 

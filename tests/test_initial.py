@@ -1,4 +1,4 @@
-"""A finished model starts another run: its zeros stay zero, and a window prunes beyond them."""
+"""A run that starts from a finished model: the model's zeros stay zero, and a window prunes further weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that does not fit the configured model, or its tokenizer, is refused by name before anything is spent."""
+"""A folder whose model or tokenizer does not fit the configured model is refused by name before the run starts."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def tokenizer(*words: str) -> PreTrainedTokenizerFast:
 
 
 def folder_of(path: Path, **changes: Any) -> Path:
-    """A model folder with tokenizer, of the tiny model but for `changes` of its config."""
+    """Write a folder with the tiny model, apart from `changes` of its config, and a tokenizer."""
     LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).save_pretrained(path)
     tokenizer("a", "b").save_pretrained(path)
     return path
 
 
 def edit(folder: Path, **fields: Any) -> None:
-    """Write fields into config.json, whatever the weights are."""
+    """Write fields into config.json, without a change of the weights."""
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def start(folder: Path, init_from: Path, *overrides: str) -> None:
-    """What `python -m launch` checks of a run that starts from `init_from`."""
+    """Check a run that starts from `init_from` as `python -m launch` does."""
     arguments = tiny(folder, f"init_from={init_from}", *overrides)
     config = composed("train", arguments)
     check_start(config, plan_run(config, 2), arguments)
@@ -224,7 +224,7 @@ def test_a_tokenizer_that_nobody_named_is_refused_and_a_named_one_is_warned_of(t
     folder = folder_of(tmp_path / "model")
     tokenizer("b", "a").save_pretrained(tmp_path / "other")
     for spec in ("train", f"{tmp_path}/other"):
-        # As an experiment's yaml would set it.
+        # The tokenizer is set as an experiment's yaml would set it.
         config = config_of(f"init_from={folder}", f"tokenizer={spec}")
         with pytest.raises(ValueError, match=r"set tokenizer=null to use the folder's"):
             check_tokenizer(config, ["experiment=mine"])

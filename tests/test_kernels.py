@@ -1,4 +1,4 @@
-"""Kernels against numpy on copies on the CPU: under Triton's interpreter, or on a GPU where there is one."""
+"""Kernels compared with numpy on CPU copies: in Triton's interpreter, or on a GPU if there is one."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The launches, which every pass on `DEVICE` takes from now on."""
+    """Make every pass on `DEVICE` use the kernels, and return the module that launches them."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
     if DEVICE == "cpu":
         monkeypatch.setattr(devices, "_is_gpu", lambda device: True)
@@ -48,15 +48,17 @@ def launches(monkeypatch):
 
 @cache
 def interpreted_launches() -> ModuleType:
-    """`sparsity.launches` on Triton's interpreter. Triton's own functions ask for it when they are imported, so this imports
-    Triton anew, and puts the other one back."""
+    """Return `sparsity.launches` on Triton's interpreter.
+
+    Triton chooses the interpreter when it is imported, so this imports Triton again, and then restores the first one.
+    """
     ours = ("sparsity.kernels", "sparsity.launches")
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "triton" or name in ours}
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         for name in before:
             if not name.startswith("triton._C"):
                 del sys.modules[name]
-        # As attributes of the package they would be found without an import.
+        # If they stayed attributes of the package, they would be found without an import.
         for name in ("kernels", "launches"):
             vars(sparsity).pop(name, None)
         found = importlib.import_module("sparsity.launches")
@@ -65,7 +67,10 @@ def interpreted_launches() -> ModuleType:
 
 
 def cases() -> list[tuple[str, str, int]]:
-    """Kind, type and storage offset, of which 3 elements are no multiple of 16 bytes. All on a GPU; the interpreter is slow."""
+    """Return (kind, type, storage offset) to test: all on a GPU, a few in the interpreter, which is slow.
+
+    An offset of 3 elements is no multiple of 16 bytes.
+    """
     if DEVICE == "cuda":
         return [(kind, dtype, offset) for kind in KINDS for dtype in DTYPES for offset in (0, 3)]
     return [
@@ -75,7 +80,7 @@ def cases() -> list[tuple[str, str, int]]:
 
 
 def ranges(tensors) -> list[tuple[int, int]]:
-    """Narrow, at the end with NaN and infinities, empty, at zero, and whole."""
+    """Return ranges of keys: narrow, at the end with NaN and infinities, empty, only zero, and all."""
     keys = np.sort(np.concatenate([keys_of(tensor) for tensor in tensors])).tolist()
     return [
         (keys[1000], keys[2500] + 1), (keys[-5], 1 << 31), (keys[5000], keys[5000]), (0, 1), (0, 1 << 31),
@@ -345,7 +350,7 @@ def test_what_kernels_do_not_take_is_zeroed_all_the_same(launches):
 
 
 def host_reads(launches, monkeypatch, body) -> list[str]:
-    """What the host reads of the device during a call; the interpreter reads for itself."""
+    """Return what the host reads from the device during a call; reads by the interpreter do not count."""
     reads = HostReads()
 
     def paused(original):
@@ -399,7 +404,7 @@ def test_every_kernel_compiles_for_compute_capability_9_0_without_a_device():
             assert "ld.global.v4.b32" not in found[f"{name}, {dtype}, unaligned"]["accesses"]
     for chunks in (2, 7):
         accesses = found[f"multiply, bf16, {chunks} chunks, bytes"]["accesses"]
-        # A chunk a warp, in two steps: 8 values of 2 bytes, 8 distances and 8 bases of a byte each a lane.
+        # A warp reads a chunk in two steps: 8 values of 2 bytes, and 8 distances and 8 bases of a byte, for each lane.
         assert sum(count for name, count in accesses.items() if name.endswith("v4.b32")) == 2
         assert sum(count for name, count in accesses.items() if name.endswith("evict_first.L2::cache_hint.v2.b32")) == 2
         assert accesses["ld.global.v2.b32"] == 2

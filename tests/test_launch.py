@@ -1,4 +1,4 @@
-"""From a config to the command that starts it, on this machine."""
+"""The command that starts a run on this machine, made from the run's config."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_run_gets_all_gpus_or_two_cpu_processes(gpus, asked, expected):
 
 
 def flags(command: list[str]) -> dict[str, str]:
-    """The options of `accelerate launch` in a command."""
+    """Return the options of `accelerate launch` in a command."""
     options = command[3 : command.index("-m", 3)]
     return {name.removeprefix("--"): value for name, value in zip(options[::2], options[1::2], strict=True)}
 
@@ -66,7 +66,7 @@ def test_replicas_are_hsdp_over_all_processes():
         (8, 80 << 30, [], "false"),
         (8, 12 << 30, [], "true"),
         (8, 14 << 30, [], "false"),
-        # A replica's four GPUs hold more of the state each.
+        # Each of a replica's four GPUs holds more of the state.
         (8, 14 << 30, ["launch.num_replicas=2"], "true"),
         (8, None, [], None),
         (8, 80 << 30, ["launch.config_file=setup.cfg"], None),

@@ -1,4 +1,4 @@
-"""The commands of docs/models.md and docs/lengths.md, as they are printed there, on a model and text of seconds."""
+"""The commands of docs/models.md and docs/lengths.md, run as printed there, but on a model and text that take seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny_run import tiny, write_text
 
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 SHORTER = {"320": "32", "640": "64", "160": "16", "240": "24", "80": "8", "60": "6", "20": "3", "10": "2", "10000": "4"}
-"""Steps of the pages and those of the tests."""
+"""The numbers of steps on the pages, and those that the tests use instead."""
 
 
 def commands(page: str) -> list[list[str]]:
@@ -45,7 +45,7 @@ def run(folder: Path, words: list[str]) -> None:
         for item in tiny(folder, "logger=none", "launch.num_processes=1")
         if not item.startswith(("run_name", "runs_dir"))
     ]
-    # The length of a decay follows from where it branches.
+    # The length of a decay depends on where it branches.
     own = {item.partition("=")[0] for item in words} | ({"trainer.max_steps"} if "sweep=wsd_curve" in words else set())
     usual = [item for item in usual if item.partition("=")[0] not in own]
     if "model=hf" in words:
@@ -69,7 +69,7 @@ def test_branches_and_the_curve_of_one_run_are_made_by_the_commands_of_the_page(
     assert summary(folder, "demo-90p")["sparsity"] == pytest.approx(0.9, abs=1e-3)
     jobs = sorted((folder / "runs" / "curve").glob("*/summary.json"))
     found = [json.loads(job.read_text()) for job in jobs]
-    # 20 % of a run of 10, 20 and 40 steps is its decay.
+    # The decays are the last 20 % of runs of 10, 20 and 40 steps.
     assert sorted(job["steps"] for job in found) == [10, 20, 40]
     assert {job["branch"]["trunk"] for job in found} == {str(folder / "runs" / "trunk")}
 

@@ -1,4 +1,4 @@
-"""LoRA under a schedule: its second matrix begins at 0 and must not be pruned before it has learnt."""
+"""LoRA under a schedule: its second matrix begins at 0, and must not be pruned before it has learned."""
 
 from __future__ import annotations
 

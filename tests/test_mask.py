@@ -1,4 +1,4 @@
-"""Pruned weights are exactly 0 and stay so; survivors are untouched."""
+"""Pruned weights are exactly 0 and stay 0; kept weights are not changed."""
 
 from unittest import mock
 
@@ -159,7 +159,7 @@ def test_adam_leaves_zeros_by_itself_once_its_states_are_zero(kind, options, dty
         model(torch.randn(8, 12, dtype=dtype)).pow(2).mean().backward()
         optimizer.step()
         if step == 2:
-            # Without the optimizer: its moments are those of a dense model.
+            # The optimizer is left out here, so its moments are those of a dense model.
             callback.pruner.prune(0.5)
         if step == 5:
             callback.pruner.prune(0.25, optimizer)

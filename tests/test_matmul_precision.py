@@ -1,4 +1,4 @@
-"""TF32 as transformers asks for it leaves a torch in which inductor can tune its products."""
+"""After transformers has turned on TF32, inductor can still tune its matrix products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.plan.run import plan_run
 
 
 def precision_after_arguments(folder: Path, tf32: str) -> tuple[str, str]:
-    """torch's two names for the precision of products, after our arguments were made; TF32 needs a GPU, so one is faked."""
+    """Make our arguments, and return torch's two settings of matmul precision; TF32 needs a GPU, so one is faked."""
     import torch
     from transformers import training_args
 
@@ -30,7 +30,7 @@ def precision_after_arguments(folder: Path, tf32: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize(
     ("tf32", "expected"),
-    # Compiled bf16 runs get TF32 from transformers unasked.
+    # transformers turns on TF32 for compiled bf16 runs by itself.
     [("true", ("tf32", "high")), ("null", ("tf32", "high")), ("false", ("ieee", "highest"))],
 )
 def test_a_compiled_run_with_tf32_can_ask_for_the_precision_of_its_products(tmp_path, tf32, expected):

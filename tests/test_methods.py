@@ -1,4 +1,4 @@
-"""Every allowed way to prune: trained, saved, resumed on other numbers of ranks, exported; every other is refused."""
+"""Every allowed way to prune is trained, saved, resumed on other numbers of ranks and exported; all others are refused."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from train.model.export import export_model, full_tensor
 from train.trainer import row_size
 
 CUT = 4
-"""Runs are saved before this step, between two events of a gradual schedule."""
+"""The step before which runs are saved; it is between two events of a gradual schedule."""
 Masks = dict[str, Tensor]
 
 
 def make_model() -> LlamaForCausalLM:
-    """Odd numbers of rows, fewer key rows than 3 ranks can share evenly, and ties: weights are rounded."""
+    """Return a model with odd numbers of rows, key rows that 3 ranks cannot share evenly, and, by rounding, ties."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -65,8 +65,7 @@ MODEL = make_model()
 
 
 class Run:
-    """A method's run on the ranks there are. Gradients depend on each weight alone, so that no rounding tells worlds
-    apart."""
+    """A run of a method on all ranks; a gradient depends only on its weight, so rounding does not depend on the world."""
 
     def __init__(self, method: Method) -> None:
         self.model = deepcopy(MODEL)
@@ -122,7 +121,7 @@ CPU = torch.device("cpu")
 
 
 def local_loss(param: Tensor, step: int) -> Tensor:
-    """Draws each weight to a place of its own, which moves with the step; so a weight of 0 has a gradient too."""
+    """Return a loss that pulls each weight to its own value, which changes with the step; so zeros have gradients too."""
     local = (param.to_local() if isinstance(param, DTensor) else param).view(-1)
     places = ((shard_offset(param) + torch.arange(len(local))) * 37 % (101 + step) - 50) / 4096
     return (local - places).square().sum()
@@ -136,7 +135,7 @@ def train_and_save(folder: str, methods: list[Method]) -> None:
 
 
 def resume_and_export(folder: str, methods: list[Method]) -> dict[str, tuple[Masks, float]]:
-    """The final weights and the average density of each method, from the checkpoints of another number of ranks."""
+    """Resume from checkpoints of another number of ranks; return each method's final weights and average density."""
     found = {}
     for method in methods:
         run = Run(method)
@@ -152,7 +151,7 @@ def resume_and_export(folder: str, methods: list[Method]) -> dict[str, tuple[Mas
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Run]:
-    """Every method's run in one process that nothing happened to."""
+    """Run every method in one process without an interruption."""
     runs = {}
     for method in ALLOWED:
         runs[str(method)] = run = Run(method)
@@ -161,7 +160,7 @@ def whole() -> dict[str, Run]:
 
 
 SOME = [*ALLOWED[::-9], Method("one_shot", "global", "none", "unstructured", "saliency")]
-"""The order of the table makes every ninth one meet all schedules, scopes, groups, patterns, scores and updates."""
+"""Every ninth method of the table, and one more; together they have all values of every setting."""
 
 
 def test_some_methods_meet_every_setting():
@@ -194,10 +193,10 @@ def test_two_ranks_go_on_as_one_and_as_three_to_the_same_weights(whole, tmp_path
 
 
 def pools_by_hand(method: Method, names: list[str]) -> list[list[str]]:
-    """Names that share a threshold."""
+    """Return lists of parameters that share a threshold."""
     if method.scope == "uniform":
         return [[name] for name in names]
-    # By their shapes layers end at shares of their own, which add up to the group's.
+    # With targets by shape, each layer has its own share; they add up to the group's.
     by_target: dict[float, list[str]] = {}
     for name in names:
         by_target.setdefault(method.target(name), []).append(name)
@@ -272,7 +271,7 @@ def test_metrics_name_the_density_that_is_there(whole, method):
     run = whole[str(method)]
     figures = run.callback.metrics(NUM_STEPS - 1)
     if method.schedule != "fixed":
-        # Each pool's count is rounded on its own.
+        # The count of each pool is rounded separately.
         assert figures["sparsity/density"] == pytest.approx(figures["sparsity/target_density"], abs=0.5 * 8 / 1000)
     assert schedule_of(method).density(NUM_STEPS - 1) <= 1
 

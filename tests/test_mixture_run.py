@@ -1,4 +1,4 @@
-"""A run on a mixture: tokens by source in its records, summary and card; killed, it resumes to the last bit."""
+"""A run on a mixture: tokens by source in its records, summary and card; after a kill it resumes to the last bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any causal language model of transformers by its config.json: what is counted, pruned, read and refused before a run."""
+"""Any causal language model of transformers, given by its config.json: its counts, prunable weights, reading and refusals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DENSE = {
     "gemma3": "model.embed_tokens.weight",
     "gpt2": "transformer.wte.weight, transformer.wpe.weight",
 }
-"""The matrices that stay dense; of all other architectures it is the embedding beside a head of its own, which is pruned."""
+"""The matrices that stay dense. In all other architectures it is only the embedding; their separate head is pruned."""
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_names_without_the_prefix_of_the_model_are_read(folders, tmp_path):
     tensors = {
         key.removeprefix("transformer."): value for key, value in load_file(folder / "model.safetensors").items()
     }
-    # What openai-community/gpt2 stores beside the weights.
+    # openai-community/gpt2 stores this in addition to the weights.
     save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, folder / "model.safetensors")
     model = model_on_meta(resolved(by_path(folder)))
     weights = initial_weights(model, str(folder), by_path=True)
@@ -245,7 +245,7 @@ def test_a_twin_of_an_unknown_architecture_is_refused_with_those_that_have_one(t
 
 
 def sharded(path: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """A model's random weights, drawn into FSDP2's shards, and the classes of the modules that it wrapped."""
+    """Return a model's random weights, drawn into FSDP2's shards, and the classes of the modules that FSDP2 wrapped."""
     from accelerate import Accelerator
 
     os.environ |= FSDP2

@@ -1,4 +1,4 @@
-"""Every supported architecture through the whole run: trained, pruned, resumed on two ranks, exported, scored, compacted."""
+"""A whole run of every supported architecture: trained, pruned, resumed on two ranks, exported, scored and compacted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny_run import write_text
 
 pytestmark = pytest.mark.timeout(900)
 QUICK = ("qwen3", "mixtral")
-"""Run by `make test`; the others by `make test-cluster`."""
+"""The architectures that `make test` runs; `make test-cluster` runs the others."""
 
 
 def command(folder: Path, name: str, run_name: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_a_run_prunes_resumes_on_two_ranks_exports_and_compacts(tmp_path, name):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["nonzero_linear_params"] == summary["linear_params"] - round(0.5 * summary["linear_params"])
 
-    # A plain folder with the names of the one it came from, and the zeros in its linear weights.
+    # The result is a plain folder with the names of the original one, and the zeros in its linear weights.
     assert names_in(whole / "model") == names_in(tmp_path / name)
     model = AutoModelForCausalLM.from_pretrained(whole / "model")
     zeros = count_zeros(model)

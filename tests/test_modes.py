@@ -1,4 +1,4 @@
-"""The umask decides on the mode of every file and folder that a run leaves, so that a group can share them."""
+"""The umask determines the mode of every file and folder of a run, so that a group can share them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAVED = (
 
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
-    """Commands started inside inherit the mask."""
+    """Set the umask, which commands started inside inherit."""
     before = os.umask(mask)
     try:
         yield
@@ -32,7 +32,7 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def modes_below(folder: Path) -> dict[str, str]:
-    """The mode of each file and folder that is not a link, by relative name."""
+    """Return the mode of each file and folder that is not a link, by relative name."""
     found = [path for path in folder.rglob("*") if not path.is_symlink()]
     return {str(path.relative_to(folder)): oct(path.stat().st_mode & 0o777) for path in found}
 

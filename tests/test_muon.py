@@ -1,4 +1,4 @@
-"""Muon: torch's own in one process, the same update on ranks, and zeros that stay zeros."""
+"""Muon: in one process it equals torch's, on several ranks it makes the same update, and zeros stay zeros."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Arguments:
 
 
 def trained(sharded: bool) -> dict[str, torch.Tensor]:
-    """The weights after three steps on the same rows on every rank."""
+    """Return the weights after three steps, with the same rows on every rank."""
     model = small_llama()
     if sharded:
         for block in model.model.layers:
@@ -83,7 +83,7 @@ def trained(sharded: bool) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_under_fsdp2_update_what_one_process_does_to_the_last_bit():
-    # Both ranks see the same rows, so that the mean of their gradients is the gradient of one process exactly.
+    # Both ranks see the same rows, so that the mean of their gradients is exactly the gradient of one process.
     expected = trained(sharded=False)
     for found in run_ranks(trained, 2, True, timeout_s=240):
         assert all(torch.equal(found[name], weight) for name, weight in expected.items())

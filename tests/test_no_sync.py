@@ -1,4 +1,4 @@
-"""Between two logged steps nothing asks the device for a value, so that on a GPU the host runs ahead of it."""
+"""Between two logged steps nothing reads a value from the device, so that on a GPU the host can run ahead of it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed import run_ranks
 
 QUIET_STEPS = (1, 2)
-"""Steps of the run below that neither log nor prune, nor follow such a step."""
+"""The steps of the run below that do not log or prune and do not follow a step that does."""
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
-"""Operations whose result the host needs before it can go on."""
+"""The operations whose result the host needs before it can continue."""
 
 
 def waits_in_quiet_steps(
     folder: Path, fsdp: bool, whole_blocks: bool = True, by_document: bool = False
 ) -> dict[str, int]:
-    """How often each of WAITING runs in the quiet steps of a sparse run, decided as on a GPU."""
+    """Return how often each of WAITING runs in the quiet steps of a sparse run that skips updates as on a GPU."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": str(fsdp).lower(), "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
@@ -32,7 +32,7 @@ def waits_in_quiet_steps(
     from train import trainer as trainers
     from train.distributed import join_world
 
-    # What a fused optimizer on a GPU does, which works on a CPU too.
+    # A fused optimizer on a GPU does this; it works on a CPU too.
     trainers.skips_on_device = lambda optimizer: True
     if not whole_blocks:
         trainers.attend_over_whole_blocks = lambda model: None

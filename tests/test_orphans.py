@@ -1,4 +1,4 @@
-"""A launcher that is killed: what ends with it, what runs on, and that the same command mends the sweep."""
+"""A launcher that is killed: what ends with it, what keeps running, and that the same command completes the sweep."""
 
 from __future__ import annotations
 

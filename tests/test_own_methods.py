@@ -1,4 +1,4 @@
-"""The door: scores, schedules and scopes of one's own, by instance and by name; what a score is lent; norms and shapes."""
+"""A user's own scores, schedules and scopes, by instance and by name; the gradients that a score gets; norms and shapes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.test_distributed import full_masks
 
 
 class Steep(Ramp):
-    """All in the first half of the window."""
+    """A schedule that does all pruning in the first half of the window."""
 
     name = "steep"
     label = "all in the first half"
@@ -38,7 +38,7 @@ class Steep(Ramp):
 
 
 class Columns(Score):
-    """Later columns are worth more, whatever their weights are."""
+    """A score that is higher for later columns, whatever their weights are."""
 
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
         return 1.0 + shard.index(part) % shard.shape[-1]
@@ -71,7 +71,7 @@ def test_a_score_sees_the_place_of_each_weight():
 
 
 def gradient_masks(layout: str) -> list[Tensor]:
-    """Masks after an event that ranks by |w g|; the loss of rank r is the sum of w x, x = r + 1 + column."""
+    """Return masks after an event with the score |w g|; the loss of rank r is the sum of w x with x = r + 1 + column."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(6, 4, bias=False))
     ranks = (0, 1)
@@ -130,7 +130,7 @@ def test_norms_are_those_of_exact_sums_to_a_millionth(dtype):
 
 
 class Uneven(nn.Sequential):
-    """Layers whose weights differ by orders of magnitude, in all of them many that nearly tie after the division."""
+    """Layers whose weights differ by orders of magnitude; in each, many weights nearly tie after the division by norms."""
 
     def __init__(self) -> None:
         super().__init__(*(nn.Linear(33, rows, bias=False) for rows in (17, 40, 5)))
@@ -160,7 +160,7 @@ def test_norms_and_masks_are_the_same_bits_on_one_and_two_ranks(normalize):
     for found, their_norms in run_ranks(normalized_masks, 2, normalize):
         assert their_norms == norms
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(masks, found, strict=True))
-    # Without the division the third layer would be gone.
+    # Without the division all of the third layer would be pruned.
     assert all(0.1 < mask.float().mean() < 0.9 for mask in masks)
     weights = [layer.weight.detach().double() for layer in Uneven()]
     assert factor_of("2.weight", {"2.*": 3.0}) == 3.0
@@ -189,7 +189,7 @@ def test_erk_keeps_small_layers_denser_and_prunes_exactly_the_schedules_number()
         assert all(was <= now <= pool.numel for was, now, pool in zip(before, counts, pools, strict=True))
         before = counts
     kept = {pool.names[0]: 1 - count / pool.numel for pool, count in zip(pools, before, strict=True)}
-    # 32 of 32 stay; the others share the rest by 0.02, 0.11 and 0.07.
+    # All 32 of "c" stay; the other layers share the rest in the ratio 0.02 to 0.11 to 0.07.
     scale = (round(0.1 * numel) - 32) / (0.02 * 10_000 + 0.11 * 1_000 + 0.07 * 3_000)
     assert kept == pytest.approx({"a": 0.02 * scale, "b": 0.11 * scale, "c": 1.0, "d": 0.07 * scale}, abs=1e-3)
 

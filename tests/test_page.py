@@ -1,4 +1,4 @@
-"""The page: one file, nothing fetched, every run and every figure in it."""
+"""The page: one file that fetches nothing and holds every run and every figure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def html(page):
 
 
 class Tags(HTMLParser):
-    """(tag, attributes) of every element, and whether all that were opened are closed."""
+    """A parser that keeps (tag, attributes) of every element, and checks that all elements are closed."""
 
     VOID = ("meta", "input", "br")
 

@@ -1,4 +1,4 @@
-"""Sparse runs are compared with their own twins, seed by seed, and with the dense curve at exactly their size."""
+"""Sparse runs are compared with their twins, seed by seed, and with the dense curve at exactly their size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.commands import run_command
 
 
 def write_run(folder: Path, loss: float, average: float, *overrides: str, sparse: bool = True) -> None:
-    """A finished run's config and summary, as the training writes them."""
+    """Write the config and summary of a finished run, as training does."""
     config = composed("train", ["experiment=journey", f"run_name={folder.name}", *overrides])
     folder.mkdir(parents=True)
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
@@ -30,7 +30,7 @@ def write_run(folder: Path, loss: float, average: float, *overrides: str, sparse
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Two levels: 80 % with three seeds on both sides, 40 % with one, and a dense run at another learning rate."""
+    """Write pairs at 80 % with three seeds and at 40 % with one, and a dense run with another learning rate."""
     for seed, (sparse, twin) in enumerate(((3.10, 3.00), (3.16, 3.02), (3.11, 3.04))):
         write_run(tmp_path / f"s80-{seed}", sparse, 100.0, "sparsity.target=0.8", f"trainer.seed={seed}")
         write_run(

@@ -1,4 +1,4 @@
-"""What is read of run folders, and what a panel shows of them."""
+"""Reading run folders, and what a panel shows of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The authors' parametrisation: what is drawn, folded query weights in training, and plain ones in every file."""
+"""The authors' parametrisation: initial weights, folded query weights in training, and plain ones in every file."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from train.plan.twin import dense_twin
 # A module's first test waits for several launches.
 pytestmark = pytest.mark.timeout(900)
 AUTHORS = ("recipe=authors",)
-"""Their weights, query scale and documents."""
+"""The override for the authors' initial weights, query scale and documents."""
 IDS = torch.arange(24).view(2, 12) % 61
 CPU = torch.device("cpu")
 ONE = World(0, 1, CPU)
 HEAD_DIMS = (4, 6, 16)
-"""Square roots of 2, 2.449... and 4."""
+"""Head sizes with the square roots 2, 2.449... and 4."""
 
 
 def model_config(head_dim: int = 16, **changes: Any) -> ModelConfig:
@@ -71,7 +71,7 @@ def test_every_kernel_is_drawn_by_its_fan_in_and_cut_off_at_two_standard_deviati
     assert len(kernels) == 2 * 7 + 1
     assert {w.shape[1] for w in kernels.values()} == {256}
     for name, weight in kernels.items():
-        # 1/16 after the cut, so 1/16 / 0.8796... before it.
+        # The deviation is 1/16 after the cut, so 1/16 / 0.8796... before it.
         bound = 2 / 16 / 0.87962566103423978
         assert float(weight.std()) == pytest.approx(1 / 16, rel=0.02), name
         assert abs(float(weight.mean())) < 4 / 16 / weight.numel() ** 0.5, name
@@ -91,7 +91,7 @@ def test_kernels_of_more_inputs_are_smaller(tokenizer):
 
 
 def drawn_over_ranks() -> dict[str, Tensor]:
-    """Every weight of a folded model that this world shards and then draws as the authors do; gathered."""
+    """Shard a folded model over all ranks, draw its weights as the authors do, and return them gathered."""
     import tempfile
 
     from torch.distributed.fsdp import fully_shard
@@ -167,7 +167,7 @@ def test_init_from_folds_what_it_reads(tokenizer, tmp_path, head_dim):
     before, after = weights_of(source), weights_of(target)
     for name, weight in before.items():
         assert torch.equal(after[name] == 0, weight == 0), name
-        # A product and a quotient by a power of two are exact; by sqrt(6) each is rounded once.
+        # To multiply and divide by a power of two is exact; with sqrt(6) each is rounded once.
         error = 0.0 if "q_proj" not in name or head_dim != 6 else 2.0**-23
         torch.testing.assert_close(after[name], weight, rtol=error, atol=0.0)
     narrow = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()}
@@ -251,7 +251,7 @@ def test_card_and_plan_name_the_parametrisation():
 
 @pytest.fixture(scope="module")
 def authors(folder) -> Path:
-    """A run on two ranks that nothing happened to, sparse, with bits per byte of its own."""
+    """Do a sparse run on two ranks without an interruption."""
     done = run_command(["launch", *interrupted(folder, "authors", "logger=none", *AUTHORS)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "model.query_scale=folded" in done.stdout
@@ -308,7 +308,7 @@ def test_a_run_that_starts_from_it_keeps_its_zeros_in_either_scale(folder, autho
         after = load_file(folder / "runs" / name / "model" / "model.safetensors")
         for weight in (key for key in before if "proj" in key or key == "lm_head.weight"):
             assert torch.equal(after[weight] == 0, before[weight] == 0), (name, weight)
-        # One rate and four steps away: near what it started from, whatever the scale.
+        # The first logged loss is near that of the initial model, in either scale.
         first = json.loads((folder / "runs" / name / "metrics.jsonl").read_text().splitlines()[0])
         assert first["train/loss"] < 3
 

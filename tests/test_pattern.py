@@ -1,4 +1,4 @@
-"""N:M patterns: what goes is the smallest of each block, exactly what sparse matrix units read."""
+"""N:M patterns: the smallest weights of each block are pruned, in exactly the pattern that sparse matrix units read."""
 
 from __future__ import annotations
 

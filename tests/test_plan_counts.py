@@ -1,4 +1,4 @@
-"""Closed-form counts are what transformers builds."""
+"""Closed-form counts equal those of the models that transformers builds."""
 
 from pathlib import Path
 

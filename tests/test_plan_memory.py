@@ -1,4 +1,4 @@
-"""What a plan says of memory, compute, network and disk."""
+"""The memory, compute, network and disk in a plan."""
 
 import json
 import resource
@@ -46,13 +46,13 @@ def test_state_is_shared_out_over_the_ranks():
 
 def test_activations_by_hand_at_1b():
     # Per block and token in bf16: 24 widths of norms, queries, keys, values and attention's output, 8 MLP widths, and
-    # a float32 for each head; behind the blocks the last norm.
+    # a float32 for each head; after the blocks the last norm.
     found = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048))
     assert found.activations == 2048 * (16 * (24 * 2048 + 8 * 8192 + 4 * 8) + 8 * 2048)
 
 
 def test_the_loss_of_the_1b_holds_three_float32_copies_of_its_logits():
-    # And under FSDP2 in bf16 the gathered lm_head with the last norm, and two blocks.
+    # FSDP2 adds, in bf16, the gathered lm_head with the last norm, and two blocks.
     found = gpu_memory(ONE_B, LINEAR, Setting(64, 1, 2048))
     gathered = 2 * (32001 * 2048 + 2 * (4 * 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048))
     assert found.transients["the loss"] == 2048 * 12 * 32000 + gathered
@@ -116,7 +116,7 @@ def test_kept_weights_are_the_whole_model_in_the_compute_type_until_the_backward
     [
         (ONE_B, 1, 4, 80e9, False),
         (ONE_B, 64, 4, 80e9, False),
-        # It fits freed, by less than the 2 GB that keeping takes.
+        # It fits if weights are freed, but not with the 2 GB of kept weights.
         (ONE_B, 1, 4, 35e9, True),
         (SEVEN_B, 64, 1, 141e9, False),
         (SEVEN_B, 64, 1, 24e9, True),
@@ -242,7 +242,7 @@ def test_a_plan_of_70b_takes_under_3_seconds_and_1_gigabyte(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert json.loads(done.stdout)["total_params"] == 68_976_648_192
-    # Processor time, so that a busy machine does not decide the test.
+    # This is processor time, so that the test does not depend on other work on the machine.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     assert int(done.stderr.split()[-1]) < 1e6
     assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
@@ -262,7 +262,7 @@ def test_a_rank_of_the_70b_holds_a_layer_in_host_memory_not_the_model():
     shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
     model = ModelConfig(name="70b", num_hidden_layers=80, **shape)
     found = host_memory(model, 64, "bfloat16", "5GB")
-    # Attention with eight key-value heads, an MLP of three matrices, two norms.
+    # A layer has attention with eight key-value heads, an MLP of three matrices, and two norms.
     assert found.layer == 4 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672 + 2 * 8192)
     assert found.shard == 4 * -(-count_parameters(model).total // 64)
     assert found.export == 5 * 10**9

@@ -181,7 +181,7 @@ def test_pools_hold_each_parameter_once():
     [
         ("geometric", "shrink", 0.0),
         ("set", "set", 0.0),
-        # Of 320 steps, moves before the share 0.75 of them, every 20 steps, with 0.8 of the weights pruned: 20 to 220.
+        # Masks move every 20 steps before 0.75 of the 320 steps, with 0.8 of the weights pruned: at steps 20 to 220.
         ("rigl", "rigl", 11 * 0.8 / 3),
         ("acdc", "acdc", 0.0),
     ],

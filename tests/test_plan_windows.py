@@ -1,4 +1,4 @@
-"""Windows by compute, dense twins, and the paper's family: what the configuration means in steps and widths."""
+"""Windows by compute, dense twins, and the paper's family of models: the steps and widths that a configuration means."""
 
 from itertools import product
 from pathlib import Path

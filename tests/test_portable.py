@@ -23,7 +23,7 @@ from train.model.export import export_model
 from train.model.portable import portable_config, portable_tokenizer_config
 
 THETA = 500.0
-"""Neither version's default, so that a model that was read without it has other logits."""
+"""A value that is neither version's default, so that a model read without it has other logits."""
 IDS = torch.arange(48).view(2, 24) % 61
 TEXTS = ["a few words  to train", " on <s>", "é 你"]
 NEEDED = ["transformers<5", "tokenizers>=0.22,<=0.23.0", "huggingface-hub<1.0"]
@@ -44,7 +44,7 @@ print(json.dumps({
 
 
 def sentencepiece_like() -> Any:
-    """A tokenizer of a class that puts a bos in front in transformers 4 and none in 5."""
+    """Return a tokenizer of a class that adds a bos in transformers 4 but not in 5."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5, "▁a": 6}
     return LlamaTokenizer(vocab=vocabulary, merges=[("▁", "a")])
 
@@ -69,7 +69,7 @@ def exported(request, tmp_path_factory) -> Path:
     )  # fmt: skip
     model = build_model(config, tokenizer, seed=0)
     with torch.no_grad():
-        # Larger than a new model's, so that attention and with it the positions matter.
+        # Weights are larger than in a new model, so that attention, and with it the positions, matter.
         for weight in model.parameters():
             weight.mul_(5)
             weight.view(-1)[::2] = 0
@@ -96,7 +96,7 @@ def test_the_files_hold_the_names_of_both_versions(exported, name):
 
 
 def test_the_weights_say_that_they_are_pytorchs(exported):
-    """transformers 4 refuses a file that does not."""
+    """transformers 4 refuses a file that does not say so."""
     with safe_open(exported / "model" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -124,7 +124,7 @@ def test_more_special_tokens_have_the_older_name():
 
 @pytest.fixture(scope="module")
 def transformers_4(tmp_path_factory) -> Path:
-    """A folder to put in front of this environment's packages."""
+    """Install transformers 4 in a folder that can be put before this environment's packages."""
     folder = tmp_path_factory.mktemp("transformers-4")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *NEEDED]
     done = subprocess.run(install, capture_output=True, text=True, timeout=240, check=False)

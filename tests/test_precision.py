@@ -1,4 +1,4 @@
-"""Under bf16 the weights are gathered in bfloat16; gradients are summed over ranks, and losses taken, in float32."""
+"""Under bf16, weights are gathered in bfloat16, but gradients are summed over ranks and losses computed in float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.distributed import run_ranks
 
 
 def summed_gradient() -> list[float]:
-    """The gradient that two ranks' 1 and 2^-9 make: in bfloat16 their sum would be 1."""
+    """Return the sum of two ranks' gradients, 1 and 2^-9; in bfloat16 it would be 1."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
         "ACCELERATE_MIXED_PRECISION": "bf16",
@@ -48,7 +48,7 @@ def test_a_process_alone_has_nothing_to_reduce():
 
 
 def losses_beside_their_own(folder: Path, fsdp: bool) -> dict[str, Any]:
-    """Each micro-batch's loss under bf16 beside the float32 loss of the same batch and weights, and what was logged."""
+    """Return each micro-batch's loss under bf16, the float32 loss of the same batch and weights, and the logged losses."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": str(fsdp).lower(), "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
@@ -80,7 +80,7 @@ def losses_beside_their_own(folder: Path, fsdp: bool) -> dict[str, Any]:
 
     @torch.no_grad()
     def bf16_logits(ids: torch.Tensor) -> torch.Tensor:
-        """As FSDP2 computes them, parameters in bfloat16; without it, as autocast does."""
+        """Compute logits as FSDP2 does, with parameters in bfloat16, or without it as autocast does."""
         if fsdp:
             rounded = {name: param.bfloat16() for name, param in reference.named_parameters()}
             return torch.func.functional_call(reference, rounded, (ids,)).logits

@@ -1,6 +1,6 @@
-"""Private parts of torch, accelerate, transformers and Hydra that we call or override, in one list.
+"""A list of the private parts of torch, accelerate, transformers and Hydra that we call or override.
 
-A library may change them in any release. Each line says what we rely on; its test names the version in which that changed.
+A library may change them in any release. Each entry says what we rely on; its test names the version in which that changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Part:
-    """A private function, its parameters, and who relies on it for what."""
+    """A private function, its parameters, and which of our files needs it for what."""
 
     module: str
     name: str

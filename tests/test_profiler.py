@@ -1,4 +1,4 @@
-"""The profile of some steps: which steps are in it, what its files hold, and that it never ends a run."""
+"""The profile of some steps: its steps, the contents of its files, and that it never makes a run fail."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.speed.throughput import StepClock
 
 
 def run_steps(profiler: StepProfiler, first: int, last: int) -> None:
-    """Steps of a small model whose forward is named after its step."""
+    """Run steps of a small model, each recorded under the name of the step."""
     model, state, control = nn.Linear(8, 8), TrainerState(), TrainerControl()
     called: Any = {"args": None, "state": state, "control": control}
     for step in range(first, last + 1):

@@ -1,4 +1,4 @@
-"""What is pruned, what stays dense and is said to, and what is refused before training: the rule of `sparsity.prunable`."""
+"""The rule of `sparsity.prunable`: what is pruned, what stays dense with a message, and what is refused before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers and torch would refuse after the data was prepared is refused before, in one sentence."""
+"""Settings that transformers and torch would refuse after the data is prepared are refused before, in one sentence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_compile_modes_are_torchs_own():
 
 
 def recipe(*overrides: str) -> None:
-    """What a rank checks before the data is prepared."""
+    """Check a recipe as a rank does before the data is prepared."""
     PartialState(cpu=True)
     config = composed("train", tiny(Path("nowhere"), *overrides))
     plan = plan_run(config, 1)

@@ -1,4 +1,4 @@
-"""A sweep by Hydra's launchers and sweepers: its jobs land where they were planned, and a search ends when it is told to."""
+"""A sweep by Hydra's launchers and sweepers: jobs run in their planned folders, and a search stops when it is asked to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.plan.run import plan_run
 
 @pytest.fixture
 def runs(monkeypatch):
-    """In the place of runs: each is noted, and finished, or ended with the exit code that `codes` has for its number."""
+    """Replace runs by a fake that notes each, and finishes it or returns the exit code that `codes` has for its number."""
 
     class Runs:
         def __init__(self) -> None:
@@ -40,7 +40,7 @@ def runs(monkeypatch):
 
 
 def ended(tmp_path, *arguments: str) -> tuple[Sweep, int]:
-    """The sweep by a launcher of Hydra's, the one that runs jobs in this process."""
+    """Run a sweep with Hydra's basic launcher, in this process; return the sweep and its exit code."""
     given = ["experiment=demo", f"runs_dir={tmp_path}", *arguments]
     sweep = read_sweep(given)
     return sweep, remote.sweep_elsewhere(sweep, given)

@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if nothing had happened: the same records, the same model, to the last bit."""
+"""A run that was killed resumes as if nothing had happened: the same records and the same model, to the last bit."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ KILLS = {
     "in the window, in the middle of an epoch": (30, "trainer.save_steps=7", (28, 35)),
     "after the window, at the end of an epoch": (49, "trainer.save_steps=11", (44, 55)),
 }
-"""The step to kill at, how often checkpoints are saved till then, and those of them that the run may go on from.
+"""For each kill: its step, how often checkpoints are saved until then, and the steps from which the run may resume.
 
-An epoch has 11 steps of three micro-batches, the window steps 20 to 40.
+An epoch has 11 steps of three micro-batches, and the window is steps 20 to 40.
 """
 
 
 def copy_run(run_dir: Path, name: str) -> None:
-    """The run as it lies there, under another name."""
+    """Copy the run, as it is on the disk, under another name."""
     copy = run_dir.with_name(name)
     shutil.copytree(run_dir, copy)
     config = (copy / "config.yaml").read_text().replace(f"run_name: {run_dir.name}", f"run_name: {name}")
@@ -46,13 +46,13 @@ def copy_run(run_dir: Path, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def resumes() -> dict[str, int]:
-    """After each of KILLS, the step of the checkpoint that the run went on from."""
+    """Return a table for the steps from which the run resumed after each of KILLS; `killed` fills it."""
     return {}
 
 
 @pytest.fixture(scope="module")
 def killed(folder, whole, resumes) -> Path:
-    """The same run, killed with SIGKILL before, in and after the prune window, started again each time."""
+    """Do the same run, killing it with SIGKILL before, in and after the prune window and starting it again each time."""
     run_dir = folder / "runs" / "killed"
     command = interrupted(folder, "killed")
     for moment, (step, how_often, _) in KILLS.items():
@@ -104,7 +104,7 @@ def test_its_wandb_runs_have_one_id_and_each_step_once(killed):
     history = [record for file in files for record in read_history(file)]
     steps = [record["train/global_step"] for record in history]
     assert steps == sorted(set(steps))
-    # wandb's own count goes on as well: it is the record's place in metrics.jsonl.
+    # wandb's own count continues too: it is the record's place in metrics.jsonl.
     logged = [record["train/global_step"] for record in records_of(killed)]
     assert [record["_step"] for record in history] == [logged.index(step) for step in steps]
 
@@ -141,7 +141,7 @@ def test_data_that_changed_since_the_run_began_is_noticed_by_the_same_command(fo
 
 
 def test_a_kill_in_the_export_is_survived_and_a_damaged_checkpoint_is_passed_over(folder, whole):
-    """One rerun for both: a flipped bit in the newest checkpoint, a half-written export and a half-saved checkpoint."""
+    """One rerun tests a flipped bit in the newest checkpoint, a half-written export and a half-saved checkpoint."""
     run_dir = unfinished(folder, whole, "export")
     shutil.move(run_dir / "model", run_dir / "model.tmp")
     (run_dir / "model.tmp" / "model.safetensors").write_bytes(b"half")
@@ -165,7 +165,7 @@ def test_a_kill_in_the_export_is_survived_and_a_damaged_checkpoint_is_passed_ove
 
 
 def test_other_numbers_of_ranks_go_on_with_the_same_masks_and_losses(folder, whole, killed):
-    """2 -> 1 in the window, 1 -> 2 and 2 -> 3 behind it, each from the newest checkpoint of the one before."""
+    """The run goes from 2 ranks to 1 in the window, then to 2 and to 3, each time from its newest checkpoint."""
     run_dir = folder / "runs" / "resharded"
     for world, last in ((1, 38), (2, 50), (3, None)):
         command = interrupted(folder, "resharded", f"launch.num_processes={world}", "logger=none")

@@ -1,4 +1,4 @@
-"""One tiny run through `python -m launch` on two FSDP2 ranks, looked at from all sides."""
+"""One tiny run through `python -m launch` on two FSDP2 ranks, and everything that it leaves."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_every_figure_that_panels_and_table_show_is_one_that_a_run_leaves(record
     logged = {key for record in records for key in record}
     for panel in PANELS:
         if panel.y == "perf/mfu":
-            # Of runs on GPUs alone.
+            # Only runs on GPUs have it.
             continue
         left = logged if panel.of_records else summary.keys()
         assert panel.x in left, panel.name

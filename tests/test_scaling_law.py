@@ -1,4 +1,4 @@
-"""The law is recovered from runs that follow it, refused where runs cannot tell it, and compared, not assumed."""
+"""The law is recovered from runs that follow it, refused if the runs cannot determine it, and compared with others."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def noisy(law, params, tokens, noise, seed=0):
 def series(
     law, *, by="avg_linear_params", noise=0.002, sizes=(2e6, 2e7, 2e8), tokens=(2e8, 2e9, 2e10), levels=AVERAGE_DENSITY
 ):
-    """Rows of runs whose loss follows a law of their average, or of their final, parameters."""
+    """Return rows of runs whose loss follows a law of their average or of their final parameters."""
     rng = np.random.default_rng(0)
     rows = []
     for size in sizes:

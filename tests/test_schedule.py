@@ -1,4 +1,4 @@
-"""The schedule is what FACTS say, read independently: a loop over the steps."""
+"""The schedule equals an independent calculation: a loop over the steps."""
 
 import math
 
@@ -16,7 +16,7 @@ SERIES = [  # sparsity, start, end, every, steps, average density, dense-equival
 
 
 def density_by_hand(sparsity: float, start: int, end: int, every: int, num_steps: int) -> list[float]:
-    """Walk through the run; at each event step one more of the equal shares goes."""
+    """Return the density after a loop over the steps, in which each event removes another equal share."""
     events = [step for step in range(num_steps) if start <= step <= end and (step - start) % every == 0]
     densities, passed = [], 0
     for step in range(num_steps):

@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte against a plain loop over the tokens."""
+"""Perplexity and bits per byte, compared with a plain loop over the tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stream(length: int) -> np.ndarray:
 
 @torch.no_grad()
 def by_hand(tokens: np.ndarray, window: int) -> tuple[float, int, float, int]:
-    """(nats and number of tokens inside full windows, nats and number of all tokens but the first), one at a time."""
+    """Return (nats and number of tokens in full windows, nats and number of all tokens except the first), one by one."""
     model, inside, every = tiny_model(), [], []
     for start in range(0, len(tokens) - 1, window):
         ids = torch.from_numpy(tokens[start : start + window + 1])

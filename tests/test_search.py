@@ -1,4 +1,4 @@
-"""A search by Optuna: each trial is a run whose held-out loss goes back to the sweeper."""
+"""A search by Optuna: each trial is a run whose held-out loss is returned to the sweeper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exact selection against a sort, and its arithmetic past 2^31 weights."""
+"""The exact selection compared with a sort, and its arithmetic beyond 2^31 weights."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def whole(tensors: list[Tensor]) -> list[ParameterShard]:
 
 
 def kept_by_sort(tensors: list[Tensor], num_pruned: int, masks: list[Tensor]) -> Tensor:
-    """A stable sort of all magnitudes, pruned weights first: ties go by parameter and flat index."""
+    """Return the kept weights by a stable sort of magnitudes, pruned ones first; ties go by parameter and flat index."""
     magnitudes = torch.cat([t.double().abs().view(-1) for t in tensors])
     mask = torch.cat(masks)
     order = torch.sort(torch.where(mask, magnitudes, -1.0), stable=True).indices

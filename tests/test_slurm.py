@@ -1,4 +1,4 @@
-"""Runs through a real SLURM of one node: a sweep as a job array, and a job that is asked to leave twice."""
+"""Runs through a real SLURM cluster of one node: a sweep as a job array, and a job that is asked to stop twice."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_jobs_outlive_a_killed_launcher_and_the_same_command_waits_for_them(clus
 
 
 def test_a_job_that_is_warned_and_then_preempted_ends_with_the_same_model(cluster, folder, whole):
-    """USR2 as before the time limit, then a job of a higher partition: requeued both times, by submitit and as it can."""
+    """It gets the signal of a time limit, and later a job of a higher partition preempts it; both times it is requeued."""
     run_dir, log = folder / "runs" / "preempted-by-slurm", folder / "preempted.log"
     command = interrupted(folder, run_dir.name, "logger=none", "trainer.dataloader_num_workers=1")
     run = start(cluster, [*LAUNCHER, *command], log)

@@ -1,4 +1,4 @@
-"""environment.json: enough to know with what a run was made, and nothing that must stay secret."""
+"""environment.json: enough to know how a run was made, and no secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers that stay sparse in memory: packing, products on the CPU and in Triton's interpreter, loading, generation."""
+"""Linear layers that stay sparse in memory: packing, products on CPU and in Triton's interpreter, loading, generation."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ SHAPES = [(1, 1, 1.0), (3, 7, 0.5), (5, 1000, 0.2), (6, 2051, 0.1), (3, 40_000, 
 
 @cache
 def kernel() -> ModuleType:
-    """`sparsity.compact.spmv`, on Triton's interpreter if there is no GPU. Triton asks for it when it is imported, so this
-    imports Triton anew, and puts the other one back."""
+    """Return `sparsity.compact.spmv`, on Triton's interpreter if there is no GPU.
+
+    Triton chooses the interpreter when it is imported, so this imports Triton again, and then restores the first one.
+    """
     pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
     if DEVICE == "cuda":
         return importlib.import_module("sparsity.compact.spmv")
@@ -51,7 +53,7 @@ def kernel() -> ModuleType:
 
 
 def weight_of(rows: int, columns: int, density: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random weights; of more than three rows one is empty, one full and one has a -0.0."""
+    """Return random weights; if there are more than three rows, one is empty, one is full and one has a -0.0."""
     generator = torch.Generator().manual_seed(rows + columns)
     weight = torch.randn(rows, columns, generator=generator).to(dtype)
     weight[torch.rand(rows, columns, generator=generator) >= density] = 0
@@ -146,7 +148,7 @@ def test_layers_share_one_storage_and_hold_what_they_held():
 
 @pytest.mark.parametrize(("values", "most"), [("bfloat16", 0.845e9), ("int8", 0.615e9)])
 def test_the_1b_model_takes_this_much_memory_with_its_dense_embedding(values, most):
-    """By a few rows of each layer: the bytes of a row do not depend on the number of rows."""
+    """A few rows of each layer are enough, because the bytes of a row do not depend on the number of rows."""
     total = 2 * (32_000 + 33) * 2048
     for rows, columns in [(2048, 2048)] * 64 + [(8192, 2048)] * 32 + [(2048, 8192)] * 16 + [(32_000, 2048)]:
         total += bytes_of_a_row(columns, values) * rows

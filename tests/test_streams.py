@@ -1,4 +1,4 @@
-"""What surrounds a command: the encoding and the end of its output, the files in its folder, wandb's variables."""
+"""The surroundings of a command: the encoding and end of its output, the files in its folder, wandb's variables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOMS = ("conf", "sparsity", "train", "launch", "eval")
 
 
 def calls_that_guess_the_encoding(source: str) -> Iterator[str]:
-    """Each call that opens a text file or reads a program's words in the locale's encoding."""
+    """Yield each call that opens a text file or reads a program's output in the locale's encoding."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or "encoding" in (
             keywords := {word.arg: word.value for word in node.keywords}
@@ -150,7 +150,7 @@ def test_the_modes_are_wandbs_own():
 
 
 def users_files(folder: Path) -> None:
-    """What a person may have in a project of their own."""
+    """Write files that a user may have in their own project."""
     for name in ("train", "eval", "sparsity", "conf/__init__"):
         file = folder / f"{name}.py"
         file.parent.mkdir(exist_ok=True)

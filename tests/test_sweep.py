@@ -1,4 +1,4 @@
-"""A sweep on this machine: what is done is not done again, what failed can be run alone, and how it ends."""
+"""A sweep on this machine: finished jobs do not run again, failed ones can be run alone, and how the sweep ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FIGURES = {
 
 
 def finish(config: Config, loss: float) -> None:
-    """Leave what a finished run leaves."""
+    """Write the files of a finished run."""
     folder = plan_run(config, 2).run_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -40,7 +40,7 @@ def finish(config: Config, loss: float) -> None:
 
 @pytest.fixture
 def children(monkeypatch):
-    """In the place of processes: each task's command is noted, and its job finished or failed as `outcomes` says."""
+    """Replace processes by a fake that notes each task's command, and finishes or fails its job as `outcomes` says."""
 
     class Children:
         def __init__(self) -> None:

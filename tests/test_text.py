@@ -1,4 +1,4 @@
-"""Numbers and tables as people read them: one rounding and one set of units everywhere."""
+"""Numbers and tables as text: one way to round and one set of units everywhere."""
 
 from decimal import Decimal
 

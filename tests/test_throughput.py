@@ -1,4 +1,4 @@
-"""The figures of speed: what counts as training, the formula of MFU, and what a device that nobody knows gets."""
+"""The figures of speed: what counts as training, the formula of MFU, and the figures on an unknown device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class Watch:
-    """A clock that stands still until it is moved on."""
+    """A clock that moves only when it is told to."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -1,4 +1,4 @@
-"""Masks that move, step by step, against plain single-process references written from the papers; and on more ranks."""
+"""Masks that move, compared step by step with plain one-process references written from the papers, on several ranks too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.small_trainer import random_rows, small_llama, small_trainer
 from train.trainer import PretrainingTrainer
 
 NUM_STEPS, EVERY, SHARE, END = 16, 3, 0.5, 0.75
-"""Masks move before or at steps 3, 6 and 9; the cosine ends at step 12. Two steps after a move, new weights differ in size."""
+"""Masks move before or at steps 3, 6 and 9; the cosine ends at step 12. Two steps after a move, new weights are unequal."""
 SHAPES = {"0.weight": (6, 5), "2.weight": (4, 6)}
 OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-3}
 Tensors = dict[str, Tensor]
@@ -62,7 +62,7 @@ def loss_of(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
 
 
 class Run:
-    """A run on the ranks there are, each with its part of every batch in two micro-batches."""
+    """A run on all ranks, each of which has its part of every batch, in two micro-batches."""
 
     def __init__(self, case: str, layout: str = "one") -> None:
         self.model: nn.Module = make_model()
@@ -124,7 +124,7 @@ def history_of(case: str, layout: str = "one") -> tuple[list[tuple[Tensors, Tens
 
 
 class Reference:
-    """Dense weights and masks in one process. `moved` holds how many weights each move replaced."""
+    """A reference: dense weights and masks in one process. `moved` holds how many weights each move replaced."""
 
     def __init__(self, case: str) -> None:
         self.schedule, self.update, self.scope = CASES[case]
@@ -155,7 +155,7 @@ class Reference:
         raise NotImplementedError
 
     def learn(self, step: int, gradients: Tensors) -> None:
-        """A masked update: pruned weights have no gradient and stay 0 with moments of 0."""
+        """Make a masked update: pruned weights have no gradient, and stay 0 with moments of 0."""
         for name, weight in self.weights.items():
             weight.grad = gradients[name] * self.masks[name]
         self.optimizer.step()
@@ -175,13 +175,13 @@ class Reference:
     def num_pruned(self, names: list[str], step: int) -> int:
         numel = sum(math.prod(SHAPES[name]) for name in names)
         if self.scope == "erk":
-            # 32 of 54 weights go. By (rows + columns) / weights 11.31 and 10.29 stay, so 18.69 and 13.71 go.
+            # 32 of 54 weights are pruned. By (rows + columns) / weights, 11.31 and 10.29 stay, so 18.69 and 13.71 go.
             assert self.schedule.density(step) == pytest.approx(0.4)
             return {"0.weight": 18, "2.weight": 14}[names[0]]
         return round((1 - self.schedule.density(step)) * numel)
 
     def prune(self, step: int) -> None:
-        """Mark the smallest of each pool as pruned, those pruned before first."""
+        """Mark the smallest of each pool as pruned; those pruned before come first."""
         for names in self.pools():
             values = torch.cat(
                 [torch.where(self.masks[n], self.weights[n].detach().abs(), -1.0).view(-1) for n in names]
@@ -201,7 +201,7 @@ class Reference:
         return step % EVERY == 0 and min(self.schedule.events()) < step < END * NUM_STEPS
 
     def move(self, step: int, growth: Tensors) -> None:
-        """Drop the smallest, grow the largest by `growth` among all that are then inactive."""
+        """Drop the smallest weights, then grow those inactive weights for which `growth` is largest."""
         for names in self.pools():
             kept = torch.cat([self.masks[n].view(-1) for n in names])
             size = torch.cat([self.weights[n].detach().abs().view(-1) for n in names])
@@ -267,7 +267,7 @@ class AcDcReference(Reference):
 
 
 def random_order(text: str, shape: tuple[int, int]) -> Tensor:
-    """SplitMix64 of a counter that begins at a hash, in Python's integers."""
+    """Return SplitMix64 of a counter that begins at a hash, computed with Python's integers."""
     start = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     found = []
     for index in range(math.prod(shape)):
@@ -358,7 +358,7 @@ def updating_callback(name: str) -> SparsityCallback:
 
 
 def trained(folder: Path, name: str, kind: type[Trainer], checkpoint: Path | None = None) -> tuple[Tensors, float]:
-    """The weights after 8 steps, and the average density; a checkpoint is saved before step 5."""
+    """Return the weights after 8 steps and the average density; a checkpoint is saved before step 5."""
     callback = updating_callback(name)
     if kind is PretrainingTrainer:
         PartialState(cpu=True)

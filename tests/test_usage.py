@@ -1,4 +1,4 @@
-"""--help of the commands that take key=value alone, and what they say to an option they do not have."""
+"""--help of the commands that take only key=value, and their error for an unknown option."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""How a run is found in wandb: its group, job type and tags."""
+"""The group, job type and tags by which a run is found in wandb."""
 
 from __future__ import annotations
 

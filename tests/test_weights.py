@@ -1,4 +1,4 @@
-"""Weights that are drawn or read into shards: the same for any number of ranks, and never whole on one of them."""
+"""Weights that are drawn or read into shards: they are the same for any number of ranks, and no rank holds the whole model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPE = {
 
 
 def sharded(folder: str | None = None, seed: int = 3, **changes: Any) -> dict[str, torch.Tensor]:
-    """Every weight of a model that this world shards, then fills by drawing or from a folder; gathered."""
+    """Shard a model over all ranks, fill it by drawing or from a folder, and return its weights gathered."""
     from torch.distributed.fsdp import fully_shard
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +66,7 @@ def test_any_number_of_ranks_draws_the_weights_of_one_process_to_the_last_bit(nu
     for found in run_ranks(sharded, num_ranks):
         assert found.keys() == {*dict(expected.named_parameters()), "logits"}
         assert all(torch.equal(found[name], param) for name, param in expected.named_parameters())
-        # The rotary table is no parameter: without it the logits would be others.
+        # The rotary table is not a parameter; without it the logits would be different.
         torch.testing.assert_close(found["logits"], expected(torch.arange(20)[None]).logits)
 
 
@@ -127,7 +127,7 @@ def test_models_that_initialise_by_place_and_share_weights_are_drawn_as_they_ask
         assert not any(param.isnan().any() for param in model.parameters())
         assert torch.equal(dict(model.named_buffers()).get("b", torch.zeros(1)), torch.zeros(1))
     block = models[0].transformer.h[3]
-    # GPT-2 divides what adds to the residual by sqrt(2 layers); its block is drawn as a whole, so that it can.
+    # GPT-2 divides the weights that add to the residual by sqrt(2 layers), which works because a block is drawn as a whole.
     assert float(block.mlp.c_proj.weight.detach().std()) == pytest.approx(0.02 / 4, rel=0.1)
     assert float(block.mlp.c_fc.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert models[0].lm_head.weight is models[0].transformer.wte.weight
@@ -155,7 +155,7 @@ def test_a_parameter_that_the_model_gives_no_values_is_an_error():
 
 
 def train(folder: Path, early: bool, compiled: bool = False, width: int = 24) -> dict[str, Any]:
-    """Three steps of a model that is whole when the Trainer gets it, or (`early`) a skeleton until its optimizer is made."""
+    """Train three steps; with `early` the model is a skeleton until its optimizer is made, otherwise it is whole."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
@@ -203,7 +203,7 @@ def train(folder: Path, early: bool, compiled: bool = False, width: int = 24) ->
 
 @pytest.mark.parametrize("num_ranks", [2, 5], ids=["two ranks", "ranks without rows"])
 def test_training_from_a_skeleton_is_training_from_the_whole_model(tmp_path, num_ranks):
-    # Four widths of key and value over five ranks leave the last one without rows.
+    # Four rows of key and value on five ranks leave the last rank without any.
     width = 24 if num_ranks == 2 else 8
     late, early = (run_ranks(train, num_ranks, tmp_path, early, False, width, joined=False) for early in (False, True))
     assert [found["losses"] for found in early] == [found["losses"] for found in late]
@@ -217,7 +217,7 @@ def test_a_skeleton_compiles_by_blocks_as_the_whole_model_does(tmp_path):
 
 
 def peaks(skeletal: bool) -> dict[str, int]:
-    """The growth of this rank's peak memory while it builds, shards and fills a model, and the model's bytes."""
+    """Return the growth of this rank's peak memory while it builds, shards and fills a model, and the model's bytes."""
     from torch.distributed.fsdp import fully_shard
     from transformers import LlamaConfig, LlamaForCausalLM
 

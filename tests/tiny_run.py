@@ -1,4 +1,4 @@
-"""The tiny run of many tests: its text and its overrides. Needs nothing beyond the standard library."""
+"""The tiny run that many tests use: its text and its overrides. This needs only the standard library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ STEPS = 24
 
 
 def write_text(path: Path) -> Path:
-    """Write a small language whose next word follows from the last two: quickly learnt, hard for a unigram model."""
+    """Write a small language whose next word depends on the last two: easy to learn, but hard for a unigram model."""
     words = ["red", "green", "blue", "black", "white", "grey", "pink"]
     with open(path, "w") as file:
         for number in range(600):

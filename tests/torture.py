@@ -1,9 +1,10 @@
-"""Kill, preempt, damage and starve a run of disk space, many times: `make torture`, or by hand
+"""Kill a run, preempt it, damage its files and fill its disk, many times: `make torture`, or by hand
 
     python -m tests.torture [--kills 20] [--damages 50] [--signals 10] [--seed 0] [--folder DIR] [--only WORDS]
 
-Each trial compares the finished run with an undisturbed one: same records, same model to the last bit. Prints a table of
-trials tried, survived and lost, and exits with 1 if any was lost. A trial takes about a minute on two cores.
+Each trial compares the finished run with an undisturbed one: it must have the same records, and the same model to the last
+bit. Prints a table of trials tried, survived and lost, and exits with 1 if any was lost. A trial takes about a minute on two
+cores.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from train.distributed import World
 from train.faults.stop import PREEMPTED_CODE
 
 PATIENCE_S = 900.0
-"""Seconds for a run to end, long enough that other work on the machine does not count as a loss."""
+"""The seconds in which a run must end: so many that other work on the machine does not count as a loss."""
 ORPHANS_S = 10.0
-"""Seconds for the ranks to end after their launcher."""
+"""The seconds in which ranks must end after their launcher."""
 
 Trial = Callable[[random.Random, LaunchedRun], Container[int]]
-"""A function that harms a running run and returns the exit codes that it may end with."""
+"""A function that interrupts or damages a run, and returns the exit codes with which the run may end."""
 ANY = range(-64, 256)
 
 
@@ -83,7 +84,7 @@ def main() -> int:
 def tally(
     whole: Path, chance: random.Random, trials: Sequence[Trial], start: Sequence[str] = PYTHON_LAUNCH
 ) -> tuple[int, int]:
-    """Return (tried, survived) of runs that a trial interrupts once, and every third trial twice."""
+    """Return (tried, survived) for runs that a trial interrupts once, or in every third trial twice."""
     survived = 0
     for number, trial in enumerate(trials):
         run_dir = whole.with_name("victim")
@@ -113,13 +114,13 @@ def models_agree(run_dir: Path, whole: Path) -> bool:
 
 
 def slow_events(folder: Path) -> list[str]:
-    """Return the command that `python -m launch` starts, with events that last long enough for a kill during one."""
+    """Return the command that `python -m launch` starts, with events so slow that the run can be killed during one."""
     command = accelerate_command(composed("train", interrupted(folder, "victim")), [], gpus=0)
     return [*command[: command.index("train")], "tests.slow_events"]
 
 
 def kill_all(chance: random.Random, run: LaunchedRun) -> Container[int]:
-    """Kill at a random moment, which may be during the start of the processes or the evaluation."""
+    """Kill all processes at a random moment, which may be during their start or during the evaluation."""
     if chance.random() < 0.2:
         time.sleep(chance.uniform(0, 15))
     else:
@@ -188,13 +189,13 @@ def kill_while_exporting(chance: random.Random, run: LaunchedRun) -> Container[i
 
 
 def signals(num_trials: int) -> list[Trial]:
-    """Return trials of each signal to the launcher alone, as a user sends it, and to every process, as a cluster does."""
+    """Return trials that send each signal only to the launcher, like a user, or to every process, like a cluster."""
     kinds = list(product((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), (False, True)))
     return [partial(preempt, *kinds[number % len(kinds)]) for number in range(num_trials)]
 
 
 def preempt(number: signal.Signals, to_all: bool, chance: random.Random, run: LaunchedRun) -> Container[int]:
-    """Send a signal at a step, or while the processes start if the run has reached that step before."""
+    """Send a signal at a step, or while the processes start if the run has already reached that step."""
     step = chance.randrange(1, STEPS - 3)
     if run.last_step() >= step:
         # Before Python runs, no process can handle a signal.
@@ -202,7 +203,7 @@ def preempt(number: signal.Signals, to_all: bool, chance: random.Random, run: La
     reach(run, step)
     for pid in [run.process.pid, *(descendants(run.process.pid) if to_all else [])]:
         send(pid, number)
-    # 0 if the run was over before the signal came.
+    # The exit code is 0 if the run was over before the signal came.
     return ANY if number == signal.SIGINT else (0, PREEMPTED_CODE)
 
 
@@ -211,15 +212,15 @@ def reach(run: LaunchedRun, step: int) -> None:
 
 
 def watch(run: LaunchedRun, condition: Callable[[], bool]) -> None:
-    """Wait until `condition()` is true or the run is over, which leaves nothing to interrupt."""
+    """Wait until `condition()` is true, or until the run is over and cannot be interrupted any more."""
     while run.process.poll() is None and not condition():
         time.sleep(0.002)
 
 
 def damage_files(num_trials: int, chance: random.Random, whole: Path) -> tuple[int, int]:
-    """Flip a bit, cut off the end or remove a file, in any file of the newest checkpoint.
+    """Damage any file of the newest checkpoint: flip a bit, cut off its end, or remove it.
 
-    A trial is survived if one warning names that checkpoint and the one before it is chosen.
+    A trial is survived if a single warning names that checkpoint and the previous one is chosen.
     """
     survived, alone = 0, World(0, 1, torch.device("cpu"))
     victim = whole.with_name("damaged")

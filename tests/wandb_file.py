@@ -1,4 +1,4 @@
-"""Read an offline .wandb file: a 7-byte header, then LevelDB-style log blocks of 32 KiB."""
+"""Reading an offline .wandb file: a 7-byte header, then LevelDB-style log blocks of 32 KiB."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Return the logged records by their keys."""
+    """Return the logged records, each as a dictionary."""
     return [_values(r.history.item) for r in read_records(path) if r.WhichOneof("record_type") == "history"]
 
 
@@ -58,7 +58,7 @@ def read_labels(path: Path) -> tuple[str, str, list[str]]:
 
 
 def step_metrics(path: Path) -> dict[str, str]:
-    """Return the x axis of each metric, or group of metrics, that has one defined."""
+    """Return the x axis of each metric or group of metrics for which one is defined."""
     return {
         record.metric.name or record.metric.glob_name: record.metric.step_metric
         for record in read_records(path)

@@ -78,7 +78,7 @@ def run_process() -> None:
         return
     keep_writing()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Without the agent's process id, a rank that starts while the agent dies would not notice that death.
+        # The agent's process id is needed because the agent may die while this rank starts.
         agent = os.environ.get(AGENT)
         die_with_parent(int(agent) if agent else None)
         # Until there is something to save, Ctrl-C ends a rank without a traceback.

@@ -36,7 +36,7 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
         output_dir: The folder of the checkpoints.
 
     Raises:
-        ValueError: `trainer.extra` has a key that TrainingArguments lack or that another key sets.
+        ValueError: `trainer.extra` has a key that TrainingArguments does not have or that another key sets.
     """
     values = asdict(config.trainer)
     extra = values.pop("extra")
@@ -64,7 +64,7 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     if not values["gradient_checkpointing"]:
         # Newer versions of transformers have renamed the key and warn whenever it is given.
         del values["gradient_checkpointing"]
-    # transformers' own mode makes the host wait for each kernel; `train.determinism` has set ours.
+    # transformers' own deterministic mode makes the host wait for each kernel; `train.determinism` has set ours instead.
     values["full_determinism"] = False
     values["dataloader_pin_memory"] &= torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -89,25 +89,25 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
 
 
 def name_matmul_precision() -> None:
-    """Set torch's older name of the matmul precision to what transformers set by the newer one.
+    """Set torch's older setting of the matmul precision to the value that transformers gave the newer one.
 
-    transformers turns TF32 on through `torch.backends.fp32_precision` alone. `torch.get_float32_matmul_precision()`,
-    which inductor calls when it tunes a matrix product, then raises because the two settings disagree.
+    transformers turns TF32 on only through `torch.backends.fp32_precision`. Then `torch.get_float32_matmul_precision()`,
+    which inductor calls when it tunes a matrix product, raises because the two settings disagree.
     """
-    # torch's own annotations leave this module attribute out.
+    # torch's type annotations do not have this module attribute.
     if getattr(torch.backends, "fp32_precision", None) == "tf32":
         torch.set_float32_matmul_precision("high")
 
 
 def check_recipe(arguments: TrainingArguments, model: PreTrainedModel) -> None:
-    """Check, before the data is prepared, that optimizer, learning rate schedule and compiler can be made.
+    """Check, before the data is prepared, that optimizer, learning rate schedule and compiler can be created.
 
     Args:
         arguments: The run's arguments.
         model: A model with the run's parameters, on any device: some optimizers look at the parameters' names.
 
     Raises:
-        ValueError: One of them cannot be made.
+        ValueError: One of them cannot be created.
     """
     weight = nn.Parameter(torch.zeros(1))
     try:
@@ -140,7 +140,11 @@ def _first_sentence(error: Exception) -> str:
 
 
 def check_extra(extra: dict[str, object]) -> None:
-    """Raise a ValueError for a key of `trainer.extra` that is unknown or is set elsewhere."""
+    """Check the keys of `trainer.extra`.
+
+    Raises:
+        ValueError: A key is unknown, or is set elsewhere.
+    """
     known = {field.name for field in fields(TrainingArguments)}
     for name in extra:
         if name not in known:

@@ -31,12 +31,12 @@ def begin_branch(
     One process calls it, after the data is prepared and before the checkpoint to resume from is chosen.
 
     Args:
-        config: The new run.
+        config: The configuration of the new run.
         plan: The plan made from it.
-        directory: Its folder.
+        directory: The folder of the new run.
         identity: Settings that must match for a checkpoint to be resumed.
-        data_folder: Its prepared data.
-        tokenizer: The prepared data's tokenizer.
+        data_folder: The folder of its prepared data.
+        tokenizer: The folder of that data's tokenizer.
 
     Returns:
         The branch; None for a run that does not branch.
@@ -63,7 +63,12 @@ def begin_branch(
 
 
 def check_same_tokenizer(config: Config, before: str | None, now: str) -> None:
-    """Refuse a tokenizer with other token ids than the embeddings that are taken over, such as one trained on other text.
+    """Refuse another tokenizer than that of the embeddings which are taken over, such as one trained on other text.
+
+    Args:
+        config: The configuration of the new run.
+        before: The folder of the other run's tokenizer; None if its checkpoint does not record it.
+        now: The folder of the new run's tokenizer.
 
     Raises:
         ValueError: The tokenizers differ; the message names the other run's.
@@ -76,7 +81,11 @@ def check_same_tokenizer(config: Config, before: str | None, now: str) -> None:
 
 
 def take_over_checkpoint(source: Path, checkpoints: Path) -> Path:
-    """Copy a checkpoint of the other run into the new run, by hard links if possible; it appears only when whole."""
+    """Copy a checkpoint of the other run into the new run, by hard links if possible; it appears only when complete.
+
+    Raises:
+        ValueError: The checkpoint was removed or damaged in the meantime.
+    """
     aside, folder = layout.aside_of(checkpoints, layout.step_of(source)), checkpoints / source.name
     aside.mkdir(parents=True)
     for path in sorted(source.iterdir()):
@@ -95,7 +104,13 @@ def take_over_checkpoint(source: Path, checkpoints: Path) -> Path:
 
 
 def take_over_records(source: Path, metrics: Path, step: int) -> None:
-    """Start the new run's metrics with the other run's up to `step`, without a last line that is only half written."""
+    """Start the new run's metrics with those of the other run up to `step`; leave out a last line that is cut off.
+
+    Args:
+        source: The metrics.jsonl of the other run.
+        metrics: The metrics.jsonl to write.
+        step: The last step to take over.
+    """
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True) if source.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["train/global_step"] <= step]

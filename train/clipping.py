@@ -1,8 +1,8 @@
 """Gradient clipping by a norm that is the same number on every rank.
 
-Under HSDP each replica sums the squares of its shards itself, in an order that its network decides. Sums of the same
-floats in two orders differ in the last bit about every second time. Replicas that scale the same gradient by different
-factors drift apart until their masks disagree. So all ranks use the norm of one rank.
+Under HSDP each replica sums the squares of its own shards, in an order that depends on its network. The same floats summed
+in another order differ in the last bit about half of the time. Replicas that scale the same gradient by different factors
+drift apart, until their masks disagree. Therefore all ranks use the norm that one rank computed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def clip_replicas_alike_(parameters: Iterable[nn.Parameter], max_norm: float) ->
 
     Args:
         parameters: The model's parameters, all on one device mesh that spans the world.
-        max_norm: The largest norm to leave.
+        max_norm: The largest norm after clipping.
 
     Returns:
         The norm before clipping, as rank 0 summed it.

@@ -1,7 +1,7 @@
-"""A mode in which a GPU computes the same bits every time: in a repeated step, and in a resumed run.
+"""A mode in which a GPU computes the same bits every time: when a step is repeated, and when a run is resumed.
 
-A CPU does so anyway. A GPU does not, for three reasons: the backward of SDPA adds to one gradient from many thread
-blocks in no fixed order, cuBLAS may pick another algorithm on another stream, and inductor picks the kernel that was
+A CPU does so anyway. A GPU does not, for three reasons: in the backward pass of SDPA many thread blocks add to the same
+gradient in no fixed order, cuBLAS may choose another algorithm on another stream, and inductor chooses the kernel that was
 fastest this time.
 """
 
@@ -14,8 +14,8 @@ ENVIRONMENT = {
     "FLASH_ATTENTION_DETERMINISTIC": "1",
     "TORCHINDUCTOR_DETERMINISTIC": "1",
 }
-"""Variables that cuBLAS, transformers' FlashAttention and inductor read when they start. They ask for one workspace for
-each stream, the ordered backward, and a choice of kernels that does not depend on timings."""
+"""Variables that cuBLAS, transformers' FlashAttention and inductor read when they start. They ask for one workspace per
+stream, the backward pass with a fixed order, and a choice of kernels that does not depend on timings."""
 
 
 def compute_deterministically() -> None:
@@ -31,9 +31,9 @@ def compute_deterministically() -> None:
     import torch
 
     torch.use_deterministic_algorithms(True)
-    # Filling new memory with NaN is not needed: no step reads memory that it has not written.
+    # New memory need not be filled with NaN: no step reads memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    # The backward of cuDNN's attention has no deterministic form here; flash and memory-efficient attention have one.
+    # cuDNN's attention has no deterministic backward pass here; flash and memory-efficient attention have one.
     torch.backends.cuda.enable_cudnn_sdp(False)

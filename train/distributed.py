@@ -41,7 +41,9 @@ class World:
     def on_main(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call `function(*args)` on rank 0 and return its result on every rank.
 
-        Collective: every rank calls it. A user error on rank 0 ends all ranks.
+        A user error on rank 0 ends all ranks.
+
+        Collective: every rank calls it.
         """
         answer: list[Any] = [None, None]
         if self.is_main:
@@ -60,7 +62,9 @@ class World:
     def gather(self, value: Result) -> list[Result]:
         """Return each rank's `value`, in rank order, on all ranks.
 
-        Collective: every rank calls it. If a peer has died, it raises an error.
+        It raises an error if a peer has died.
+
+        Collective: every rank calls it.
         """
         if self.size == 1:
             return [value]
@@ -70,7 +74,10 @@ class World:
         return values
 
     def to_main(self, value: Result) -> list[Result]:
-        """Return each rank's `value`, in rank order, on rank 0, and an empty list on the others. Collective."""
+        """Return each rank's `value`, in rank order, on rank 0, and an empty list on the others.
+
+        Collective: every rank calls it.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
@@ -79,38 +86,53 @@ class World:
         return values or []
 
     def problems(self, problem: str | None) -> list[str]:
-        """Gather the problems of all ranks on all ranks; exchange only a flag if there are none. Collective."""
+        """Return the problems of all ranks on all ranks; if there are none, only a flag is exchanged.
+
+        Collective: every rank calls it.
+        """
         flag = torch.tensor(int(problem is not None), device=self.device)
         return [found for found in self.gather(problem) if found] if int(self.largest(flag)) else []
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Average `values` over the ranks, in place, and return them. Collective."""
+        """Average `values` over the ranks, in place, and return them.
+
+        Collective: every rank calls it.
+        """
         if self.size > 1:
             dist.all_reduce(values, group=self.group)
             values /= self.size
         return values
 
     def largest(self, values: torch.Tensor) -> torch.Tensor:
-        """Take the largest of each value over the ranks, in place, and return them. Collective."""
+        """Replace each of `values` by its maximum over the ranks, in place, and return them.
+
+        Collective: every rank calls it.
+        """
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values` over the ranks, in place, and return them. Collective."""
+        """Sum `values` over the ranks, in place, and return them.
+
+        Collective: every rank calls it.
+        """
         if self.size > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
     def leave(self) -> None:
-        """Leave the process group in order. Collective: without the barrier a rank sometimes aborts at exit."""
+        """Leave the process group in order, with a barrier: without it a rank sometimes aborts at exit.
+
+        Collective: every rank calls it.
+        """
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 
 
 def join_world(timeout_s: int) -> World:
-    """Join the process group that accelerate launched this process for.
+    """Join the process group for which accelerate launched this process.
 
     Collective: every rank calls it.
 
@@ -118,7 +140,7 @@ def join_world(timeout_s: int) -> World:
         timeout_s: Seconds that a collective waits for a rank.
 
     Raises:
-        ValueError: The world is not the one that accelerate was asked for. accelerate itself would start
+        ValueError: The world has another size than the launcher asked for; accelerate itself would then start
             independent runs that do not know of each other.
     """
     asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -132,7 +154,7 @@ def join_world(timeout_s: int) -> World:
         _join_again("gloo" if on_cpu else "nccl", timedelta(seconds=timeout_s))
     state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
     if on_cpu and wants_fsdp() and state.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate makes FSDP worlds only of GPU worlds, although FSDP2 itself runs on gloo.
+        # accelerate allows FSDP only in a world of GPUs, although FSDP2 itself also runs on gloo.
         state.distributed_type = DistributedType.MULTI_GPU
     if state.num_processes != asked:
         raise ValueError(
@@ -144,7 +166,7 @@ def join_world(timeout_s: int) -> World:
 
 
 def _join_again(backend: str, timeout: timedelta) -> None:
-    """Join after a restart, under fresh keys: the agent's store still holds the addresses of the ranks that died."""
+    """Join after a restart, under new keys: the agent's store still holds the addresses of the ranks that died."""
     environment = os.environ
     store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
     fresh = dist.PrefixStore(f"restart-{environment['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -162,9 +184,9 @@ def wants_fsdp() -> bool:
 def reduce_in_float32(accelerator: Accelerator) -> None:
     """Make FSDP2 sum gradients over the ranks in float32 and leave the loss in float32.
 
-    accelerate would round both to the compute dtype. A bfloat16 sum over many ranks loses small gradients; a float32
-    sum moves twice the bytes in a reduce-scatter. A bfloat16 loss near 2 has steps of 0.016. Outputs keep the dtype
-    that the model gives them (`output_dtype=None`): float32 for the loss, and no float32 copy of the logits.
+    accelerate would round both to the compute dtype. A bfloat16 sum over many ranks loses small gradients, though a
+    float32 sum moves twice the bytes. A bfloat16 loss near 2 has steps of 0.016. Outputs keep the dtype that the model
+    gives them (`output_dtype=None`): float32 for the loss, and no float32 copy of the logits.
 
     Args:
         accelerator: The accelerator, before it prepares the model.
@@ -179,7 +201,7 @@ def reduce_in_float32(accelerator: Accelerator) -> None:
 
 
 def check_ranks_gather_alike(world: World, accelerator: Accelerator) -> None:
-    """Check that all ranks agree on freeing gathered weights, since a mixed group would wait forever.
+    """Check that all ranks agree on whether to free gathered weights; a mixed group would wait forever.
 
     Collective: every rank calls it.
 
@@ -194,7 +216,7 @@ def check_ranks_gather_alike(world: World, accelerator: Accelerator) -> None:
 
 
 def set_group_timeouts(world: World, timeout_s: int) -> None:
-    """Give every process group the run's timeout. The groups of a device mesh, as in HSDP, have the backend's default.
+    """Give every process group the run's timeout; the groups of a device mesh, as in HSDP, have only the default one.
 
     Args:
         world: This process, whose `control` group keeps its longer timeout.
@@ -206,7 +228,11 @@ def set_group_timeouts(world: World, timeout_s: int) -> None:
 
 
 def check_fsdp2(accelerator: Accelerator) -> None:
-    """Raise a ValueError if FSDP2 was asked for but is not in use."""
+    """Check that FSDP2 is in use if it was asked for.
+
+    Raises:
+        ValueError: It is not.
+    """
     if wants_fsdp() and not accelerator.is_fsdp2:
         raise ValueError(
             f"FSDP2 was asked for, but accelerate {accelerate_version} set up {accelerator.distributed_type.value}: on "

@@ -1,4 +1,4 @@
-"""Evaluation during a run: on its own held-out documents, named held-out sets, and tasks of lm-evaluation-harness."""
+"""Evaluation during a run: on its own held-out documents, on named held-out sets, and on lm-evaluation-harness tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.scoring import Score, heldout_documents, reshard, score_stream
 
 @dataclass
 class Evaluation:
-    """Evaluation of the run's model; called by the Trainer and at the end."""
+    """The evaluation of the run's model; the Trainer calls it at its evaluation steps, and the run at the end."""
 
     config: Config
     data: PreparedData
@@ -29,22 +29,29 @@ class Evaluation:
     """The latest result: the score of the run's own held-out documents, and the figures of the sets and tasks."""
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Return loss, perplexity and bits per byte, and NAME/loss, TASK/METRIC, ... of the sets and tasks. Collective."""
+        """Return loss, perplexity and bits per byte, and NAME/loss, TASK/METRIC, ... of the sets and tasks.
+
+        Collective: every rank calls it.
+        """
         self.last = self._scored(model, self.data), self.others(model)
         return {**heldout_figures(self.last[0], self.data), **self.last[1]}
 
     def final(self, model: nn.Module) -> tuple[Score, dict[str, float]]:
-        """Return the finished model's score and the figures of the sets and tasks. Collective.
+        """Return the finished model's score and the figures of the sets and tasks.
 
-        If there are sets or tasks, they are not evaluated again: the result of the last call is returned, which was
-        made at the end.
+        If there are sets or tasks, the result of the last call is returned, which was made at the end of training.
+
+        Collective: every rank calls it.
         """
         if self.config.eval.is_empty or self.last is None:
             return self._scored(model, self.data), {}
         return self.last
 
     def others(self, model: nn.Module) -> dict[str, float]:
-        """Return the figures of the sets and tasks. Collective."""
+        """Return the figures of the sets and tasks.
+
+        Collective: every rank calls it.
+        """
         found: dict[str, float] = {}
         for name, data in self.sets.items():
             figures = heldout_figures(self._scored(model, data), data)
@@ -96,7 +103,7 @@ def prepare_sets(config: Config, data: PreparedData) -> dict[str, PreparedData]:
     One process calls it.
 
     Raises:
-        ValueError: A set cannot be read or is shorter than a window, or a task is not known.
+        ValueError: A set cannot be read or is shorter than a window, or a task is unknown.
     """
     if config.eval.tasks:
         check_tasks(config.eval.tasks, config.eval.task_path, prefix="eval.")

@@ -15,7 +15,16 @@ from train.distributed import World
 
 
 def check_tasks(tasks: Sequence[str], task_path: str | None, prefix: str = "") -> None:
-    """Raise a ValueError if the harness is not installed or lacks a task; `prefix` is put before the keys in messages."""
+    """Check that the harness is installed and has the tasks.
+
+    Args:
+        tasks: Names of tasks.
+        task_path: A folder with the user's own task yamls, or None.
+        prefix: The prefix of the user's keys in error messages.
+
+    Raises:
+        ValueError: The harness is not installed, or a task is unknown.
+    """
     known = set(_manager(tuple(tasks), task_path, prefix).all_tasks)
     if unknown := [name for name in tasks if name not in known]:
         raise ValueError(
@@ -38,19 +47,21 @@ def run_tasks(
 ) -> dict[str, dict[str, float]]:
     """Run tasks of lm-evaluation-harness and return {task: {metric: value}}.
 
-    Collective: every rank calls it. Without `world` every rank runs all examples in step, as FSDP needs. With `world`
-    the ranks divide the examples among them, and all return the figures.
+    Without `world` every rank runs all examples, in step with the others, as FSDP needs. With `world` the ranks divide
+    the examples among them, and all return the figures.
+
+    Collective: every rank calls it.
 
     Args:
         tasks: Names of tasks.
-        task_path: A folder with task yamls of the user's own, or None.
+        task_path: A folder with the user's own task yamls, or None.
         model: The model, already loaded.
         tokenizer: Its tokenizer.
         context: The longest input in tokens.
         batch_size: Inputs in one forward pass of a rank.
         world: The ranks that divide the examples.
-        limit: Examples of each task; None for all.
-        prefix: What the user's keys begin with, for messages.
+        limit: The number of examples of each task; None for all.
+        prefix: The prefix of the user's keys in error messages.
 
     Raises:
         ValueError: A task could not be run.
@@ -73,7 +84,7 @@ def run_tasks(
         if world is not None and world.size > 1:
             harness._rank, harness._world_size = world.rank, world.size
             harness.accelerator = _Gather(world)
-            # Generating, ranks would make different numbers of forward passes, and FSDP would wait forever.
+            # When they generate, ranks make different numbers of forward passes, and FSDP would wait forever.
             harness.generate_until = _refuse_to_generate
         found = simple_evaluate(
             harness,
@@ -123,7 +134,7 @@ class _Gather:
 
 @cache
 def _manager(tasks: tuple[str, ...], folder: str | None, prefix: str) -> Any:
-    """Return the task manager of `folder` alone if it has all tasks: reading the harness's own takes a minute."""
+    """Return a task manager of only `folder` if that has all tasks, because reading the harness's own takes a minute."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -144,5 +155,5 @@ def _manager(tasks: tuple[str, ...], folder: str | None, prefix: str) -> Any:
 
 
 def plain_metrics(values: dict[str, Any]) -> dict[str, float]:
-    """Return {metric: value} without the task's name that the harness puts among them, and without the filter "none"."""
+    """Return {metric: value} without the task's name, which the harness adds, and without the filter name "none"."""
     return {key.removesuffix(",none"): float(value) for key, value in values.items() if isinstance(value, int | float)}

@@ -9,10 +9,10 @@ from train.distributed import World
 
 
 class StepLosses:
-    """The loss of each step [num_steps, float64]: this rank's own at first, the mean over the ranks once averaged.
+    """The loss of each step [num_steps, float64]: first this rank's own, and after `averaged` the mean over the ranks.
 
-    In float64 the sum of a few float32 losses is exact. A mean then depends neither on when it is taken nor on the
-    order of the ranks, so a resumed run logs the same numbers to the last bit.
+    The sum of a few float32 losses is exact in float64. So a mean depends neither on when it is taken nor on the order of
+    the ranks, and a resumed run logs the same numbers to the last bit.
     """
 
     def __init__(self, num_steps: int, world: World) -> None:
@@ -25,7 +25,10 @@ class StepLosses:
         self._values[step] += loss
 
     def averaged(self, num_steps: int) -> Tensor:
-        """Return the losses of the first `num_steps` steps, averaged over all ranks. Collective."""
+        """Return the losses of the first `num_steps` steps, averaged over all ranks.
+
+        Collective: every rank calls it.
+        """
         if num_steps > self._num_averaged:
             fresh = self._values[self._num_averaged : num_steps]
             fresh.copy_(self._world.mean(fresh.clone()))

@@ -1,4 +1,4 @@
-"""Muon on sharded weights: Muon updates the matrices of the blocks, AdamW all other parameters.
+"""Muon on sharded weights: it updates the matrices of the blocks, and AdamW updates all other parameters.
 
 `torch.optim.Muon` orthogonalises a whole matrix and does not support DTensors. Here each rank gathers the momentum of
 one matrix at a time, orthogonalises it as `torch.optim.Muon` does, and updates its own rows. The update is the same for
@@ -25,16 +25,16 @@ from sparsity.shards import local_tensor
 from train.checkpoints.write import local_rows
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic Newton-Schulz iteration (Keller Jordan's Muon), as in torch.optim.Muon."""
+"""The coefficients of the quintic Newton-Schulz iteration (Keller Jordan's Muon), as in torch.optim.Muon."""
 NUM_ITERATIONS = 5
 MOMENTUM = 0.95
 EPS = 1e-7
 RMS_OF_ADAMW = 0.2
-"""Scales the update to the size of AdamW's, so that both share a learning rate and a decay (arXiv 2502.16982)."""
+"""The factor that makes an update as large as AdamW's, so that both share a learning rate and a decay (arXiv 2502.16982)."""
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Return about the nearest semi-orthogonal matrix of each in `matrices` [(n,) rows, columns], in bfloat16."""
+    """Return, approximately, the semi-orthogonal matrix nearest to each of `matrices` [(n,) rows, columns], in bfloat16."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.bfloat16()
@@ -54,7 +54,7 @@ def update_scale(shape: torch.Size) -> float:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the groups with `muon=True`, AdamW for the others.
+    """An optimizer that uses Muon for the groups with `muon=True` and AdamW for the others.
 
     Collective: every rank calls `step`.
 
@@ -128,7 +128,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _rows_of_update(full: Tensor, start: int, stop: int) -> Tensor:
-    """Return the rows start .. stop of the orthogonalised matrix; of experts, only these are computed."""
+    """Return the rows start .. stop of the orthogonalised matrix; for experts, only these are computed."""
     return orthogonalised(full)[start:stop] if full.dim() == 2 else orthogonalised(full[start:stop])
 
 

@@ -19,9 +19,9 @@ from train.speed.throughput import StepClock
 
 
 class RunSparsity(SparsityCallback):
-    """A SparsityCallback that turns a mismatch of model or checkpoint into RunStopped on all ranks.
+    """A SparsityCallback that turns a mismatch with the model or checkpoint into RunStopped on all ranks.
 
-    Pruning pauses `clock`, so that it does not count as step time.
+    It pauses `clock` while it prunes, so that pruning does not count as step time.
     """
 
     clock = StepClock(torch.device("cpu"), is_read=False)
@@ -33,7 +33,7 @@ class RunSparsity(SparsityCallback):
     def carry_over(self, saved: dict[str, Any] | None, step: int) -> None:
         """Take over the masks and the average density of another run at `step`.
 
-        If this run's schedule has pruned fewer weights by then, the additional zeros are kept like inherited ones.
+        If this run's schedule would have pruned fewer weights by then, the additional zeros are kept too.
 
         Collective: every rank calls it.
 
@@ -72,7 +72,15 @@ def _stopping() -> Iterator[None]:
 
 
 def sparsity_callback(config: Config, plan: RunPlan, branch: Branch | None = None) -> RunSparsity | None:
-    """Return the callback of a run that is sparse or may start from zeros, else None. The Recorder reports its figures."""
+    """Return the callback of a run that is sparse or may start from zeros, else None.
+
+    Its own reports are off, because the Recorder reports its figures.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        branch: The point at which the run branched, if it did.
+    """
     sparsity = config.sparsity
     keep_zeros = config.init_from is not None or (branch is not None and branch.is_sparse)
     patterns: Any = {"include": sparsity.include, "requires_dense": sparsity.requires_dense}

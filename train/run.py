@@ -50,7 +50,7 @@ from train.start import Start, check_beginning, find_start, identity
 from train.trainer import KeepSteps, PretrainingTrainer, RunState
 
 SETUP_ERRORS = (ImportError,)
-"""Errors shown like a user's: transformers raises ImportError if a setting needs a library that is not installed."""
+"""Errors reported as the user's: transformers raises ImportError if a setting needs a library that is not installed."""
 
 
 def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
@@ -62,7 +62,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         config: The run's configuration.
         plan: The plan made from it.
         world: This process and its peers.
-        preemption: Tells whether the run was asked to stop.
+        preemption: The listener for requests to stop.
         heartbeat: This rank's signs of life.
 
     Raises:
@@ -136,7 +136,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
 
 
 def checked_arguments(config: Config, plan: RunPlan, directory: RunDirectory, world: World) -> Any:
-    """Return the TrainingArguments; end the run if a setting cannot be used on this machine."""
+    """Return the run's TrainingArguments; end the run if a setting cannot be used on this machine."""
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         arguments = training_arguments(config, plan, directory.checkpoints)
         check_fp8(config, plan, world.device, world.is_main)
@@ -145,7 +145,11 @@ def checked_arguments(config: Config, plan: RunPlan, directory: RunDirectory, wo
 
 
 def blocks_of_run(config: Config, plan: RunPlan, data: PreparedData) -> Blocks | MixtureBlocks:
-    """Return the blocks to train on, which a mixture repeats; raise a ValueError if a batch is more than the text."""
+    """Return the blocks to train on; those of a mixture cover the whole run, and sources repeat in them.
+
+    Raises:
+        ValueError: The text has fewer blocks than a batch.
+    """
     if data.sources:
         seed = config.trainer.seed if config.trainer.data_seed is None else config.trainer.data_seed
         return mixture_blocks(data, plan.num_steps * plan.batch_size, seed)
@@ -157,7 +161,10 @@ def blocks_of_run(config: Config, plan: RunPlan, data: PreparedData) -> Blocks |
 def repeat_ending(
     config: Config, plan: RunPlan, directory: RunDirectory, world: World, summary: dict[str, Any]
 ) -> None:
-    """Print a finished run's closing lines again, and rewrite its model card with today's settings. Collective."""
+    """Print a finished run's closing lines again, and rewrite its model card if this command gives card.* keys.
+
+    Collective: every rank calls it.
+    """
     world.on_main(renew_card, config, plan, directory, summary)
     say(world, closing_words(summary, directory, config.next_commands))
     world.on_main(push_to_hub, config.card, directory.model)
@@ -166,7 +173,15 @@ def repeat_ending(
 def build(
     config: Config, plan: RunPlan, data: PreparedData, arguments: Any, world: World
 ) -> tuple[Any, Any, Blocks | MixtureBlocks]:
-    """Return the model without weights and not yet sharded, the tokenizer, and the blocks to train on."""
+    """Return the model without weights and not yet sharded, the tokenizer, and the blocks to train on.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        data: The prepared text.
+        arguments: The TrainingArguments.
+        world: This process and its peers.
+    """
     with user_errors(quiet=not world.is_main, also=SETUP_ERRORS):
         blocks = blocks_of_run(config, plan, data)
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
@@ -191,7 +206,24 @@ def make_trainer(
     guard: StepGuard,
     heartbeat: Heartbeat,
 ) -> tuple[PretrainingTrainer, Recorder | None]:
-    """Return the trainer with its callbacks, and on rank 0 the recorder. Collective."""
+    """Return the trainer with its callbacks, and on rank 0 the recorder.
+
+    Collective: every rank calls it.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        directory: The run's folder.
+        data: The prepared text.
+        blocks: The blocks to train on.
+        model: The model, with or without weights.
+        arguments: The TrainingArguments.
+        start: The checkpoint to resume, or the function that fills the model.
+        evaluation: Evaluates the model during and after training.
+        world: This process and its peers.
+        guard: Skips bad updates, and decides when to stop.
+        heartbeat: This rank's signs of life.
+    """
     sparsity = sparsity_callback(config, plan, start.branch)
     clock = StepClock(world.device, is_read=world.is_main)
     if sparsity is not None:
@@ -235,7 +267,10 @@ def make_trainer(
 
 
 def train(trainer: PretrainingTrainer, recorder: Recorder | None, start: Start, world: World) -> None:
-    """Train from the beginning or from the checkpoint; close the records if the run ends early. Collective."""
+    """Train from the beginning or from the checkpoint; close the records if the run ends early.
+
+    Collective: every rank calls it.
+    """
     if start.branch is not None:
         say(world, f"  {branch_words(start.branch)}")
     if start.checkpoint is not None:
@@ -263,7 +298,17 @@ def make_recorder(
     clock: StepClock,
     device: torch.device,
 ) -> Recorder:
-    """Return rank 0's recorder; start its wandb run if one is wanted."""
+    """Return the recorder of rank 0; start its wandb run if one is wanted.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        directory: The run's folder.
+        sparsity: The run's sparsity callback, if it has one.
+        initial_sparsity: The share of zeros in the weights from which the run starts.
+        clock: The timer of the training steps.
+        device: The device that trains.
+    """
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
     with user_errors():
@@ -279,7 +324,7 @@ def make_recorder(
 
 
 def make_profiler(config: Config, directory: RunDirectory, clock: StepClock) -> StepProfiler | None:
-    """Return the profiler of trainer.profile_steps; None if there are none."""
+    """Return the profiler of trainer.profile_steps; None if no steps are given."""
     steps = config.trainer.profile_steps
     return StepProfiler(steps[0], steps[1], directory.profile, clock) if steps else None
 

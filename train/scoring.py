@@ -1,4 +1,4 @@
-"""The held-out score of a model: the loss in nats of each token of a text, and from it perplexity and bits per byte."""
+"""The held-out score of a model: the loss in nats of each token of a text, and the perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from train.data import PreparedData
 
 ROWS_AT_A_TIME = 64
-"""Positions whose logits are converted to float32 together: 8 MB for a vocabulary of 32,000."""
+"""The number of positions whose logits are converted to float32 together: 8 MB for a vocabulary of 32,000."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Documents:
-    """The beginnings of the documents of a text, for a model that reads each document without those before it."""
+    """The starts of the documents of a text, for a model that reads each document without those before it."""
 
     starts: NDArray[np.integer]
-    """Positions in the text, in order."""
+    """The positions of the starts in the text, in order."""
     bos: int | None
-    """The token that every document begins with; None if there is none."""
+    """The token with which every document begins, or None."""
 
     def within(self, window: Window) -> NDArray[np.integer]:
         """Return the starts in the window, counted from its beginning."""
@@ -63,14 +63,13 @@ class Documents:
 
 @dataclass(frozen=True)
 class Score:
-    """Negative log-likelihood of a token stream, in nats.
+    """The negative log-likelihood of a token stream, in nats.
 
-    The stream is cut into disjoint windows. `window_nats` leaves out each window's first token, which has no context,
-    and the remainder that fills no window; `nats` scores every token except the first of the stream.
+    The stream is cut into disjoint windows. `window_nats` leaves out each window's first token, which has no context, and
+    the last tokens if they do not fill a window. `nats` scores every token except the first of the stream.
 
-    If documents are read one by one, `window_nats` leaves out each document's first token too. In `nats` such a token
-    costs nothing and is not counted if it is always bos; otherwise it costs as much as a uniform guess from the
-    vocabulary.
+    If documents are read one by one, `window_nats` also leaves out each document's first token. In `nats` such a token
+    is not counted if it is always bos; otherwise it costs as much as a uniform guess from the vocabulary.
     """
 
     window: int
@@ -95,18 +94,18 @@ class Score:
 
 
 def heldout_documents(prepared: PreparedData) -> Documents | None:
-    """Return where the documents of `heldout_tokens` begin; None if the run does not separate documents."""
+    """Return the starts of the documents in `heldout_tokens`; None if the run does not separate documents."""
     starts = heldout_starts(prepared)
     return None if starts is None else Documents(starts, prepared.bos)
 
 
 def perplexity(nats: float, count: int) -> float:
-    """Return exp of the nats per token or word; infinity if it exceeds a float."""
+    """Return exp(nats / count), the perplexity per token or word; infinity if it is too large for a float."""
     return math.exp(nats / count) if nats / count < 700 else math.inf
 
 
 def disjoint_windows(num_tokens: int, window: int) -> list[Window]:
-    """Return consecutive windows of `window` inputs, which together score every token but the first."""
+    """Return consecutive windows of `window` inputs, which together score every token except the first."""
     starts = range(0, num_tokens - 1, window)
     return [Window(start, min(start + window + 1, num_tokens), start + 1) for start in starts]
 
@@ -129,11 +128,11 @@ def score_stream(
         model: A causal language model; with `documents`, one that `train.model.attention.attend_within_documents`
             prepared.
         tokens: The text.
-        window: Tokens that the model reads at a time.
-        batch_size: Windows at a time on each rank.
+        window: The number of tokens that the model reads at a time.
+        batch_size: The number of windows that each rank scores at a time.
         world: The ranks.
-        documents: The beginnings of documents, to read each by itself; None to read across them.
-        show_progress: Show a bar on rank 0.
+        documents: The starts of documents, to read each document by itself; None to read across them.
+        show_progress: Whether to show a bar on rank 0.
 
     Returns:
         The score, on every rank.
@@ -178,13 +177,22 @@ def token_nats(
     documents: Documents | None = None,
     progress: str | None = None,
 ) -> NDArray[np.float64]:
-    """Return the nats of each token [n] in the window that scores it, 0 if none does; on every rank.
+    """Return the nats of each token [n] in the window that scores it, on every rank; 0 if no window does.
 
-    The ranks divide the windows, of at most `width` inputs, among them, `batch_size` at a time. Every rank runs the
-    same number of forward passes, as FSDP needs; a rank with no window left runs on padding. `progress` is the label of
-    a bar.
+    The ranks divide the windows among them. Every rank runs the same number of forward passes, as FSDP needs; a rank that
+    has no window left runs on padding.
 
     Collective: every rank of `world` calls it.
+
+    Args:
+        model: A causal language model.
+        tokens: The text.
+        windows: The windows.
+        width: The largest number of inputs in a window.
+        batch_size: The number of windows that each rank scores at a time.
+        world: The ranks.
+        documents: The starts of documents, to read each document by itself; None to read across them.
+        progress: The label of a bar; None for no bar.
     """
     nats = np.zeros(len(tokens))
     per_round = world.size * batch_size
@@ -242,15 +250,14 @@ def _losses(
         _cross_entropy(logits.flatten(0, 1), targets.to(device).flatten()).cpu().view_as(targets)
     )
     for row, places in enumerate(starts):
-        # The logits before a document's first token come from the document before, so they must not count as a
-        # prediction.
+        # The logits before a document's first token come from the previous document, so they are no prediction of it.
         guess = 0.0 if documents is None or documents.bos is not None else math.log(logits.shape[-1])
         losses[row, places[places > 0] - 1] = guess
     return losses.numpy()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the nats of targets [n] under logits [n, vocabulary], a few rows at a time to avoid a whole float32 copy."""
+    """Return the nats of targets [n] under logits [n, vocabulary], a few rows at a time: a float32 copy would be large."""
     pieces = zip(logits.split(ROWS_AT_A_TIME), targets.split(ROWS_AT_A_TIME), strict=True)
     return torch.cat([F.cross_entropy(some.float(), ids, ignore_index=-100, reduction="none") for some, ids in pieces])
 
@@ -260,7 +267,7 @@ def _can_leave_out_logits(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the weights that FSDP2's last group keeps gathered after a forward pass without gradient."""
+    """Free the weights that FSDP2's last group keeps gathered after a forward pass without gradients."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

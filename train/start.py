@@ -29,17 +29,17 @@ from train.record.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a run: the checkpoint to resume, or the function that fills the model."""
+    """The start of a run: a checkpoint to resume, or a function that fills the model."""
 
     checkpoint: Path | None
     fill: Callable[[nn.Module], Any]
-    """Fills the model with its first weights; does nothing if a checkpoint has them."""
+    """The function that fills the model with its first weights; it does nothing if a checkpoint has them."""
     prunable: tuple[str, ...]
-    """Names of the weights that may be pruned."""
+    """The names of the weights that may be pruned."""
     sparsity: float
-    """Share of zeros in the prunable weights of `init_from`."""
+    """The share of zeros in the prunable weights of `init_from`."""
     fingerprint: dict[str, Any]
-    """The data's fingerprint, which a later resume compares."""
+    """The fingerprint of the data, which is compared when the run is resumed."""
     branch: Branch | None = None
     """The branch point, if the run branches from another one."""
 
@@ -52,7 +52,7 @@ class Start:
 def find_start(
     config: Config, plan: RunPlan, directory: RunDirectory, data: PreparedData, model: Any, tokenizer: Any, world: World
 ) -> Start:
-    """Find the checkpoint to resume or the weights to begin with.
+    """Find the checkpoint to resume, or the weights with which to begin.
 
     Collective: every rank calls it.
 
@@ -73,7 +73,11 @@ def find_start(
 
 
 def check_beginning(config: Config, plan: RunPlan, directory: RunDirectory) -> None:
-    """Raise a ValueError if `init_from` or `branch_from` does not fit a run that has not begun yet."""
+    """Check that `init_from` or `branch_from` fits, if the run has not begun yet.
+
+    Raises:
+        ValueError: It does not fit.
+    """
     if not directory.config.exists():
         check_start(config, plan, command_line())
         check_tokenizer(config, command_line())
@@ -85,7 +89,7 @@ def filling(
     """Return the function that fills the model with its first weights; it does nothing if a checkpoint is resumed.
 
     Raises:
-        ValueError: `init_from` is not of the configured model.
+        ValueError: `init_from` does not hold the configured model.
     """
     if resume_from is not None:
         return lambda module: None

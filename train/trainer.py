@@ -1,4 +1,4 @@
-"""`transformers.Trainer` for packed blocks: the series' recipe, the loss of every step, and complete checkpoints."""
+"""A `transformers.Trainer` for packed blocks: the series' recipe, the loss of every step, and our checkpoints."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from train.speed.throughput import StepClock
 
 @dataclass
 class RunState:
-    """The state that a checkpoint saves about its run, in addition to the Trainer's own."""
+    """The state of a run that its checkpoints save in addition to the Trainer's, and how they are saved."""
 
     identity: dict[str, Any]
-    """Settings that must match for a checkpoint to be resumed; compared when it is loaded."""
+    """The settings that must match for a checkpoint to be resumed; they are compared when it is loaded."""
     carried: dict[str, Any] = field(default_factory=dict)
     """Plain data that is saved in every checkpoint: the data's fingerprint, the tokenizer."""
     branch_step: int | None = None
-    """The step of a checkpoint from another run, whose schedule and learning rates are then not loaded."""
+    """The step of a checkpoint that came from another run; its schedule and learning rates are not loaded."""
     keep_steps: tuple[int, ...] = ()
-    """Steps whose checkpoints are never removed."""
+    """The steps whose checkpoints are never removed."""
     before_save: Callable[[], None] = lambda: None
     """Called on rank 0 before a checkpoint is written, so that no earlier record is lost."""
 
 
 class KeepSteps(TrainerCallback):
-    """Saves a checkpoint at each of `steps`, in addition to those that the Trainer saves."""
+    """A callback that saves a checkpoint at each of `steps`, in addition to those that the Trainer saves."""
 
     def __init__(self, steps: Sequence[int]) -> None:
         self.steps = frozenset(steps)
@@ -109,7 +109,7 @@ class PretrainingTrainer(Trainer):
         self.batch_size = batch_size
         self.uses_muon = uses_muon
         self.fill = fill
-        """Fills a sharded skeleton with its weights; None for a model that has them."""
+        """Fills a sharded skeleton with its weights; None for a model that already has them."""
         # Counting the predicted tokens of a step costs a small gather; packed blocks all have the same number.
         self.model_accepts_loss_kwargs = self.args.average_tokens_across_devices = by_document
         self.train_seconds = 0.0
@@ -136,7 +136,7 @@ class PretrainingTrainer(Trainer):
         if self.guard.stop is None:
             self.guard.preemption.at_step_ends = False
             if self.guard.is_asked_to_stop():
-                # The signal came after the ranks' last agreement, which is part of a step.
+                # The signal came after the last step, in which the ranks agreed to continue.
                 self._save_checkpoint(self._module)
                 self._finish_saving()
         if self.guard.stop is not None:
@@ -153,11 +153,17 @@ class PretrainingTrainer(Trainer):
         self.train_seconds, self._since = self.train_seconds + now - self._since, now
 
     def step_losses(self) -> Tensor:
-        """Return the training loss of each step so far, averaged over all ranks [num_steps]. Collective."""
+        """Return the training loss of each step so far, averaged over all ranks [num_steps].
+
+        Collective: every rank calls it.
+        """
         return self._losses.averaged(self.state.global_step)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Shard a model that has no weights, fill its shards, and create the optimizer for them. Collective."""
+        """Shard a model that has no weights, fill its shards, and create the optimizer for them.
+
+        Collective: every rank calls it.
+        """
         if self.fill is not None:
             shard_and_allocate(self.accelerator, self._module)
             self.fill(self._module)
@@ -181,7 +187,7 @@ class PretrainingTrainer(Trainer):
             return super().get_batch_samples(*args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the gradients and return their norm; replicas clip by the same number. Collective."""
+        """Clip the gradients and return their norm; all replicas clip by the same factor. Every rank calls it."""
         if not has_replicas(model.parameters()):
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
@@ -201,7 +207,10 @@ class PretrainingTrainer(Trainer):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean loss since the last logged step, even if the run was resumed in between. Collective."""
+        """Log figures with the mean loss since the last logged step, even if the run was resumed in between.
+
+        Collective: every rank calls it.
+        """
         if "loss" in logs:
             self.guard.read_late_flags()
             losses = self.step_losses()[self._last_logged_step :]
@@ -230,7 +239,7 @@ class PretrainingTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        # The Trainer would keep the save and log intervals of the command that wrote the checkpoint.
+        # Otherwise the Trainer would keep the save and log intervals of the command that wrote the checkpoint.
         self.state.compute_steps(self.args, self.state.max_steps)
         assert self._sampler is not None
         # accelerate does not pass the epoch on to the sampler when it skips batches.
@@ -238,7 +247,10 @@ class PretrainingTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Return held-out figures, computed by the same function as in `python -m eval`. Collective."""
+        """Return held-out figures, computed by the same function as in `python -m eval`.
+
+        Collective: every rank calls it.
+        """
         with self.clock.pause():
             found = self.evaluator(self.model_wrapped)
         self.evaluated_step = self.state.global_step
@@ -247,7 +259,7 @@ class PretrainingTrainer(Trainer):
         return figures
 
     def store_flos(self) -> None:
-        """Do nothing: the plan knows the run's FLOPs, and counting them here would gather at every log."""
+        """Do nothing: the plan knows the run's FLOPs, and counting them here would need a gather at every log."""
 
     # --- checkpoints: the Trainer decides when to save; `train.checkpoints.write` and `.read` define the format ---
 
@@ -257,7 +269,7 @@ class PretrainingTrainer(Trainer):
         return self.model
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write a checkpoint of this step and remove those beyond `save_total_limit`. Collective."""
+        """Write a checkpoint of this step and remove those beyond `save_total_limit`. Every rank calls it."""
         with self.clock.pause():
             self._write_checkpoint()
 
@@ -305,9 +317,9 @@ class PretrainingTrainer(Trainer):
         """Do nothing: weights and moments are loaded together later, into the shards that `prepare` makes."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load weights, moments, rates and losses; load and verify the masks.
+        """Load weights, moments, learning rates and losses, and load and check the masks.
 
-        Collective: every rank calls it, and a mismatch raises RunStopped on all of them.
+        Every rank calls it, and a mismatch raises RunStopped on all of them.
         """
         if checkpoint is None:
             return
@@ -354,7 +366,7 @@ class PretrainingTrainer(Trainer):
         """Do nothing: the scaler is loaded with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore this rank's random generators; with more ranks than before, the new ones keep those of the seed."""
+        """Restore this rank's random generators; ranks that did not exist before keep their seeded generators."""
         if checkpoint is None:
             return
         reader = CheckpointReader(Path(checkpoint))

@@ -1,7 +1,7 @@
-"""The types of every configuration key: a mistyped key or value is refused by name.
+"""The types of all configuration keys, so that a mistyped key or value is reported by name.
 
-Plain data, checked in `__post_init__` with one sentence that gives the value, the rule and the remedy. Nothing here
-imports torch or transformers: `python -m launch` and `python -m launch.plan` start from these classes alone.
+The classes are plain data. `__post_init__` checks them and raises one sentence with the value, the rule and the remedy.
+Nothing here imports torch or transformers, so that `python -m launch` and `python -m launch.plan` start fast.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ SCHEMAS: dict[str, type] = {
     "report": ReportConfig,
     "dashboard": DashboardConfig,
 }
-"""The class of each yaml at the top of conf/, which includes it as NAME_schema."""
+"""The class of each yaml file at the top of conf/, which includes it as NAME_schema."""
 
 
 def register() -> None:
-    """Make the classes known to Hydra."""
+    """Register the classes with Hydra."""
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)

@@ -1,4 +1,4 @@
-"""One-sentence refusals that every group of keys shares."""
+"""Checks that several groups of keys share; each raises a ValueError of one sentence."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def names_of(runs: Any, least: int = 1) -> list[str]:
-    """Return the value of `runs`, one name or a list of them, as a list.
+    """Return the value of `runs`, one name or a list of names, as a list.
 
     Raises:
-        ValueError: It names fewer than `least`.
+        ValueError: There are fewer than `least` names.
     """
     names = [runs] if isinstance(runs, str) else runs
     check(

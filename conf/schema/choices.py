@@ -1,4 +1,4 @@
-"""Names that transformers and torch take, so that a wrong one is refused without importing them."""
+"""Names that transformers and torch accept, so that a wrong one is reported without importing them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ OPTIMIZERS = (
     "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "muon", "schedule_free_radam", "schedule_free_adamw",
     "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
 )  # fmt: skip
-"""transformers.training_args.OptimizerNames, and muon, which is `train.muon`'s."""
+"""The names in transformers.training_args.OptimizerNames, and muon (`train.muon`)."""
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 )  # fmt: skip
-"""transformers.SchedulerType"""
+"""The names in transformers.SchedulerType."""
 INTERVALS = ("no", "steps", "epoch")
-"""transformers.IntervalStrategy; a checkpoint of the best evaluation is not among them, as the newest one is resumed."""
+"""The names in transformers.IntervalStrategy, without "best", because a run resumes from its newest checkpoint."""
 COMPILE_MODES = ("default", "lite", "max-autotune-no-cudagraphs", "max-autotune")
-"""The modes of torch.compile but reduce-overhead: its CUDA graphs do not fit blocks that share one compiled graph."""
+"""The modes of torch.compile except reduce-overhead, whose CUDA graphs do not work if blocks share one compiled graph."""
 
 
 def check_name(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -36,7 +36,7 @@ def check_name(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raise a ValueError if a name or a number of the trainer group is one that transformers or torch would refuse."""
+    """Raise a ValueError if transformers or torch would refuse a name or number of the trainer group."""
     check_name("optim.optim", trainer.optim, OPTIMIZERS)
     check_name("optim.lr_scheduler_type", trainer.lr_scheduler_type, SCHEDULERS)
     check_name("trainer.eval_strategy", trainer.eval_strategy, INTERVALS)

@@ -1,4 +1,4 @@
-"""A finished model's folder made compact, or plain again."""
+"""The keys of `python -m eval.compact`, which makes a model folder compact or plain again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conf.schema.checks import check, check_choice
 
 @dataclass
 class CompactConfig:
-    """Keys of `python -m eval.compact`."""
+    """The keys of `python -m eval.compact`."""
 
     folder: str = MISSING
     """A transformers folder; `python -m eval.compact` takes it as model=DIR."""
@@ -24,13 +24,13 @@ class CompactConfig:
     values: str | None = None
     """Round the kept values of sparse tensors: int8 or int4; null keeps every bit of them."""
     group: int | None = None
-    """Kept values that share a scale, a multiple of 16; 0: those of a row. null: 0 for int8, 64 for int4."""
+    """Number of kept values that share a scale, a multiple of 16; 0 gives each row one. null: 0 for int8, 64 for int4."""
     scale: str = "mse"
-    """How a scale is chosen: mse (the least squared error) or absmax (the largest magnitude is the largest code)."""
+    """Rule that chooses a scale: mse (the least squared error) or absmax (the largest magnitude gets the largest code)."""
     row_starts: bool = False
-    """Also store the kept weights before each row, 8 bytes a row, for readers of single rows."""
+    """Also store the number of kept weights before each row, 8 bytes for each, for readers of single rows."""
     text: str | None = None
-    """A text file: the perplexity on it before and after goes into the figures and the card."""
+    """A text file; the perplexity on it before and after is added to the figures and the card."""
     format: str = "text"
 
     def __post_init__(self) -> None:

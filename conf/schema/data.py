@@ -11,20 +11,22 @@ from conf.schema.checks import check, check_choice
 
 @dataclass
 class SourceConfig:
-    """One source of `data=mixture`, or one held-out set: files at `path`, or a dataset of the hub."""
+    """One source of `data=mixture`, or one held-out set: files at `path`, or a dataset on the hub."""
 
     path: str | None = None
-    """A file or folder of text, or of tokens as for data=tokens."""
+    """A file or folder of text, or of tokens in the form that data=tokens reads."""
     hub: str | None = None
     """A dataset's name on the hub, or a local folder in the same layout."""
     subset: str | None = None
+    """The dataset's subset."""
     split: str = "train"
+    """The dataset's split to read."""
     field: str = "text"
-    """As data.text_field."""
+    """The field of a record that holds its text, like data.text_field."""
     weight: float = 1.0
     """The source's share of the tokens, in any unit."""
     name: str | None = None
-    """Name in the records; null for the stem of the file or dataset."""
+    """Name in the records; null takes the name of the file or dataset without its folder and ending."""
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
@@ -43,7 +45,7 @@ class SourceConfig:
 
     @property
     def stem(self) -> str:
-        """The source's name in records."""
+        """The source's name in the records."""
         if self.name is not None:
             return self.name
         return str(self.path or self.hub).rstrip("/").rpartition("/")[2].partition(".")[0]
@@ -54,46 +56,49 @@ SOURCES = ("pydocs", "text", "fineweb_edu", "hub", "tokens", "mixture", "wikitex
 
 @dataclass
 class DataConfig:
-    """Where the text comes from and how it is cut; see `train/data`."""
+    """The source of the text and how it is cut into blocks; see `train/data`."""
 
     source: str = MISSING
+    """The kind of source, which data=CHOICE sets."""
     path: str | None = None
-    """A file or folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .csv or .parquet; for `tokens` one of .bin or .npy
-    files, or a dataset saved to disk; for `fineweb_edu` a local copy of its parquet files, for
-    `wikitext` its test file or any other text file. Links in a folder are followed, each file is read once, and names that
-    begin with a dot are left out."""
+    """A file or folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .csv or .parquet. For `tokens`: .bin or .npy files,
+    or a dataset saved to disk. For `fineweb_edu`: a local copy of its parquet files. For `wikitext`: its test file or any
+    other text file. Links in a folder are followed, each file is read once, and names that begin with a dot are ignored."""
     name: str | None = None
-    """For `hub` the dataset's name there, or a local folder in the same layout."""
+    """For `hub`: the dataset's name there, or a local folder in the same layout."""
     subset: str | None = None
+    """For `hub`, `fineweb_edu` and `wikitext`: the dataset's subset, such as sample-10BT."""
     split: str = "train"
-    """For `hub` the dataset's split to read; held-out documents are taken from it."""
+    """For `hub`: the dataset's split to read; held-out documents are taken from it too."""
     stream: bool = False
-    """For `hub` read documents over the network and keep them as text in the cache, instead of the dataset's files."""
+    """For `hub`: read documents over the network and cache their text, instead of downloading the dataset's files."""
     sources: list[SourceConfig] = field(default_factory=list)
     """For `mixture`: [{path or hub, subset, split, field, weight, name}, ...]."""
     token_dtype: str | None = None
-    """For `tokens` without a header: uint16 or uint32; what the tokenizer's size needs if null."""
+    """For `tokens` without a header: uint16 or uint32; null takes the type that the tokenizer's size needs."""
     text_field: str = "text"
-    """The field of a record that holds its text, or a path of fields: meta.text."""
+    """The field of a record that holds its text, or a path of fields such as meta.text."""
     on_error: str = "raise"
-    """`skip` leaves out documents that cannot be read, and says how many and where the first are."""
+    """`raise` stops at a document that cannot be read; `skip` leaves such documents out, and reports their number and place."""
     heldout_share: float = 0.01
     """Share of the documents, picked by a hash of their text, that is never trained on."""
     sequence_length: int | None = None
     """Tokens in a block; null takes the model's context."""
     bos: bool = False
-    """Begin each document with the tokenizer's bos token; for `tokens`, that it is there."""
+    """Begin each document with the tokenizer's bos token; for `tokens`: documents already begin with it."""
     eos: bool = True
-    """End each document with the tokenizer's eos token, or with its bos token if it has no eos; for `tokens`, that it is
-    there."""
+    """End each document with the tokenizer's eos token, or with its bos token if it has no eos; for `tokens`: documents
+    already end with it."""
     max_document_tokens: int | None = None
     """Cut documents after this many tokens, bos and eos included, and drop the rest of them; null keeps them whole."""
     attention: str = "causal"
-    """`causal` attends over the whole block, also to the documents before; `document` only within a document."""
+    """`causal` attends over the whole block, including earlier documents; `document` only within the same document."""
     max_documents: int | None = None
+    """Read only this many documents, or pages of `wikitext`; null reads all."""
     num_workers: int | None = None
-    """Processes that tokenize; null takes all cores."""
+    """Number of processes that tokenize; null takes all cores."""
     cache_dir: str = MISSING
+    """Folder for the prepared tokens, which later runs reuse."""
 
     def __post_init__(self) -> None:
         check_choice("data.source", self.source, SOURCES)
@@ -134,7 +139,7 @@ class DataConfig:
         self._check_source()
 
     def _check_source(self) -> None:
-        """Raise a ValueError if keys are missing that the source needs, or given that it does not read."""
+        """Raise a ValueError if a key that the source needs is missing, or a key that it does not read is given."""
         check(
             self.source != "pydocs" or (self.path is None and self.subset is None),
             f"data=pydocs reads the docstrings of this Python, not data.path={self.path}: give data=text with it.",

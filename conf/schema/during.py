@@ -1,4 +1,4 @@
-"""The group `eval`: what a run is evaluated on beside its own held-out documents."""
+"""The group `eval`: evaluations of a run in addition to its own held-out documents."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from conf.schema.data import SourceConfig
 
 @dataclass
 class DuringConfig:
-    """Held-out sets and tasks of lm-evaluation-harness, in the run itself and at its end."""
+    """Held-out sets and tasks of lm-evaluation-harness, evaluated during the run and at its end."""
 
     every: int | None = None
-    """Steps between two evaluations; null evaluates at the end alone, or as trainer.eval_strategy says."""
+    """Steps between two evaluations; null evaluates only at the end, or as trainer.eval_strategy says."""
     sets: list[SourceConfig] = field(default_factory=list)
     """Texts that are only scored: [{path or hub, subset, split, field, name}, ...], recorded as eval/NAME/loss."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks of lm-evaluation-harness, recorded as eval/TASK/METRIC; `pip install .[eval]` brings it."""
+    """Tasks of lm-evaluation-harness, recorded as eval/TASK/METRIC; `pip install .[eval]` installs the harness."""
     task_path: str | None = None
-    """A folder of yaml files with tasks of one's own."""
+    """A folder of yaml files with your own tasks."""
     limit: int = 100
-    """Examples of each task."""
+    """Number of examples of each task."""
 
     def __post_init__(self) -> None:
         check(self.every is None or self.every >= 1, f"eval.every={self.every} must be at least 1 step.")
@@ -36,5 +36,5 @@ class DuringConfig:
 
     @property
     def is_empty(self) -> bool:
-        """Tell whether there is nothing to evaluate beside the run's own held-out documents."""
+        """Whether there is nothing to evaluate except the run's own held-out documents."""
         return not self.sets and not self.tasks

@@ -1,4 +1,4 @@
-"""One evaluation of a finished model."""
+"""The keys of `python -m eval`, which evaluates a finished model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from conf.schema.checks import check, check_choice
 from conf.schema.data import DataConfig
 
 SERIES = tuple(f"sparsellm-1b-{percent}p{twin}" for twin in ("", "-small-dense") for percent in (20, 40, 60, 80))
-"""The published checkpoints."""
+"""The names of the published checkpoints."""
 
 
 @dataclass
 class EvalConfig:
-    """One evaluation of a finished model."""
+    """The keys of `python -m eval`."""
 
     folder: str = MISSING
     """A transformers folder or a hub name; `python -m eval` takes it as model=DIR."""
@@ -23,22 +23,24 @@ class EvalConfig:
     tokenizer: str | None = None
     """A folder, a SentencePiece .model file or a hub name; null takes the model's own."""
     window: int | None = None
-    """Tokens scored at a time. Where it is null the model's context, for `data=wikitext` at most 2048 of it; a model that
-    names no context, as Mamba, needs it."""
+    """Number of tokens that are read together. Null takes the model's context, but at most 2048 for `data=wikitext`; a model
+    whose config names no context, such as Mamba, needs a value."""
     stride: int | None = None
-    """Tokens between the starts of `data=wikitext`'s overlapping windows; null takes a quarter of the window."""
+    """Number of tokens between the starts of overlapping windows, for `data=wikitext`; null takes a quarter of the window."""
     batch_size: int | None = None
-    """Windows at a time on each process; null takes 8, or fewer if their logits would fill more than 256 MiB."""
+    """Number of windows at a time in each process; null takes 8, or fewer if their logits would need more than 256 MiB."""
     dtype: str = "auto"
-    """Compute type; `auto` takes the type in which the weights are stored."""
+    """Type to compute in; `auto` takes the type in which the weights are stored."""
     device: str = "auto"
+    """Device of a single process: auto, cpu, cuda or cuda:N."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks of lm-evaluation-harness, which `pip install .[eval]` brings, to run in the place of `data`."""
+    """Tasks of lm-evaluation-harness to run instead of `data`; `pip install .[eval]` installs the harness."""
     task_path: str | None = None
-    """A folder of yaml files with tasks of one's own."""
+    """A folder of yaml files with your own tasks."""
     series: str | None = None
-    """A published checkpoint, such as sparsellm-1b-60p, to hold against its card; model=FOLDER is then a copy of it."""
+    """A published checkpoint, such as sparsellm-1b-60p, to compare with its card; model=FOLDER may name a local copy."""
     format: str = "text"
+    """`text`, or `json` for scripts."""
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, ("text", "json"))

@@ -1,4 +1,4 @@
-"""The scaling law of finished runs."""
+"""The keys of `python -m eval.scaling_law`, which fits the scaling law to finished runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ class PredictConfig:
     """A run whose loss the fitted law predicts: its size and tokens, or the experiment that plans it."""
 
     avg_linear_params: float | None = None
+    """Average number of linear parameters of the run, N-bar."""
     total_tokens: float | None = None
+    """Number of tokens of the run."""
     experiment: str | None = None
+    """An experiment, from which a plan computes both numbers."""
     overrides: list[str] = field(default_factory=list)
-    """The experiment's keys that are set otherwise: predict.overrides=[sparsity.target=0.6]."""
+    """Changes to the experiment: predict.overrides=[sparsity.target=0.6]."""
 
     def __post_init__(self) -> None:
         for key in ("avg_linear_params", "total_tokens"):
@@ -44,24 +47,29 @@ class PredictConfig:
 
 @dataclass
 class ScalingLawConfig:
-    """Keys of `python -m eval.scaling_law`: the runs, the form of the law, and the questions to it."""
+    """The keys of `python -m eval.scaling_law`: the runs, the form of the law, and what to compute from it."""
 
     runs: Any = field(default_factory=list)
-    """Run folders, folders of runs, patterns of them, or CSV files: one, or a list."""
+    """Run folders, folders of runs, patterns of them, or CSV files: one or a list."""
     form: str = "nd"
-    """nd: E + A / N^alpha + B / D^beta; for runs on equally many tokens n: E + A / N^alpha, or power: A / N^alpha."""
+    """nd: E + A / N^alpha + B / D^beta. For runs with equal numbers of tokens, n: E + A / N^alpha, or power: A / N^alpha."""
     loss: str = "auto"
     """The figure to fit; `auto` takes the first of loss, heldout_loss, final_train_loss that every run has."""
     num_bootstrap: int = 400
+    """Number of resamples of the runs, from which intervals are computed."""
     confidence: float = 0.95
+    """Confidence of the intervals."""
     num_folds: int | None = None
-    """Folds of the held-out error; null leaves each configuration out once."""
+    """Number of folds for the held-out error; null leaves each configuration out once."""
     seed: int = 0
+    """Seed of the resamples and of random folds."""
     predict: PredictConfig = field(default_factory=PredictConfig)
     target_loss: float | None = None
-    """The loss for which the cheapest N and D are given."""
+    """A loss for which to compute the cheapest N and D."""
     format: str = "text"
+    """`text`, or `json` for scripts."""
     figure: str | None = "scaling_law.png"
+    """File for the figure; null draws none."""
 
     def __post_init__(self) -> None:
         self.runs = names_of(self.runs)

@@ -12,19 +12,19 @@ from conf.schema.checks import check, check_choice
 
 AUTO_NAME = "auto"
 BY_CONFIG = 0
-"""A size that config.json gives: what conf/model/hf.yaml sets and `train.plan.architecture.resolved` fills in."""
+"""The placeholder in conf/model/hf.yaml for sizes that `train.plan.architecture.resolved` reads from config.json."""
 
 
 @dataclass
 class ModelConfig:
-    """A LLaMA by the names of `transformers.LlamaConfig`, or with `path` any causal language model by its config.json."""
+    """A LLaMA by the names of `transformers.LlamaConfig`; with `path`, any causal language model by its config.json."""
 
     name: str = MISSING
-    """Names the run's folder; `auto` is the last part of `path`."""
+    """Name used for the run's folder; `auto` takes the last part of `path`."""
     path: str | None = None
     """A transformers folder or hub name whose config.json describes the model; its weights are read only by init_from."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Values of that config.json by their names, such as {num_hidden_layers: 4}."""
+    """Changes to that config.json, such as {num_hidden_layers: 4}."""
     vocab_size: int = 32000
     hidden_size: int = MISSING
     intermediate_size: int = MISSING
@@ -38,12 +38,12 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of the weights that init=transformers draws."""
     init: str = "transformers"
-    """How weights are drawn: as transformers does, or as the paper's authors do, with a variance of 1/fan_in."""
+    """Initialization of the weights: `transformers`, or `authors`, as the paper's authors do, with a variance of 1/fan_in."""
     query_scale: str = "standard"
-    """`folded` keeps query weights 1/sqrt(head_dim) smaller in training, with no scale in attention."""
+    """`folded` trains query weights that are smaller by 1/sqrt(head_dim), and attention then applies no scale."""
     attn_implementation: str | None = None
     match: str | None = None
-    """`average` makes this run the dense twin of the configured sparse one: as wide as its average parameter count."""
+    """`average` makes this run the dense twin of the configured sparse run: a dense model with its average size, N-bar."""
 
     def __post_init__(self) -> None:
         check(

@@ -1,4 +1,4 @@
-"""Output of a run: records, the model folder, its card."""
+"""The groups for the output of a run: its records, the model folder, and the model card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conf.schema.checks import check, check_choice
 
 @dataclass
 class LoggerConfig:
-    """wandb, by the names of `wandb.init`; metrics.jsonl is always written."""
+    """Settings of wandb, by the names of `wandb.init`; metrics.jsonl is always written."""
 
     wandb: bool = True
     mode: str = "auto"
@@ -30,7 +30,9 @@ class ExportConfig:
     """The final model folder."""
 
     dtype: str = "float32"
+    """Type of the weights in the model folder: float32 or bfloat16."""
     max_shard_size: str = "5GB"
+    """Largest size of a file of weights."""
 
     def __post_init__(self) -> None:
         check_choice("export.dtype", self.dtype, ("float32", "bfloat16"))
@@ -44,16 +46,17 @@ class ExportConfig:
 class CardConfig:
     """The model's card, and the hub repository that the finished model may be uploaded to.
 
-    A run that has ended and is started again with any of these keys rewrites its card, and trains nothing.
+    If a finished run is started again with any of these keys, it rewrites its card and does not train.
     """
 
     license: str | None = None
-    """The model's licence by the hub's identifier, such as apache-2.0; without one the card says that none was chosen."""
+    """The hub's identifier of the model's licence, such as apache-2.0; if null, the card says that none was chosen."""
     license_name: str | None = None
-    """The licence's own name if `license` is other."""
+    """The name of the licence if `license` is other."""
     license_link: str | None = None
+    """A link to the licence if `license` is other."""
     hub_id: str | None = None
-    """OWNER/NAME on the hub: loaded by the card's usage code, and the target of an upload."""
+    """OWNER/NAME on the hub: the target of an upload, and the name that the card's usage code loads."""
     push_to_hub: bool = False
     """Upload the finished model folder to `hub_id`, with the account that `hf auth login` or HF_TOKEN names."""
     private: bool = True

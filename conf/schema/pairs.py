@@ -1,4 +1,4 @@
-"""Sparse runs beside their dense twins."""
+"""The keys of `python -m eval.pairs`, which compares sparse runs with their dense twins."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from conf.schema.checks import check_choice, names_of
 
 @dataclass
 class PairsConfig:
-    """Keys of `python -m eval.pairs`."""
+    """The keys of `python -m eval.pairs`."""
 
     runs: Any = field(default_factory=list)
-    """Run folders, folders of runs, or patterns of them: one, or a list."""
+    """Run folders, folders of runs, or patterns of them: one or a list."""
     format: str = "text"
+    """`text`, or `json` for scripts."""
     figure: str | None = "pairs.png"
+    """File for the figure; null draws none."""
 
     def __post_init__(self) -> None:
         self.runs = names_of(self.runs)

@@ -1,4 +1,4 @@
-"""Runs side by side: the page of `python -m eval.report`, the wandb dashboard of `python -m launch.dashboard`."""
+"""The keys of two commands that show runs side by side: `python -m eval.report` and `python -m launch.dashboard`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from conf.schema.checks import check, check_choice, names_of
 
 @dataclass
 class ReportConfig:
-    """One HTML page, and each of its figures as a PNG in a folder beside it, named like it."""
+    """The keys of `python -m eval.report`, which writes one HTML page, and its figures as PNGs in a folder of the same name."""
 
     runs: Any = field(default_factory=list)
-    """Run folders, folders of runs, or patterns of them, finished or not: one, or a list."""
+    """Run folders, folders of runs, or patterns of them, finished or not: one or a list."""
     page: str = "report.html"
+    """The HTML file to write."""
     title: str | None = None
-    """Null takes the name of the folder that holds the runs."""
+    """Title of the page; null takes the name of the folder that holds the runs."""
     loss: str = "heldout_loss"
-    """The figure of summary.json that is set against average parameters, and that the law is fitted to."""
+    """The figure of summary.json that is drawn against average parameters and that the law is fitted to."""
     form: str = "auto"
-    """The law drawn through the points, as in `python -m eval.scaling_law`; auto: the first of nd, n, power they tell."""
+    """Form of the law, as in `python -m eval.scaling_law`; auto takes the first of nd, n, power that the runs identify."""
 
     def __post_init__(self) -> None:
         self.runs = names_of(self.runs)
@@ -35,21 +36,21 @@ class ReportConfig:
 
 @dataclass
 class DashboardConfig:
-    """A workspace or a report of wandb, over the runs of a sweep or those of some run folders."""
+    """The keys of `python -m launch.dashboard`: a wandb workspace or report for the runs of a sweep or of run folders."""
 
     sweep_name: str | None = None
     """The wandb group of the runs."""
     runs: Any = field(default_factory=list)
-    """Run folders, folders of runs, or patterns of them, whose wandb runs are shown: one, or a list."""
+    """Run folders, folders of runs, or patterns of them, whose wandb runs are shown: one or a list."""
     kind: str = "workspace"
-    """A workspace is a live view of the project, a report a page to share."""
+    """`workspace`, a live view of the project, or `report`, a page to share."""
     title: str | None = None
     project: str | None = None
-    """Where it is null that of the run folders, else sparsellm."""
+    """The wandb project; null takes that of the run folders, or sparsellm."""
     entity: str | None = None
-    """Where it is null that of the run folders, else the account's own."""
+    """The wandb entity; null takes that of the run folders, or the account's default."""
     dry_run: bool = False
-    """Print the dashboard's JSON, and ask for no account."""
+    """Print the dashboard's JSON only; this needs no account."""
 
     def __post_init__(self) -> None:
         self.runs = names_of(self.runs, least=0)

@@ -1,4 +1,4 @@
-"""One run: all its groups, and how it is launched."""
+"""The keys of a run: all its groups, and the group `launch`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from conf.schema.trainer import OptimConfig, TrainerConfig
 
 @dataclass
 class LaunchConfig:
-    """How `python -m launch` starts the processes; `python -m train` only checks it."""
+    """Settings by which `python -m launch` starts the processes; `python -m train` only checks them."""
 
     num_processes: int | None = None
-    """Processes on each machine; null takes all GPUs, or two processes on a machine without."""
+    """Number of processes on each machine; null takes one for each GPU, or two on a machine without GPUs."""
     config_file: str | None = None
     """An accelerate config; null takes the one in launch/accelerate that fits these machines."""
     max_restarts: int = 0
-    """How often a run that lost a rank is restarted from its checkpoint by itself."""
+    """Number of times that a run that lost a rank is restarted automatically from its checkpoint."""
     num_machines: int | None = None
-    """Machines of the run, each with its own `python -m launch`; null takes SLURM's nodes, or one."""
+    """Number of machines, each with its own `python -m launch`; null takes the number of SLURM's nodes, or one."""
     machine_rank: int | None = None
     """Number of this machine, from 0; null takes SLURM's."""
     main_process_ip: str | None = None
@@ -34,15 +34,15 @@ class LaunchConfig:
     main_process_port: int | None = None
     """A free port of machine 0, the same on all machines; null derives one from SLURM's job."""
     num_replicas: int = 1
-    """Above 1 it is HSDP: so many copies of the model, each sharded over its share of all processes."""
+    """Number of copies of the model, each sharded over its share of all processes; above 1 this is HSDP."""
     reshard_after_forward: str = "auto"
-    """Free gathered weights between a forward and its backward pass, so that FSDP2 gathers them twice: `true`, `false`,
-    or `auto`, if the step would not fit into the GPU's memory otherwise."""
+    """Free gathered weights between the forward and the backward pass, so that FSDP2 gathers them twice: `true`, `false`,
+    or `auto`, which does so only if the step would not fit into the GPU's memory otherwise."""
     parallel_jobs: int | None = None
-    """Jobs of a sweep at a time; null takes as many as the GPUs hold, or one on a machine without."""
+    """Number of jobs of a sweep at a time; null takes as many as fit on the GPUs, or one on a machine without GPUs."""
 
     def __post_init__(self) -> None:
-        # A plain true or false of yaml arrives as True or False.
+        # A bare true or false in yaml arrives as True or False.
         self.reshard_after_forward = str(self.reshard_after_forward).lower()
         check_choice("launch.reshard_after_forward", self.reshard_after_forward, ("auto", "true", "false"))
         for key in ("num_processes", "num_machines", "parallel_jobs", "num_replicas"):
@@ -59,33 +59,39 @@ class LaunchConfig:
 
 @dataclass
 class Config:
-    """One run."""
+    """The keys of a run."""
 
     run_name: str | None = None
-    """Folder of the run in `runs_dir`; null takes the experiment's or the model's name with the sparsity."""
+    """Folder of the run in `runs_dir`; null takes the experiment's or the model's name, with the sparsity."""
     runs_dir: str = "runs"
+    """Folder that holds the folders of all runs and sweeps."""
     sweep_name: str | None = None
+    """Name of a sweep: its folder in `runs_dir`, and the wandb group of its runs."""
     overwrite: bool = False
+    """Delete an existing run of this name and start from the beginning."""
     resume: str = "auto"
+    """`auto` resumes a run if it exists, `must` refuses to start from the beginning, and `never` refuses to resume."""
     dry_run: bool = False
+    """Print the accelerate command and stop."""
     batch_size: int | None = None
-    """Sequences per optimizer step over all processes, kept whatever the number of devices."""
+    """Number of sequences in an optimizer step over all processes; it does not depend on the number of devices."""
     init_from: str | None = None
-    """A transformers folder or hub name to start from; its exact zeros stay zero, and a prune window prunes beyond them."""
+    """A transformers folder or hub name to start from. Its exact zeros stay zero; a prune window prunes more weights."""
     branch_from: str | None = None
-    """RUN or RUN@STEP: begin at that run's checkpoint, the newest without a step, with what this config changes."""
+    """RUN or RUN@STEP: begin at that run's checkpoint, the newest if no step is given, with the changes in this config."""
     max_skipped: int = 10
-    """Updates in a row that may be skipped because loss or gradient norm are not finite, before the run stops."""
+    """Number of consecutive updates that may be skipped because loss or gradient norm is not finite; after more, the run
+    stops."""
     tokenizer: str | None = None
-    """A hub name, a local folder, a SentencePiece .model file, or `train`: a BPE of the model's vocabulary size. Null is
-    the tokenizer of `init_from`, else that of `model.path`, else `train`."""
+    """A hub name, a local folder, a SentencePiece .model file, or `train`, which trains a BPE of the model's vocabulary size.
+    Null takes the tokenizer of `init_from`, else that of `model.path`, else `train`."""
     recipe: str = "plain"
-    """`plain`, or `authors`: weights, query scale and documents as the paper's authors have them. conf/recipe has what they
-    set; any of it can be set apart."""
+    """`plain`, or `authors`, which treats weights, query scale and documents as the paper's authors do. The keys that a
+    recipe sets are in conf/recipe; each can also be set by itself."""
     prompt: str = "The"
-    """Start of the sample that the finished model writes."""
+    """Text that the finished model continues as its sample."""
     next_commands: list[str] = field(default_factory=list)
-    """Commands to try next, printed at the end."""
+    """Commands to try next, which are printed at the end."""
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     sparsity: SparsityConfig = MISSING

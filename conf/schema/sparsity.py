@@ -1,4 +1,4 @@
-"""The group `sparsity`: how many weights are pruned, when, and which."""
+"""The group `sparsity`: how many weights are pruned, when, and by which rules."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from sparsity.update import UPDATES, Moving, Update
 
 @dataclass
 class WindowConfig:
-    """When weights are pruned: the first and the last event, in steps, tokens, or shares of the run's compute."""
+    """The prune window: its first and its last event, in steps, tokens, or shares of the run's compute."""
 
     start: float = 0.25
+    """The first event, in the unit `of`."""
     end: float = 0.75
+    """The last event, in the unit `of`."""
     every: int | None = None
     """Steps between events; null derives it from the length of the window (100 for long runs)."""
     of: str = "auto"
-    """Unit of start and end; `auto` reads two numbers up to 1 as shares of compute, larger ones as steps."""
+    """Unit of start and end; `auto` reads two numbers up to 1 as shares of compute, and larger ones as steps."""
     budget: float | None = None
-    """Compute of the run in dense-equivalent steps: its length follows from it, and trainer.max_steps is null."""
+    """Compute of the run in dense-equivalent steps, which sets its length; trainer.max_steps is then null."""
 
     def __post_init__(self) -> None:
         check_choice("sparsity.window.of", self.of, ("auto", "steps", "tokens", "compute"))
@@ -46,11 +48,12 @@ class WindowConfig:
 
 @dataclass
 class GroupConfig:
-    """Parameters with a target of their own."""
+    """A group of parameters with its own target."""
 
     include: list[str] = field(default_factory=list)
-    """Name patterns (`*` matches anything); each must match a parameter that is pruned, and no other group may."""
+    """Name patterns (`*` matches anything). Each must match a prunable parameter, and groups may not overlap."""
     target: float = 0.0
+    """Share of the group's weights to remove."""
 
     def __post_init__(self) -> None:
         check(len(self.include) > 0, "sparsity.groups needs patterns in each group: {include: ['*mlp*'], target: 0.9}.")
@@ -63,41 +66,42 @@ class GroupConfig:
 
 @dataclass
 class MovesConfig:
-    """When masks move, for updates that let weights return: set, rigl, ste."""
+    """Moves of the masks, for updates that let weights return: set, rigl, ste."""
 
     share: float = 0.3
-    """Share of the kept weights that set and rigl replace at first; it falls to 0 by a cosine."""
+    """Share of the kept weights that set and rigl replace at the first move; it falls to 0 by a cosine."""
     every: int | None = None
     """Steps between moves; null: a fortieth of the run, at most 100."""
     end: float = 0.75
-    """Share of the run's steps after which masks stay as they are."""
+    """Share of the run's steps after which the masks no longer change."""
 
 
 @dataclass
 class SparsityConfig:
-    """How many weights are pruned, when, and which."""
+    """The number of weights to prune, the window, and the rules that choose them."""
 
     METHODS: ClassVar = {"schedule": SCHEDULES, "score": SCORES, "scope": SCOPES, "update": UPDATES}
-    """Where help finds what there is to choose."""
+    """The registries from which help lists the choices."""
 
     target: float = 0.0
+    """Share of the prunable weights to remove, 0.8 for 80 %."""
     schedule: str = "geometric"
-    """How the density falls inside the window."""
+    """Curve of the density inside the window."""
     window: WindowConfig = field(default_factory=WindowConfig)
     score: str = "magnitude"
     """The rule that ranks weights."""
     factors: dict[str, float] = field(default_factory=dict)
     """Name patterns of parameters and the factors of their scores, such as {'*q_proj*': 0.0625}."""
     normalize: str = "none"
-    """Divide each parameter's scores by a norm of theirs: none, l2 or rms."""
+    """Norm by which each parameter's scores are divided: none, l2 or rms."""
     scope: str = "global"
-    """Group of weights that compete under one threshold."""
+    """Rule that says which weights compete under one threshold."""
     groups: list[GroupConfig] = field(default_factory=list)
-    """Parameters with targets of their own; all others follow `target`."""
+    """Groups of parameters with their own targets; all other parameters follow `target`."""
     pattern: str = "unstructured"
-    """Where weights may go: anywhere, or N:M, "2:4": 2 of every 4 consecutive inputs stay."""
+    """Positions that may be pruned: `unstructured` for any, or N:M; "2:4" keeps 2 of every 4 consecutive inputs."""
     update: str = "shrink"
-    """Rule by which pruned weights stay pruned or come back."""
+    """Rule by which pruned weights may come back."""
     moves: MovesConfig = field(default_factory=MovesConfig)
     include: list[str] | None = None
     """Name patterns (`*` matches anything) of the parameters to prune; null takes every linear layer's weight."""
@@ -133,7 +137,7 @@ class SparsityConfig:
         )
 
     def make_update(self) -> Update:
-        """Return the update with its moves; a ValueError says which of them cannot be."""
+        """Return the update with the settings of `moves`; raise a ValueError if they are invalid."""
         update, moves = UPDATES.find(self.update, "sparsity.update"), self.moves
         if isinstance(update, Moving):
             return replace(update, share=moves.share, every_steps=moves.every, end=moves.end)

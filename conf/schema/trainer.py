@@ -9,21 +9,21 @@ from conf.schema.checks import check
 from conf.schema.choices import check_trainer
 
 OWN_KEYS = ("fp8", "profile_steps", "async_save", "decay_steps", "keep_steps")
-"""Keys of the group `trainer` that TrainingArguments do not have."""
+"""Keys of the group `trainer` that TrainingArguments does not have."""
 
 
 @dataclass
 class OptimConfig:
-    """The optimizer's part of `transformers.TrainingArguments`, by the same names."""
+    """The optimizer settings of `transformers.TrainingArguments`, by the same names."""
 
     optim: str = "adamw_torch_fused"
     learning_rate: float = 3e-4
     lr_scheduler_type: str = "cosine_with_min_lr"
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_steps: float = 0.01
-    """Steps, or below 1 a share of the run."""
+    """Number of warm-up steps; a number below 1 is a share of the run."""
     decay_steps: float | None = None
-    """Last steps, or below 1 the share of the run, in which warmup_stable_decay lowers the rate; 0 never does."""
+    """Number of last steps, or below 1 a share of the run, in which warmup_stable_decay lowers the rate; 0 for no decay."""
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -33,12 +33,12 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig(OptimConfig):
-    """`transformers.TrainingArguments` by its own names, and `OWN_KEYS`; the optimizer's come from the group `optim`."""
+    """The keys of `transformers.TrainingArguments` and `OWN_KEYS`; the optimizer's values come from the group `optim`."""
 
     max_steps: int | None = 1000
-    """Null if sparsity.window.budget gives the length of the run, or a decay that begins where the run branches."""
+    """Number of optimizer steps; null if sparsity.window.budget, or the decay of a branched run, sets the length."""
     per_device_train_batch_size: int = 8
-    """Sequences in a micro-batch: the most that fits; the batch of a step is `batch_size`."""
+    """Number of sequences in a micro-batch, which memory limits; a step has `batch_size` sequences in all."""
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int | None = None
     """Null derives it from `batch_size`."""
@@ -47,9 +47,9 @@ class TrainerConfig(OptimConfig):
     fp16: bool = False
     tf32: bool | None = None
     fp8: bool = False
-    """Compute the matrix products of the decoder's linear layers in float8, with torchao's tensorwise scaling; lm_head and
-    all else stay in bfloat16, weights and masks in float32. Needs torchao (the extra `fp8`), a GPU of compute capability 8.9
-    or higher, and to pay `torch_compile`."""
+    """Compute the matrix products of the decoder's linear layers in float8, with torchao's tensorwise scaling. lm_head and
+    everything else stay in bfloat16, and weights and masks in float32. This needs torchao (the extra `fp8`) and a GPU of
+    compute capability 8.9 or higher; it is only faster with `torch_compile`."""
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     torch_compile_backend: str | None = None
@@ -65,12 +65,13 @@ class TrainerConfig(OptimConfig):
     keep_steps: list[int] = field(default_factory=list)
     """Steps whose checkpoints are saved and never removed, for runs that branch from them."""
     async_save: bool = False
-    """Write checkpoints in a thread while training runs on: a save then lasts as long as the copy to host memory, which
-    takes as much memory as the rank's part of the checkpoint. It becomes visible when it is whole; the next save waits."""
+    """Write checkpoints in a thread while training continues, so that a save takes only as long as the copy to host memory.
+    The copy needs as much memory as the rank's part of the checkpoint. A checkpoint appears once it is complete, and the
+    next save waits for it."""
     seed: int = 0
     data_seed: int | None = None
     full_determinism: bool = False
-    """Compute the same bits in every run on the same GPUs; a CPU does so anyway."""
+    """Compute the same bits in every run on the same GPUs; on CPUs this is always so."""
     dataloader_num_workers: int = 0
     dataloader_pin_memory: bool = True
     dataloader_prefetch_factor: int | None = None
@@ -78,8 +79,8 @@ class TrainerConfig(OptimConfig):
     """Seconds that a rank waits for the others in a collective before the run ends with an error."""
     disable_tqdm: bool | None = None
     profile_steps: list[int] | None = None
-    """[first, last]: rank 0 writes a torch profiler trace of these steps, both included and numbered as in metrics.jsonl,
-    to `profile/` in the run's folder, with a table of the costliest kernels and, on a GPU, a memory snapshot."""
+    """[first, last]: rank 0 writes a torch profiler trace of these steps to `profile/` in the run's folder, with a table of
+    the costliest kernels and, on a GPU, a memory snapshot. `last` is included; steps are numbered as in metrics.jsonl."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Any other TrainingArguments name: `+trainer.extra.neftune_noise_alpha=5`."""
 

@@ -1,1 +1,1 @@
-"""One finished model: loaded, checked and scored."""
+"""Evaluation of one finished model: loading, checks, perplexity, tasks and zero counts."""

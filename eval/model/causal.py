@@ -1,4 +1,4 @@
-"""The check that a model may be given a perplexity: it has to predict each token without having read it."""
+"""The check that a model is causal: a perplexity means something only if no token is read before it is predicted."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from train.distributed import World
 PROBE = "The quick brown fox jumps over the lazy dog."
 PROBE_TOKENS = 16
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""Share of the largest logit. In a causal model only rounding changes anything, and only if experts are chosen."""
+"""The allowed change, as a share of the largest logit. A causal model differs only by rounding, and only if it has experts."""
 COARSE_TOLERANCE = 1.5e-2
-"""The same for 16-bit types, whose logits are rounded to 0.4 % of themselves."""
+"""The same for 16-bit types, whose logits are rounded to 0.4 % of their value."""
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "LMHead")
 
 
 def check_architecture(folder: str, config: Any) -> None:
-    """Raise if the folder's config is not of a causal language model.
+    """Check that a config describes a causal language model.
 
     Raises:
-        ValueError: It has an encoder, another head than one that continues text, or is a masked language model.
+        ValueError: The model has an encoder, has a head that does not continue text, or is a masked language model.
     """
     remedy = "give a causal language model, one that continues text"
     kind = config.model_type
@@ -32,7 +32,7 @@ def check_architecture(folder: str, config: Any) -> None:
         raise ValueError(f"model={folder} is a {kind}, no causal language model, for it has an encoder: {remedy}.")
     if kind not in CAUSAL:
         raise ValueError(f"model={folder} is a {kind}, no causal language model: {remedy}.")
-    # A folder of the base model is one whose head is the embedding; any other head's weights would be missing.
+    # A base model is accepted, because its head may be its embedding. If not, loading reports the head as missing.
     known = {CAUSAL[kind], BASE.get(kind)}
     for name in config.architectures or []:
         if name not in known and not name.endswith(CAUSAL_HEADS):
@@ -49,9 +49,11 @@ def check_architecture(folder: str, config: Any) -> None:
 
 @torch.no_grad()
 def logits_change(model: Any, tokens: list[int], other: int, device: torch.device) -> float:
-    """Return how much the logits before the last token change if that token is `other`, as a share of the largest.
+    """Return how much the earlier logits change if the last token is `other`, as a share of the largest logit.
 
-    One forward pass of a batch of two, so that both rows use the same kernels. Collective if the model is sharded.
+    Both versions are rows of one batch, so that they use the same kernels.
+
+    Collective: over all ranks if the model is sharded.
     """
     rows = torch.tensor([tokens, [*tokens[:-1], other]], device=device)
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
@@ -60,22 +62,24 @@ def logits_change(model: Any, tokens: list[int], other: int, device: torch.devic
 
 
 def check_reads_no_ahead(model: Any, folder: str, tokens: list[int], world: World) -> None:
-    """Raise if a change of the last token changes an earlier prediction. Collective.
+    """Check that a change of the last token changes no earlier prediction.
+
+    Collective: over all ranks.
 
     Args:
         model: The loaded model, in eval mode.
-        folder: Its name in the error.
-        tokens: Ids of some text that the model can read, the same on all ranks; less than two different ones say nothing.
-        world: The ranks that the model is on.
+        folder: The model's name in the error.
+        tokens: Token ids of some text, the same on all ranks. Nothing is checked if they are all equal.
+        world: The ranks that hold the model.
 
     Raises:
-        ValueError: The model reads ahead, so that a perplexity would be too good to be true.
+        ValueError: The model reads ahead, so its perplexity would be too low.
     """
     last = next((index for index in range(len(tokens) - 1, 0, -1) if tokens[index] != tokens[0]), None)
     if last is None:
         return
     change = logits_change(model, tokens[: last + 1], tokens[0], world.device)
-    # Ranks decide together: one that continued alone would wait for the others for ever.
+    # Ranks decide together, because one that continued alone would wait for the others forever.
     change = float(world.largest(torch.tensor(change, device=world.device)))
     if change > TOLERANCE.get(next(model.parameters()).dtype, COARSE_TOLERANCE):
         raise ValueError(

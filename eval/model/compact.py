@@ -1,4 +1,4 @@
-"""A sparse model's folder in few bytes: `python -m eval.compact model=DIR out=DIR2 [dtype=bfloat16] [values=int8]`."""
+"""Conversion of a model folder to the compact form and back, with its report: the work of `python -m eval.compact`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def convert(config: CompactConfig) -> Folder:
     """Write the folder that `config` describes.
 
     Raises:
-        ValueError: The source is unsuitable, or the target exists or has no room.
+        ValueError: The source cannot be converted, the target exists, or its disk is too full.
     """
     from sparsity.compact import compact_folder, expand_folder
 
@@ -43,7 +43,7 @@ def convert(config: CompactConfig) -> Folder:
 
 
 def rounding_of(config: CompactConfig) -> Rounding | None:
-    """How `config` asks for kept values to be rounded; None if they keep their bits."""
+    """Return the rounding that `config` asks for; None if kept values keep their bits."""
     from sparsity.compact.rounding import BITS_OF_VALUES, GROUP_OF_INT4, Rounding
 
     if config.values is None:
@@ -54,7 +54,7 @@ def rounding_of(config: CompactConfig) -> Rounding | None:
 
 
 def perplexities(config: CompactConfig) -> dict[str, float]:
-    """Token perplexity on `config.text` of the model and of its compact form; nothing if no text is given."""
+    """Return the token perplexity of the model and of its compact form on `config.text`; {} if no text is given."""
     if config.text is None:
         return {}
     from eval.model.perplexity import token_perplexity
@@ -66,7 +66,7 @@ def perplexities(config: CompactConfig) -> dict[str, float]:
 
 
 def add_to_card(folder: Path, found: Mapping[str, Any]) -> None:
-    """Append what was done to the folder's README.md, if it has one."""
+    """Append a section about the compact weights to the folder's README.md, if it has one."""
     card = folder / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8").rstrip("\n")
@@ -74,7 +74,7 @@ def add_to_card(folder: Path, found: Mapping[str, Any]) -> None:
 
 
 def card_section(found: Mapping[str, Any]) -> str:
-    """The card's section on the compact weights."""
+    """Return the model card's section about the compact weights."""
     values = f"rounded to {found['values']}" if found["values"] else "kept bit for bit"
     lines = [
         "## Compact weights",
@@ -105,7 +105,7 @@ def progress_bar(num_bytes: int) -> Callable[[int], object]:
 
 
 def figures(folder: Folder, config: CompactConfig) -> dict[str, Any]:
-    """Return what was written; sizes in bytes, the share and bits over the tensors that are stored sparse."""
+    """Return the figures of a conversion: sizes in bytes; sparsity and bits a weight of the tensors that are stored sparse."""
     sparse = [tensor for tensor in folder.tensors if tensor.bitmask is not None]
     num_weights, num_kept = sum(t.numel for t in sparse), sum(t.num_kept for t in sparse)
     return {

@@ -1,4 +1,4 @@
-"""The most tokens that a model was made to read at a time, by whatever name its config has for them."""
+"""The context of a model, the most tokens that it reads at a time. Configs have different names for it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ NAMES = (
     "max_target_positions",
 )
 ROBERTAS = frozenset({"camembert", "data2vec-text", "xmod"})
-"""Models with RoBERTa's positions, beside those with its name."""
+"""Models that count positions as RoBERTa does, although their names do not contain it."""
 
 
 def context_of(config: Any) -> int | None:
     """Return the longest input that the config names; None if it names none, as for Mamba.
 
-    Of several names the smallest counts: a window is never longer than the model's training input. A model of text and
-    something else has its limit in its text config. `sliding_window` is no limit: such layers read longer inputs too.
+    If the config has several of the names, the smallest value counts, so that a window is never longer than the model's
+    training input. A multimodal model has its limit in its text config. `sliding_window` is not a limit, because such layers
+    can read longer inputs.
     """
     text = config.get_text_config(decoder=True)
     found = _named(text) or _named(config)
@@ -33,7 +34,7 @@ def context_of(config: Any) -> int | None:
         return None
     context = min(found)
     if "roberta" in text.model_type or text.model_type in ROBERTAS:
-        # Positions start after the padding's.
+        # Positions start after the padding token's id.
         context -= (text.pad_token_id or 0) + 1
     return context
 

@@ -14,6 +14,6 @@ def check_tasks(config: EvalConfig) -> None:
 
 
 def run_tasks(config: EvalConfig, model: Any, tokenizer: Any, context: int, batch_size: int) -> dict[str, Any]:
-    """Return {"tasks": {task: {metric: value}}, "window": context}. Collective: every rank runs all of it in step."""
+    """Return {"tasks": {task: {metric: value}}, "window": context}. Collective: over all ranks; each runs every request."""
     found = harness.run_tasks(config.tasks, config.task_path, model, tokenizer, context=context, batch_size=batch_size)
     return {"tasks": found, "window": context}

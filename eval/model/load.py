@@ -1,4 +1,4 @@
-"""Any causal language model that transformers knows, from a folder or the hub: its weights alone, none of its code."""
+"""Loading any causal language model that transformers knows, from a folder or the hub. Code in the folder is never run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voca
 
 
 def model_folder(name: str) -> str:
-    """Return the folder itself, or the hub's model of that name in the hub's cache; only safetensors are fetched.
+    """Return the folder `name`, or the cached snapshot of the hub's model `name`; only safetensors are fetched.
 
     Raises:
-        ValueError: There is neither.
+        ValueError: There is no such folder, and the hub's model cannot be fetched.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -50,7 +50,7 @@ def model_config(folder: str) -> Any:
     """Return the transformers config of a causal language model.
 
     Raises:
-        ValueError: The folder holds something else.
+        ValueError: The folder cannot be read, or the model is not a causal language model.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -64,7 +64,7 @@ def pick_device(device: str, world: World) -> torch.device:
     """Return this rank's device.
 
     Raises:
-        ValueError: The device of the config is not there.
+        ValueError: This machine does not have the device, or one is named although there are several processes.
     """
     if world.size > 1:
         if device != "auto":
@@ -83,12 +83,14 @@ def pick_device(device: str, world: World) -> torch.device:
 
 
 def load_model(folder: str, config: Any, dtype: str, world: World) -> Any:
-    """Load the model in eval mode on `world.device`, in shards if accelerate is set to FSDP. Collective.
+    """Load the model in eval mode on `world.device`, sharded if accelerate is set to FSDP.
 
     Safetensors are preferred; pickles are read only as plain tensors.
 
+    Collective: over all ranks.
+
     Raises:
-        ValueError: A weight is missing or has another shape; transformers would continue with a random one.
+        ValueError: A weight is missing or has another shape; transformers would replace it by random values.
     """
     resolved = stored_dtype(folder, config) if dtype == "auto" else getattr(torch, dtype)
     if world.size > 1 and wants_fsdp():
@@ -99,7 +101,11 @@ def load_model(folder: str, config: Any, dtype: str, world: World) -> Any:
 
 
 def load_whole(folder: str, dtype: torch.dtype) -> Any:
-    """Load the whole model on the CPU."""
+    """Load the whole model on the CPU.
+
+    Raises:
+        ValueError: The folder cannot be loaded, or a weight is missing or has another shape.
+    """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -107,7 +113,7 @@ def load_whole(folder: str, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             weights_only=True,
             output_loading_info=True,
-            # Told apart from other errors below.
+            # Mismatched sizes get their own error below.
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
@@ -126,7 +132,11 @@ def load_whole(folder: str, dtype: torch.dtype) -> Any:
 
 
 def stored_dtype(folder: str, config: Any) -> torch.dtype:
-    """Return the dtype in config.json, else that of the first floating-point tensor in the files."""
+    """Return the dtype in config.json, or else that of the first tensor in the files.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     from safetensors import safe_open

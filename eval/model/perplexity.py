@@ -1,4 +1,4 @@
-"""A finished model's figures: on WikiText by every convention in use, on a held-out split as at the end of training."""
+"""A finished model's figures: on WikiText by each usual convention, or on a run's held-out split as at its end."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from train.scoring import heldout_documents, perplexity, score_stream, token_nat
 
 USUAL_WINDOW = 2048
 LOGITS_AT_A_TIME = 1 << 26
-"""256 MiB of float32: on a CPU larger pieces take longer."""
+"""256 MiB of float32; on a CPU larger batches are slower."""
 MOST_WINDOWS = 8
 
 
 @dataclass(frozen=True)
 class Request:
-    """An evaluation, checked on rank 0 before a weight is read, and sent to the other ranks."""
+    """The settings of an evaluation. Rank 0 checks them before any weight is read, and sends them to the other ranks."""
 
     folder: str
     tokenizer: str
@@ -44,15 +44,15 @@ class Request:
     window: int
     batch_size: int
     probe: list[int]
-    """Ids of a sentence, to see that the model does not read ahead."""
+    """Token ids of a sentence, for the check that the model does not read ahead."""
 
 
 @dataclass(frozen=True)
 class WikiTokens:
-    """The text as the model reads it, by each convention.
+    """The tokens of a text, by each convention.
 
-    `tokens` [n] begin with bos. `page_tokens` [m] are the pages one after another, each with the harness's prefix token
-    in front; `page_lengths` count it.
+    `tokens` [n] begin with bos. `page_tokens` [m] are the pages one after another, each after the prefix token of
+    lm-evaluation-harness, which `page_lengths` include.
     """
 
     tokens: NDArray[np.int64]
@@ -62,9 +62,11 @@ class WikiTokens:
 
 
 def evaluate(config: EvalConfig, world: World) -> dict[str, Any]:
-    """Return perplexities and zero counts of a model, the same on every rank. Collective.
+    """Return the perplexities and zero counts of a model, the same on every rank.
 
-    A user's mistake ends all ranks with one sentence from rank 0.
+    If the user made a mistake, all ranks exit, and rank 0 prints one sentence.
+
+    Collective: over all ranks.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -93,7 +95,7 @@ def evaluate(config: EvalConfig, world: World) -> dict[str, Any]:
 
 
 def token_perplexity(folder: str, text: str) -> float:
-    """Perplexity of a model folder on a text file: disjoint windows, the type that its weights are stored in, one process.
+    """Return a model folder's token perplexity on a text file, by disjoint windows in the stored dtype, in one process.
 
     Raises:
         ValueError: The folder or the text cannot be read, or the text is shorter than a window.
@@ -110,7 +112,7 @@ def checked(config: EvalConfig) -> Request:
     """Check that model, tokenizer and windows fit together.
 
     Raises:
-        ValueError: They do not.
+        ValueError: They do not fit, or one of them cannot be loaded.
     """
     folder = model_folder(config.folder)
     loaded = model_config(folder)
@@ -143,7 +145,7 @@ def checked(config: EvalConfig) -> Request:
 
 
 def read_text(config: EvalConfig, request: Request) -> WikiTokens | PreparedData | None:
-    """Return the text to score, tokenized; None if tasks bring their own."""
+    """Return the text to score, tokenized; None if the evaluation runs tasks, which have their own texts."""
     if config.tasks:
         return None
     if config.data.source == "wikitext":
@@ -162,11 +164,15 @@ def wiki_tokens(config: EvalConfig, request: Request) -> WikiTokens:
 
 
 def tokenized(text: WikiText, tokenizer: Any, spec: str) -> WikiTokens:
-    """Return the text as a model with this tokenizer reads it; `spec` names the tokenizer in errors."""
+    """Return the tokens of a text; `spec` names the tokenizer in errors.
+
+    Raises:
+        ValueError: The tokenizer has neither bos nor eos.
+    """
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None:
         raise ValueError(f"tokenizer={spec} has no bos or eos token to begin a text with: set its bos_token.")
-    # Text that looks like a special token is text.
+    # Text that looks like a special token is still text.
     ids = tokenizer(text.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     pages = [[bos, *tokenizer.encode(as_prose(page), verbose=False)] for page in text.pages]
     return WikiTokens(
@@ -194,7 +200,7 @@ def wiki_facts(text: WikiText, tokenizer: Any, bos: int, first_page: list[int]) 
 
 
 def wikitext_figures(model: nn.Module, text: WikiTokens, request: Request, stride: int, world: World) -> dict[str, Any]:
-    """Return the four figures of a text, and its sizes. Collective."""
+    """Return the perplexities and bits per byte on a text, and the text's sizes. Collective: over all ranks."""
     window = request.window
     how: dict[str, Any] = {"width": window, "batch_size": request.batch_size, "world": world}
     disjoint = score_stream(
@@ -218,7 +224,7 @@ def wikitext_figures(model: nn.Module, text: WikiTokens, request: Request, strid
 
 
 def heldout_figures(model: nn.Module, data: PreparedData, request: Request, world: World) -> dict[str, Any]:
-    """Return the figures that the run reported for its held-out split, and those of a unigram model. Collective."""
+    """Return the figures on a held-out split that a run reports at its end, and a unigram model's. Collective: all ranks."""
     if data.by_document:
         attend_within_documents(cast(PreTrainedModel, model))
     score = score_stream(
@@ -243,7 +249,7 @@ def heldout_figures(model: nn.Module, data: PreparedData, request: Request, worl
 
 
 def zero_figures(model: nn.Module) -> dict[str, Any]:
-    """Return counts of the linear layers' weights, in all and of each layer. Collective."""
+    """Return the counts of weights and zeros in all linear layers and in each. Collective: over all ranks."""
     zeros = count_zeros(model)
     return {
         "linear_params": zeros.num_weights,
@@ -258,7 +264,7 @@ def zero_figures(model: nn.Module) -> dict[str, Any]:
 
 
 def finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures, with None for a number that JSON does not have."""
+    """Return the figures with None for infinities and NaN, which JSON does not have."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()
     }

@@ -1,4 +1,4 @@
-"""A published checkpoint of the sparsellm-1b series beside its model card and beside our plan of the same run."""
+"""Comparison of a published sparsellm-1b checkpoint with its model card and with our plan of the same run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARD_PERPLEXITY = {
     "sparsellm-1b-60p-small-dense": 22.58,
     "sparsellm-1b-80p-small-dense": 24.57,
 }
-"""The cards' perplexities on WikiText-103. The cards do not say by which convention."""
+"""The perplexities on WikiText-103 in the model cards, which do not name the convention."""
 PERPLEXITIES = ("word_perplexity", "token_perplexity", "token_perplexity_stride512")
 
 
@@ -33,7 +33,7 @@ def hub_name(series: str) -> str:
 
 
 def with_series_defaults(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of `python -m eval`; `series=NAME` adds the model's hub name and the text if neither is given."""
+    """Return the arguments of `python -m eval`; `series=NAME` adds the model's hub name and WikiText unless they are given."""
     keys = dict(argument.partition("=")[::2] for argument in arguments)
     added = []
     if series := keys.get("series"):
@@ -65,10 +65,10 @@ def check_published(config: EvalConfig) -> None:
 
 
 def planned_zeros(series: str) -> tuple[int, int]:
-    """Return the zeros and the linear weights that our plan of experiment=SERIES ends with."""
+    """Return the numbers of zeros and of linear weights at the end of our plan of experiment=SERIES."""
     from train.plan.run import plan_run
 
-    # The command's own config is composed by hydra.main, which allows no second one beside it.
+    # hydra.main has composed the command's own config and does not allow a second one at the same time.
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         plan = plan_run(composed("train", [f"experiment={series}"]), 1)
@@ -78,7 +78,7 @@ def planned_zeros(series: str) -> tuple[int, int]:
 
 
 def zeros_by_kind(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return layers, weights, zeros and share of zeros of each kind of linear layer, such as q_proj."""
+    """Return the number of layers, weights and zeros, and the share of zeros, of each kind of linear layer, such as q_proj."""
     kinds: dict[str, dict[str, Any]] = {}
     for name, zeros in figures["layer_zeros"].items():
         kind = kinds.setdefault(name.split(".")[-2], {"layers": 0, "weights": 0, "zeros": 0})
@@ -89,16 +89,16 @@ def zeros_by_kind(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def compare_with_card(series: str, figures: dict[str, Any], planned: tuple[int, int]) -> dict[str, Any]:
-    """Return a checkpoint's figures beside its card's perplexity and beside the zeros of our plan.
+    """Compare a checkpoint's figures with its card's perplexity and with the zeros of our plan.
 
     Args:
         series: The checkpoint's name in the series.
-        figures: What `evaluate` returned for it on `data=wikitext`.
-        planned: What `planned_zeros` returned for it.
+        figures: The result of `evaluate` for it on `data=wikitext`.
+        planned: The result of `planned_zeros` for it.
 
     Returns:
-        The card's perplexity, the relative difference of each perplexity from it (None if not finite), the convention
-        that is nearest to it, the shares of zeros here and in the plan, and the zeros of each kind of layer.
+        The card's perplexity, the relative difference of each measured perplexity from it (None if not finite), the nearest
+        convention, the measured and the planned share of zeros, and the zeros of each kind of layer.
     """
     card = CARD_PERPLEXITY[series]
     differences = {name: figures[name] / card - 1 for name in PERPLEXITIES if math.isfinite(figures[name])}
@@ -117,7 +117,7 @@ def compare_with_card(series: str, figures: dict[str, Any], planned: tuple[int, 
 
 
 def series_text(found: dict[str, Any], figures: dict[str, Any]) -> str:
-    """Return the comparison as two tables: perplexities beside the card's, and zeros beside the plan's."""
+    """Return the comparison as two tables: measured and published perplexities, measured and planned zeros."""
     card, planned = found["card_perplexity"], found["planned_sparsity"]
     perplexities = [
         [name, half_up(figures[name], 2), half_up(card, 2), "" if share is None else _signed(100 * share) + "%"]

@@ -1,4 +1,4 @@
-"""A model in FSDP2 shards, of which every rank reads its own rows from the files: no rank ever holds it whole."""
+"""Loading a model in FSDP2 shards: every rank reads only its own rows from the files, so none ever holds the whole model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def load_sharded(folder: str, config: Any, dtype: torch.dtype, world: World, load_whole: Callable[[], Any]) -> Any:
-    """Load the model with its rows shared out over all ranks; each decoder layer is gathered when it runs. Collective.
+    """Load the model with its rows divided among all ranks; each decoder layer is gathered when it runs.
 
-    If the files have other names or layouts than the model, such as compact files and those that transformers converts,
-    every rank loads the whole model on its CPU first (`load_whole`) and keeps its shard.
+    If tensors in the files have other names or layouts than in the model, as in compact files or files that transformers
+    converts, every rank first loads the whole model on its CPU (`load_whole`) and keeps its shard.
+
+    Collective: over all ranks.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     files = weight_files(Path(folder))
@@ -46,7 +48,7 @@ def load_sharded(folder: str, config: Any, dtype: torch.dtype, world: World, loa
 
 
 def shard(model: Any, mesh: DeviceMesh) -> Any:
-    """Apply FSDP2 over the mesh: one group for each layer that transformers calls inseparable, one for the rest."""
+    """Apply FSDP2 over the mesh: one group for each module in transformers' `_no_split_modules`, one for the rest."""
     layers = set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in layers:
@@ -55,9 +57,9 @@ def shard(model: Any, mesh: DeviceMesh) -> Any:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the safetensors file of each stored tensor; empty if there is none."""
+    """Return the safetensors file of each stored tensor; {} if the folder has no such file."""
     if (folder / INDEX).is_file():
-        # Only plain file names: an index must not lead out of its folder.
+        # Only the file's name is used, because an index must not lead out of its folder.
         stored = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / Path(file).name for name, file in stored.items()}
     single = folder / "model.safetensors"
@@ -68,7 +70,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def file_names(model: Any, stored: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return each parameter's name in the files, a shared one once; None if one is not found under its own name.
+    """Return each parameter's name in the files, tied parameters once; None if one is not found under its own name.
 
     A model of the base class stores its weights without the prefix of the causal model.
     """
@@ -85,7 +87,7 @@ def file_names(model: Any, stored: Mapping[str, Any]) -> dict[str, str] | None:
 
 @torch.no_grad()
 def read_shards(model: nn.Module, places: Mapping[str, tuple[Path, str]], device: torch.device) -> None:
-    """Put this rank's rows from the files, `places` = {parameter: (file, stored name)}, in the place of meta tensors."""
+    """Replace the meta tensors by this rank's rows from the files; `places` is {parameter: (file, stored name)}."""
     meta = dict(model.named_parameters(remove_duplicate=False))
     loaded: dict[int, nn.Parameter] = {}
     with ExitStack() as stack:
@@ -115,7 +117,7 @@ def _own_rows(rows: Any, stored: str, param: Tensor, device: torch.device) -> Te
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn an error of safetensors or the operating system into a sentence that names the file."""
+    """Turn an error of safetensors or the operating system into a ValueError that names the file."""
     try:
         yield
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""An evaluation's figures for a person."""
+"""An evaluation's figures as text for people."""
 
 from __future__ import annotations
 
@@ -87,6 +87,6 @@ def _zeros(figures: dict[str, Any]) -> list[str]:
 
 
 def block_of(name: str) -> str:
-    """Return the numbered layer of a weight, model.layers.3 of model.layers.3.mlp.up_proj.weight; else the module."""
+    """Return a weight's numbered layer, model.layers.3 for model.layers.3.mlp.up_proj.weight; its module if there is none."""
     numbered = re.match(r"(.*?\.\d+)\.", name)
     return numbered[1] if numbered else name.removesuffix(".weight")

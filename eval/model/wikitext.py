@@ -1,7 +1,7 @@
-"""WikiText, or a text of one's own read as it is: its rows, its pages, and the pages as ordinary prose.
+"""WikiText, or any other text, as the conventions of perplexity read it: by rows, by pages, and as ordinary prose.
 
-Three conventions for one text. The token-level figures read its rows as Salesforce/wikitext gives them; the word-level
-one reads its articles, as EleutherAI/wikitext_document_level cuts them and lm-evaluation-harness rewrites them.
+Token-level figures read the rows of Salesforce/wikitext. The word-level figure reads articles, divided as in
+EleutherAI/wikitext_document_level and rewritten as in lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from train.data.parts import explained
 
 REPOSITORY = "Salesforce/wikitext"
 SUBSET = "wikitext-2-raw-v1"
-"""Its test split is WikiText-103's."""
+"""The subset to read: its test split is the same as WikiText-103's."""
 BLANK_LINE = " \n"
-"""The original file's line for a row that is ''."""
+"""The line of the original file that the hub stores as an empty row."""
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _PAGE_TITLE = re.compile(r"= (?!=).*(?<!=) =")
@@ -31,7 +31,7 @@ PROSE: tuple[tuple[str, str], ...] = (
     # The tokenizer of WikiText wrote 1,000 as 1 @,@ 000.
     *((f" @{re.escape(sign)}@ ", sign) for sign in "-,."),
     *((f" {re.escape(sign)} ", f"{sign} ") for sign in ":;.!?,"),
-    # No space inside a pair.
+    # Remove spaces inside brackets and quotes.
     (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
     (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
     (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
@@ -46,15 +46,15 @@ PROSE: tuple[tuple[str, str], ...] = (
     (r" N ", " 1 "),
     (r" 's", "'s"),
 )
-"""The rewriting rules of lm-evaluation-harness's task wikitext 2.0, in its order."""
+"""The rewriting rules of the wikitext task 2.0 of lm-evaluation-harness, in the same order."""
 
 
 @dataclass(frozen=True)
 class WikiText:
-    """A text in WikiText's format; any other text is one too, most likely of a single page."""
+    """A text in WikiText's format. Any other text can be read as one, usually as a single page."""
 
     source: str
-    """As the file has it."""
+    """The contents of the file."""
 
     @cached_property
     def lines(self) -> list[str]:
@@ -62,12 +62,12 @@ class WikiText:
 
     @cached_property
     def text(self) -> str:
-        """Return the text that token-level figures score: the rows, a blank one as '', with an empty line between them."""
+        """The text that token-level figures score: all rows, blank ones as '', joined by empty lines."""
         return "\n\n".join(line if line.strip() else "" for line in self.lines)
 
     @cached_property
     def pages(self) -> list[str]:
-        """Return the articles: each begins at a title ` = Like this = `; text before the first is one as well."""
+        """The articles: each begins at a title ` = Like this = `; text before the first title is one as well."""
         starts: list[list[str]] = [[]]
         for line in self.source.split("\n"):
             if _PAGE_TITLE.fullmatch(line.strip()):
@@ -78,13 +78,13 @@ class WikiText:
 
     @property
     def num_words(self) -> int:
-        """Count the words between white space, as WikiText's size is usually given."""
+        """The number of words separated by white space, by which WikiText's size is usually given."""
         return len(self.source.split())
 
     @property
     def num_page_words(self) -> int:
-        """Count words as lm-evaluation-harness does: the pieces between white space of each page, an empty one at an end
-        included."""
+        """The number of words by lm-evaluation-harness: each page is split at white space, and empty pieces at its ends
+        count."""
         return sum(len(re.split(r"\s+", page)) for page in self.pages)
 
     @property
@@ -96,7 +96,7 @@ class WikiText:
 
 
 def as_prose(page: str) -> str:
-    """Return a page as people write: WikiText puts spaces around punctuation and inside numbers."""
+    """Return a page without the spaces that WikiText puts around punctuation and inside numbers."""
     for pattern, replacement in PROSE:
         page = re.sub(pattern, replacement, page)
     return page
@@ -106,7 +106,7 @@ def read_wikitext(config: DataConfig) -> WikiText:
     """Return the text of data.path, or the hub's test split.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The file cannot be read, or the hub's split cannot be fetched.
     """
     if config.path is None:
         text = WikiText(_from_hub(config.subset or SUBSET))
@@ -170,7 +170,7 @@ def _from_hub(subset: str) -> str:
     from huggingface_hub import constants
 
     if not (is_online := hub.is_reachable()):
-        # Both would try again for half a minute before they look into their cache.
+        # Otherwise both libraries would retry for half a minute before they look in their caches.
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         rows = datasets.load_dataset(REPOSITORY, subset, split="test")

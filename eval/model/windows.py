@@ -1,4 +1,4 @@
-"""Windows of each convention of perplexity: the tokens that are read together, and those that are scored."""
+"""The windows of each convention of perplexity: which tokens are read together, and which of them are scored."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from train.scoring import Window
 
 
 def strided_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
-    """Return windows of `window` tokens, each `stride` after the last.
+    """Return windows of `window` tokens, each beginning `stride` tokens after the previous one.
 
-    Every token but the first is scored once, after all tokens of its window before it; these are at least `window` -
-    `stride` except at the start.
+    Every token but the first is scored once. Except at the start of the text, it is predicted from at least
+    `window` - `stride` earlier tokens.
     """
     windows, scored = [], 1
     for start in range(0, num_tokens, stride):
@@ -27,8 +27,9 @@ def strided_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
 def rolling_windows(lengths: Sequence[int], context: int) -> list[Window]:
     """Return lm-evaluation-harness's windows over documents.
 
-    The documents follow one another, each `lengths[i]` tokens with the prefix token in front. Windows are disjoint,
-    with `context` inputs; the last of a document reaches back to be as long as the others.
+    Documents follow one another in the token array; document i has `lengths[i]` tokens including its prefix token. Windows
+    have `context` inputs and score disjoint tokens. The last window of a document starts earlier, so that it is as long as
+    the others.
     """
     windows, begin = [], 0
     for length in lengths:

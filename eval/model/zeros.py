@@ -1,4 +1,4 @@
-"""How many weights of a model's linear layers are exactly zero."""
+"""Counts of the weights in a model's linear layers that are exactly zero."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class ModelZeros(ZeroCount):
 
 @torch.no_grad()
 def count_zeros(model: nn.Module) -> ModelZeros:
-    """Count the zeros of each linear layer's weight, and of all of them; a weight shared with an embedding counts as that.
+    """Count the zeros in each linear layer and in all of them. A weight shared with an embedding is not counted.
 
-    Collective: the shard group.
+    Collective: over the shard group.
     """
     weights = own_linear_weights(model)
     if not weights:

@@ -1,4 +1,4 @@
-"""The figures of many finished runs: from the summaries in their folders, or from the lines of CSV files."""
+"""The figures of many finished runs, read from the summaries in their folders or from the lines of CSV files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from train.record.read import SUMMARY, read_summary
 
 UNITS = {"K": 1e3, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "%": 0.01}
 SAME_TOKENIZER = 0.03
-"""Relative difference of held-out tokens per byte that windows of another length explain; tokenizers differ by more."""
+"""The relative difference of held-out tokens per byte that another window length can cause; tokenizers differ by more."""
 
 
 def finished_runs(runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """Return the figures of every finished run that the patterns name, by the file that has them; each run once.
+    """Return the figures of every finished run that the patterns name, each run once, by the file that they come from.
 
     Raises:
         ValueError: A pattern names no finished run.
@@ -33,10 +33,10 @@ def finished_runs(runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
 
 
 def check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that the losses of the runs compare: one text and one tokenizer.
+    """Check that the losses of the runs can be compared: all runs have the same data and the same tokenizer.
 
     Raises:
-        ValueError: They do not.
+        ValueError: Data or tokenizers differ.
     """
     data = sorted({str(row["data"]) for row in rows.values() if "data" in row})
     if len(data) > 1:
@@ -57,10 +57,10 @@ def check_comparable(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def positive(where: str, row: Mapping[str, Any], key: str) -> float:
-    """Return a run's figure `key`, finite and above 0.
+    """Return a run's figure `key`, which must be finite and above 0; `where` names the run in errors.
 
     Raises:
-        ValueError: Names the run that has another or none.
+        ValueError: The run has no such figure, or it is not such a number.
     """
     if key not in row:
         raise ValueError(f"{where} has no figure {key}: leave this run out.")
@@ -71,7 +71,11 @@ def positive(where: str, row: Mapping[str, Any], key: str) -> float:
 
 
 def number_of(where: str, key: str, value: Any) -> float:
-    """Return a number, also as tables write it: 1.02B, 89.6 M, 20.00%."""
+    """Return a figure as a number; text such as 1.02B, 89.6 M or 20.00% is accepted too.
+
+    Raises:
+        ValueError: The figure is not a number.
+    """
     text = str(value).strip()
     unit = UNITS.get(text[-1:], 1.0)
     try:

@@ -1,4 +1,4 @@
-"""Which runs are meant: run folders, folders of runs, and patterns of both."""
+"""The run folders that names and patterns of folders stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def named_places(pattern: str) -> list[Path]:
     """Return the files and folders that a name or a pattern names, sorted.
 
     Raises:
-        ValueError: There is none.
+        ValueError: Nothing matches.
     """
     if Path(pattern).exists():
         return [Path(pattern)]

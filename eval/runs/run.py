@@ -1,4 +1,4 @@
-"""Runs side by side: records, figures and sample, of finished runs and of runs in progress."""
+"""Run folders as read for a comparison: records, figures and sample, of finished runs and of runs in progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.record.siblings import counterpart, has_sparse_weights
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `figures` are summary.json's; without one, those that config and records give so far."""
+    """One run folder. `figures` come from summary.json, or from config and records if the run is not finished."""
 
     name: str
     folder: Path
@@ -27,7 +27,7 @@ class Run:
     state: str
     sample: str = ""
     pair: int = 0
-    """The same number for a sparse run and its dense twin."""
+    """The number of the run's pair: a sparse run and its dense twin have the same."""
 
     @property
     def is_sparse(self) -> bool:
@@ -35,10 +35,10 @@ class Run:
 
 
 def read_runs(patterns: Sequence[str]) -> list[Run]:
-    """Return the runs that names or patterns mean, each once, in their order.
+    """Return the runs that the names or patterns match, each once, in the order of the patterns.
 
     Raises:
-        ValueError: A pattern names none.
+        ValueError: A pattern matches no run.
     """
     folders: dict[Path, None] = {}
     for pattern in patterns:
@@ -69,14 +69,14 @@ def read_run(folder: Path) -> Run:
 
 
 def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the summary's figures of a run without a summary: counts by its config, density by its last records.
+    """Return the figures of a run without a summary: counts from its config, densities from its last record.
 
-    Empty if the config is garbled, or another version of the project wrote it.
+    The result is {} if the config is garbled or was written by another version of the project.
     """
     steps = [record for record in records if "train/loss" in record]
     try:
         config = read_config(folder / CONFIG)
-        # The number of processes is not written down; if the batch depends on it, the records have the answer.
+        # The number of processes is not recorded; if the batch depends on it, the records tell the batch.
         plan = plan_run(config, 1)
     except (OSError, ValueError):
         return {}
@@ -100,7 +100,7 @@ def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def state_words(records: Sequence[Mapping[str, Any]], figures: Mapping[str, Any], metrics: Path) -> str:
-    """Say how far a run without a summary has come, and when its last record was written; whether it lives is not known."""
+    """Describe the progress of an unfinished run: its last step, and when it was recorded. The run may have ended."""
     if not records:
         return "not finished: no record yet"
     step = max(record["train/global_step"] for record in records)
@@ -110,7 +110,7 @@ def state_words(records: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]
 
 
 def distinctly_named(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs with distinct names: runs of one name get the names of the folders above."""
+    """Return the runs with distinct names: runs with the same name get their parent folders' names in front."""
     named = list(runs)
     for depth in range(2, 8):
         taken = [run.name for run in named]
@@ -122,7 +122,7 @@ def distinctly_named(runs: Sequence[Run]) -> list[Run]:
 
 
 def paired(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs with a number for each pair, from 0 in their order: a dense twin has that of its sparse run."""
+    """Return the runs with their pairs numbered from 0: a dense twin gets the number of its sparse run."""
     sizes = ("linear_params", "avg_linear_params", "total_tokens")
     known = [
         run.figures
@@ -139,5 +139,5 @@ def paired(runs: Sequence[Run]) -> list[Run]:
 
 
 def _share(record: Mapping[str, Any], key: str) -> float:
-    """Return 1 if the record of a dense run has no such share."""
+    """Return a density from a record; 1 if there is none, as for a dense run."""
     return float(record[key]) if is_number(record.get(key)) else 1.0

@@ -1,4 +1,4 @@
-"""A sweep in one picture: final loss against average linear parameters, dense runs and sparse ones."""
+"""The figure of a sweep: final loss against average linear parameters, for dense and sparse runs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ MAX_LABELLED = 24
 
 
 def sweep_points(summaries: Sequence[Figures]) -> list[tuple[float, float, float]]:
-    """Return (average linear parameters, final training loss, sparsity) of each run with a finite loss, the smallest
-    first."""
+    """Return (average linear parameters, final training loss, sparsity) of each run with a finite loss, sorted by size."""
     points = [(run["avg_linear_params"], run["final_train_loss"], run["sparsity"]) for run in summaries]
     return sorted(point for point in points if point[1] is not None and math.isfinite(point[1]))
 
 
 def draw_sweep(summaries: Sequence[Figures], path: Path, title: str) -> None:
-    """Draw finished runs from their summaries: hollow circles are dense, filled diamonds sparse, with their sparsity."""
+    """Draw finished runs: dense ones as hollow circles, sparse ones as filled diamonds labelled with their sparsity."""
     plt = pyplot()
     points = sweep_points(summaries)
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")

@@ -1,1 +1,1 @@
-"""The panels of `eval.report` as a workspace or a report of wandb."""
+"""The panels of `eval.report` as a wandb workspace or report."""

@@ -1,4 +1,4 @@
-"""Runs side by side in wandb: `python -m launch.dashboard sweep_name=SWEEP [kind=report] [dry_run=true]`."""
+"""The command `python -m launch.dashboard sweep_name=SWEEP [kind=report] [dry_run=true]`: runs side by side in wandb."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def check_possible(config: DashboardConfig) -> None:
-    """Check that the library and the account are there.
+    """Check that the library is installed and, unless it is a dry run, that a wandb key is configured.
 
     Raises:
         ValueError: One of them is missing.

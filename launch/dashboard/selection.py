@@ -1,4 +1,4 @@
-"""The wandb runs of a dashboard, found by their group, or by the ids in their folders."""
+"""The wandb runs of a dashboard, found by their group or by the wandb ids in their folders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from conf.schema import DashboardConfig, LoggerConfig
 from eval.runs.folders import named_places, run_folders
 
 UNQUOTABLE = "=<>!'\"\\"
-"""Characters that wandb-workspaces changes inside the value of a filter."""
+"""Characters that wandb-workspaces would alter in the value of a filter."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Runs of one project: those of `group`, or without one those with `run_ids`. No entity means the account's own."""
+    """The runs of one wandb project to show: those of `group`, or if that is None those with `run_ids`.
+
+    An empty entity means the account's default one.
+    """
 
     entity: str
     project: str
@@ -31,7 +34,7 @@ def select(config: DashboardConfig) -> Selection:
     """Return the runs that the configuration names.
 
     Raises:
-        ValueError: They cannot be shown together.
+        ValueError: There are no such runs, or they cannot be shown together in wandb.
     """
     if config.sweep_name is not None:
         if set(UNQUOTABLE) & set(config.sweep_name):
@@ -72,10 +75,15 @@ def wandb_id(folder: Path) -> str:
 
 
 def one_of_all(key: str, loggers: Sequence[Any], folders: Sequence[Path]) -> str | None:
-    """Return the value that all runs share.
+    """Return the value that all runs have for a key of their logger config.
+
+    Args:
+        key: The key, `entity` or `project`.
+        loggers: The logger config of each run.
+        folders: The folder of each run, for the error.
 
     Raises:
-        ValueError: Names two runs whose values differ.
+        ValueError: Values differ; the message names two such runs.
     """
     values = {logger.get(key): folder for logger, folder in zip(loggers, folders, strict=True)}
     if len(values) > 1:

@@ -1,4 +1,4 @@
-"""The list of panels as objects of wandb-workspaces. Nothing here asks the service."""
+"""The list of panels as objects of the library wandb-workspaces. Nothing here calls the wandb service."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from eval.runs.page.panels import PANELS, SECTIONS, TABLE, Panel
 from launch.dashboard.selection import Selection
 
 COLUMNS = ["run:displayName", "run:state", "run:jobType", *(f"summary:{figure}" for figure in TABLE.values())]
-"""The series' table, as columns of the table of runs."""
+"""The columns of wandb's table of runs: the figures of our table of a series."""
 MAX_RUNS = 50
-"""Runs drawn in a panel; wandb's own limit is 10."""
+"""The number of runs drawn in a panel; wandb's default is 10."""
 GRID_WIDTH, PANEL_WIDTH, PANEL_HEIGHT = 24, 12, 8
 
 
 def build_view(kind: str, title: str, selection: Selection) -> Any:
-    """Return a Workspace or a Report over the selected runs, not saved."""
+    """Return a Workspace or a Report of the selected runs, not saved yet."""
     return workspace(title, selection) if kind == "workspace" else report(title, selection)
 
 
@@ -49,7 +49,7 @@ def report(title: str, selection: Selection) -> wr.Report:
         for place, panel in enumerate(panels):
             row, column = divmod(place, GRID_WIDTH // PANEL_WIDTH)
             panel.layout = wr.Layout(x=column * PANEL_WIDTH, y=row * PANEL_HEIGHT, w=PANEL_WIDTH, h=PANEL_HEIGHT)
-        # Without entity and project the runs are those of the report's own project, and building it asks no service.
+        # Without entity and project the runs are those of the report's own project, and no call to wandb is needed.
         runset = wr.Runset(
             name=selection.words,
             filters=run_filters(selection),
@@ -92,6 +92,6 @@ def run_filters(selection: Selection) -> list[expr.FilterExpr]:
 
 def view_spec(view: Any) -> dict[str, Any]:
     """Return the JSON that `save` sends."""
-    # The library has no public name for it.
+    # The library has no public method for this.
     spec: dict[str, Any] = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     return spec

@@ -1,1 +1,1 @@
-"""The command `python -m launch.plan`, a run before it runs. Nothing here imports torch or transformers."""
+"""The command `python -m launch.plan`: what a run will cost. Nothing here imports torch or transformers."""

@@ -1,4 +1,4 @@
-"""`python -m launch.plan`: the series' table, or with experiment=NAME the forecast of that run."""
+"""The command `python -m launch.plan`: the table of a series of runs, or with experiment=NAME the forecast of one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of a plan: its own keys go to conf/plan.yaml, all others are the run's and go to conf/train.yaml."""
+"""The command line of `launch.plan`, split: the plan's own keys go to conf/plan.yaml, a run's keys to conf/train.yaml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conf.schema import Config, PlanConfig
 
 @dataclass(frozen=True)
 class Request:
-    """The plan's own keys, and the runs that it is about."""
+    """The plan's own keys, and the runs to plan."""
 
     plan: PlanConfig
     runs: list[Config]
@@ -22,7 +22,11 @@ class Request:
 
 
 def read_request(arguments: Sequence[str]) -> Request:
-    """Compose a plan's arguments: the runs of the series, or with experiment= (or model=) that one run."""
+    """Compose the plan and its runs: one run if experiment= or model= is given, otherwise those of the series.
+
+    Raises:
+        ValueError: The arguments are invalid, ask for a sweep, or name no run.
+    """
     arguments = prepared("plan", arguments)
     own_keys = {field.name for field in fields(PlanConfig)}
     own: list[str] = []

@@ -1,6 +1,6 @@
-"""Let `python -m` find our packages before a user's files of the same names.
+"""Code that lets `python -m` find our packages before a user's files of the same names.
 
-This file is run by its path, because our packages cannot be imported before it ran.
+This file is run by its path, because our packages cannot be imported before it has run.
 """
 
 import sys

@@ -1,6 +1,7 @@
-"""A tensor as its kept items and a bitmask, converted block by block by its bits; values are never interpreted.
+"""Conversion of a tensor to a bitmask and its kept items, and back, block by block.
 
-An item counts as pruned only if all of its bits are zero. -0.0, NaN payloads and denormals are kept, so nothing is lost.
+Only bits are looked at, never values: an item counts as pruned only if all of its bits are zero. -0.0, NaN payloads and
+denormals are therefore kept, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -80,7 +81,13 @@ def expand_tensor(bitmask: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
 
 
 def expand_on_device(bitmask: Tensor, kept: Tensor, numel: int) -> Tensor:
-    """Do the same as `expand` in torch; blocks are large, because each one costs a device synchronization."""
+    """Return the `numel` items on the device of `kept`.
+
+    Blocks are larger than those of `expand`, because each one costs a device synchronization.
+
+    Raises:
+        ValueError: The mask does not keep exactly the values in `kept`, or keeps weights beyond the last.
+    """
     out = torch.zeros(numel, dtype=kept.dtype, device=kept.device)
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     position, size = 0, BLOCK << 6

@@ -1,4 +1,4 @@
-"""The contents of a compact file: its tensors with their dense shapes and the places of their parts (docs/compact.md)."""
+"""The contents of a compact file: its tensors, with their dense shapes and the positions of their parts (docs/compact.md)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sparsity.common.safetensors_header import Entry, Header, checked_shape, par
 from sparsity.compact.bitmask import bitmask_bytes
 
 VERSIONS = (1, 2)
-"""The versions that this reads. It writes version 1, or 2 for a file with rounded values or row starts."""
+"""The versions that can be read. A file is written as version 1, or as 2 if it has rounded values or row starts."""
 METHOD = "sparsellm-compact"
-"""The `quant_method` in config.json, and the key of a file's metadata."""
+"""The `quant_method` in config.json, and the key of the contents in a file's metadata."""
 BITMASK, STARTS, SCALES = ".bitmask", ".bitmask_row_starts", ".bitmask_scales"
 """The endings of the names of a tensor's parts; its values have the tensor's own name."""
 SUFFIXES = (BITMASK, STARTS, SCALES)

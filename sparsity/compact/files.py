@@ -37,9 +37,17 @@ _CHUNK = 4 << 20
 def compact_file(
     source: Path, target: Path | None, dtype: str | None = None, progress: Progress = int, how: How | None = None
 ) -> list[Stored]:
-    """Write the compact form of `source` to `target` and return its tensors; if `target` is None, write nothing.
+    """Write the compact form of a file and return its tensors. Memory holds at most one tensor's kept values.
 
-    Memory holds at most one tensor's kept values. `dtype` is short for `How(dtype)`.
+    Args:
+        source: A plain safetensors file.
+        target: The file to write; None to only compute the sizes.
+        dtype: Short for `how=How(dtype)`.
+        progress: Called with the number of bytes of dense data done since the last call.
+        how: The conversion of the values, and additional parts to write; None keeps every bit.
+
+    Raises:
+        ValueError: The source is not a valid plain file, or a value cannot be rounded.
     """
     how = how or How(dtype)
     header = read_header(source)
@@ -108,7 +116,7 @@ def check_plain(path: Path, header: Header) -> None:
 def _compacted(file: BinaryIO, header: Header, how: How, progress: Progress, out: BinaryIO | None) -> Iterator[Stored]:
     """Write every tensor of `file` to `out` in its compact form, one after another; yield what was written."""
     position = 0
-    # The widest items first: masks, starts and codes are whole 64-bit words, so all tensors are aligned.
+    # Write the widest items first. Masks, starts and codes are whole 64-bit words, so all tensors are then aligned.
     order = sorted(header.entries.items(), key=lambda item: (-_final(item[1], how.dtype).item_bytes, item[1].start))
     for name, entry in order:
         final = _final(entry, how.dtype)
@@ -216,7 +224,7 @@ def _final(entry: Entry, dtype: str | None) -> Entry:
 
 
 def _room_for_header(header: Header, how: How) -> int:
-    """Return an upper bound of the compact file's header, in bytes: every tensor with every part at the highest offsets."""
+    """Return an upper bound for the bytes of the compact file's header: every tensor has every part, at the highest offsets."""
     end = sum(
         3 * max(entry.num_bytes, 8 * entry.numel) + bitmask_bytes(entry.numel) + 16 for entry in header.entries.values()
     )

@@ -1,4 +1,4 @@
-"""Conversion of a transformers folder to the compact form and back; the new folder appears only once it is complete."""
+"""Conversion of a transformers folder to the compact form and back. The new folder appears only once it is complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack",
     ".gguf", ".onnx",
 )  # fmt: skip
-"""Endings of other weight files, and of files that may be pickles."""
+"""Endings of files that are not copied: other weights, and files that may be pickles."""
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
@@ -72,10 +72,10 @@ def compact_folder(
         dtype: float32, bfloat16, float16 or float64; weights are converted to it first. None keeps every bit.
         progress: Called with the total number of bytes; its result is called with the bytes done since the last call.
         rounding: How the kept values of sparse tensors are rounded to 8 or 4 bits; None keeps every bit.
-        row_starts: Whether to write the number of kept weights before each row too.
+        row_starts: Whether to also write the number of kept weights before each row.
 
     Raises:
-        ValueError: The source cannot be converted, or `out` is taken or its disk too full.
+        ValueError: The source cannot be converted, `out` exists, or its disk is too full.
     """
     source, out = checked_places(source, out)
     files, config = weight_files(source), read_config(source)
@@ -113,10 +113,15 @@ def compact_folder(
 def expand_folder(source: str | Path, out: str | Path, progress: Callable[[int], Progress] | None = None) -> Folder:
     """Write the plain form of the compact folder `source` to the new folder `out`, for use without this package.
 
-    Every tensor has the bits that it had before it was made compact, unless its values were converted or rounded then.
+    Every tensor gets back its original bits, unless its values were converted or rounded when it was made compact.
+
+    Args:
+        source: A compact folder.
+        out: A folder that does not exist; it appears only once it is complete.
+        progress: Called with the total number of bytes; its result is called with the bytes done since the last call.
 
     Raises:
-        ValueError: The source is not compact or is damaged, or `out` is taken or its disk too full. `out` does not appear.
+        ValueError: The source is not compact or is damaged, `out` exists, or its disk is too full.
     """
     source, out = checked_places(source, out)
     files, config = weight_files(source), read_config(source)
@@ -223,7 +228,7 @@ def _converted(
 
 
 def _copy_others(source: Path, target: Path, done: set[str]) -> list[str]:
-    """Copy tokenizer, cards and other files; return those left out: weights, pickles, links that lead out of the folder."""
+    """Copy tokenizer, card and other files; return those left out: weights, pickles, links that lead out of the folder."""
     left = []
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)

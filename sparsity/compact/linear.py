@@ -18,7 +18,7 @@ _ALIGNMENT = 256
 
 
 class SparseLinear(nn.Module):
-    """An `nn.Linear` that holds only its kept weights, and one more byte for each kept weight's column.
+    """An `nn.Linear` that holds only its kept weights, plus one byte for the column of each.
 
     A few rows of input are multiplied directly by the kept weights: up to `product.MOST_VECTORS` on a GPU, and
     `product.MOST_VECTORS_ON_CPU` on a CPU with numba. For more rows, the matrix is unpacked a tile at a time. The layer has no
@@ -91,11 +91,11 @@ class SparseLinear(nn.Module):
 
 
 def most_density_for(device: torch.device) -> float:
-    """Return the largest density at which the sparse product is worth using, by measurements.
+    """Return the largest density at which measurements favour the sparse product.
 
-    On an H100, where kernels start early, it is 1.3 and 1.4 times as fast as a dense one at 0.5. An H200 without early starts
-    took 0.6 to 0.8 of cuBLAS's time at 0.3 and up to 1.3 at 0.5. On a CPU it is 1.06 to 1.2 times as fast at 0.25 and
-    0.9 to 1.0 times at 0.3.
+    On an H100, where kernels start early, the sparse product is 1.3 and 1.4 times as fast as a dense one at 0.5. An H200
+    without early starts took 0.6 to 0.8 of cuBLAS's time at 0.3 and up to 1.3 at 0.5. On a CPU the sparse product is 1.06 to
+    1.2 times as fast as a dense one at 0.25, and 0.9 to 1.0 times at 0.3.
     """
     if device.type == "cpu":
         return MOST_DENSITY_ON_CPU
@@ -109,12 +109,16 @@ def most_density_for(device: torch.device) -> float:
 def sparse_linears_(model: nn.Module, most_density: float | None = None, group: bool = True) -> list[str]:
     """Replace each sparse linear layer by a `SparseLinear`, one at a time; return the layers' names.
 
-    Layers that share their weight with another module, subclasses of nn.Linear, and layers denser than `most_density` stay.
+    Layers that share their weight with another module, subclasses of nn.Linear, and layers denser than `most_density` are
+    not replaced.
 
     Args:
         model: A module with its weights.
         most_density: The largest share of kept weights at which a layer is replaced; None: `most_density_for` its device.
         group: Whether projections of the same input become one matrix (`sparsity.compact.groups`).
+
+    Raises:
+        ValueError: The model itself is a linear layer.
     """
     from sparsity.compact.groups import group_linears_
 
@@ -161,7 +165,7 @@ def replace_(model: nn.Module, name: str, layer: nn.Module) -> None:
 def share_storage_(layers: Sequence[SparseLinear]) -> None:
     """Move the buffers of all layers into one storage for each device.
 
-    An allocator rounds the size of each tensor up: on a GPU by half a megabyte, some 13 MB for a 1B model.
+    An allocator rounds up the size of each tensor: on a GPU by half a megabyte, which adds up to 13 MB for a 1B model.
     """
     by_device: dict[torch.device, list[tuple[SparseLinear, str, Tensor]]] = {}
     for layer in layers:

@@ -1,8 +1,8 @@
 """Support for compact folders in transformers: a quantizer that expands masks and values into dense parameters.
 
-transformers loads tensor by tensor as always, with its `device_map` and `dtype`. The result is a plain model, and
-`save_pretrained` writes a plain folder. With `CompactWeights(dequantize=False)` sparse linear layers are then replaced by
-`SparseLinear` one by one, for inference.
+transformers loads tensor by tensor as usual, with its `device_map` and `dtype`. The result is a plain model, and
+`save_pretrained` writes a plain folder. With `CompactWeights(dequantize=False)`, sparse linear layers are afterwards replaced
+by `SparseLinear` one by one, for inference.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class CompactWeights(QuantizationConfigMixin):
             self.group = False
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Return the settings that an argument of `from_pretrained` adds to the folder's own config."""
+        """Return the settings of an argument of `from_pretrained` that override the folder's config."""
         return {"dequantize": self.dequantize, "group": self.group}
 
 
@@ -100,7 +100,7 @@ class CompactLoader(HfQuantizer):
         if not checkpoint_files:
             raise ValueError("A compact model is loaded from its folder: give from_pretrained that, and no state_dict.")
         expected = model.state_dict()
-        # Models with their own plan of types keep some weights in float32.
+        # A model with its own dtype plan keeps some weights in float32.
         self.dtypes = {} if model._get_dtype_plan(dtype) else {name: p.dtype for name, p in model.named_parameters()}
         names: dict[str, str] = {}
         for file in checkpoint_files:
@@ -124,7 +124,8 @@ class CompactLoader(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Keep the type of codes and scales, so that values are rounded to the model's type only once."""
-        is_rounded = _expands(converter) and any(tensor.scales is not None for tensor in self.sparse)
+        is_ours = _expands(converter) or stacking_of(converter) is not converter
+        is_rounded = is_ours and any(tensor.scales is not None for tensor in self.sparse)
         return None if is_rounded else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -193,7 +194,7 @@ def expansions(sparse: Sequence[str], conversions: Iterable[Any], keep_scales: b
                         f"{name} is merged or split while it is loaded, which compact tensors cannot be: expand the folder "
                         "with `python -m eval.compact model=DIR out=OUT expand=true` and load that."
                     )
-    # An empty match before exactly these names, so that transformers handles dense tensors itself.
+    # The pattern matches only at these names, so that transformers handles dense tensors itself.
     values = f"^(?=(?:{'|'.join(map(re.escape, names))})$)"
     return [WeightConverter([*map(_part, SUFFIXES), values], "", [ExpandBitmask(keep_scales)])]
 

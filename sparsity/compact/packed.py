@@ -1,4 +1,4 @@
-"""The kept weights of a matrix in an order that a GPU multiplies fast: each has its value and one byte for its column.
+"""The kept weights of a matrix in an order that a GPU multiplies fast: a value and one byte for the column of each.
 
 A row's kept weights are split into `8 * num_chunks` groups of `lanes` consecutive weights; each row has its own `lanes`. A
 group has a base, at or shortly before the column of its first weight, and the byte of a weight is its distance from the base.
@@ -10,9 +10,9 @@ Eight groups form a chunk, in which lane l of a warp holds weight l of every gro
 
 So a lane reads 8 values and 8 bytes at once, and at each step the 32 lanes read nearby elements of the vector, which are in
 few cache lines. Bases are bytes if rounding them down to multiples of `1 << shift` still leaves distances below 256; otherwise
-they are exact, in int16 or int32. A row ends in up to `8 * num_chunks - 1` fillers, recognized by values with no bits set:
-every kept weight has some. If groups would need far more chunks to span less than 256 columns, the matrix stores columns
-instead of distances and has no bases.
+they are exact, in int16 or int32. A row ends in up to `8 * num_chunks - 1` fillers. Their values have no bits set, whereas
+every kept weight has at least one. If groups would need far more chunks to span less than 256 columns, the matrix stores
+columns instead of distances and has no bases.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Packed:
 
 
 def pack(weight: Tensor) -> Packed:
-    """Pack the kept weights of a matrix: all whose bits are not all 0, so that `unpack` is exact.
+    """Pack the kept weights of a matrix: those with at least one bit set, so that `unpack` is exact.
 
     Args:
         weight: A matrix on any device, of a floating-point type.

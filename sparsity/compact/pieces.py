@@ -1,4 +1,4 @@
-"""The parts of a tensor in a compact file, before they have a place in the file."""
+"""The parts of a tensor for a compact file, before their position in the file is known."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BITS_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class How:
-    """Options of what is written instead of, or in addition to, the exact kept values.
+    """The options of a conversion: what is written instead of, or in addition to, the exact kept values.
 
     Args:
         dtype: F64, F32, F16 or BF16; floating-point tensors are converted to it first. None keeps every bit.
         rounding: How the kept values of sparse floating-point tensors are rounded; None keeps every bit.
-        row_starts: Whether to write the number of kept weights before each row too, for readers of single rows.
+        row_starts: Whether to also write the number of kept weights before each row, for readers of single rows.
     """
 
     dtype: str | None = None
@@ -36,7 +36,7 @@ class Pieces:
     """A tensor ready to be written: its values in pieces, and its other parts if it is sparse."""
 
     entry: Entry
-    """The entry of the values, without their place in the file."""
+    """The entry of the values, without their position in the file."""
     values: Iterable[np.ndarray]
     bitmask: np.ndarray | None = None
     starts: np.ndarray | None = None
@@ -62,10 +62,10 @@ def sparse_pieces(bitmask: np.ndarray, kept: list[np.ndarray], final: Entry, how
         bitmask: The tensor's mask.
         kept: The kept values in pieces, as unsigned integers.
         final: The entry of the dense tensor.
-        how: The options of what is written.
+        how: The options of the conversion.
 
     Raises:
-        ValueError: Values are to be rounded and are not all finite.
+        ValueError: A value to be rounded is not finite.
     """
     num_kept = sum(piece.size for piece in kept)
     rounding = how.rounding if final.dtype in TORCH else None

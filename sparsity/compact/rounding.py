@@ -20,7 +20,7 @@ from sparsity.compact.bitmask import bitmask_bytes
 BITS_OF_VALUES = {"int8": 8, "int4": 4}
 GROUP_OF_INT4 = 64
 _FRACTIONS = tuple(1 - step / 24 for step in range(13))
-"""The shares of the largest magnitude that a scale may cover: clipping a few values gives the others finer steps."""
+"""The shares of the largest magnitude that are tried as a scale's range: clipping a few values gives the others finer steps."""
 _AT_A_TIME = 1 << 20
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 _COUNTS = torch.tensor([byte.bit_count() for byte in range(256)])
@@ -92,7 +92,7 @@ def restore_values(codes: Tensor, scales: Tensor, sizes: Tensor) -> Tensor:
 
 
 def stored_codes(codes: Tensor, rounding: Rounding) -> np.ndarray:
-    """Return codes as a file holds them: int8, or two in a byte with the first in the low half.
+    """Return codes as they are stored in a file: int8, or two in a byte with the first in the low half.
 
     The shape is [bytes], or [groups, bytes of a group]. The end is padded with zeros, so that each list or group takes a
     multiple of 8 bytes.
@@ -128,7 +128,7 @@ def segment_sizes(kept: int, group: int, rows: Tensor | None) -> Tensor:
     if not group:
         assert rows is not None
         return rows
-    # An explicit device, because transformers builds models while the default device is meta.
+    # The device is explicit, because transformers builds models while the default device is meta.
     device = "cpu" if rows is None else rows.device
     sizes = torch.full((-(-kept // group),), group, dtype=torch.int64, device=device)
     if kept % group:
@@ -148,7 +148,11 @@ def restore_stored(bitmask: Tensor, stored: Tensor, scales: Tensor, shape: tuple
 
 
 def row_counts(bitmask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Count the kept weights of each row, int64 [rows]; rows run along the last dimension."""
+    """Count the kept weights of each row, int64 [rows]; rows run along the last dimension.
+
+    Raises:
+        ValueError: The mask does not fit the shape.
+    """
     numel, columns = math.prod(shape), shape[-1] if shape else 1
     if bitmask.numel() != bitmask_bytes(numel):
         raise ValueError(f"a bitmask of {bitmask.numel()} bytes is not of a tensor of shape {shape}")

@@ -19,7 +19,7 @@ from sparsity.compact.packed import Packed
 
 
 class Shape(NamedTuple):
-    """Rows of a program, chunks of a row that it reads at once, and its number of warps."""
+    """The size of a program: its rows, the chunks of a row that it reads at once, and its warps."""
 
     rows: int
     chunks: int
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
 
 MANY_CHUNKS = 1 << 13
-"""So many chunks are enough work for all warps of a GPU."""
+"""This many chunks are enough work for all warps of a GPU."""
 
 
 def shape_for(num_rows: int, num_chunks: int) -> Shape:
@@ -74,10 +74,10 @@ def multiply(  # type: ignore[no-untyped-def]
         if EARLY:
             # Only x may come from the kernel before; loads of the first step's weights have been issued by now.
             gdc_wait()
-        # Without a weight the column is 0. Columns are unsigned, because a signed sum costs a second 64-bit addition.
+        # If there is no weight, the column is 0. Columns are unsigned, because a signed sum costs a second 64-bit addition.
         found = tl.load(x + (column[:, :, :, :, None] * VECTORS + vector[None, None, None, None, :])).to(tl.float32)
         if HAS_SCALES:
-            # Equal to a conversion, which has only a quarter of an addition's throughput.
+            # This equals a conversion, whose throughput is only a quarter of an addition's.
             number = (value.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
         else:
             number = value.to(tl.float32)
@@ -101,7 +101,7 @@ def spmv(
         packed: W.
         x: Vectors on W's device, in any floating-point type, which the result has too.
         bias: One number for each row of W.
-        shape: How the work is split; None: `shape_for`.
+        shape: The size of each program; None: `shape_for`.
         early: Whether to start before the previous kernel in the stream ends, reading weights meanwhile; None:
             `can_start_early`. The weights must have been written before that kernel was launched.
 

@@ -14,7 +14,7 @@ from sparsity.select.histograms import num_bins
 from sparsity.shards import to_device
 
 MOST_COUNTED = 64
-"""If a range has at most so many different keys, each is counted and none is collected."""
+"""If a range has at most this many different keys, they are counted and not collected."""
 HistogramOfKeys = Callable[[Tensor, int, int, int], Tensor]
 """Function of keys int32 [n], lo, hi and shift: counts int64 [bins] of lo .. hi - 1 in bins of 2^shift keys."""
 

@@ -69,9 +69,9 @@ def prune_smallest_(
 
     Args:
         shards: This rank's shards of the parameters that compete.
-        num_pruned: How many weights of the full parameters are pruned afterwards.
+        num_pruned: The number of weights of the full parameters that are pruned afterwards.
         score: The score that ranks weights.
-        layout: Which ranks hold the other shards; None: this rank holds all.
+        layout: The ranks that hold the other shards; None if this rank holds all of them.
 
     Returns:
         The threshold, or None if nothing is to be pruned.

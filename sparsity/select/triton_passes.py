@@ -109,7 +109,7 @@ def radix_select(
         hi: The key after the last of the range.
         ranks: int64 [ranks] on the device, counted from 1. For a rank that is too small or too large, the bin is arbitrary.
         spacing_bits: The number of low bits that are 0 in every key.
-        num_digits: Stop after so many digits of 12 bits; None: continue until bins are single keys.
+        num_digits: The number of 12-bit digits after which to stop; None: continue until bins are single keys.
 
     Returns:
         int64 [ranks, 3] with the bin of each rank, the number of keys in lower bins and the number in it; and log2 of the

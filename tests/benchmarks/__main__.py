@@ -1,12 +1,13 @@
-"""Run all benchmarks one after the other, each beside its peers: the figures that `docs/speed.md` explains.
+"""Run all benchmarks one after the other, each compared with its peers: `docs/speed.md` explains their figures.
 
         python -m tests.benchmarks             minutes, on any machine; also the figures of its GPU, if it has one
     python -m tests.benchmarks --all       the real models' sizes, many ranks, the memory model
-    python -m tests.benchmarks --gpu       what needs a GPU, and nothing else
+    python -m tests.benchmarks --gpu       only those that need a GPU
 
-Each can be run alone as well, `python -m tests.benchmarks.selection --help` and so on.
-The benchmarks use random tokens and no network. If packages of one are not installed, it is skipped by name. If one fails
-or misses a goal, the others still run. The last lines say how each went. Exits with 1 unless all that ran reached their goals.
+Each can also be run alone: `python -m tests.benchmarks.selection --help` and so on.
+The benchmarks use random tokens and no network. A benchmark whose packages are not installed is skipped and named. If one
+fails or misses a goal, the others still run. The last lines say how each went. Exits with 1 unless all that ran reached
+their goals.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Benchmark:
     name: str
     arguments: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    """Packages beside torch, transformers and accelerate."""
+    """The packages that it needs in addition to torch, transformers and accelerate."""
 
 
 CONFIGURED = ("hydra", "omegaconf")
@@ -54,7 +55,7 @@ ON_GPU = (
 
 
 def chosen(everything: bool, gpu_alone: bool, has_gpu: bool) -> list[Benchmark]:
-    """Return the benchmarks to run, each once, in the longest form that was asked for."""
+    """Return the benchmarks to run, each once, in the longest form requested."""
     on_any = [*QUICK, *LONG] if everything else list(QUICK)
     found = ON_GPU if gpu_alone else [*on_any, *((EVENT, THROUGHPUT) if has_gpu else ())]
     return list({benchmark.name: benchmark for benchmark in found}.values())

@@ -1,11 +1,11 @@
-"""Measure everything around a step, from the launcher's import to the finished model, beside the same done by hand.
+"""Measure everything around a step, from the launcher's import to the finished model, against the same done by hand.
 
     python -m tests.benchmarks.around [--scale 1.0] [--rounds 3]     -> runs/bench/around.json
 
-This covers imports, start-up to the first step, tokenizing, loading, scoring and exporting, with one thread a process, and
-text and weights made here. The two of a pair take turns and the best round of each counts. The launcher's import is given
-in processor seconds, so that other work on the machine does not count. Exits with 1 if it takes 0.6 of them or more, or
-imports torch.
+This covers imports, start-up to the first step, tokenizing, loading, scoring and exporting, with one thread per process.
+Text and weights are made here. The two sides of a pair take turns, and the best round of each counts. The launcher's import
+is given in processor seconds, so that other work on the machine does not count. Exits with 1 if it takes 0.6 of them or
+more, or imports torch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def best_in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: in
 
 
 def tokenizing(scale: float, rounds: int, folder: Path) -> Comparison:
-    """Turn documents into ids with separators, against the tokenizers library alone."""
+    """Turn documents into ids with separators, against only the tokenizers library."""
     from tokenizers import Tokenizer
 
     from train.data.pack import _batches, encoder

@@ -1,4 +1,4 @@
-"""Parts that the benchmarks share: rows of runs/bench/*.json, the table, this machine, and this process's memory."""
+"""The parts that the benchmarks share: rows of runs/bench/*.json, the table, this machine, and this process's memory."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from typing import Any
 
 RESULTS = Path("runs/bench")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-# One memory arena, with every block of more than a few pages mapped by itself, so that freed memory leaves the resident set.
-# In the heap such a block would land among different free pages each time, and all of them would stay resident.
+# One memory arena, in which every block of more than a few pages is mapped by itself, so that freed memory leaves the
+# resident set. In the heap such a block would use other free pages each time, and all of these would stay resident.
 EXACT_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "32768"}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measurement beside its baseline; `details` are further keys of the row."""
+    """One measurement and its baseline; `details` are further keys of the row."""
 
     name: str
     seconds: float
@@ -69,7 +69,7 @@ def machine() -> dict[str, Any]:
 
 
 def command() -> str:
-    """Return this process's command, as one would type it."""
+    """Return this process's command as a user would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return shlex.join(["python", "-m", spec.name, *sys.argv[1:]] if spec else sys.argv)
 
@@ -82,12 +82,12 @@ def devices() -> list[str]:
 
 
 def can_compile(device: str) -> bool:
-    """Return whether torch.compile can be measured on a CPU here, which needs a C++ compiler."""
+    """Return whether torch.compile can be measured here; on a CPU it needs a C++ compiler."""
     return device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def write_rows(rows: Sequence[dict[str, Any]], output: Path) -> None:
-    """Write the file of a benchmark: each row with the command and machine that it comes from."""
+    """Write the file of a benchmark: its rows, each with the command and the machine that made it."""
     where = {"command": command(), **machine()}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps([{**row, **where} for row in rows], indent=2) + "\n")
@@ -106,13 +106,13 @@ def processor() -> str:
 
 
 def publish(comparisons: Sequence[Comparison], output: Path, columns: Sequence[str] = ()) -> None:
-    """Write the rows and print them as a table, with `columns` of their details."""
+    """Write the rows, and print them as a table that shows the details named in `columns`."""
     write_rows([comparison.row() for comparison in comparisons], output)
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        # A bare machine with a GPU may lack rich; the file has everything.
+        # rich may not be installed on a machine with a GPU; the file has everything.
         print(output.read_text())
         return
 
@@ -128,7 +128,7 @@ def publish(comparisons: Sequence[Comparison], output: Path, columns: Sequence[s
 
 
 def finish(missed: Sequence[str]) -> None:
-    """Exit with 1 and the sentences if goals were missed."""
+    """Exit with code 1 and the sentences in `missed`, if there are any."""
     if missed:
         raise SystemExit(" ".join(missed))
 
@@ -140,7 +140,7 @@ def _cell(value: Any) -> str:
 
 
 def in_process(module: str, function: str, *arguments: object, **environment: str) -> Any:
-    """Return `module.function(*arguments)` of a fresh process with one thread; arguments and value travel as JSON."""
+    """Return `module.function(*arguments)`, computed in a new process with one thread; values are sent as JSON."""
     call = (
         f"import json; from importlib import import_module; body = import_module({module!r}).{function}; "
         f"print(json.dumps(body(*json.loads({json.dumps(arguments)!r}))))"
@@ -179,7 +179,7 @@ def synchronize(device: str) -> None:
 
 
 def mark(device: str) -> Any:
-    """Record a point in time of the device; on a GPU the host does not wait for it."""
+    """Record a point in the device's time; on a GPU the host does not wait for it."""
     if device != "cuda":
         return time.perf_counter()
     import torch
@@ -201,7 +201,7 @@ def laps_between(marks: Sequence[Any], device: str) -> list[float]:
 
 
 def peak_beyond(body: Callable[[], Any], device: str = "cpu") -> int | None:
-    """Return how far the peak during a call exceeds the memory in use before, or None if it cannot be measured."""
+    """Return by how much the peak during a call exceeds the memory used before, or None if it cannot be measured."""
     if device == "cuda":
         import torch
 
@@ -209,7 +209,7 @@ def peak_beyond(body: Callable[[], Any], device: str = "cpu") -> int | None:
         before = torch.cuda.memory_allocated()
         body()
         return torch.cuda.max_memory_allocated() - before
-    # This comes first, because held pages cannot be given back.
+    # This comes first, because locked pages cannot be given back.
     give_back_free_memory()
     with held_pages():
         if not reset_peak():
@@ -239,9 +239,9 @@ def reset_peak() -> bool:
 
 
 def give_back_free_memory() -> None:
-    """Collect reference cycles, and make glibc's malloc return its free memory.
+    """Collect reference cycles, and make glibc's malloc return its free memory to the system.
 
-    A measurement that reuses such memory, or during which it is freed, would seem to take less.
+    A measurement that reuses free memory, or during which it is returned, would seem to take less.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -253,7 +253,7 @@ def give_back_free_memory() -> None:
 def held_pages() -> Iterator[None]:
     """Lock this process's pages in memory, if Linux allows it.
 
-    If the system took back pages of code during a measurement, they would hide as many pages of its own.
+    If the system took back pages of code during a measurement, as many pages of data would go unnoticed.
     """
     if sys.platform != "linux":
         yield

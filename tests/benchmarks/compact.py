@@ -1,11 +1,11 @@
-"""Compare the compact checkpoint with the other things to do with a sparse model's file: copy it, or gzip or zstd it.
+"""Compare the compact checkpoint with other ways to store a sparse model's file: to copy it, or to gzip or zstd it.
 
     python -m tests.benchmarks.compact [--numel 100000000] [--sparsity 0.8] [--rounds 3]   -> runs/bench/compact.json
 
 Seconds are the processor time of one thread, its system calls included, so that neither the disk nor other work counts.
 Files are in the page cache and are synced. The best round of each method counts, and the tensors that it gives back are
-compared. Rates are megabytes of dense data a second. Extra memory (the peak of the process beyond what it used before)
-comes from a process of its own with exact malloc settings. Exits with 1 if a goal is missed.
+compared with the original ones. Rates are megabytes of dense data per second. Extra memory (the peak of the process beyond
+what it used before) is measured in a separate process with exact malloc settings. Exits with 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def write_dense(path: Path, numel: int, sparsity: float, dtype: str, num_tensors: int = 8) -> int:
-    """Write `numel` weights in equal tensors with that share of zeros; return the bytes of a tensor."""
+    """Write `numel` weights in tensors of equal size, `sparsity` of them zero; return the bytes of a tensor."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for index in range(num_tensors):
@@ -89,7 +89,7 @@ def sync(path: Path) -> None:
 
 
 def core_seconds(body: Callable[[], object]) -> float:
-    """Return the processor time of a call, with that of the processes it runs."""
+    """Return the processor time of a call and of the processes that it runs."""
 
     def spent() -> float:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -101,7 +101,7 @@ def core_seconds(body: Callable[[], object]) -> float:
 
 
 def methods(folder: Path) -> dict[tuple[str, str], Callable[[], object]]:
-    """Return the calls to time, by task and method; each reads the file that the method's write left."""
+    """Return the calls to time, by task and method; each method reads the file that it wrote."""
     plain, target = folder / "plain", folder / "target"
     found: dict[tuple[str, str], Callable[[], object]] = {
         ("compact", "ours"): partial(compact_file, plain, folder / "ours"),
@@ -141,7 +141,7 @@ def _files(place: Path) -> dict[str, str]:
 
 
 def extra_bytes(folder: str, numel: int, sparsity: float, dtype: str, num_tensors: int = 8) -> dict[str, int | None]:
-    """Return the peaks of writing and reading beyond the memory used before, and the size of a tensor."""
+    """Return by how much the peaks of writing and reading exceed the memory used before, and the size of a tensor."""
     torch.set_num_threads(1)
     place = Path(folder)
     found: dict[str, int | None] = {}

@@ -1,18 +1,18 @@
-"""Measure decoding of one sequence with sparse weights on a GPU, by layer and by token, beside dense weights.
+"""Measure decoding of one sequence with sparse weights on a GPU, by layer and by token, against dense weights.
 
     python -m tests.benchmarks.decode [--cpu | --rehearse] [--generate] [--seconds 60] [--output FILE] -> runs/bench/decode.json
 
-It first measures tokens a second and memory of the 1B at 80 %: dense, sparse, and sparse with values rounded to int8. Each is
-captured in one CUDA graph, once with a step's small operations in fused kernels (`tests/benchmarks/decode_kernels.py`) and once
-with torch's. Then come the 1B's layers at several densities: our kernel beside `F.linear` in bf16, all captured in one graph;
+It first measures tokens per second and memory of the 1B at 80 %: dense, sparse, and sparse with values rounded to int8. Each
+is captured in one CUDA graph, once with a step's small operations in fused kernels (`tests/benchmarks/decode_kernels.py`) and
+once with torch's. Then come the 1B's layers at several densities: our kernel and `F.linear` in bf16, captured in one graph;
 each launch reads weights that are in no cache. Then come several vectors, torch's CSR product, and 2:4 at a density of 0.5 (its
 vector is padded to 8). Last comes transformers' `model.generate` (`tests/benchmarks/decode_generate.py`); `--generate` measures
-it alone, and takes some minutes on a GPU, since each form of the model is compiled.
+only that, and takes some minutes on a GPU, because each form of the model is compiled.
 
-`of_bound` is the time to read the bytes of a launch at the speed of a copy, as a share of the time it takes. If a part fails,
-or would begin after `--seconds`, the file has a line with the reason. `--cpu` measures layers and two blocks on one thread, in
-processor seconds. `--rehearse` does the same as on a GPU at a tiny size on a CPU, under Triton's interpreter if Triton is
-installed: its seconds mean nothing. Missed goals are named at the end, and the exit code is then 1, but never in a rehearsal.
+`of_bound` is the time to read the bytes of a launch at the speed of a copy, divided by the time that the launch takes. If a
+part fails, or would begin after `--seconds`, the file has a line with the reason. `--cpu` measures layers and two blocks on one
+thread, in processor seconds. `--rehearse` does the same as on a GPU, but at a tiny size on a CPU, with Triton's interpreter if
+Triton is installed: its seconds mean nothing. Missed goals are named at the end, with exit code 1, but not in a rehearsal.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ NUM_TOKENS = 40
 GOALS = {("2048 x 8192", 0.2): 2.5, ("32000 x 2048", 0.2): 2.5, ("2048 x 8192", 0.5): 1.3, ("32000 x 2048", 0.5): 1.3}
 TOKENS_GOAL, MEMORY_GOAL = 2.0, 0.85e9
 MORE_THAN_CACHES = 150_000_000
-"""Bytes of all copies of a weight that take turns, so that none is in the cache; an H200's L2 has 60 MB."""
+"""The bytes of all copies of a weight together. They take turns, so that none is in the cache; an H200's L2 has 60 MB."""
 MORE_THAN_CPU_CACHES = 80_000_000
 """The same for dense weights on a CPU with 32 MB of third-level cache."""
 
 
 class Rows:
-    """Rows of the file, which is written after each; a part that fails or comes too late leaves a row with the reason."""
+    """The rows of the file, which is written after each row. A part that fails or is too late gives a row that says why."""
 
     def __init__(self, output: Path, seconds: float) -> None:
         self.output, self.deadline = output, time.monotonic() + seconds
@@ -82,7 +82,7 @@ class Rows:
 
 
 def seconds_of_each(calls: Sequence[Call], device: str, rounds: int = 7) -> float:
-    """Return the median seconds of one of `calls` run in a row: on a GPU as one captured graph, after all ran once."""
+    """Return the median seconds per call of `calls` run in sequence, after a warm-up; on a GPU as one captured graph."""
     for call in calls:
         call()
     if device == "cpu":
@@ -117,7 +117,7 @@ def replayed(graph: torch.cuda.CUDAGraph, rounds: int) -> float:
 
 
 def turns(nbytes: int, device: str) -> int:
-    """Return how many copies of `nbytes` bytes take turns."""
+    """Return the number of copies of `nbytes` bytes that take turns."""
     return 1 if device == "cpu" else min(96, max(4, -(-MORE_THAN_CACHES // nbytes)))
 
 
@@ -145,7 +145,7 @@ def product(kernel: Any, packed: Packed, x: Tensor, shape: Any = None) -> Call:
 
 
 class Layer:
-    """A matrix of the 1B at one density; dense seconds are measured once for its size."""
+    """A matrix of the 1B at one density; the dense seconds are measured once per size."""
 
     def __init__(self, rows: int, columns: int, density: float, device: str) -> None:
         self.name = f"{rows} x {columns}"
@@ -174,7 +174,7 @@ def measure_layer(rows: Rows, layer: Layer, kernel: Any, dense: float, bandwidth
 
 
 def measure_vectors(rows: Rows, layer: Layer, kernel: Any) -> None:
-    """Measure from how many vectors on the dense product is faster."""
+    """Measure the number of vectors from which the dense product is faster."""
     packed = pack(layer.weight)
     all_copies = copies(packed, turns(packed.nbytes, layer.device))
     weights = [layer.weight, *(layer.weight.clone() for _ in range(turns(layer.weight.nbytes, layer.device) - 1))]
@@ -188,7 +188,7 @@ def measure_vectors(rows: Rows, layer: Layer, kernel: Any) -> None:
 
 
 def measure_csr(rows: Rows, layer: Layer, dense: float) -> None:
-    """Measure torch's CSR product without a graph, since cuSPARSE may allocate; a launch is queued while one runs."""
+    """Measure torch's CSR product without a graph, because cuSPARSE may allocate; launches are queued back to back."""
     weight, x = layer.weight.to_sparse_csr(), layer.x.t().contiguous()
     weight @ x
     end = queue_timer(layer.device)
@@ -218,7 +218,7 @@ def queue_timer(device: str) -> Callable[[], float]:
 
 
 class Tokens:
-    """One way of decoding: seconds of a captured step, its tokens, and the time of its kernels."""
+    """One way of decoding: the seconds of a captured step, the tokens it gives, and the time of its kernels."""
 
     def __init__(self, model: Decoder, device: str, is_fused: bool) -> None:
         from sparsity.compact.spmv import can_start_early
@@ -249,7 +249,7 @@ class Tokens:
         self.seconds = replayed(self.graph, 50)
 
     def kernels(self) -> dict[str, list[float]]:
-        """Return the ten kernels that take most of a step, with their microseconds and launches a step."""
+        """Return the ten kernels that take the most time of a step, with their microseconds and launches per step."""
         if self.graph is None:
             return {}
         from torch.profiler import ProfilerActivity, profile
@@ -265,7 +265,7 @@ class Tokens:
 
 @torch.no_grad()
 def measure_model(rows: Rows, size: Size, head: int, device: str, bandwidth: float) -> None:
-    """Measure tokens a second and memory: dense, sparse and sparse int8, with fused and with single small operations."""
+    """Measure tokens per second and memory: dense, sparse and sparse int8, with small operations fused and separate."""
     torch.manual_seed(0)
     before = allocated(device)
     model = Decoder(size, head, device)
@@ -304,7 +304,7 @@ def measure_model(rows: Rows, size: Size, head: int, device: str, bandwidth: flo
 
 
 def decoded(model: Decoder, device: str, is_fused: bool) -> dict[str, Any]:
-    """Return seconds, tokens and kernels of one way of decoding, whose graph is freed afterwards."""
+    """Return seconds, tokens and kernels of one way of decoding; its graph is freed afterwards."""
     found = Tokens(model, device, is_fused)
     return {"seconds": found.seconds, "tokens": found.tokens, "kernels": found.kernels() if is_fused else {}}
 
@@ -316,7 +316,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def allocated(device: str) -> int:
-    """Return the bytes of tensors, after freeing cuBLAS's workspaces, which count among them."""
+    """Return the bytes of tensors, after cuBLAS's workspaces are freed, which would be counted too."""
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if device == "cuda" and clear is not None:
         gc.collect()
@@ -364,7 +364,7 @@ def generate(rows: Rows, size: Size, device: str) -> None:
 
 
 def measure_on_cpu(rows: Rows, layers: int) -> None:
-    """Measure one thread: the 1B's layers beside dense bf16 and torch's CSR, and tokens of a model with some of its blocks."""
+    """Measure one thread: the 1B's layers against dense bf16 and torch's CSR, and tokens of a model with fewer blocks."""
     torch.set_num_threads(1)
     source = torch.ones(1 << 26)
     target = torch.empty_like(source)
@@ -417,7 +417,7 @@ def measure_cpu_tokens(rows: Rows, size: Size, bandwidth: float) -> None:
 
 
 def thread_seconds(calls: Sequence[Call], rounds: int = 9) -> list[float]:
-    """Return this thread's processor seconds for each call: the least of rounds in which the calls take turns."""
+    """Return this thread's processor seconds for each call: the minimum over rounds in which the calls take turns."""
     found = [float("inf")] * len(calls)
     for number in range(rounds + 1):
         for place, call in enumerate(calls):

@@ -1,7 +1,7 @@
-"""The small operations of a decoding step in four Triton kernels, which dense and sparse layers share.
+"""The small operations of a decoding step in four Triton kernels, used with dense and with sparse layers.
 
-As single torch operations they take some twenty launches a block beside the four products, and each launch takes about 2
-microseconds however little it does. `TRITON_INTERPRET=1` runs them on a CPU.
+As separate torch operations they take about twenty launches per block in addition to the four products, and each launch
+takes about 2 microseconds however little it does. `TRITON_INTERPRET=1` runs the kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 HEAD_SLICE = 32
-"""Dimensions of a head that one program mixes; every program of a head computes all scores of that head."""
+"""The dimensions of a head that one program mixes; every program of a head computes all scores of that head."""
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _attention(  # type: ignore[no-untyped-def]
     own_value = tl.load(value + mine)
     keys = cache + head.to(tl.int64) * LENGTH * HEAD
     values = keys + num_heads * LENGTH * HEAD
-    # All programs of a head write the same bytes of its key, so the order does not matter.
+    # All programs of a head write the same bytes of its key, so their order does not matter.
     tl.store(keys + now * HEAD + half, key_first)
     tl.store(keys + now * HEAD + HALF + half, key_second)
     tl.store(values + now * HEAD + mine, own_value)
@@ -81,7 +81,7 @@ def _attention(  # type: ignore[no-untyped-def]
             place = begin + places
             is_before = place < now
             at = keys + place[:, None] * HEAD + half[None, :]
-            # The read of the values does not wait for the scores.
+            # Values are read before the scores are known, so that the read does not wait for them.
             low = tl.load(at, mask=is_before[:, None], other=0).to(tl.float32)
             high = tl.load(at + HALF, mask=is_before[:, None], other=0).to(tl.float32)
             found = tl.load(values + place[:, None] * HEAD + mine[None, :], mask=is_before[:, None], other=0)
@@ -132,7 +132,7 @@ def add_norm(
 def attention(
     qkv: Tensor, cache: Tensor, turns: tuple[Tensor, Tensor], position: Tensor, early: bool = False
 ) -> Tensor:
-    """Return the heads' mix [1, hidden]; rotated key and value go into `cache` [2, heads, length, head]."""
+    """Return the mixed values of all heads [1, hidden]; store rotated key and value in `cache` [2, heads, length, head]."""
     _, num_heads, length, head = cache.shape
     out = torch.empty(1, num_heads * head, dtype=qkv.dtype, device=qkv.device)
     part = min(HEAD_SLICE, head)
@@ -152,7 +152,7 @@ def gate(gate_up: Tensor, early: bool = False) -> Tensor:
 
 
 def choose_(logits: Tensor, token: Tensor, position: Tensor, length: int, early: bool = False) -> None:
-    """Write the place of the largest logit into `token`, and advance `position`."""
+    """Write the index of the largest logit into `token`, and advance `position`."""
     size = logits.shape[-1]
     _choose[(1,)](
         logits, token, position, size, length, SIZE=triton.next_power_of_2(size), EARLY=early, num_warps=16,

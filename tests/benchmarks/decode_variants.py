@@ -1,9 +1,9 @@
-"""Compare shapes of the sparse product on one GPU, to see which of them `spmv.shape_for` should choose.
+"""Compare launch shapes of the sparse product on one GPU, to see which of them `spmv.shape_for` should choose.
 
     python -m tests.benchmarks.decode_variants [--rehearse] [--seconds 60] [--output FILE]
 
-It measures layers of the 1B at densities of 0.2 and 0.5, in bf16 and int8, started early or not. A part that fails or comes too
-late gives a line with the reason. `python -m tests.benchmarks.decode` measures the shapes that are then chosen.
+It measures layers of the 1B at densities of 0.2 and 0.5, in bf16 and int8, started early or not. A part that fails or is too
+late gives a line with the reason. `python -m tests.benchmarks.decode` measures the shapes that were chosen.
 """
 
 from __future__ import annotations

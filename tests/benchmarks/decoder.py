@@ -1,4 +1,4 @@
-"""A Llama of random weights that decodes one token after the other: the model of `tests.benchmarks.decode`."""
+"""A LLaMA with random weights that decodes one token after another: the model of `tests.benchmarks.decode`."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Block(nn.Module):
         kernels: ModuleType,
         early: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Run `forward` in three kernels and the products: take x with its norm, return x and the delta to add to it."""
+        """Run `forward` as the products and three kernels: take x and its norm, return x and the delta to add to it."""
         mixed = kernels.attention(self.qkv(normed), self.cache, turns, position, early)
         x, normed = kernels.add_norm(x, self.norms[1], self.out(mixed), early=early)
         return x, self.down(kernels.gate(self.gate_up(normed), early))
 
 
 class Decoder(nn.Module):
-    """A Llama of random weights whose step goes from its last token to the next without a read by the host."""
+    """A LLaMA with random weights whose step goes from its last token to the next without a read by the host."""
 
     def __init__(self, size: Size, head: int, device: str) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         self.token.zero_()
 
     def linear_calls(self) -> list[Callable[[], Any]]:
-        """Return a call of every linear layer, in order, each on an input of its own size."""
+        """Return a call of each linear layer, in order, on an input of the layer's size."""
         found = [m for m in self.modules() if isinstance(m, (nn.Linear, SparseLinear))]
         inputs = {
             n: torch.randn(1, n, device=self.norm.device).to(self.norm.dtype) for n in {m.in_features for m in found}

@@ -1,11 +1,11 @@
-"""Measure tokens a second of a sparse run like the demo, with model=llama_tiny, beside a plain torch loop, on one CPU.
+"""Measure tokens per second of a sparse run like the demo, with model=llama_tiny, against a plain torch loop, on one CPU.
 
     python -m tests.benchmarks.demo [--pairs 30] [key=value ...]     -> runs/bench/demo.json
 
-Both are threads of one process that take turns, a step each, so that noise of the machine affects both. The loop is what
-one would write by hand: prepared batches, forward, backward, clip, fused AdamW. A step of the run is divided by the mean of
-the loop's steps around it. If there is a C++ compiler, the run is also measured with `trainer.torch_compile=true`, in a
-process of its own. Exits with 1 if the run without it makes less than 0.95 of the loop's tokens a second.
+Both are threads of one process that take turns, a step each, so that noise of the machine affects both. The loop is written
+as anyone would write it: prepared batches, forward, backward, clip, fused AdamW. A step of the run is divided by the mean of
+the loop's steps before and after it. If there is a C++ compiler, the run is also measured with `trainer.torch_compile=true`,
+in a separate process. Exits with 1 if the uncompiled run processes less than 0.95 of the loop's tokens per second.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEAST_SPEED = 0.95
 
 
 class Laps(TrainerCallback):
-    """Seconds from the start of one step to the start of the next, in turns with the loop."""
+    """A callback that takes turns with the loop and keeps the seconds from the start of a step to that of the next."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns, self.seconds, self.started = turns, list[float](), 0.0
@@ -71,7 +71,7 @@ def plain_loop(plan: RunPlan, tokens: np.ndarray, turns: Turns) -> list[float]:
 
 
 def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
-    """Train both in this process."""
+    """Train both in this process, and return their comparison."""
     logging.set_verbosity_error()
     config = composed("train", [*ALWAYS, *overrides, f"trainer.max_steps={WARM_UP + pairs + 2}"])
     world = join_world(timeout_s=300)
@@ -88,7 +88,7 @@ def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
 
 
 def compare(run: list[float], loop: list[float], details: dict[str, Any]) -> Comparison:
-    """Return the row of the laps: `ratio` is the run's tokens a second as a share of the loop's."""
+    """Return the row of the laps: `ratio` is the run's tokens per second divided by the loop's."""
     ratios = [2 * lap / (before + after) for lap, before, after in zip(run, loop, loop[1:], strict=False)]
     ratio, step = statistics.median(ratios), statistics.median(loop)
     speed = {"pairs": len(ratios), "tokens_per_second": details["batch_tokens"] / (step * ratio)}
@@ -96,7 +96,7 @@ def compare(run: list[float], loop: list[float], details: dict[str, Any]) -> Com
 
 
 def measured_rows(pairs: int, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Measure in a process of its own and return the rows as plain data."""
+    """Measure in a separate process, and return the rows as plain data."""
     torch.set_num_threads(1)
     return [asdict(found) for found in measure(pairs, overrides)]
 
@@ -117,7 +117,7 @@ def main() -> None:
         cases["step of the demo, compiled by blocks"] = [*options.overrides, "trainer.torch_compile=true"]
     found = []
     for name, overrides in cases.items():
-        # On the CPU even if there is a GPU, because the loop runs on the CPU.
+        # The run uses the CPU even if there is a GPU, because the loop does.
         rows = in_process(MODULE, "measured_rows", options.pairs, overrides, CUDA_VISIBLE_DEVICES="")
         found += [Comparison(**{**row, "name": name}) for row in rows]
     publish(found, options.output, ["pairs", "tokens_per_second"])

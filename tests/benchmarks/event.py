@@ -1,13 +1,13 @@
-"""Measure a prune event on a GPU, pass by pass, beside the time to move its bytes.
+"""Measure a prune event on a GPU, pass by pass, against the time to move its bytes.
 
     python -m tests.benchmarks.event [--rehearse] [--output FILE]     -> runs/bench/event.json
 
-The 113 prunable parameters of the 1B in float32 with two moments go through the 20 events of a geometric schedule. The
-passes of an event are timed on the device, and the event by the clock, its last wait for the device included. The ideal event
-reads weights twice, writes masks, reads and writes weights and two moments under masks, and counts: 37 bytes a weight, at the
-bandwidth of a copy measured in the same run. A sweep finds the best block and number of warps for each kernel
-(`sparsity.launches` holds the choice). `--rehearse` does the same at a tiny size on a CPU, under Triton's interpreter if
-Triton is installed: its seconds mean nothing. Exits with 1 if a goal is missed, but never in a rehearsal.
+The 113 prunable parameters of the 1B, in float32 with two moments, are pruned in the 20 events of a geometric schedule. The
+passes of an event are timed on the device. The event itself is timed by the clock, including its last wait for the device.
+The ideal event reads weights twice, writes masks, reads and writes weights and two moments under masks, and counts: 37 bytes
+per weight, at the bandwidth of a copy measured in the same run. A sweep finds the best block size and number of warps for
+each kernel (`sparsity.launches` holds the choice). `--rehearse` does the same at a tiny size on a CPU, with Triton's
+interpreter if Triton is installed: its seconds mean nothing. Exits with 1 if a goal is missed, but not in a rehearsal.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
 SPARSITY, NUM_EVENTS = 0.8, 20
 NUM_REHEARSED = 2
 IDEAL_BYTES = 4 + 5 + 3 * 8 + 3 + 1
-"""Bytes that an event moves for each weight: collect, keep, zero three tensors each by its mask, count."""
+"""The bytes that an event moves for each weight: collect, keep, zero three tensors each by its mask, count."""
 PASSES = {
     "sample": 0, "collect": 4, "count_by_shard": 4, "count_digits": 0, "histogram_of_keys": 0, "keep_above_": 5,
     "keep_after_ties_": 0, "count_kept": 1, "zero_all_": 13,
 }  # fmt: skip
-"""Passes of `sparsity.launches`, and the least bytes that each moves for a weight."""
+"""The passes of `sparsity.launches`, and the least bytes that each moves for a weight."""
 MOST_OF_IDEAL, MOST_READ_PASSES, MOST_EXTRA_SHARE = 1.3, 3.0, 0.01
 MOST_MASKING_SECONDS = 0.01 * 0.230
 """A hundredth of a dense step of the 1B on an H100."""
@@ -56,10 +56,10 @@ SWEPT = {
     "gradients rewrite": ((1024, 8), (2048, 8)),
     "gradients store": ((4096, 4),),
 }
-"""Blocks and warps to try for each pass, a compilation each; zeros are written in the ways fastest on an H200."""
+"""The blocks and warps to try for each pass, with a compilation each; zeros are written in the ways fastest on an H200."""
 REHEARSED = dict.fromkeys(SWEPT, ((4096, 8),))
 KTHVALUE_BYTES = 12
-"""Bytes that `kthvalue` takes for each weight beside weights, moments and masks."""
+"""The bytes that `kthvalue` takes for each weight in addition to weights, moments and masks."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ ONE_B, TINY = Size(2048, 8192, 16, 32_000), Size(16, 48, 1, 64)
 
 
 def timer(device: str) -> Callable[[], Callable[[], float]]:
-    """Return a function that starts a timer on the device; it returns one that stops it and later gives its seconds."""
+    """Return a function that starts a timer on the device, and returns a function that stops it and gives its seconds."""
 
     def begin() -> Callable[[], float]:
         if device == "cpu":
@@ -100,7 +100,7 @@ def timer(device: str) -> Callable[[], Callable[[], float]]:
 
 
 def best(body: Callable[[], Any], device: str, before: Callable[[], Any] = lambda: None, rounds: int = 4) -> float:
-    """Return the least seconds on the device of a call after a warm-up; `before` is not timed."""
+    """Return the minimum of a call's seconds on the device, after a warm-up; `before` is called first and not timed."""
     seconds = []
     for _ in range(rounds + 1):
         before()
@@ -111,7 +111,7 @@ def best(body: Callable[[], Any], device: str, before: Callable[[], Any] = lambd
 
 
 def copy_bandwidth(device: str, numel: int) -> float:
-    """Return the bytes per second that a copy reads and writes together."""
+    """Return the bandwidth of a copy: the bytes per second that it reads and writes together."""
     source = torch.ones(numel, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best(lambda: target.copy_(source), device, rounds=8)
@@ -151,7 +151,7 @@ class Model:
 
 @contextlib.contextmanager
 def timed_passes(device: str, seconds: dict[str, list[Callable[[], float]]]) -> Iterator[None]:
-    """Time each pass of `sparsity.launches` on the device for a while."""
+    """Time each pass of `sparsity.launches` on the device while the context is open."""
     launches = devices.kernels_for(torch.device(device))
 
     def timed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,7 +170,7 @@ def timed_passes(device: str, seconds: dict[str, list[Callable[[], float]]]) -> 
 
 
 class Pending:
-    """A measurement that does not make the host wait: its seconds are read at the end."""
+    """A measurement that does not make the host wait; its seconds are read at the end."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -192,7 +192,7 @@ class Pending:
 
 @dataclass
 class Event:
-    """One event: its seconds by the clock, those of its selection and its passes, and its extra memory in bytes."""
+    """One event: its seconds by the clock, those of its selection and of its passes, and its extra memory in bytes."""
 
     density: float
     seconds: float
@@ -202,7 +202,7 @@ class Event:
 
 
 def run_events(model: Model, device: str) -> list[Event]:
-    """Run all events of the schedule from dense weights on; check that each prunes as many as it should."""
+    """Run all events of the schedule, starting with dense weights; check that each prunes as many as it should."""
     model.start_anew()
     found = []
     for step in model.pruner.schedule.events():
@@ -234,7 +234,7 @@ def run_events(model: Model, device: str) -> list[Event]:
 
 
 def check_masks(model: Model) -> None:
-    """Compare masks and zeros with those of one threshold, on copies in the CPU's memory."""
+    """Compare masks and zeros with those of a single threshold, on copies in the CPU's memory."""
     model.start_anew()
     before = [weight.cpu() for weight in (model.weights[0], model.weights[-1])]
     model.pruner.prune(0.5, model.optimizer)
@@ -243,7 +243,7 @@ def check_masks(model: Model) -> None:
         before, model.weights[:: len(model.weights) - 1], model.pruner.shards[:: len(model.weights) - 1], strict=True
     ):
         kept = old.abs() > model.pruner.threshold
-        # Some of the weights at the threshold itself may be kept.
+        # Some of the weights equal to the threshold may be kept.
         differ = kept.view(-1) != shard.mask.cpu()
         assert bool((old.view(-1)[differ].abs() == model.pruner.threshold).all()), f"{shard.name} has another mask"
         assert torch.equal(weight.cpu(), old * shard.mask.cpu().view(old.shape)), f"{shard.name} has other weights"
@@ -267,7 +267,7 @@ Shapes = dict[str, tuple[tuple[int, int], ...]]
 
 
 def sweep(model: Model, device: str, shapes: Shapes) -> dict[str, dict[str, float]]:
-    """Time each large pass by block and warps, from the same state each time."""
+    """Time each large pass with several blocks and warps, from the same state each time."""
     launches = devices.kernels_for(torch.device(device))
     if launches is None:
         return {}
@@ -314,7 +314,7 @@ def sweep(model: Model, device: str, shapes: Shapes) -> dict[str, dict[str, floa
     found: dict[str, dict[str, float]] = {}
     for name, (body, before) in bodies.items():
         if name == "zero_all_ change":
-            # These change weights, so they come after the passes that read them.
+            # These passes change weights, so they come after those that read them.
             print("sweeping what writes zeros", file=sys.stderr, flush=True)
         found[name] = {
             f"{block} x {num_warps} warps": best(
@@ -355,7 +355,7 @@ def by_kthvalue(model: Model, device: str) -> float | None:
 
 
 def measure(size: Size, device: str, shapes: Shapes) -> list[Comparison]:
-    """Return all rows, and print a line for each as it comes."""
+    """Return all rows, and print a line for each when it is measured."""
     rows: list[Comparison] = []
 
     def row(name: str, seconds: float, baseline: str, baseline_seconds: float, **details: Any) -> None:

@@ -1,4 +1,4 @@
-"""Steps of other code that `tests.benchmarks.throughput` measures: `transformers.Trainer` unchanged."""
+"""The steps of other code that `tests.benchmarks.throughput` measures: those of `transformers.Trainer` unchanged."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def run_trainer(work: Workload, device: str, variant: Variant, warm_up: int) -> tuple[list[float], float]:
-    """Return the seconds of each step after the warm-up, and the last loss, of `transformers.Trainer`.
+    """Return the seconds of each step of `transformers.Trainer` after the warm-up, and the last loss.
 
-    It has bf16 and no other setting, as a user would first write it, or is compiled as runs are.
+    The Trainer has bf16 and no other setting, as a user would first write it, or is compiled as runs are.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 

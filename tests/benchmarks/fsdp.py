@@ -1,4 +1,4 @@
-"""A LLaMA under FSDP2 as runs have it, made by hand."""
+"""FSDP2 for a LLaMA, set up by hand in the same way as in a run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def shard(
     reshard: bool = True,
     tail: bool = True,
 ) -> None:
-    """Put a model under FSDP2 over all ranks, or this process alone, in the units that accelerate makes.
+    """Put a model under FSDP2 over all ranks, or over this process alone, in the units that accelerate makes.
 
-    These are each block, the embedding, and with `tail` the final norm with lm_head, which otherwise belong to the root.
-    `root` is the module that is called, if it is not the model; `reshard` frees a unit's weights after its forward.
-    Gradients are summed in float32.
+    The units are each block, the embedding, and with `tail` the final norm together with lm_head; without it these two
+    belong to the root. `root` is the module that is called, if it is not the model. `reshard` frees a unit's weights after
+    its forward pass. Gradients are summed in float32.
     """
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -1,10 +1,10 @@
-"""Measure zeroing a gradient by its mask: one byte a weight, as masks are, beside bits and torch's own operations.
+"""Measure how long it takes to zero a gradient by its mask of bytes, against a mask of bits and torch's own operations.
 
     python -m tests.benchmarks.masking [--numel 50000000] [--rounds 5] [--device cuda]     -> runs/bench/masking.json
 
-Every step does this once to each gradient. The methods take turns and the best round of each counts; on a CPU the
-seconds are processor time of one thread. It checks that all give the same zeros. `one read pass` is the floor: the time to
-read the gradients once at the bandwidth of a copy.
+Every training step does this once to each gradient. The methods take turns, and the best round of each counts; on a CPU the
+seconds are the processor time of one thread. All methods must give the same zeros. `one read pass` is the lower bound: the
+time to read the gradients once at the bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MODULE = "tests.benchmarks.masking"
 OURS = "zero_pruned_"
 DENSITY = 0.2
 SIZES = {OURS: 1.0, "bits": 1 / 8, "where": 1.0, "masked_fill": 2.0, "multiply": 1.0}
-"""Bytes of a mask for each weight; masked_fill_ needs the inverse of a mask."""
+"""The bytes of a mask for each weight; masked_fill_ needs the inverse mask."""
 
 
 def by_bits(gradient: Tensor, bits: Tensor) -> None:
-    """Unpack bits in chunks and zero as with bytes: on a CPU by numpy, on a GPU with shifts."""
+    """Unpack bits in chunks, by numpy on a CPU and with shifts on a GPU, and then zero as with bytes."""
     flat = gradient.view(-1)
     if flat.device.type == "cpu":
         as_integers = flat.view(torch.int32 if flat.dtype == torch.float32 else torch.int16)
@@ -60,7 +60,7 @@ def by_product(gradient: Tensor, mask: Tensor) -> None:
 
 
 def time_masking(numel: int, rounds: int, device: str, dtype: str) -> dict[str, float]:
-    """Return each method's best seconds on the same gradients and masks, after a warm-up; compare zeros once."""
+    """Return each method's best seconds on the same gradients and masks, after a warm-up; compare the zeros once."""
     torch.set_num_threads(1)
     gradients = make_weights(numel, device, dtype)
     generator = torch.Generator(device).manual_seed(1)
@@ -94,7 +94,7 @@ def time_masking(numel: int, rounds: int, device: str, dtype: str) -> dict[str, 
 
 
 def compare(numel: int, rounds: int, device: str, dtype: str) -> list[Comparison]:
-    """Measure ours beside each peer, in a process of its own."""
+    """Compare our method with each peer, in a separate process."""
     seconds = in_process(MODULE, "time_masking", numel, rounds, device, dtype)
     details = {"numel": numel, "dtype": dtype, "device": device, "mask_bytes_per_weight": SIZES[OURS]}
     return [

@@ -1,10 +1,10 @@
-"""Measure the peak memory of training steps, beside the plan's (`train.plan.memory`), and sparse over dense.
+"""Measure the peak memory of training steps, compare it with the plan's (`train.plan.memory`), and sparse with dense.
 
     python -m tests.benchmarks.memory        -> runs/bench/memory.json
 
-Each case is a process of its own (two under FSDP2) that trains a few steps of a random model and reports the growth of
-its peak resident memory over the moment before the model was made; on a GPU `torch.cuda.max_memory_allocated`. A sparse
-case prunes at every step, so that its peak includes that of an event. The dense cases are the baseline.
+Each case is a separate process (two under FSDP2) that trains a random model for a few steps. It reports how much its peak
+resident memory exceeds that before the model was made; on a GPU, `torch.cuda.max_memory_allocated`. A sparse case prunes at
+every step, so that its peak includes that of a prune event. The dense cases are the baseline.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LARGE = {"vocab_size": 16000, "hidden_size": 512, "num_hidden_layers": 8, "num_a
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. `micro_batches` above 1 accumulates gradients as accelerate does, without reducing them."""
+    """One measurement; with several `micro_batches`, gradients accumulate without being reduced, as in accelerate."""
 
     name: str
     width: dict[str, int]
@@ -91,7 +91,7 @@ CASES = (
 
 
 def measure(case: Case) -> dict[str, float | str | int]:
-    """Run a case in processes of its own and compare."""
+    """Run a case in new processes, and compare it with the plan."""
     port = free_port()
     command = [sys.executable, "-m", "tests.benchmarks.memory", "--case", json.dumps(asdict(case))]
     processes = []
@@ -117,7 +117,7 @@ def measure(case: Case) -> dict[str, float | str | int]:
 
 
 def train_steps(case: Case, num_steps: int = 2) -> dict[str, float | str | int]:
-    """Train a few steps in the measured process."""
+    """Train a few steps; this runs in the measured process."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -159,7 +159,7 @@ def train_steps(case: Case, num_steps: int = 2) -> dict[str, float | str | int]:
 
 
 def pruning(model, optimizer, num_steps: int):  # type: ignore[no-untyped-def]
-    """Do what the callback does after each update, with an event in every one, up to 80 % at the last."""
+    """Do what the callback does after each update, with an event every time, up to 80 % at the last one."""
     from sparsity import Geometric, SparsityCallback
 
     callback = SparsityCallback(Geometric(0.8, 0, 0, 1), report=False)
@@ -173,7 +173,7 @@ def pruning(model, optimizer, num_steps: int):  # type: ignore[no-untyped-def]
 
 
 def warm_up(device) -> None:  # type: ignore[no-untyped-def]
-    """Load what the first step would load, because the libraries' code is not part of a step's memory."""
+    """Load the libraries that the first step would load, because their code is not part of a step's memory."""
     import torch
     from transformers import LlamaForCausalLM
 

@@ -1,11 +1,11 @@
-"""Measure the cost of sparsity in a training step outside events: a sparse run takes turns with a dense one.
+"""Measure what sparsity costs in a training step without a prune event: a sparse run takes turns with a dense one.
 
     python -m tests.benchmarks.overhead [--pairs 60] [key=value ...]     -> runs/bench/overhead.json
 
-Both runs are the project's own, the Trainer with FSDP2 on every GPU or on two CPU ranks, from the configuration
-`experiment=demo` (on GPUs a 162M model) and the overrides. In each rank they are two threads of which one works at a
-time, a step each, so that noise of the machine affects both. A sparse step is divided by the mean of the dense steps
-before and after it; the median of these ratios is the overhead. Exits with 1 if it is above 1.01.
+Both are runs of this project, with its Trainer and FSDP2 on every GPU or on two CPU ranks. Their configuration is
+`experiment=demo` (on GPUs a 162M model) and the overrides. In each rank they are two threads that take turns, a step each, so
+that noise of the machine affects both. A sparse step is divided by the mean of the dense steps before and after it; the
+median of these ratios is the overhead. Exits with 1 if it is above 1.01.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ON_GPU = ("model=llama_162m", "trainer.per_device_train_batch_size=8")
 
 
 class Laps(TrainerCallback):
-    """Seconds from one step's start to the next: data, step, callbacks, log. Ranks start each lap together."""
+    """A callback that keeps the seconds from one step's start to the next; ranks start each lap together."""
 
     def __init__(self, turns: Turns, mine: int, device: str) -> None:
         self.turns, self.mine, self.device = turns, mine, device
@@ -71,7 +71,7 @@ class TimedEvents(SparsityCallback):
 
 
 def rank_main(pairs: int, overrides: Sequence[str], output: Path) -> None:
-    """Run one rank of both runs; rank 0 writes the seconds of laps and events, each those of the slowest rank."""
+    """Run one rank of both runs; rank 0 writes the seconds of laps and events, each that of the slowest rank."""
     logging.set_verbosity_error()
     # A lap ends where the next step begins, so the last step has none.
     config = composed("train", [*overrides, f"trainer.max_steps={WARM_UP + pairs + 2}"])
@@ -101,7 +101,7 @@ def rank_main(pairs: int, overrides: Sequence[str], output: Path) -> None:
 
 
 def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
-    """Train both runs through accelerate on this machine's devices."""
+    """Train both runs through accelerate on this machine's devices, and return their comparisons."""
     gpus = num_gpus(os.environ)
     overrides = [*ALWAYS, *(ON_GPU if gpus else ()), *overrides]
     with tempfile.TemporaryDirectory() as folder:
@@ -115,13 +115,14 @@ def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
 
 
 def compare(dense: list[float], sparse: list[float], events: list[float], details: dict[str, Any]) -> list[Comparison]:
-    """Return the rows of the laps: each sparse lap is between two dense ones. The first event, a warm-up, is left out.
+    """Return the rows of the laps; each sparse lap is between two dense ones. The first event, a warm-up, is left out.
 
-    The seconds of a sparse step are those of a dense one times the median of the paired ratios. The two medians alone
-    would also differ because of other work on the machine.
+    The seconds of a sparse step are those of a dense one times the median of the paired ratios, because the two medians
+    would also differ by other work on the machine.
     """
     ratios = [2 * lap / (before + after) for lap, before, after in zip(sparse, dense, dense[1:], strict=False)]
-    # A median's standard error is 1.2533 times a mean's. The deviation is from the quartiles, so that bursts do not count.
+    # The standard error of a median is 1.2533 times that of a mean. The deviation comes from the quartiles, so that single
+    # slow steps do not count.
     quartiles = statistics.quantiles(ratios, n=4)
     error = 1.2533 * (quartiles[2] - quartiles[0]) / 1.349 / len(ratios) ** 0.5
     paired = {"overhead": statistics.median(ratios), "overhead_error": error, "pairs": len(ratios)}

@@ -1,4 +1,4 @@
-"""Steps that `tests.benchmarks.throughput` measures: transformers' LLaMA in a loop of our own, for each setting."""
+"""The steps that `tests.benchmarks.throughput` measures: transformers' LLaMA in our own loop, with any setting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 OWN_ATTENTIONS = ("eager", "flash_attention", "flex_attention")
-"""Prefixes of the attentions that transformers has beside sdpa."""
+"""The prefixes of the attentions that transformers has in addition to sdpa."""
 
 
 class Training:
@@ -85,7 +85,7 @@ class Training:
         return self.variant.precision == "copies"
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Update from `accumulation` micro-batches of the same tokens; return the last one's loss."""
+        """Make an update from `accumulation` micro-batches of the same tokens; return the loss of the last one."""
         kernel = sdpa_kernel(self.backend) if self.backend is not None else contextlib.nullcontext()
         number = self.variant.accumulation
         with kernel:
@@ -114,7 +114,7 @@ class Training:
     # --- masks ---
 
     def prune(self) -> None:
-        """Prune to 80 %; from then on gradients, weights and moments are masked as in a run."""
+        """Prune to 80 %; after this, gradients, weights and moments are masked as in a run."""
         from sparsity import Geometric, SparsityCallback
 
         self.callback = SparsityCallback(Geometric(1 - DENSITY, 0, 0, 1), report=False)
@@ -132,9 +132,9 @@ class Training:
 
 
 class Objective(nn.Module):
-    """One module from tokens [batch, length] to the loss, which FSDP2 can have as its root.
+    """A module that computes the loss from tokens [batch, length], and can be the root of FSDP2.
 
-    It calls the blocks itself, because transformers' model waits for the device in every forward to learn whether
+    It calls the blocks itself, because transformers' model waits for the device in every forward pass to learn whether
     sequences are packed.
     """
 
@@ -169,13 +169,13 @@ class Objective(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.hidden(tokens)
-        # As in runs: the last position of a block has no target.
+        # As in runs, the last position of a block has no target.
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
         return self.loss_of(hidden.flatten(0, 1), targets.flatten())
 
 
 def document_batch(work: Workload, device: str) -> dict[str, Tensor]:
-    """Return positions and ends of a micro-batch's documents of 5 to 2,500 tokens, some 500 on average."""
+    """Return positions and ends of a micro-batch's documents, which have 5 to 2,500 tokens, about 500 on average."""
     lengths = [5, 60, 2500, 150, 700, 20, 400, 300, 90, 1000]
     ends = [sum(lengths[: count + 1]) for count in range(len(lengths))]
     every = work.batch * work.length
@@ -205,7 +205,7 @@ def use_float8(model: nn.Module) -> None:
     )
 
 
-# --- losses: from hidden states [tokens, hidden] and targets [tokens], -100 where there is none ---
+# --- losses: from hidden states [tokens, hidden] and targets [tokens], -100 for no target ---
 
 
 def widened_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def plain_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def compiled_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss that runs use: one pass over the logits, which widens them to float32 on the way."""
+    """Return the loss that runs use: one pass over the logits, which also converts them to float32."""
     compiled = (
         torch.compile(widened_cross_entropy, dynamic=False) if model.device.type == "cuda" else widened_cross_entropy
     )
@@ -225,7 +225,7 @@ def compiled_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def chunked_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a loss with logits of a few tokens at a time, recomputed in the backward pass: they never exist as a whole."""
+    """Return a loss that computes the logits of a few tokens at a time, and again in the backward pass: never all."""
 
     def summed(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
@@ -236,7 +236,8 @@ def chunked_loss(model: LlamaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
         return compiled(F.linear(hidden, weight), targets)  # type: ignore[no-any-return]
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        # Not called as a module: under FSDP2 the head belongs to the root, whose weights stay gathered for the whole forward.
+        # The head is not called as a module: under FSDP2 it belongs to the root, whose weights stay gathered for the whole
+        # forward pass.
         weight = model.lm_head.weight
         pieces = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         sums = [checkpoint(part, some, wanted, weight, use_reentrant=False) for some, wanted in pieces]
@@ -256,7 +257,7 @@ LOSSES = {"plain": plain_loss, "compiled": compiled_loss, "chunked": chunked_los
 
 
 def predicted_bytes(work: Workload, variant: Variant, device: str) -> int | None:
-    """Return the peak of `launch.plan` for such a step, or None if it cannot be computed here."""
+    """Return the peak that `launch.plan` gives for such a step, or None if it cannot be computed here."""
     try:
         from conf.schema import ModelConfig
         from train.plan.memory import Setting, gpu_memory

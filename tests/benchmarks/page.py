@@ -1,9 +1,9 @@
-"""The measured figures as a page: the tables of `docs/measured.md`, from the files that the benchmarks wrote.
+"""Write the measured figures as a page: the tables of `docs/measured.md`, from the files that the benchmarks wrote.
 
     python -m tests.benchmarks.page [runs/bench ...] [--output docs/measured.md]
 
-One folder for each machine, or for a command given differently. A section is one file: its command, machine and versions,
-and its rows.
+Give one folder for each machine, or for each way to call a command. Each file makes a section, with its command, machine,
+versions and rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def figure(value: float, digits: int = 3) -> str:
-    """Format a number with at least so many significant digits, never as a power of ten."""
+    """Format a number with at least `digits` significant digits, never as a power of ten."""
     rounded = float(f"{value:.{digits - 1}e}")
     if not rounded:
         return "0"
@@ -60,7 +60,7 @@ def selection(rows: list[Row]) -> str:
 
 
 def pairs(*details: str) -> Callable[[list[Row]], str]:
-    """Return a table with a line for each comparison and some of its details."""
+    """Return a function that makes a table with a line for each comparison and some of its details."""
 
     def made(rows: list[Row]) -> str:
         lines = []
@@ -140,7 +140,7 @@ def section(name: str, rows: list[Row]) -> str:
 
 
 def page(folders: Sequence[Path]) -> str:
-    """Return the whole page, without the sections whose files a folder lacks."""
+    """Return the whole page; sections whose files are missing are left out."""
     parts = [HEAD]
     for name in SECTIONS:
         files = [folder / f"{name}.json" for folder in folders]

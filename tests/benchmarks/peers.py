@@ -1,4 +1,4 @@
-"""Alternatives for pruning: masks by torch's own operations, the check that they are equal, and the floor."""
+"""Other ways to prune: masks by torch's own operations, a check that they are equal, and the lower bound of the time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.benchmarks.common import clock_alone
 
 REFERENCE, COMPILED, FLOOR = "global_unstructured", "compiled passes", "one read pass"
 Method = Callable[[list[Tensor], int], list[Tensor]]
-"""Masks of the weights, True for kept ones, with that many pruned."""
+"""A function that returns masks of the weights, True for kept ones, with the given number pruned."""
 
 
 def make_weights(numel: int, device: str = "cpu", dtype: str = "float32") -> list[Tensor]:
-    """Return `numel` weights as a LLaMA's linear layers; the head and a remainder fill up what whole layers leave."""
+    """Return `numel` weights in the shapes of a LLaMA's linear layers; a head and a remainder make up the number."""
     hidden = next((width for width in (2048, 400, 40) if numel >= 32 * width**2), 4)
     layer = [(hidden, hidden)] * 4 + [(4 * hidden, hidden)] * 2 + [(hidden, 4 * hidden)]
     num_layers = numel // (16 * hidden**2)
@@ -40,7 +40,7 @@ def by_global_unstructured(weights: list[Tensor], num_pruned: int) -> list[Tenso
 
 
 def by_topk(weights: list[Tensor], num_pruned: int) -> list[Tensor]:
-    """Make masks by topk in its fastest form: the smaller side, unsorted."""
+    """Return masks by topk in its fastest form: of the smaller side, unsorted."""
     scores = torch.cat([weight.abs().view(-1) for weight in weights])
     threshold = torch.topk(scores, scores.numel() - num_pruned, sorted=False).values.min()
     return [weight.abs() >= threshold for weight in weights]
@@ -67,9 +67,9 @@ BASELINES: dict[str, Method] = {
 
 
 def compiled_passes(weights: list[Tensor], threshold: Threshold, timed: Callable[..., tuple[float, Any]]) -> float:
-    """Time counting around a bracket and writing the masks, with one compiled kernel for each.
+    """Time the two passes of a selection, counting around a bracket and writing the masks, as compiled kernels.
 
-    Sign bits are counted and written: the comparisons that torch.compile makes for a CPU take several times as long.
+    They count and write sign bits, because the comparisons that torch.compile makes for a CPU take several times as long.
     """
 
     @torch.compile(dynamic=True)
@@ -96,12 +96,12 @@ def compiled_passes(weights: list[Tensor], threshold: Threshold, timed: Callable
 
 
 def read_pass(weights: list[Tensor], device: str, timed: Callable[..., tuple[float, Any]] = clock_alone) -> float:
-    """Return the seconds to read all weights once, by the bandwidth of a copy, which reads and writes, of some of them."""
+    """Return the seconds to read all weights once, at the bandwidth (reads and writes) of a copy of some of them."""
     source = max(weights, key=Tensor.numel).view(-1)
     if source.nbytes < 64 << 20:
         source = source.repeat(-(-(64 << 20) // source.nbytes))
     target = torch.empty_like(source)
-    # On a GPU many copies at once, so that starting and waiting for them does not count.
+    # On a GPU many copies are queued at once, so that starting them and waiting for them does not count.
     times = 1 if device == "cpu" else 20
 
     def copies() -> None:
@@ -113,7 +113,7 @@ def read_pass(weights: list[Tensor], device: str, timed: Callable[..., tuple[flo
 
 
 def check_same(weights: list[Tensor], ours: list[Tensor], theirs: list[Tensor], threshold: Threshold) -> int:
-    """Return the number that the masks prune; raise AssertionError if they differ other than in ties at the threshold."""
+    """Return the number that the masks prune; raise AssertionError if they differ in more than ties at the threshold."""
     tie = magnitude_of_key(threshold.key)
     for weight, mask, other in zip(weights, ours, theirs, strict=True):
         differ = mask.view(-1) != other.bool().view(-1)

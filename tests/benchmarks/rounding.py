@@ -1,9 +1,9 @@
-"""Measure the perplexity of a sparse model with rounded weights, only the kept ones or all of them.
+"""Measure the perplexity of a sparse model whose weights are rounded, either only the kept ones or all of them.
 
     python -m tests.benchmarks.rounding --model runs/demo/model --text FILE [--bytes 200000]   -> runs/bench/rounding.json
 
-`sparse` rows are compact files (`eval.compact values=`); `dense` ones round every linear weight, zeros too, with the same rule,
-a scale for each row (int8) or 64 weights (int4), as a dense 8- or 4-bit file does. All start from bfloat16 weights.
+`sparse` rows are compact files (`eval.compact values=`). `dense` rows round every linear weight, zeros too, by the same rule:
+with a scale for each row (int8) or for 64 weights (int4), as in a dense 8- or 4-bit file. All start from bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INT8, INT4 = Rounding(8), Rounding(4, 64)
 
 
 def dense_rounded(folder: Path, out: Path, names: set[str], rounding: Rounding) -> float:
-    """Round all weights of the tensors `names`; return the bits for each weight, with its share of the scales."""
+    """Round all weights of the tensors `names`; return the bits per weight, including its share of the scales."""
     shutil.copytree(folder, out)
     bits = weights = 0
     for file in out.glob("*.safetensors"):

@@ -1,11 +1,11 @@
-"""Compute what grows with the number of ranks, from measured constants: events, start-up, sampling and checkpoints.
+"""Compute the costs that grow with the number of ranks, from measured constants: events, start-up, sampling, checkpoints.
 
     python -m tests.benchmarks.scale [--figure docs/scale.png]     -> runs/bench/scale.json
 
-Measured in this run, on one thread: selection per weight and per parameter, the sampler per block, and, in torch's fake
-process group, the sharding of a model without weights and the masks' bookkeeping as one rank of each world does it.
-Assumed, by options: the latency of one hop (an all-reduce takes log2(world) of them there and back) and a rank's
-bandwidth. Everything else is arithmetic. The seconds of an event are those of a CPU; only their growth matters here.
+These are measured in this run, on one thread: selection per weight and per parameter, the sampler per block, and, in torch's
+fake process group, what one rank of each world does to shard a model without weights and to set up its masks. These are
+assumed, as options: the latency of one hop (an all-reduce takes log2(world) hops in each direction) and a rank's bandwidth.
+Everything else is arithmetic. The seconds of an event are those of a CPU; only their growth matters here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORLDS = (2, 8, 64, 512, 4096)
 BATCH = 4096
 BYTES_PER_BIN = 8
 HSDP_SHARDS = 64
-"""Ranks that share one copy of the model, if a larger world holds several copies."""
+"""The number of ranks that share one copy of the model, if a larger world holds several copies."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Constants:
 
 @dataclass(frozen=True)
 class Row:
-    """One rank of a world; bytes are what it sends or receives."""
+    """The costs of one rank of a world; its bytes are those that it sends or receives."""
 
     model: str
     world_size: int
@@ -64,7 +64,7 @@ class Row:
 
 
 def measure_constants(numel: int = 50_000_000) -> dict[str, float]:
-    """Measure, in a process of its own, selection over few large and many small parameters, and a step's blocks."""
+    """Measure, in a separate process, selection over few large and many small parameters, and the blocks of a step."""
     from sparsity.mask import make_shards
     from sparsity.select import prune_smallest_
     from train.data.sampler import PermutationSampler
@@ -91,9 +91,9 @@ def measure_constants(numel: int = 50_000_000) -> dict[str, float]:
 
 
 def shard_in_fake_world(model: dict[str, Any], world_size: int, shard_ranks: int) -> dict[str, float]:
-    """Shard a model without weights and make its masks, as the last rank of a fake world, in a process of its own.
+    """Shard a model without weights and make its masks, as the last rank of a fake world, in a separate process.
 
-    The world holds copies of the model, each shared by `shard_ranks` ranks; one copy is FSDP2, several are HSDP.
+    The world holds copies of the model, each shared by `shard_ranks` ranks: one copy is FSDP2, several are HSDP.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -130,10 +130,10 @@ def shard_in_fake_world(model: dict[str, Any], world_size: int, shard_ranks: int
 
 
 def event_traffic(num_shards: int, world_size: int) -> tuple[int, int]:
-    """Return the number of all-reduces of an event and the bytes of one rank's counts in them.
+    """Return the number of all-reduces of an event, and the bytes of one rank's counts in them.
 
-    They are two histograms for the sample, two for the candidates, the counts around the bracket, the ties of each
-    parameter, one count for each rank, and the kept weights of each parameter.
+    The counts are two histograms for the sample, two for the candidates, those around the bracket, the ties of each
+    parameter, one for each rank, and the kept weights of each parameter.
     """
     from sparsity.select.search import NUM_BIN_BITS
 
@@ -144,7 +144,7 @@ def event_traffic(num_shards: int, world_size: int) -> tuple[int, int]:
 def gathered_bytes(world_size: int) -> int:
     """Return the bytes that rank 0 receives at a checkpoint: checksum and size of every file (`train.checkpoints.write`).
 
-    They grow with the world, on that rank alone.
+    They grow with the world, but only on that rank.
     """
     return world_size * len(pickle.dumps(("0" * 64, 1 << 40)))
 
@@ -215,7 +215,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw four panels over the number of ranks, a line for each model; on the network's scale log2 is a straight line."""
+    """Draw four panels over the number of ranks, with a line for each model; the rank axis is log2."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")

@@ -1,16 +1,16 @@
-"""Measure global magnitude pruning: our selection and masks against torch's own; check that the masks are exact.
+"""Measure global magnitude pruning: our selection and masks against torch's own. The masks are checked to be exact.
 
     python -m tests.benchmarks.selection [--numel 50000000] [--sparsity 0.8] [--rounds 3] [--large] [--device cuda]
         [--dtype bfloat16]    -> runs/bench/selection.json, with --large also of 200 M and 1.14 B weights
 
-The methods of one process take turns and the best round of each counts; a slow method has one round. If a single thread of
-a CPU computes, the seconds are processor time, so that other work on the machine does not count. Extra memory (the peak
-beyond weights and masks) comes from a process of its own, because the malloc settings that make it exact cost time. If a
-peer would need more memory than this machine has, by its use at the first size, it is left out and named. `one read pass`
-is the floor: the time to read the weights once, at the bandwidth of a copy measured in the same rounds. `compiled passes`
-are the two passes of a selection with a known threshold, by torch.compile on a CPU: what compiled kernels would bring. A
-`prune event` is everything that the callback does at one: selection, zeros in weights and both moments, counts. On a
-machine with a GPU every measurement is also made there. Exits with 1 if a goal is missed.
+The methods of one process take turns, and the best round of each counts; a slow method has one round. With a single thread
+on a CPU, the seconds are processor time, so that other work on the machine does not count. Extra memory (the peak beyond
+weights and masks) is measured in a separate process, because the malloc settings that make it exact cost time. A peer that
+would need more memory than this machine has, judged by its use at the first size, is left out and named. `one read pass` is
+the lower bound: the time to read the weights once, at the bandwidth of a copy measured in the same rounds. `compiled passes`
+are the two passes of a selection with a known threshold, by torch.compile on a CPU: they show what compiled kernels would
+gain. A `prune event` is everything that the callback does in one: selection, zeros in weights and both moments, counts. If
+there is a GPU, every measurement is also made there. Exits with 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -62,26 +62,26 @@ MODULE = "tests.benchmarks.selection"
 LEAST_SPEEDUP = 50.0
 MOST_EXTRA_SHARE = 0.01
 LEAST_MEASURED_NUMEL = 20_000_000
-"""The goals hold from this size on: below it, fixed buffers and calls are most of the cost."""
+"""The smallest size for which the goals hold: below it, fixed buffers and calls are most of the cost."""
 MOST_PASSES_ON_GPU = 3.0
 MOST_EVENT_SECONDS_ON_GPU = 0.010
 OURS = "prune_smallest_"
 PEERS = {"float32": [*BASELINES, COMPILED], "bfloat16": [*BASELINES]}
 GATHERED = ("kthvalue", "sort")
 EVENT_BYTES = 13
-"""Bytes of a weight with its mask and two moments."""
+"""The bytes of a weight with its mask and two moments."""
 RANK_BYTES = 7
-"""Most bytes for each weight on a rank, which holds all weights, the masks to compare with and its shards' masks."""
+"""The most bytes per weight on a rank, which holds all weights, the masks to compare with, and its shards' masks."""
 LARGE = (200_000_000, 1_139_277_824)
 SLOW_SECONDS = 5.0
 FREE_SHARE = 0.9
-"""Share of the free memory that a measurement may take."""
+"""The share of the free memory that a measurement may take."""
 
 
 def time_one_process(
     numel: int, sparsity: float, rounds: int, device: str, dtype: str, threads: int, baselines: list[str]
 ) -> dict[str, float]:
-    """Return each method's best seconds on the same weights, after a warm-up on a few; compare masks in each round."""
+    """Return each method's best seconds on the same weights, after a warm-up on a few; masks are compared every round."""
     torch.set_num_threads(threads)
     timed = clock_alone if threads == 1 else clock
     seconds: dict[str, list[float]] = {}
@@ -111,12 +111,12 @@ def time_one_process(
 
 
 def is_slow(taken: list[float]) -> bool:
-    """Return whether the first measurement after the warm-up took so long that no other is needed."""
+    """Return whether the first measurement after the warm-up took so long that one is enough."""
     return len(taken) > 1 and taken[-1] > SLOW_SECONDS
 
 
 def time_event(numel: int, sparsity: float, rounds: int, device: str) -> dict[str, float]:
-    """Return the best seconds of a whole event of the callback, moments included, and of one read pass over the weights."""
+    """Return the best seconds of a whole event of the callback, with moments, and of one read pass over the weights."""
     torch.set_num_threads(1)
     weights = make_weights(numel, device)
     model = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in weights)
@@ -133,7 +133,7 @@ def time_event(numel: int, sparsity: float, rounds: int, device: str) -> dict[st
 
 
 def time_ranks(numel: int, sparsity: float, rounds: int, dtype: str, baselines: list[str]) -> dict[str, float]:
-    """Time, on one rank, ours on row shards as FSDP2 makes them against gathering all scores for a one-process method."""
+    """Time, on one rank, our method on FSDP2's row shards against gathering all scores for a one-process method."""
     num_pruned = round(sparsity * numel)
     seconds: dict[str, list[float]] = {name: [] for name in (OURS, *baselines)}
     weights = make_weights(numel, dtype=dtype)
@@ -180,7 +180,7 @@ def extra_bytes(numel: int, sparsity: float, device: str, dtype: str, baselines:
     small, large = make_weights(max(1000, numel // 100), device, dtype), make_weights(numel, device, dtype)
     found = {}
     for name in [OURS, *baselines]:
-        # A run on small weights loads what a method needs only once, such as its code.
+        # A run on small weights first loads what a method needs only once, such as its code.
         for weights in (small, large):
             num_pruned = round(sparsity * sum(weight.numel() for weight in weights))
             if name == OURS:
@@ -196,7 +196,7 @@ def extra_bytes(numel: int, sparsity: float, device: str, dtype: str, baselines:
 def compare_one_process(
     numel: int, sparsity: float, rounds: int, device: str, dtype: str, threads: int, baselines: Sequence[str]
 ) -> list[Comparison]:
-    """Compare ours with the baselines and the floor, in processes of their own."""
+    """Compare our method with the baselines and the lower bound, in separate processes."""
     peers = [name for name in baselines if name in BASELINES]
     seconds = in_process(MODULE, "time_one_process", numel, sparsity, rounds, device, dtype, threads, baselines)
     extra = in_process(MODULE, "extra_bytes", numel, sparsity, device, dtype, peers, **EXACT_MEMORY)
@@ -228,7 +228,7 @@ def compare_ranks(
     baselines: Sequence[str],
     reference: float | None = None,
 ) -> list[Comparison]:
-    """Compare ours on row shards with gathering, and with `reference`: processor seconds of torch's pruning in one process."""
+    """Compare our method on row shards with gathering, and with `reference`: torch's processor seconds in one process."""
     ranks = run_ranks(time_ranks, num_ranks, numel, sparsity, rounds, dtype, list(baselines), timeout_s=900)[0]
     peers = {**{f"gather + {name}": ranks[name] for name in baselines}, FLOOR: ranks[FLOOR]}
     if reference is not None:
@@ -241,13 +241,13 @@ def compare_ranks(
 def where(
     numel: int, sparsity: float, device: str, dtype: str = "float32", threads: int = 1, ranks: int = 1
 ) -> dict[str, Any]:
-    """Return the circumstances that every row names."""
+    """Return the conditions of a measurement, which every row names."""
     details = {"numel": numel, "sparsity": sparsity, "threads": threads, "dtype": dtype, "device": device}
     return {**details, "ranks": ranks}
 
 
 def that_fit(needs: dict[str, float], numel: int, device: str) -> list[str]:
-    """Return the peers for which there is enough memory, by their bytes for each weight; print the others."""
+    """Return the peers for which there is enough memory, given their bytes per weight; print the others."""
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     for name, bytes_per_weight in needs.items():
         if numel * bytes_per_weight > FREE_SHARE * free:
@@ -265,7 +265,7 @@ def measure(
     dtypes: Sequence[str] = tuple(PEERS),
     num_ranks: int = 2,
 ) -> list[Comparison]:
-    """Return all comparisons on the devices `on`, sizes in rising order; ranks are on a CPU, events in float32."""
+    """Return all comparisons on the devices `on`, with sizes in rising order; ranks use a CPU, and events float32."""
     found: list[Comparison] = []
     for device in on:
         for dtype in dtypes:
@@ -292,7 +292,7 @@ def measure(
 
 
 def said(rows: list[Comparison]) -> list[Comparison]:
-    """Return the rows of a measurement, after printing a line of progress."""
+    """Print a line of progress for a measurement, and return its rows."""
     details = rows[0].details
     where = f"{details['numel']:,} {details['dtype']} weights on {details['device']}, {details['threads']} threads"
     print(f"{rows[0].name}: {where}: {rows[0].seconds:.3g} s", file=sys.stderr, flush=True)
@@ -300,7 +300,7 @@ def said(rows: list[Comparison]) -> list[Comparison]:
 
 
 def bytes_per_weight(rows: Sequence[Comparison]) -> dict[str, float]:
-    """Return the bytes for each weight that peers took in one process, weights and masks included."""
+    """Return the bytes per weight that peers took in one process, weights and masks included."""
     return {
         row.baseline: (extra / row.details["numel"]) + getattr(torch, row.details["dtype"]).itemsize + 1
         for row in rows

@@ -1,10 +1,10 @@
-"""Measure the time from the command to the first step: `python -m launch` beside `torchrun` of a hand-written script.
+"""Measure the time from the command to the first step: `python -m launch` against `torchrun` of a hand-written script.
 
 `tests.benchmarks.around` includes this measurement. Both commands start the same number of processes, train the demo's
-model, write offline wandb files, and are timed until a file marks their first step. Ours finds its data prepared by the
-first round, which does not count; it also checks the data and shards the model, which the script does not.
+model, write offline wandb files, and are timed until a file marks their first step. In our case the data is prepared in a
+first round, which does not count; our command also checks the data and shards the model, which the script does not.
 
-    python -m tests.benchmarks.startup FILE     is that script: a plain Trainer on random tokens, whose first step makes FILE
+    python -m tests.benchmarks.startup FILE     is that script: a plain Trainer on random tokens; its first step makes FILE
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TIMEOUT_S = 300
 
 
 def small_llama() -> Any:
-    """Return the demo's model, `model=llama_micro`, made by hand."""
+    """Return the demo's model, `model=llama_micro`, built by hand."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,7 +46,7 @@ def starting(rounds: int, folder: Path) -> Comparison:
         *(sys.executable, "-m", "launch", "experiment=demo", f"runs_dir={folder / 'runs'}", "run_name=start"),
         *("overwrite=true", "trainer.max_steps=4", "trainer.logging_steps=1"),
     ]
-    # Not accelerate launch, because with --cpu it starts one process whatever --num_processes says.
+    # `accelerate launch` is not used, because with --cpu it starts one process whatever --num_processes says.
     theirs = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes),
         *("-m", "tests.benchmarks.startup", str(mark)),
@@ -64,17 +64,18 @@ def starting(rounds: int, folder: Path) -> Comparison:
 def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str]) -> float:
     """Return the seconds from a command's start until it makes the file `sign`; the command then runs to its end.
 
-    Raises RuntimeError with the end of the output if the command fails.
+    Raises:
+        RuntimeError: The command failed; the message has the end of its output.
     """
     sign.unlink(missing_ok=True)
     started = time.perf_counter()
     taken = 0.0
-    # Not a pipe, because nobody reads it while the command runs.
+    # The output is not a pipe, because nobody would read it while the command runs.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             while not taken:
-                # Polled before the file is checked, because a command may make the file and end in between.
+                # The process is polled before the file is checked, because it may make the file and end in between.
                 ended = process.poll() is not None
                 if sign.exists() and sign.stat().st_size:
                     taken = time.perf_counter() - started
@@ -94,7 +95,7 @@ def seconds_until(command: Sequence[str], sign: Path, environment: dict[str, str
 
 
 def first_step(mark: Path) -> None:
-    """Run the script, in which rank 0 makes `mark` at the end of the first step."""
+    """Run the script: train, and make the file `mark` on rank 0 at the end of the first step."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 

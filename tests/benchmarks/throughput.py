@@ -1,14 +1,14 @@
-"""Measure tokens a second and MFU of training on one device, by setting: attention, loss, precision, batch.
+"""Measure tokens per second and MFU of training on one device, by setting: attention, loss, precision, batch.
 
     python -m tests.benchmarks.throughput [--profile]                   -> runs/bench/throughput.json
-    python -m tests.benchmarks.throughput --together --seconds 200      most telling variants first, in one process
+    python -m tests.benchmarks.throughput --together --seconds 200      the most important variants first, in one process
     python -m tests.benchmarks.throughput --hidden 128 --layers 2 --heads 4 --vocabulary 512 --length 64 --batch 2 --steps 3
 
-By default the 1B model of the series on a GPU; on a CPU give a small one, as in the last line. Random tokens, no
-network, and nothing but torch and transformers. Every variant trains from the same seed, in a process of its own or, with
-`--together`, one after the other in this one, which frees memory in between. The host waits for the device only after
-the last step. A variant that this machine cannot run is recorded with the reason. MFU counts 6 FLOPs a linear weight and
-12 x layers x hidden x length a token, against --peak TFLOP/s.
+By default it trains the 1B model of the series on a GPU; on a CPU give a small model, as in the last line. It uses random
+tokens, no network, and nothing but torch and transformers. Every variant trains from the same seed, in a separate process
+or, with `--together`, one after the other in this process, which frees memory in between. The host waits for the device only
+after the last step. A variant that this machine cannot run is recorded with the reason. MFU counts, per token, 6 FLOPs for a
+linear weight and 12 x layers x hidden x length, as a share of --peak TFLOP/s.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from tests.benchmarks.common import in_process, laps_between, mark, write_rows
 MODULE = "tests.benchmarks.throughput"
 OUTPUT = Path("runs/bench/throughput.json")
 PEAK_TFLOPS = 989.5
-"""Peak TFLOP/s of an H100 SXM and an H200 in dense bf16."""
+"""The peak TFLOP/s of an H100 SXM and an H200 in dense bf16."""
 WARM_UP = 3
 MOST_TRACE_BYTES = 15 << 20
 BEST = "best"
-"""Name of an attention: that of the fastest variant so far."""
+"""The name that stands for the attention of the fastest variant so far."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Model, batch and steps, the same for every variant."""
+    """The model, batch and steps, which are the same for every variant."""
 
     hidden: int = 2048
     layers: int = 16
@@ -76,14 +76,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train.
+    """A way to train, given by these settings:
 
     `attention`: eager, sdpa (torch chooses), a backend of `own_steps.BACKENDS`, flash_attention_2 or _3, flex_attention,
-    document (as runs with data.attention=document, over documents of mixed lengths) or `best`; `loss`: a name in
+    document (as in runs with data.attention=document, over documents of mixed lengths) or `best`; `loss`: a name in
     `own_steps.LOSSES`; `precision`: autocast, fsdp2 (casts each unit's weights, as runs do),
-    or copies (a bf16 model beside float32 weights); `compiled`: nothing, each block, or the model as a whole;
+    or copies (a bf16 model in addition to float32 weights); `compiled`: nothing, each block, or the model as a whole;
     `batch_factor`: sequences in a micro-batch over those of the workload; `accumulation`: micro-batches of an update;
-    `trained_by`: the loop of this benchmark, or other code, for which most other settings have no effect.
+    `trained_by`: the loop of this benchmark, or other code, in which most of these settings have no effect.
     """
 
     name: str
@@ -134,7 +134,7 @@ TELLING = (
     replace(LARGE, name="FSDP2, batch x2, flex", attention="flex_attention"),
     replace(TUNED, name="bf16 copies, batch x2, best, one graph", precision="copies", compiled="model"),
 )  # fmt: skip
-"""Variants for a device that is lent for minutes, the most telling first."""
+"""The variants to measure if there are only minutes, the most important ones first."""
 VARIANTS = (
     *TELLING,
     replace(TUNED, name="FSDP2, batch x2, best, 80 % sparse, fp8", fp8=True, sparse=True),
@@ -155,7 +155,7 @@ VARIANTS = (
 class Result:
     name: str
     seconds: float = 0.0
-    """Median seconds of an update."""
+    """The median seconds of an update."""
     tokens_per_second: float = 0.0
     mfu: float | None = None
     peak_bytes: int | None = None
@@ -163,19 +163,19 @@ class Result:
     """The peak that `launch.plan` states for such a run; only under FSDP2."""
     last_loss: float | None = None
     skipped: str | None = None
-    """Why the variant did not run."""
+    """The reason why the variant did not run, or None."""
     settings: dict[str, Any] = field(default_factory=dict)
     profile: list[dict[str, Any]] = field(default_factory=list)
     dense_seconds: float | None = None
-    """In a sparse variant, seconds of an update without masks, measured before and after the masked ones."""
+    """In a sparse variant, the seconds of an update without masks, measured before and after the masked ones."""
     after_update_seconds: float | None = None
-    """In a sparse variant, seconds of the masking after each update."""
+    """In a sparse variant, the seconds of the masking after each update."""
     wall_seconds: float = 0.0
-    """All seconds, building and compiling included."""
+    """All seconds, including those to build and compile."""
 
 
 def measured(work: dict[str, int], name: str, device: str, peak_tflops: float, profile: bool) -> dict[str, Any]:
-    """Measure one variant alone on the device, in a process of its own, and return plain data."""
+    """Measure one variant in this process, alone on the device, and return plain data."""
     (variant,) = (variant for variant in VARIANTS if variant.name == name)
     variant = replace(variant, attention="sdpa") if variant.attention == BEST else variant
     return asdict(measure(Workload(**work), variant, device, peak_tflops, profile))
@@ -184,7 +184,7 @@ def measured(work: dict[str, int], name: str, device: str, peak_tflops: float, p
 def measure(
     work: Workload, variant: Variant, device: str, peak_tflops: float, profile: bool = False, trace: Path | None = None
 ) -> Result:
-    """Train one variant; a failure is a result with the reason."""
+    """Train one variant, and return its result; a failure is a result with the reason."""
     torch.set_float32_matmul_precision("high")
     settings = asdict(variant) if variant.trained_by == "loop" else {"trained_by": variant.trained_by}
     result, work = Result(variant.name, settings=settings), replace(work, batch=work.batch * variant.batch_factor)
@@ -192,7 +192,7 @@ def measure(
     try:
         train(result, work, variant, device, profile, trace)
     except Exception as error:
-        # One variant's missing library or kernel must not cost the figures of the others.
+        # If a variant's library or kernel is missing, the others must still be measured.
         words = " ".join(str(error).split())[:400]
         result.skipped = f"{type(error).__name__}: {words}"
     else:
@@ -218,7 +218,7 @@ def train(result: Result, work: Workload, variant: Variant, device: str, profile
         if variant.trained_by == "torchtitan":
             step = titan.make_step(work, device)
         else:
-            # Masks are installed after the steps without them.
+            # Masks are installed later: steps without them are measured first.
             training = own_steps.Training(work, replace(variant, sparse=False), device)
             step = training.step
         seconds, result.last_loss = run_steps(step, work, device)
@@ -234,7 +234,7 @@ def train(result: Result, work: Workload, variant: Variant, device: str, profile
 
 
 def measure_sparse(result: Result, training: Any, dense: list[float], work: Workload, device: str) -> None:
-    """Prune, train with masks, then without them again, so that dense steps are on both sides of the sparse ones."""
+    """Prune, train with masks, then without them again, so that dense steps come before and after the sparse ones."""
     training.prune()
     sparse, result.last_loss = run_steps(training.step, work, device)
     result.after_update_seconds = statistics.median(run_steps(lambda _: training.after_update(), work, device)[0])
@@ -251,7 +251,7 @@ def make_step(work: Workload, variant: Variant, device: str) -> Callable[[Tensor
 
 
 def run_steps(step: Callable[[Tensor], Any], work: Workload, device: str) -> tuple[list[float], float]:
-    """Return seconds of each step after the warm-up, and the last loss; the host waits once, after the last step."""
+    """Return the seconds of each step after the warm-up, and the last loss; the host waits only after the last step."""
     batches, marks = work.batches(device), []
     loss: Any = None
     for index in range(WARM_UP + work.steps):
@@ -269,7 +269,7 @@ def run_steps(step: Callable[[Tensor], Any], work: Workload, device: str) -> tup
 def profiled(
     step: Callable[[Tensor], Tensor], work: Workload, device: str, trace: Path | None = None, rows: int = 25
 ) -> list[dict[str, Any]]:
-    """Return the costliest operations of three steps, in device microseconds; write all of them to `trace` as .json.gz."""
+    """Return the most expensive operations of three steps, in device microseconds; write all to `trace` as .json.gz."""
     batches = work.batches(device)
     with torch.profiler.profile() as found:
         for index in range(3):
@@ -285,7 +285,7 @@ def profiled(
 
 
 def top_operations(events: Any, device: str, rows: int) -> list[dict[str, Any]]:
-    """Return only kernels on a GPU, because an operation's row repeats the time of the kernels that it launched."""
+    """Return the most expensive operations; on a GPU only kernels, because an operation's row repeats their time."""
     if device == "cuda":
         events = [event for event in events if "CUDA" in str(event.device_type)]
 
@@ -306,18 +306,18 @@ def top_operations(events: Any, device: str, rows: int) -> list[dict[str, Any]]:
 
 
 class TimeIsUp(BaseException):
-    """The end of the time; no Exception, so that no code in between handles it as a failure of its own."""
+    """The end of the time. It is not an Exception, so that no code in between handles it as an error."""
 
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeIsUp in this thread after so many seconds."""
+    """Raise TimeIsUp in this thread after `seconds`, unless the context ends first."""
 
     def raise_it(*_: Any) -> None:
         raise TimeIsUp(f"took longer than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, raise_it)
-    # Repeated, because it is lost if it comes while the interpreter cleans up.
+    # The signal is repeated, because it is lost if it comes while the interpreter cleans up.
     signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
     try:
         yield
@@ -332,12 +332,12 @@ def measure_together(
 ) -> Iterator[Result]:  # fmt: skip
     """Measure the variants one after the other in this process while there is time, then profile the fastest.
 
-    An attention `best` is that of the fastest bf16 variant so far. If a variant runs out of memory, no later one has as
-    large a batch.
+    The attention `best` is that of the fastest bf16 variant so far. If a variant runs out of memory, later ones with as
+    large a batch are left out.
     """
     import torch._functorch.config as functorch
 
-    # The cache's key does not include the allowed attention kernels: the second variant would get the first one's graph.
+    # The cache's key does not include the allowed attention kernels, so the second variant would get the first one's graph.
     functorch.enable_autograd_cache = False
     deadline, found = time.monotonic() + seconds, dict[str, tuple[float, Variant]]()
     reserve = 25.0 if trace is not None else 0.0
@@ -384,7 +384,7 @@ def free_memory(device: str) -> None:
 def measure_apart(
     work: Workload, variants: list[Variant], device: str, peak_tflops: float, profile: bool
 ) -> Iterator[Result]:
-    """Measure each variant in a process of its own, so that none finds the memory of another."""
+    """Measure each variant in a separate process, so that the memory of one does not affect another."""
     for variant in variants:
         try:
             yield Result(**in_process(MODULE, "measured", asdict(work), variant.name, device, peak_tflops, profile))
@@ -393,7 +393,7 @@ def measure_apart(
 
 
 def line(result: Result) -> str:
-    """Format a result for people."""
+    """Return a result as a line of text."""
     if result.skipped:
         return f"{result.name:<48} skipped: {result.skipped[:160]}"
     words = f"{result.name:<48} {result.tokens_per_second:10,.0f} tokens/s"

@@ -1,7 +1,7 @@
-"""torchtitan's LLaMA of the benchmark's size as torchtitan trains it, for `tests.benchmarks.throughput`.
+"""torchtitan's LLaMA, at the benchmark's size and trained as torchtitan trains it, for `tests.benchmarks.throughput`.
 
-It has torchtitan's compiled blocks, FSDP2 units, bf16 compute on float32 masters and compiled loss. It needs torchtitan
-(written against 0.3). Data loader, checkpoints and metrics are left out, so that only the step is compared.
+It has torchtitan's compiled blocks, FSDP2 units, bf16 compute on float32 master weights, and compiled loss. It needs
+torchtitan (written for version 0.3). Data loader, checkpoints and metrics are left out, so that only the step is compared.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_step(work: Workload, device: str) -> Callable[[Tensor], Tensor]:
     loss_of = torch.compile(cross_entropy_loss)
 
     def step(tokens: Tensor) -> Tensor:
-        # The last position has no target: torch ignores -100.
+        # The last position has no target; torch ignores -100.
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
         loss = loss_of(model(tokens), targets) / tokens[:, 1:].numel()
         loss.backward()

@@ -1,4 +1,4 @@
-"""Two loops that take turns, a step each, so that noise of the machine affects both; and the Trainer as runs have it."""
+"""Two loops that take turns, a step each, so that noise of the machine affects both; and the Trainer of a run."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ ALWAYS = (
     "trainer.save_strategy=no",
     "trainer.disable_tqdm=true",
 )
-"""The demo's run with a model of four times its size, as in every figure measured so far."""
+"""The demo's run with a model four times as large; all figures so far were measured with it."""
 
 EVENTS = {"start_step": 2, "end_step": 8, "every_steps": 2}
 WARM_UP = 10
 
 
 class Turns:
-    """Two threads, of which only one works at a time; the first begins."""
+    """A lock for two threads that lets one work at a time; the first thread begins."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -61,14 +61,14 @@ class Turns:
 
 
 def run_in_turns(bodies: Sequence[Callable[[], Any]], turns: Turns) -> None:
-    """Run two functions as threads in turns. A rank that fails exits at once, because its peers would wait for ever."""
+    """Run two functions as threads that take turns. A rank that fails exits at once; else its peers would wait forever."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def work(mine: int) -> None:
         turns.wait(mine)
         try:
             if device is not None:
-                # The current device is set for each thread, and a new thread starts with the first one.
+                # Each thread has its own current device, and a new thread starts with device 0.
                 torch.cuda.set_device(device)
             bodies[mine]()
         except BaseException:
@@ -84,7 +84,7 @@ def run_in_turns(bodies: Sequence[Callable[[], Any]], turns: Turns) -> None:
 
 
 def random_tokens(plan: RunPlan) -> np.ndarray:
-    """Return as many random tokens as the run needs."""
+    """Return the number of random tokens that the run needs."""
     num_tokens = plan.batch_size * plan.num_steps * plan.sequence_length
     return np.random.default_rng(0).integers(plan.model.vocab_size, size=num_tokens)
 
@@ -104,7 +104,7 @@ def make_trainer(
     callbacks: list[TrainerCallback],
     folder: Path,
 ) -> PretrainingTrainer:
-    """Return the Trainer of a run on these tokens, without records and evaluation."""
+    """Return the Trainer of a run on `tokens`, without records and evaluation."""
     model, arguments = make_model(plan), training_arguments(config, plan, folder)
     compile_by_blocks(model, arguments)
     trainer = PretrainingTrainer(

@@ -1,16 +1,18 @@
-"""Check and measure the project on one GPU that is lent for minutes; `--rehearse` runs the same steps, tiny, on CPUs.
+"""Check and measure the project in a few minutes on one GPU; `--rehearse` runs the same steps, but tiny, on CPUs.
 
     python -m tests.gpu check [--rehearse]     correctness: tests, demo, interruption, 30 steps of the 1B; 5 minutes at most
     python -m tests.gpu bench [--rehearse]     speed: event, tokens a second, profile, memory; 5 minutes at most
-    python -m tests.gpu rates [--rehearse]     learning rate of the claim's runs, by recipe; 3 minutes at most
+    python -m tests.gpu rates [--rehearse]     learning rates of the claim's runs; 4 minutes at most
     python -m tests.gpu claim [--rehearse]     the paper's claim: sparse runs and their dense twins; 9 minutes at most
+    python -m tests.gpu recipe [--rehearse]    which points of the authors' recipe matter; 9 minutes at most, or on CPUs
 
-`claim` and `rates` also take overrides of their runs (optim.learning_rate=0.004). They read the docstrings of this
+`claim`, `rates` and `recipe` also take overrides of their runs (optim.learning_rate=0.004). They read the docstrings of this
 Python environment; `data=text data.path=FOLDER` gives them more, such as the folder that `python -m tests.gpu.docstrings`
-writes.
+writes. If the folder of results holds rates.json, `claim` gives each pair the learning rate that was best there.
 
-Prints a line for each step as it ends. The results are in $OUT (without it, in runs/gpu): COMMAND.json, written again after
-each step, and COMMAND.log with the end of what each step printed. Exits with 1 unless every step that ran passed.
+A line is printed for each step when it ends. The results are in $OUT (or, if it is not set, in runs/gpu): COMMAND.json,
+written again after each step, and COMMAND.log with the end of what each step printed. Exits with 1 unless every step that ran
+passed.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.gpu import bench, check, claim
+from tests.gpu import bench, check, claim, recipe
 from tests.gpu.runner import ROOT, Step, run_steps
 
 
 @dataclass(frozen=True)
 class Command:
-    """The steps of a command, the seconds that they may take together, and how many run at a time."""
+    """A command: its steps, the seconds that they may take together, and how many run at a time."""
 
     steps: Callable[[Path, Path, bool, Sequence[str]], list[Step]]
     budget_s: float = 300.0
@@ -42,18 +44,19 @@ class Command:
 COMMANDS = {
     "check": Command(check.steps),
     "bench": Command(bench.steps),
-    "rates": Command(claim.rates_steps, budget_s=180.0, parallel=6, takes_overrides=True),
+    "rates": Command(claim.rates_steps, budget_s=240.0, parallel=6, takes_overrides=True),
     "claim": Command(claim.claim_steps, budget_s=530.0, parallel=6, takes_overrides=True),
+    "recipe": Command(recipe.recipe_steps, budget_s=530.0, parallel=6, takes_overrides=True),
 }
 REHEARSAL_BUDGET_S = 1800.0
-"""Long enough for a rehearsal, which takes minutes on an idle machine, to finish on a busy one."""
+"""The seconds of a rehearsal, which takes minutes on an idle machine: enough to finish on a busy one."""
 REHEARSAL_PARALLEL = 2
 REHEARSAL_PATIENCE = 4.0
-"""Factor on the time that a step may take in a rehearsal."""
+"""The factor on the time that a step may take in a rehearsal."""
 
 
 def environment(rehearse: bool, work: Path) -> dict[str, str]:
-    """Return the variables of every step: offline, unbuffered, one device or none, this checkout first on the path."""
+    """Return the environment variables of every step: offline, unbuffered, at most one device, this checkout first."""
     python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
@@ -77,7 +80,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=[*COMMANDS], metavar="|".join(COMMANDS))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run of claim and rates")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run of claim, rates and recipe")
     parser.add_argument("--rehearse", action="store_true", help="the same steps at a tiny size on the CPU")
     parser.add_argument("--only", default="", help="only the steps whose name contains this")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The steps of `python -m tests.gpu bench`: how fast is it on this device, and where does the time go?"""
+"""The steps of `python -m tests.gpu bench`: how fast the project is on this device, and what takes the time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TINY = (
     "--backend", "eager",
 )  # fmt: skip
 FREE_MEMORY = {**MORE_CORES, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""Memory that one variant leaves in fragments can serve the next."""
+"""With this setting, memory that one variant leaves in fragments can be used by the next."""
 VARIANT_SECONDS, REHEARSED_SECONDS = 80, 120
-"""Seconds of the budget for the variants of the 1B; starting the process takes more."""
+"""The seconds of the budget for the variants of the 1B, without the start of their process."""
 DECODE_SECONDS = 65
 
 
@@ -26,7 +26,7 @@ def benchmark(name: str, output: Path, *arguments: str) -> tuple[str, ...]:
 
 
 def steps(work: Path, output: Path, rehearse: bool, more: Sequence[str] = ()) -> list[Step]:
-    """Return the steps, each alone on the device: event, decoding, variants and a profile of the best, a run, masking."""
+    """Return the steps, each alone on the device: event, decoding, variants, a profile of the best, a run, masking."""
     tiny = ("--rehearse",) if rehearse else ()
     seconds = REHEARSED_SECONDS if rehearse else VARIANT_SECONDS
     throughput = (

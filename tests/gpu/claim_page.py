@@ -1,8 +1,8 @@
-"""The results of `python -m tests.gpu claim` and `rates` as a page and a figure: docs/claim.md and docs/claim.png.
+"""Write the results of `python -m tests.gpu claim` and `rates` as a page and a figure: docs/claim.md and docs/claim.png.
 
     python -m tests.gpu.claim_page [docs/gpu] [--output docs/claim.md]
 
-The files hold each run's settings and summary, so that this command can compare the pairs and fit the law without the GPU.
+The result files hold each run's settings and summary, so this command can compare the pairs and fit the law without a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ was made narrower afterwards, so that all its runs fit into nine minutes."""
 
 
 def write_runs(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write config.yaml and summary.json of every run of a results file below `folder`, and return the runs' folders."""
+    """Write config.yaml and summary.json of each run in a results file below `folder`, and return the runs' folders."""
     written = []
     for step in result["steps"]:
         figures = step.get("figures") or {}
@@ -56,7 +56,7 @@ def write_runs(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def device_of(result: dict[str, Any]) -> str:
-    """Return command, day, device and versions in one line, with the text that was read."""
+    """Return command, day, device, versions and training text in one line."""
     figures = {step["name"]: step.get("figures") or {} for step in result["steps"]}
     text = figures.get("text", {})
     tokens = (
@@ -70,7 +70,7 @@ def device_of(result: dict[str, Any]) -> str:
 
 
 def rates_section(result: dict[str, Any]) -> str:
-    """Return the dense twin's held-out loss by recipe and learning rate: the mean and every seed."""
+    """Return the dense twins' held-out losses by name and learning rate: the mean and every seed."""
     found: dict[tuple[str, float], list[float]] = {}
     for step in result["steps"]:
         figures = step.get("figures") or {}
@@ -83,7 +83,7 @@ def rates_section(result: dict[str, Any]) -> str:
         for (recipe, rate), losses in sorted(found.items())
     ]
     head = f"## Learning rate\n\n{device_of(result)}\n\n{RATES_WORDS}\n"
-    return "\n".join([head, table(["recipe", "learning rate", "held-out loss", "each seed"], rows)])
+    return "\n".join([head, table(["runs", "learning rate", "held-out loss", "each seed"], rows)])
 
 
 def runs_section(result: dict[str, Any], title: str = "Runs") -> str:
@@ -109,7 +109,7 @@ def runs_section(result: dict[str, Any], title: str = "Runs") -> str:
 
 
 def claim_sections(result: dict[str, Any], figure: Path | None) -> list[str]:
-    """Return the runs, their pairs and the law; draw the figure if a path is given."""
+    """Return the sections about the runs, their pairs and the law; draw the figure if a path is given."""
     parts = [runs_section(result)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "claim"
@@ -126,7 +126,7 @@ def claim_sections(result: dict[str, Any], figure: Path | None) -> list[str]:
 
 
 def series_section(result: dict[str, Any], cards: Path = CARDS) -> str:
-    """Return the losses that a power law of the dense runs predicts for the series' eight models, beside the cards'."""
+    """Return the losses that a power law of the dense runs predicts for the series' eight models, and the cards'."""
     runs = [(step.get("figures") or {}).get("summary") for step in result["steps"] if step["outcome"] == "passed"]
     dense = [run for run in runs if run and not run["sparsity"]]
     params, tokens, loss = (
@@ -156,7 +156,7 @@ def series_section(result: dict[str, Any], cards: Path = CARDS) -> str:
 
 
 def page(folder: Path, figure: Path | None = None) -> str:
-    """Return the page of the result files in `folder`, without the sections of missing files."""
+    """Return the page of the result files in `folder`; sections of missing files are left out."""
     parts = [HEAD.rstrip()]
     if (file := folder / "claim.json").is_file():
         result = json.loads(file.read_text(encoding="utf-8"))

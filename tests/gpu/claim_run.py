@@ -1,9 +1,9 @@
-"""One run of the claim through `python -m launch`; its settings and results go into the step's figures.
+"""Do one run of the claim through `python -m launch`; its settings and results go into the step's figures.
 
     python -m tests.gpu.claim_run RUN_DIR key=value ...
 
-RUN_DIR is the folder that the run will have. The figures hold config.yaml and summary.json whole, so that
-`python -m tests.gpu.claim_page` can compare the runs when the machine is gone.
+RUN_DIR is the folder that the run will have. The figures hold all of config.yaml and summary.json, so that
+`python -m tests.gpu.claim_page` can compare the runs when the machine is no longer there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ CURVE_POINTS = 64
 
 
 def figures(run_dir: Path, seconds: float) -> dict[str, Any]:
-    """Return the finished run's config.yaml, summary.json and curve, which is thinned to 64 records."""
+    """Return the finished run's config.yaml, summary.json and curve, reduced to 64 records."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "train/loss" in record]
     thin = max(1, len(steps) // CURVE_POINTS)
@@ -46,17 +47,26 @@ def words(summary: dict[str, Any], seconds: float) -> str:
     )
 
 
-def main() -> None:
-    run_dir, overrides = Path(sys.argv[1]), sys.argv[2:]
+def run(overrides: Sequence[str]) -> float:
+    """Launch a run and return the seconds that it took; exit if it fails."""
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "launch", *overrides], cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(f"the run ended with {done.returncode}")
-    seconds = time.monotonic() - started
-    found = figures(run_dir, seconds)
+    return time.monotonic() - started
+
+
+def report(found: dict[str, Any]) -> None:
+    """Write a run's figures to the step's file, and print one line."""
     if FIGURES in os.environ:
         Path(os.environ[FIGURES]).write_text(json.dumps(found))
-    print(words(found["summary"], seconds))
+    print(words(found["summary"], found["seconds"]))
+
+
+def main() -> None:
+    run_dir, overrides = Path(sys.argv[1]), sys.argv[2:]
+    seconds = run(overrides)
+    report(figures(run_dir, seconds))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m tests.gpu.claim_text key=value ...
 
-The keys are those of the runs. Prints how many tokens there are, and how often the longest run reads each.
+The keys are those of the runs. It prints how many tokens there are, and how often the longest run reads each of them.
 """
 
 from __future__ import annotations

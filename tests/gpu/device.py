@@ -1,4 +1,4 @@
-"""Describe this machine in a few seconds: versions, memory, copy bandwidth and the rate of a bf16 matrix product."""
+"""Describe this machine in a few seconds: versions, memory, copy bandwidth, and the rate of a bf16 matrix product."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.gpu.runner import FIGURES
 
 
 def seconds_of(body: Callable[[], Any], rounds: int, device: str) -> float:
-    """Return the median seconds of a call, after two to warm up."""
+    """Return the median seconds of a call, after two calls as a warm-up."""
     taken = []
     for index in range(rounds + 2):
         if device == "cuda":
@@ -38,7 +38,7 @@ def seconds_of(body: Callable[[], Any], rounds: int, device: str) -> float:
 
 
 def copy_bandwidth(num_bytes: int, device: str) -> float:
-    """Return the bytes per second that a copy on the device reads and writes together."""
+    """Return the bandwidth of a copy on the device: the bytes per second that it reads and writes together."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / seconds_of(lambda: target.copy_(source), 10, device)

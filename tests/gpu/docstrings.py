@@ -1,10 +1,10 @@
-"""Docstrings of packages that are not installed, as text for the claim's runs: `data=text data.path=FOLDER`.
+"""Write the docstrings of packages that are not installed, as text for the claim's runs: `data=text data.path=FOLDER`.
 
     python -m tests.gpu.docstrings FOLDER [--packages tests/gpu/docstring_packages.txt]
 
-pip downloads a wheel of each package, its Python files are parsed and never run, and FOLDER gets part-00000.jsonl.gz and
-so on: documents as data=pydocs makes them, each body once. One GPU reads in minutes what two cores read in hours, and the
-docstrings of one environment are too few for it.
+pip downloads a wheel of each package, whose Python files are parsed but never run. FOLDER gets part-00000.jsonl.gz and so
+on, with the same documents as data=pydocs makes, each body once. One GPU reads in minutes as much as two cores in hours, so
+the docstrings of one environment are not enough for it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DOWNLOADS_AT_A_TIME = 4
 
 
 def read_packages(file: Path) -> list[str]:
-    """Return the requirements of a file, one a line; `#` begins a comment."""
+    """Return the requirements in a file, one per line; `#` begins a comment."""
     lines = (line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line]
 
 
 def python_files(wheel: Path, folder: Path) -> int:
-    """Unpack the Python files of a wheel into `folder`, which is made, and return how many there are."""
+    """Unpack the Python files of a wheel into a new folder, and return how many there are."""
     folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".py") and is_below(name)]
@@ -45,7 +45,7 @@ def python_files(wheel: Path, folder: Path) -> int:
 
 
 def is_below(name: str) -> bool:
-    """Return whether a name of an archive stays in the folder that it is unpacked into."""
+    """Return whether a name in an archive stays inside the folder into which it is unpacked."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
 
@@ -74,12 +74,12 @@ def fetch(requirement: str, work: Path) -> Path | None:
 
 
 def compress(folder: Path) -> int:
-    """Replace the jsonl files of a folder by jsonl.gz and return their bytes before compression."""
+    """Replace the jsonl files of a folder by jsonl.gz, and return their bytes before compression."""
     num_bytes = 0
     for file in sorted(folder.glob("*.jsonl")):
         content = file.read_bytes()
         num_bytes += len(content)
-        # No time stamp, so that the same text gives the same file.
+        # Without a time stamp the same text gives the same file.
         file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(content, mtime=0))
         file.unlink()
     return num_bytes

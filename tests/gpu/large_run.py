@@ -1,8 +1,8 @@
-"""A short run of the 1B model through `python -m launch`, as users start one, and its figures beside the plan's.
+"""Do a short run of the 1B model through `python -m launch`, as a user would, and compare its figures with the plan's.
 
     python -m tests.gpu.large_run --work FOLDER [--dense] [--steps 30] [--batch 8] [--rehearse] [key=value ...]
 
-Sparse by default: three prune events, and an export of the result. Further arguments are overrides of the run.
+The run is sparse by default: it has three prune events and exports the result. Further arguments are overrides of the run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from conf.schema.trainer import TrainerConfig
 from tests.gpu.runner import FIGURES, ROOT
 
 SKIPPED_STEPS = 5
-"""Steps at the start of a run, while it compiles and warms up; its median leaves them out."""
+"""The steps at the start of a run, while it compiles and warms up; they do not count in the median."""
 EVENTS = (10, 15, 20)
 
 
 def write_text(path: Path, num_bytes: int) -> None:
-    """Write documents of pseudo-random words, enough different ones for a vocabulary of 32,000."""
+    """Write documents of pseudo-random words, with enough different words for a vocabulary of 32,000."""
     drawn = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(drawn.choices(letters, k=drawn.randint(2, 9))) for _ in range(20_000)]
@@ -71,11 +71,11 @@ def run_name(dense: bool) -> str:
 
 
 def figures(run_dir: Path, planned: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """Return seconds of a step, tokens a second and each event's step from the run's files, beside the plan."""
+    """Return the run's figures from its files: seconds per step, tokens per second, each event's step, and the plan."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "train/loss" in record]
     summary = json.loads((run_dir / "summary.json").read_text())
-    # Time of training steps alone if the log has it, else all time between two records.
+    # The rate counts only the time of training steps if the log has it, else all time between two records.
     rate = "perf/tokens_per_second" if "perf/tokens_per_second" in steps[-1] else "train/tokens_per_second"
     rates = values_of(steps, rate)
     settled = rates[SKIPPED_STEPS:] or rates
@@ -103,7 +103,7 @@ def values_of(records: list[dict[str, Any]], key: str) -> list[float]:
 
 
 def top_kernels(trace: dict[str, Any], rows: int = 25) -> list[dict[str, Any]]:
-    """Return the kernels that take most of a profiler's trace, in microseconds."""
+    """Return the kernels that take the most time of a profiler's trace, in microseconds."""
     found: dict[str, list[float]] = {}
     for event in trace["traceEvents"]:
         if event.get("cat") == "kernel":
@@ -134,7 +134,7 @@ def plan(arguments: list[str], environment: dict[str, str]) -> dict[str, Any] | 
 
 
 def problems(found: dict[str, Any], num_steps: int, dense: bool) -> list[str]:
-    """Return a sentence for each check that the run fails."""
+    """Return a sentence for each check that the run does not pass."""
     summary, losses = found["summary"], found["losses"]
     wrong = []
     if summary["steps"] != num_steps or len(losses) != num_steps:

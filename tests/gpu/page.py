@@ -1,8 +1,9 @@
-"""The results of `python -m tests.gpu` as a page: docs/gpu.md, from the files in docs/gpu/.
+"""Write the results of `python -m tests.gpu` as a page: docs/gpu.md, from the files in docs/gpu/.
 
     python -m tests.gpu.page [docs/gpu] [--output docs/gpu.md]
 
-Copy the files that `check` and `bench` left in $OUT to the folder, then run this. Each section names command, device, versions.
+Copy the files that `check` and `bench` wrote to $OUT into the folder, then run this. Each section names command, device and
+versions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ WHERE = ("gpu", "python", "torch", "triton", "transformers", "accelerate", "cuda
 
 
 def origin(row: Row) -> str:
-    """Return a row's device and versions in one line."""
+    """Return the device and versions of a row, in one line."""
     known = [f"{key} {row[key]}" if key != "gpu" else f"{row[key]}" for key in WHERE if key in row]
     return ", ".join(known)
 
@@ -57,7 +58,7 @@ def words(text: str) -> str:
 
 
 def planned(row: Row) -> str:
-    """Return the peak that `launch.plan` now gives for a variant, in GiB; empty if it does not plan such a variant."""
+    """Return the peak that `launch.plan` now gives for a variant, in GiB; an empty string if it cannot plan it."""
     if not row.get("predicted_bytes"):
         return ""
     work = Workload(**{field.name: row[field.name] for field in fields(Workload)})
@@ -67,7 +68,7 @@ def planned(row: Row) -> str:
 
 
 def throughput_section(rows: list[Row]) -> str:
-    """Return tokens a second, MFU and memory by variant, and where the time of the fastest goes."""
+    """Return tokens per second, MFU and memory by variant, and the operations of the fastest one."""
     ran = [row for row in rows if not row["skipped"] and not row["name"].startswith("profile of")]
     lines = [
         [
@@ -95,7 +96,7 @@ def throughput_section(rows: list[Row]) -> str:
         parts.append(f"\nNot run, for lack of time: {'; '.join(skipped)}.")
     profiled = next((row for row in rows if row["profile"]), None)
     if profiled:
-        # The profiler also lists ranges that Python marks, such as Optimizer.step#AdamW.step.
+        # The profiler also lists ranges that Python code marks, such as Optimizer.step#AdamW.step.
         found = [kernel for kernel in profiled["profile"] if "#" not in kernel["name"]][:10]
         kernels = [[f"`{kernel['name'][:70]}`", f"{kernel['share']:.1%}", str(kernel["calls"])] for kernel in found]
         parts += [f"\n### The ten kernels that take most: {profiled['name'].removeprefix('profile of: ')}\n"]
@@ -104,7 +105,7 @@ def throughput_section(rows: list[Row]) -> str:
 
 
 def comparison_section(title: str) -> Callable[[list[Row]], str]:
-    """Return a table of {name, seconds, baseline, baseline_seconds, ratio}, as event, masking and decoding write them."""
+    """Return a function that makes a table of name, seconds, baseline and ratio from the rows of event, masking or decode."""
 
     def section(rows: list[Row]) -> str:
         lines = [
@@ -137,7 +138,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
 
 
 def page(folder: Path) -> str:
-    """Return the page of the result files in `folder`, without the sections of missing files."""
+    """Return the page of the result files in `folder`; sections of missing files are left out."""
     parts = [
         section(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
         for name, section in SECTIONS.items()

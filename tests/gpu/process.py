@@ -1,4 +1,4 @@
-"""A process of its own for a test on a GPU, so that its settings of CUDA and torch end with it."""
+"""A separate process for a test on a GPU, so that its settings of CUDA and torch end with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def in_own_process(body: Callable[..., Any], *args: Any, timeout_s: float = 240)
     """Return `body(*args)`, run as the one rank of an FSDP2 world; `body` must be importable.
 
     Raises:
-        multiprocessing.TimeoutError: after `timeout_s`; the process is then ended.
+        multiprocessing.TimeoutError: The function took longer than `timeout_s`; the process is then ended.
     """
     with multiprocessing.get_context("spawn").Pool(1, _become_a_rank, (free_port(),)) as pool:
         return pool.apply_async(body, args).get(timeout_s)

@@ -1,8 +1,7 @@
-"""Run a list of steps on a device that is lent for minutes: each step is a process with its own time limit.
+"""A runner for steps on a device that is available only for minutes: each step is a process with its own time limit.
 
-A step that fails or hangs costs its own time and nothing else. The results file is written again after every step, so that
-what was measured is kept if the machine goes away. A step reports figures by writing JSON to the file that the variable
-STEP_FIGURES names.
+If a step fails or hangs, the others still run. The results file is written again after every step, so that results are kept
+if the machine goes away. A step reports figures by writing JSON to the file that the variable STEP_FIGURES names.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from tests.processes import environment_of, is_alive, send
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = "STEP_FIGURES"
 MARK = "SPARSELLM_STEP"
-"""Variable in the environment of a step's processes: the runner finds them by it, even in another session."""
+"""A variable in the environment of a step's processes; the runner finds them by it, even in another session."""
 GRACE_S = 2.0
 POLL_S = 0.05
 TAIL_BYTES = {"passed": 6_000, "failed": 24_000}
@@ -38,7 +37,7 @@ Outcome = Literal["passed", "failed", "timed out", "not run"]
 
 @dataclass(frozen=True)
 class Step:
-    """One process. It starts only if `expected_s` of the budget are left, and ends after `timeout_s` at the latest.
+    """A process to run. It starts only if `expected_s` of the budget are left, and ends after `timeout_s` at the latest.
 
     A step that is `alone` shares the device with no other step, because it is timed. `needs` are packages that must be
     importable.
@@ -52,7 +51,7 @@ class Step:
     needs: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     says: str = ""
-    """Words that mark the output line to show; without them it is the last line."""
+    """Words that mark the line of output to show; if empty, the last line is shown."""
 
 
 @dataclass
@@ -99,7 +98,7 @@ class Running:
             self.process.wait(GRACE_S)
 
     def result(self) -> Result | None:
-        """Return the outcome of the step, or None while it runs."""
+        """Return the result of the step, or None while it runs."""
         code = self.process.poll()
         is_late = code is None and self.seconds > self.limit_s
         if code is None and not is_late:
@@ -129,7 +128,7 @@ def processes_with(mark: str) -> list[int]:
 
 
 def last_line(output: Path, words: str = "", width: int = 240) -> str:
-    """Return the last line that contains `words`, else the last one that is more than a rule."""
+    """Return the last line that contains `words`, or else the last line that is not only a rule."""
     lines = [line for line in tail(output, 4_000).splitlines() if line.strip(" -=\t")]
     lines = [line for line in lines if words in line] or lines
     return lines[-1].strip()[:width] if lines else ""
@@ -170,7 +169,7 @@ class Record:
 
 
 def telling_lines(text: str, most: int = 6, width: int = 200) -> list[str]:
-    """Return the lines that say why a step failed: pytest's FAILED and ERROR lines, else the last ones."""
+    """Return the lines that say why a step failed: pytest's FAILED and ERROR lines, or else the last lines."""
     lines = [line.rstrip()[:width] for line in text.splitlines() if line.strip()]
     return [line for line in lines if line.startswith(("FAILED", "ERROR", "error:"))][-most:] or lines[-most:]
 
@@ -186,15 +185,17 @@ def run_steps(
     details: Mapping[str, Any],
     work: Path | None = None,
 ) -> list[Result]:
-    """Run the steps in their order, at most `parallel` at a time, and return how each went.
+    """Run the steps in order, and return the result of each.
 
     Args:
-        command: Name of the results file and the log, without their endings.
-        folder: Where both are written; the runner adds no other file.
-        budget_s: Seconds for all steps. One that no longer fits is recorded as not run.
-        environment: Variables of every step.
+        command: The name of the results file and the log, without their suffixes.
+        steps: The steps.
+        folder: The folder for these two files; the runner writes no other file there.
+        budget_s: The seconds for all steps. A step that no longer fits is recorded as not run.
+        parallel: The number of steps that may run at a time.
+        environment: The environment variables of every step.
         details: Further keys of the results file.
-        work: Folder for what steps print, removed at the end.
+        work: A folder for the output of steps, removed at the end.
     """
     record = Record(command, folder, budget_s, details)
     work = work or Path(tempfile.mkdtemp(prefix="sparsellm-gpu-"))
@@ -231,7 +232,7 @@ def may_start(step: Step, running: Sequence[Step], parallel: int) -> bool:
 
 
 def refusal(step: Step, left_s: float, is_there: Callable[[str], Any] = find_spec) -> str | None:
-    """Return why a step is not started, or None if it is."""
+    """Return the reason why a step is not started, or None if it is."""
     missing = [package for package in step.needs if is_there(package) is None]
     if missing:
         return f"{', '.join(missing)} not installed"

@@ -1,4 +1,4 @@
-"""Checkpoints in the background on the device hold, bit for bit, the values from when the save began."""
+"""Checkpoints that are written in the background hold, bit for bit, the device's values from when the save began."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.mark.gpu
 def test_copies_to_the_host_hold_what_the_stream_had_written_before_and_nothing_after():
-    """A long product is still running when the copy is requested, and the tensor changes right after."""
+    """A long product is still running when the copy is requested, and the tensor changes right after that."""
     from train.checkpoints.background import host_copies
 
     size = 4096 if DEVICE.type == "cuda" else 64

@@ -14,7 +14,7 @@ STEPS = 4
 
 
 def train_compiled(folder: Path, mode: str) -> dict[str, Any]:
-    """Return the losses of a few steps, pruned before the third, compiled in `mode`; eager on a CPU."""
+    """Return the losses of a few steps, compiled in `mode` (eager on a CPU), with pruning before the third."""
     from sparsity import Geometric, SparsityCallback
     from tests.small_trainer import small_trainer
     from train.arguments import name_matmul_precision

@@ -15,7 +15,7 @@ SHAPE = {
     "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8,
     "num_key_value_heads": 8, "max_position_embeddings": 1024,
 }  # fmt: skip
-"""Rows long enough for many thread blocks of an attention kernel to add to one gradient."""
+"""Rows so long that many thread blocks of an attention kernel add to the same gradient."""
 ON_CPU = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
     "max_position_embeddings": 64,
@@ -23,7 +23,7 @@ ON_CPU = {
 
 
 def six_steps(folder: Path, resume_from: Path | None) -> dict[str, Any]:
-    """Train six bf16 steps in deterministic mode, prune before steps 1 and 4, save after step 3."""
+    """Train for six bf16 steps in deterministic mode, pruning before steps 1 and 4 and saving after step 3."""
     from train.determinism import compute_deterministically
 
     compute_deterministically()
@@ -60,7 +60,7 @@ def six_steps(folder: Path, resume_from: Path | None) -> dict[str, Any]:
         "losses": trainer.step_losses().tolist(),
         "digest": digest.hexdigest(),
         "dtypes": set(dtypes),
-        # The loss of random rows hardly depends on which of them a step takes.
+        # The loss hardly depends on which of the random rows a step takes.
         "cpu_loss": float(small_llama(**shape)(input_ids=first[:2], labels=first[:2]).loss.detach()),
         "is_blocking": os.environ.get("CUDA_LAUNCH_BLOCKING", "0"),
     }

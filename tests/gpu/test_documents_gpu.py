@@ -28,7 +28,7 @@ def ends() -> Tensor:
 def attended(
     states: list[Tensor], ends: Tensor, attend: Callable[..., Any] = attend_by_document
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the output, and the gradients that its sum of squares gives query, key and value, in float32 on the CPU."""
+    """Return the output, and the gradients of its sum of squares to query, key and value, in float32 on the CPU."""
     leaves = [state.detach().requires_grad_() for state in states]
     found, _ = attend(nn.Module(), *leaves, None, cu_seq_lens_q=ends)
     found.float().square().sum().backward()

@@ -29,7 +29,7 @@ IDS = torch.arange(24).view(2, 12) % 61
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> dict[str, Any]:
-    """Export a folder from FSDP2 shards on the device; return it and the float32 weights of the shards."""
+    """Export a model from FSDP2 shards on the device; return its folder and the float32 weights of the shards."""
     from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("export")

@@ -1,4 +1,4 @@
-"""Factors on scores and folded query weights on the device, against the same on the CPU."""
+"""Factors on scores and folded query weights on the device give the same results as on the CPU."""
 
 from __future__ import annotations
 

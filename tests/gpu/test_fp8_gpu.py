@@ -21,7 +21,7 @@ SHAPE = {
 
 
 def twenty_steps(folder: Path, fp8: bool) -> dict[str, Any]:
-    """Train on four rows again and again, pruned before the sixth step."""
+    """Train on the same four rows in every step, with pruning before the sixth."""
     from sparsity import OneShot, SparsityCallback, prunable_parameters
     from tests.small_trainer import random_rows, small_llama, small_trainer
     from train.distributed import join_world

@@ -19,7 +19,7 @@ from train.faults.stop import PREEMPTED_CODE
 
 pytestmark = pytest.mark.gpu
 STEPS = 200 if torch.cuda.is_available() else 40
-"""On a GPU a step takes milliseconds, and the signal must come before the last."""
+"""The number of steps. On a GPU a step takes milliseconds, and the signal must come before the last one."""
 WINDOW = (10, 30, 5)
 
 
@@ -84,5 +84,5 @@ def test_a_run_that_is_stopped_by_sigterm_resumes_where_it_was_and_ends_as_spars
         if "proj" in name or "lm_head" in name
     )
     assert kept == summary["nonzero_linear_params"] == round(0.2 * summary["linear_params"])
-    # Losses are logged in float32 under bf16 on a GPU too; a bfloat16 number would end with 16 zero bits.
+    # Under bf16 on a GPU, losses are still logged in float32; a bfloat16 number would end with 16 zero bits.
     assert sum(is_bfloat16(record["train/loss"]) for record in records) < STEPS / 4

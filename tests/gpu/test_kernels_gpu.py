@@ -1,4 +1,4 @@
-"""Kernels at the size of a model on a GPU, against numpy on the CPU; the compilations and host syncs of an event."""
+"""Kernels on a GPU at the size of a model, against numpy on the CPU; the compilations and host syncs of an event."""
 
 import warnings
 
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 SIZES = (3_000_001, *[600_000] * 44, 1, 0, 131_072, 777_777, 4)
-"""Some 30 million weights over 50 shards."""
+"""About 30 million weights in 50 shards."""
 SHAPES = ((512, 512),) * 4 + ((1536, 512),) * 2 + ((512, 1536), (1000, 512), (1, 8), (7, 3))
 
 

@@ -23,12 +23,12 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 NUM_KEPT = 154
-"""A fifth of the 768 weights of `network`, rounded: 768 - round(0.8 * 768)."""
+"""The rounded fifth of the 768 weights of `network`: 768 - round(0.8 * 768)."""
 
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """Make a mesh of this process alone."""
+    """Make a device mesh of only this process."""
     if DEVICE.type == "cuda":
         torch.cuda.set_device(0)
     backend = "nccl" if DEVICE.type == "cuda" else "gloo"
@@ -79,7 +79,7 @@ def copied_to_cpu(model: nn.Sequential) -> nn.Sequential:
 
 
 def masks_on_cpu(model: nn.Sequential) -> list[Tensor]:
-    """Return the expected masks: the weights that the CPU keeps in the same model."""
+    """Return the expected masks: those of the weights that the CPU keeps in the same model."""
     bound(model).pruner.prune(0.2)
     return [param != 0 for param in model.parameters()]
 
@@ -118,7 +118,7 @@ def test_an_event_under_fsdp2_prunes_what_the_cpu_prunes_and_steps_keep_it(mesh,
 
 
 class Weighted(nn.Linear):
-    """A layer whose weights get as gradients the factors that it is called with."""
+    """A layer whose weights get the factors of its call as gradients."""
 
     def forward(self, factors: Tensor) -> Tensor:
         return (self.weight * factors).sum()

@@ -1,4 +1,4 @@
-"""Between two logged steps the host waits for nothing: torch raises at any operation that would make it wait."""
+"""Between two logged steps the host does not wait: torch raises at any operation that would make it wait."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from tests.gpu.process import in_own_process
 
 STEPS, QUIET_FROM, QUIET_TO = 10, 3, 9
-"""The number of steps, and the step ends between which torch raises; the last step logs."""
+"""The number of steps, and the two steps after which torch begins and stops to raise; the last step logs."""
 
 
 def train_in_silence(folder: Path, compiled: bool, by_document: bool = False) -> dict[str, Any]:
-    """Return the steps that ran while torch would have raised at a host sync, and the losses."""
+    """Train, and return the steps that ran while torch would have raised at a host sync, and the losses."""
     import torch
     from transformers import TrainerCallback
 

@@ -23,7 +23,7 @@ def device() -> torch.device:
 
 
 def network() -> nn.Sequential:
-    """Return layers whose rows split evenly and unevenly over two ranks, with many equal weights."""
+    """Return layers with even and odd numbers of rows for two ranks, and with many equal weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 7, bias=False))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def prune_shards() -> tuple[list[torch.Tensor], int, str]:
 
 
 def train(model: nn.Module) -> list[float]:
-    """Return the losses of a few steps, pruned before the last."""
+    """Train for a few steps, with pruning before the last, and return their losses."""
     callback = bound(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []

@@ -17,18 +17,18 @@ from train.distributed import World
 
 
 class BackgroundWriter:
-    """Writes one checkpoint at a time in a thread; the next one waits until it is done.
+    """A writer of checkpoints that works in a thread, one checkpoint at a time.
 
     The training thread copies this rank's tensors to host memory, pinned if they are on a GPU, and creates the folder.
-    Then the writing thread takes over. The ranks' writing threads use a gloo group of their own, because neither NCCL's
+    Then the writing thread takes over. The ranks' writing threads have their own gloo group, because neither NCCL's
     collectives nor those of the training thread's groups may be called from two threads. The host memory, as large as
     this rank's file, is reused for the next checkpoint.
 
-    Collective: every rank makes one.
+    Collective: every rank creates one.
 
     Args:
         world: This process and its peers.
-        timeout_s: Seconds that a rank's thread waits for the others'.
+        timeout_s: Seconds that a rank's thread waits for those of the other ranks.
     """
 
     def __init__(self, world: World, timeout_s: int) -> None:
@@ -39,14 +39,14 @@ class BackgroundWriter:
         self._error: BaseException | None = None
 
     def has_failed(self) -> bool:
-        """Return whether the last checkpoint has failed on this rank and `wait` has not raised its error yet."""
+        """Return whether the last checkpoint failed on this rank and `wait` has not raised its error yet."""
         return self._error is not None
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is complete.
 
         Raises:
-            RunStopped: On every rank if one of them could not write.
+            RunStopped: On every rank, if one of them could not write.
         """
         if self._thread is not None:
             self._thread.join()
@@ -58,11 +58,12 @@ class BackgroundWriter:
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint as `train.checkpoints.write` does, but return as soon as everything is copied.
 
+        If an earlier checkpoint is still being written, wait for it first.
+
         Collective: every rank calls it.
 
         Raises:
-            RunStopped: On every rank if one of them could not write the previous checkpoint, or could not begin
-                this one.
+            RunStopped: On every rank, if one of them could not write the previous checkpoint or could not begin this one.
         """
         self.wait()
         self._buffers = host_copies(checkpoint.tensors, self._buffers)
@@ -85,7 +86,7 @@ def host_copies(tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) ->
 
     Args:
         tensors: Tensors on any device.
-        buffers: Copies from an earlier call, which are overwritten if shape and dtype are the same.
+        buffers: Copies from an earlier call; those with the same shape and dtype are overwritten.
     """
     copies = {}
     for name, tensor in tensors.items():

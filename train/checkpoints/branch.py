@@ -1,4 +1,4 @@
-"""The checkpoint of another run that a branch begins at: finding it, and checking the settings that must not change."""
+"""The checkpoint of another run at which a branch begins: finding it, and checking the settings that must not change."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ NOT_CHANGES = ("branch_from", "run_name", "overwrite", "resume", "dry_run", "nex
 
 
 def branch_checkpoint(config: Config) -> Path:
-    """Return the checkpoint that a branch begins at: that of the given step, else the newest.
+    """Return the checkpoint at which a branch begins: that of the given step, or else the newest one.
 
-    Its checksums are compared later, when it is taken over.
+    Its checksums are verified later, when it is taken over.
 
     Raises:
         ValueError: The run has no such checkpoint.
@@ -49,7 +49,7 @@ def check_branch(config: Config, plan: RunPlan) -> Branch:
     """Check that a run can branch from the checkpoint of `branch_from`, and return the branch.
 
     Args:
-        config: The new run.
+        config: The configuration of the new run.
         plan: The plan made from it.
 
     Raises:
@@ -83,7 +83,12 @@ def check_branch(config: Config, plan: RunPlan) -> Branch:
 
 
 def check_steps_alike(config: Config, branch: Branch, identity: Mapping[str, Any]) -> None:
-    """Refuse a batch size or sequence length other than the checkpoint's: its steps would be other numbers of tokens.
+    """Refuse another batch size or sequence length than the checkpoint's: a step would be another number of tokens.
+
+    Args:
+        config: The configuration of the new run.
+        branch: The point at which it branches.
+        identity: The settings of the new run that must match for a checkpoint to be resumed.
 
     Raises:
         ValueError: They differ; the message names both values.
@@ -99,7 +104,7 @@ def check_steps_alike(config: Config, branch: Branch, identity: Mapping[str, Any
 
 
 def _check_pruned(where: str, step: int, saved: Mapping[str, Any] | None, plan: RunPlan) -> None:
-    """Refuse a schedule that would have pruned more before this step than the other run has."""
+    """Refuse a schedule that would have pruned more weights by this step than the other run has."""
     if plan.schedule is None:
         return
     counts = plan.scope.counts(plan.pools, plan.schedule.base, step - 1)

@@ -1,13 +1,13 @@
 """Checkpoints on disk: a folder gets its final name only when complete, and is used only if its checksums agree.
 
 checkpoints/checkpoint-<step>/
-    rank-00000.safetensors ...  each rank's rows: model/NAME, optim.STATE/NAME, mask/NAME (a bit a weight), rng/...
+    rank-00000.safetensors ...  each rank's rows: model/NAME, optim.STATE/NAME, mask/NAME (one bit per weight), rng/...
     state.json                  step, world size, which rank holds which rows, figures, scalars, identity, versions
     trainer_state.json          as transformers writes it
-    SHA256SUMS                  of all of these, for `sha256sum -c`
+    SHA256SUMS                  checksums of all these files, for `sha256sum -c`
 
-It is written in `.checkpoint-<step>.tmp`. One that fails its checksums is renamed `checkpoint-<step>.damaged`. All
-files are tensors or json: nothing here can execute code when it is loaded.
+A checkpoint is written in `.checkpoint-<step>.tmp`. One whose checksums do not agree is renamed
+`checkpoint-<step>.damaged`. All files are tensors or json, so loading one cannot execute code.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Return what is wrong with a checkpoint, or None.
+    """Return a phrase that says what is wrong with a checkpoint, or None if nothing is.
 
     Args:
-        share: (i, n) checks every n-th file from the i-th.
+        folder: The checkpoint.
+        share: (i, n) to check only every n-th file, starting with file i.
     """
     try:
         sums = read_sums((folder / SUMS).read_text(encoding="utf-8"))
@@ -74,10 +75,10 @@ def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
 
 
 def read_sums(text: str) -> dict[str, str]:
-    """Return names and sha256 sums from a text in sha256sum's format.
+    """Return {name: sha256} from a text in sha256sum's format.
 
     Raises:
-        ValueError: The text is anything else or is cut off.
+        ValueError: The text is in another format or is cut off.
     """
     lines = text.split("\n")
     found = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines[:-1]]
@@ -88,10 +89,12 @@ def read_sums(text: str) -> dict[str, str]:
 
 
 def newest_whole(root: Path, world: World) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint whose checksums agree, and rename damaged ones. Collective: the ranks share the files.
+    """Find the newest checkpoint whose checksums agree, and rename damaged ones.
+
+    Collective: every rank calls it and checks a share of the files.
 
     Returns:
-        The checkpoint or None, and a warning for each damaged one.
+        The checkpoint, None if there is none, and a warning for each damaged one.
 
     Raises:
         RunStopped: There are checkpoints, but all are damaged.
@@ -118,16 +121,20 @@ def set_aside(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what a killed process left half-written or half-removed."""
+    """Remove folders that a killed process left half-written or half-removed."""
     for pattern in (".checkpoint-*.tmp", ".checkpoint-*.removed"):
         for folder in root.glob(pattern):
             remove_folder(folder)
 
 
 def remove_old(root: Path, keep: int, newest: int, keep_steps: Sequence[int] = ()) -> Sequence[Path]:
-    """Remove all checkpoints up to step `newest` except the last `keep`, and return those removed.
+    """Remove old checkpoints, and return those removed.
 
-    Those of `keep_steps` stay and are not counted.
+    Args:
+        root: The folder of the checkpoints.
+        keep: How many of the last checkpoints to keep.
+        newest: The step of the newest checkpoint; later ones are neither counted nor removed.
+        keep_steps: Steps whose checkpoints always stay and are not counted.
     """
     assert keep >= 1
     found = [folder for folder in checkpoints(root) if step_of(folder) <= newest and step_of(folder) not in keep_steps]

@@ -18,7 +18,7 @@ from train.checkpoints.write import Pieces, local_rows
 
 
 class CheckpointReader:
-    """An open checkpoint. `state` is its state.json; tensors are read on demand, for any split of rows."""
+    """An open checkpoint; `state` is its state.json, and any rows of its tensors are read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -41,7 +41,17 @@ class CheckpointReader:
         return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 - not a dict
 
     def rows(self, key: str, name: str, start: int, stop: int) -> Tensor | None:
-        """Return the rows start .. stop of `key`/`name`; None if there are no rows."""
+        """Return some rows of a tensor, from whichever files hold them.
+
+        Args:
+            key: The kind of tensor: `model`, or `optim.` and the name of a state.
+            name: The name of the parameter.
+            start: The first row.
+            stop: The row after the last one.
+
+        Returns:
+            The rows; None if start .. stop is empty.
+        """
         pieces = [
             self._file(rank).get_slice(f"{key}/{name}")[first - offset : last - offset]
             for rank, offset, first, last in self._parts(name, start, stop)
@@ -49,7 +59,14 @@ class CheckpointReader:
         return torch.cat(pieces) if pieces else None
 
     def mask(self, name: str, start: int, stop: int, per_row: int) -> Tensor:
-        """Return the mask of the flat weights start .. stop, whole rows of `per_row` weights; bool [stop - start]."""
+        """Return a part of a mask, bool [stop - start].
+
+        Args:
+            name: The name of the parameter.
+            start: The first weight, counted in the flat parameter; it begins a row.
+            stop: The weight after the last one, which also begins a row.
+            per_row: The number of weights in a row.
+        """
         pieces = [torch.empty(0, dtype=torch.bool)]
         for rank, offset, first, last in self._parts(name, start // per_row, stop // per_row):
             begin, end = (first - offset) * per_row, (last - offset) * per_row
@@ -58,7 +75,7 @@ class CheckpointReader:
         return torch.cat(pieces)
 
     def _parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (rank, first row in its file, first and last row to take) for the files that cover start .. stop."""
+        """Yield (rank, first row in its file, first row to take, row after the last) for the files that cover the rows."""
         size = self._pieces.rows[name]
         for index in range(start // size, -(-stop // size)):
             offset = index * size
@@ -77,7 +94,7 @@ def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> 
     """Copy this rank's rows of every parameter from the checkpoint.
 
     Raises:
-        ValueError: Model and checkpoint have other parameters or shapes.
+        ValueError: The model's parameters or their shapes differ from those of the checkpoint.
     """
     saved = set(reader.state["pieces"]["rows"])
     if saved != set(parameters):
@@ -100,7 +117,14 @@ def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> 
 def load_optimizer(
     reader: CheckpointReader, optimizer: Any, parameters: Mapping[str, Tensor], rates: bool = True
 ) -> None:
-    """Load moments and counters, and learning rates if `rates`, into the current layout of the parameters."""
+    """Load the optimizer's state for this rank's rows.
+
+    Args:
+        reader: The checkpoint.
+        optimizer: The optimizer to fill.
+        parameters: The model's parameters by name.
+        rates: Whether to load the learning rates too, not only moments and counters.
+    """
     saved, inner = reader.state["optimizer"], state_holder(optimizer)
     groups = {param: group for group in inner.param_groups for param in group["params"]}
     for name, param in parameters.items():
@@ -125,6 +149,11 @@ def load_optimizer(
 
 def load_masks(reader: CheckpointReader, shards: list[ParameterShard], row_sizes: Callable[[str], int]) -> None:
     """Fill the masks of `shards` in place.
+
+    Args:
+        reader: The checkpoint.
+        shards: This rank's shards of the pruned parameters.
+        row_sizes: Returns the number of weights in a row of a parameter, given its name.
 
     Raises:
         ValueError: The checkpoint lacks a mask.

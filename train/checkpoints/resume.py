@@ -19,9 +19,15 @@ def checkpoint_to_resume(
 ) -> Path | None:
     """Return the newest complete checkpoint of the run, or None; warn about damaged ones.
 
-    The checkpoint of `branch_step` came from another run and was compared when this one branched.
-
     Collective: every rank calls it.
+
+    Args:
+        root: The folder of the checkpoints.
+        identity: The settings that must match.
+        data_folder: The folder of the run's prepared data.
+        world: This process and its peers.
+        branch_step: The step of the checkpoint that came from another run. It is not compared again: that was done when
+            this run branched.
 
     Raises:
         RunStopped: On every rank, if there are checkpoints but all are damaged.
@@ -39,8 +45,13 @@ def checkpoint_to_resume(
 def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: str) -> None:
     """Check that the checkpoint's settings and data are those of this run.
 
+    Args:
+        folder: The checkpoint.
+        identity: The settings of this run that must match.
+        data_folder: The folder of this run's prepared data.
+
     Raises:
-        ValueError: They are not.
+        ValueError: A setting differs, and the message gives both values; or the data has changed.
     """
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     for key, now in identity.items():
@@ -54,7 +65,10 @@ def check_is_of_this_run(folder: Path, identity: dict[str, Any], data_folder: st
 
 
 def data_fingerprint(folder: str) -> dict[str, Any]:
-    """Return the sha256 of the prepared data's index, which holds every file's sha256, and each file's size and mtime."""
+    """Return the sha256 of the prepared data's index, and the size and mtime of each file that the index lists.
+
+    The index holds the sha256 of each file.
+    """
     index = read_index(folder)
     names = [part[split][kind] for part in index["parts"] for split in SPLITS for kind in ("file", "starts")]
     stats = {name: Path(folder, name).stat() for name in names}
@@ -63,10 +77,10 @@ def data_fingerprint(folder: str) -> dict[str, Any]:
 
 
 def check_data(before: dict[str, Any], folder: str) -> None:
-    """Check that the data is unchanged; only files with another size or mtime are read again.
+    """Check that the data is unchanged; only files with a new size or mtime are read again.
 
     Raises:
-        ValueError: The data has changed since `before`.
+        ValueError: The data has changed since the fingerprint `before` was taken.
     """
     now = data_fingerprint(folder)
     if now["index"] != before["index"]:

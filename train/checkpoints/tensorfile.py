@@ -1,7 +1,7 @@
-"""Safetensors files written one tensor at a time, without a second copy of a rank's state and with ordinary `OSError`s.
+"""Writing safetensors files one tensor at a time: this needs no second copy of a rank's state and raises `OSError`s.
 
 `safetensors.save_file` needs every tensor on the CPU at once, raises its own error for a full disk, and makes the file
-readable only for its owner (0.8).
+readable only for its owner (version 0.8).
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ _CHUNK = 64 << 20
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the bytes that `write_tensors` needs on the disk."""
+    """Return the size in bytes of the file that `write_tensors` writes."""
     return len(_header(tensors)) + sum(_num_bytes(tensor) for tensor in tensors.values())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write and sync a file, copying one tensor at a time from its device; the umask determines the file's mode.
+
+    Args:
+        path: The file to write.
+        tensors: Its tensors by name.
+        metadata: Text entries for its header.
 
     Returns:
         The sha256 of the file's bytes.

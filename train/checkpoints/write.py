@@ -38,7 +38,13 @@ class Pieces:
     rows: dict[str, int]
 
     def of(self, name: str, rank: int, num_rows: int) -> tuple[int, int] | None:
-        """Return the rows start .. stop that `rank` writes of a parameter of `num_rows`; None if it writes none."""
+        """Return (start, stop), the rows that a rank writes of a parameter; None if it writes none of it.
+
+        Args:
+            name: The name of the parameter.
+            rank: The rank.
+            num_rows: The number of rows of the whole parameter.
+        """
         if rank not in self.writers:
             return None
         index, size = self.writers.index(rank), self.rows[name]
@@ -48,7 +54,7 @@ class Pieces:
 
 
 def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
-    """Return FSDP2's pieces of the parameters, the same on every rank; of several replicas the first one writes."""
+    """Return FSDP2's pieces of the parameters, the same on every rank; if there are replicas, the first one writes."""
     writers, rows = [0], {}
     for name, param in parameters.items():
         dim = shard_dim(param) if isinstance(param, DTensor) else None
@@ -63,7 +69,7 @@ def pieces_of(parameters: Mapping[str, Tensor]) -> Pieces:
 
 
 def local_rows(param: Tensor) -> tuple[int, int]:
-    """Return the rows start .. stop of the full parameter that are on this rank."""
+    """Return (start, stop), the rows of the full parameter that are on this rank."""
     per_row = param.numel() // param.shape[0] if param.shape[0] else 1
     start = shard_offset(param) // max(1, per_row)
     return start, start + local_tensor(param.detach()).shape[0]
@@ -80,7 +86,7 @@ def optimizer_state(
     """Return ({state: {name: tensor of the parameter's shape}}, {state: {name: number}}) of an optimizer.
 
     Raises:
-        RunStopped: The optimizer has a state of another shape.
+        RunStopped: The optimizer has a state with another shape than its parameter.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     scalars: dict[str, dict[str, float]] = {}
@@ -100,7 +106,7 @@ def optimizer_state(
 
 
 def optimizer_figures(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Describe the optimizer for state.json: the dtype of each state with a parameter's shape, and the rates."""
+    """Describe the optimizer for state.json: the dtype of each state that has its parameter's shape, and the rates."""
     tensors, _ = optimizer_state(optimizer, parameters)
     dtypes = {key: {name: str(t.dtype).removeprefix("torch.") for name, t in of.items()} for key, of in tensors.items()}
     groups = state_holder(optimizer).param_groups
@@ -111,7 +117,15 @@ def optimizer_figures(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[
 def rank_tensors(
     model: nn.Module, optimizer: Any, shards: list[ParameterShard], rng: Mapping[str, Tensor], rank: int
 ) -> tuple[dict[str, Tensor], Pieces, dict[str, Any]]:
-    """Return this rank's tensors for its file, the rows in each rank's file, and the optimizer's scalars."""
+    """Return this rank's tensors for its file, the rows in each rank's file, and the optimizer's scalars.
+
+    Args:
+        model: The model, sharded or not.
+        optimizer: Its optimizer.
+        shards: This rank's shards of the pruned parameters, whose masks are saved.
+        rng: The states of this rank's random generators.
+        rank: This rank.
+    """
     parameters = parameters_of(model)
     pieces = pieces_of(parameters)
     moments, scalars = optimizer_state(optimizer, parameters)
@@ -137,11 +151,11 @@ class Checkpoint:
     """The number of steps trained so far."""
     world: World
     tensors: Mapping[str, Tensor]
-    """Contents of this rank's file."""
+    """The contents of this rank's file."""
     pieces: Pieces
     """The rows in each rank's file."""
     state: dict[str, Any]
-    """Contents of state.json, except for those that `finish_checkpoint` adds."""
+    """The contents of state.json, without the entries that `finish_checkpoint` adds."""
     save_trainer_state: Callable[[str], None]
     """Writes transformers' own state to a path."""
     before: Callable[[], None] = lambda: None
@@ -161,8 +175,7 @@ class Checkpoint:
 def write_checkpoint(checkpoint: Checkpoint) -> Path:
     """Write a checkpoint, which appears complete or not at all.
 
-    The ranks exchange the same amount for any number of them, except for the checksum and size that each sends to rank
-    0.
+    What a rank sends does not grow with the number of ranks: flags, and a checksum and a size to rank 0.
 
     Collective: every rank calls it.
 
@@ -170,14 +183,14 @@ def write_checkpoint(checkpoint: Checkpoint) -> Path:
         The checkpoint's folder.
 
     Raises:
-        RunStopped: On every rank if one of them could not write; the incomplete files are removed, older
-            checkpoints stay.
+        RunStopped: On every rank, if one of them could not write. The incomplete files are removed; older checkpoints
+            stay.
     """
     return finish_checkpoint(checkpoint, begin_checkpoint(checkpoint))
 
 
 def begin_checkpoint(checkpoint: Checkpoint) -> int:
-    """Create the temporary folder, save the Trainer's state in it, and return the bytes that all ranks need.
+    """Create the temporary folder, save the Trainer's state in it, and return the bytes that all ranks will write.
 
     Collective: every rank calls it.
     """
@@ -196,7 +209,17 @@ def begin_checkpoint(checkpoint: Checkpoint) -> int:
 
 
 def finish_checkpoint(checkpoint: Checkpoint, needed: int) -> Path:
-    """Write every rank's file and the rest, then give the folder its final name. Collective."""
+    """Write every rank's file and the rest, then give the folder its final name, and return it.
+
+    Collective: every rank calls it.
+
+    Args:
+        checkpoint: The checkpoint.
+        needed: The bytes that all ranks write, for the error about a full disk.
+
+    Raises:
+        RunStopped: On every rank, if one of them could not write.
+    """
     world, aside = checkpoint.world, checkpoint.aside
 
     def write() -> tuple[str, int]:
@@ -229,7 +252,7 @@ def finish_checkpoint(checkpoint: Checkpoint, needed: int) -> Path:
 
 
 def _together(checkpoint: Checkpoint, action: Callable[[], Any] | None, needed: int) -> Any:
-    """Return the result of this rank's `action`; raise RunStopped on all ranks if one failed. Collective."""
+    """Return the result of this rank's `action`; raise RunStopped on all ranks if one failed. Every rank calls it."""
     result, problem = attempt(action) if action else (None, None)
     if problems := checkpoint.world.problems(problem):
         if checkpoint.world.is_main:
@@ -247,7 +270,7 @@ def attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a checkpoint depends on."""
+    """Return the versions of Python and of the libraries on which a checkpoint depends."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

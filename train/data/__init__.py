@@ -1,6 +1,6 @@
 """From text to blocks of tokens: documents, split, tokenizer, packed streams, and the order of training.
 
-Names are imported on first use (PEP 562), so that the processes that tokenize can import this package without torch.
+Names are imported on first use (PEP 562), so that the worker processes that tokenize do not import torch.
 """
 
 from __future__ import annotations

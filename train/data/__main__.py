@@ -1,4 +1,4 @@
-"""`python -m train.data experiment=NAME [key=value ...] [shard=i/n]`: text to tokens, before any GPU is taken."""
+"""The command `python -m train.data experiment=NAME [key=value ...] [shard=i/n]`, which tokenizes a run's text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def report_text(report: ShardReport, shard: Shard, arguments: Sequence[str]) -> str:
-    """Return a report of what was prepared and how to train on it, or how many parts are still missing."""
+    """Return the report for the user: what was prepared and how to train on it, or how many parts are missing.
+
+    Args:
+        report: The state of the preparation.
+        shard: The share that this command prepared.
+        arguments: The run's overrides, to print the command that trains.
+    """
     if report.prepared is None:
         return (
             f"shard {shard.number}/{shard.count} is done, {report.num_waiting} of {report.num_parts} parts are not: run the "

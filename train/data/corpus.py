@@ -21,7 +21,7 @@ class Corpus:
     """The files of one source and the way to read them."""
 
     key: str
-    """Equal for equal content, regardless of the files' names and folders."""
+    """A key that is equal for equal content, regardless of the files' names and folders."""
     files: tuple[Path, ...]
     text_field: str
     max_documents: int | None
@@ -35,7 +35,7 @@ class Corpus:
 
 
 def find_corpus(config: DataConfig, cache: Path) -> Corpus:
-    """Find the configured source; parse pydocs or fetch hub data, unless that was done before."""
+    """Return the corpus of the configured source; docstrings are parsed and hub data is fetched, unless done before."""
     key, files, text_field = _key_and_files(config, cache)
     skips_errors = config.on_error == "skip"
     whole_key = [key, text_field, config.max_documents] + ["skip"] * skips_errors
@@ -66,7 +66,7 @@ def _key_and_files(config: DataConfig, cache: Path) -> tuple[str, Sequence[Path]
 
 
 def left_out(path: str) -> str | None:
-    """Return a sentence about the files of a folder that are of no known kind; None if there are none."""
+    """Return a sentence about a folder's files that are ignored because their kind is unknown; None if there are none."""
     folder = Path(path).expanduser()
     others = [file for file in walk(folder) if kind_of(file) is None] if folder.is_dir() else []
     if not others:
@@ -76,14 +76,20 @@ def left_out(path: str) -> str | None:
 
 
 def content_key(files: Sequence[Path], cache: Path) -> str:
-    """Return a hash of the files' bytes in their order, and of their kinds."""
+    """Return a hash of the files' contents, in order, and of their kinds."""
     with explained(os.path.commonpath(files)):
         hashes = sha256_of_all(files, memo=cache / "sha256.json")
     return digest([[file.suffixes[-1].lower(), value] for file, value in zip(files, hashes, strict=True)])
 
 
 def pydocs_files(roots: Sequence[str | Path], cache: Path, num_workers: int | None) -> tuple[str, list[Path]]:
-    """Return (key, jsonl files) of the docstrings below the roots; the key hashes every Python file that is read."""
+    """Return (key, jsonl files) of the docstrings below the roots; the key hashes every Python file that is read.
+
+    Args:
+        roots: Folders with Python packages.
+        cache: The cache folder, in which the jsonl files are written once.
+        num_workers: The number of processes; None for all cores.
+    """
     sources = pydocs.find_sources(roots)
     # Hashing thousands of small files would take a second or more at every start, so all of them are remembered.
     hashes = sha256_of_all((source.path for source in sources), memo=cache / "pydocs.sha256.json", least_remembered=0)

@@ -1,4 +1,4 @@
-"""Datasets by hub name, or local folders in the same layout; `datasets` determines which files a split has."""
+"""Datasets given by a hub name, or by a local folder in the same layout; `datasets` finds the files of a split."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Asked:
 
 
 def data_files(asked: Asked) -> tuple[str | None, list[Path]]:
-    """Return a key of the split's content and the split's files on this machine, downloading those on the hub.
+    """Return (key of the split's content, its files on this machine); files on the hub are downloaded.
 
-    The key is None for local files; it must then be made from their bytes.
+    The key is None for local files: the caller must hash their contents.
 
     Raises:
         ValueError: There is no such dataset, subset or split, it cannot be reached, or its files are of a kind that
@@ -65,7 +65,17 @@ def data_files(asked: Asked) -> tuple[str | None, list[Path]]:
 
 
 def streamed(asked: Asked, text_field: str, max_documents: int | None, cache: Path) -> tuple[str, list[Path]]:
-    """Stream the first documents over the network and return (key, jsonl files); the dataset's own files are not kept."""
+    """Stream the first documents over the network and return (key, jsonl files); the dataset's own files are not kept.
+
+    Args:
+        asked: The requested dataset.
+        text_field: The field that holds a document's text.
+        max_documents: The number of documents; None for all.
+        cache: The cache folder, in which the jsonl files are written once.
+
+    Raises:
+        ValueError: The dataset cannot be read.
+    """
     with _explained(asked):
         builder = _builder(asked)
         files = [str(file) for file in (builder.config.data_files or {}).get(asked.split, [])]
@@ -85,7 +95,7 @@ def _builder(asked: Asked) -> Any:
     from datasets import load_dataset_builder
 
     if asked.folder is not None:
-        # Without a README that lists subsets, a subset is a folder.
+        # If no README lists subsets, a subset is a folder.
         lists_subsets = "configs:" in _readme(asked.folder)
         if asked.subset and not lists_subsets and (asked.folder / asked.subset).is_dir():
             return load_dataset_builder(str(asked.folder / asked.subset))
@@ -121,7 +131,7 @@ def _groups(texts: Iterator[str], size: int) -> Iterator[list[str]]:
 
 
 class _explained:
-    """Turns errors of `datasets` and the hub into one sentence."""
+    """A context that turns errors of `datasets` and of the hub into one sentence."""
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked

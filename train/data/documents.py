@@ -22,9 +22,9 @@ DOCUMENT_BYTES = 16 << 10
 BYTE_ORDER_MARK = "\ufeff"
 MOST_FIELDS_NAMED = 8
 MOST_PLACES = 5
-"""How many places of skipped documents are kept for each part."""
+"""The number of skipped documents of each part whose errors are kept."""
 MISSING = object()
-"""Stands for a missing value, since None can be a value."""
+"""The mark of a missing value, because None can be a value."""
 FIRST_BYTES = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
@@ -48,7 +48,7 @@ class Skipped:
 
     count: int = 0
     first: list[str] = field(default_factory=list)
-    """The errors of the first ones, with their places."""
+    """The errors of the first few, each with its place."""
 
     def add(self, words: str) -> None:
         self.count += 1
@@ -59,14 +59,14 @@ class Skipped:
 def read_documents(part: Part, text_field: str, skipped: Skipped | None = None) -> Iterator[str]:
     """Yield the part's documents in order, without empty ones.
 
-    A text file is cut at blank lines into documents of 16 to 32 KiB that together are the whole file. A byte order mark
+    A text file is cut at blank lines into documents of 16 to 32 KiB; together they are the whole file. A byte order mark
     at the start of a file is not part of the text.
 
     Args:
-        part: What to read.
+        part: The part to read.
         text_field: The field that holds a document's text, or a path of fields separated by dots.
-        skipped: Collects documents that cannot be read, which are then skipped; after an error that does not belong
-            to one document, the rest of the part is skipped. If None, the first error is raised.
+        skipped: Collects the errors of documents that cannot be read and are skipped. After an error that does not
+            belong to a single document, the rest of the part is skipped. If None, the first error is raised.
 
     Raises:
         ValueError: A document cannot be read; the message names its place.
@@ -91,7 +91,14 @@ def _leave_out(words: str, skipped: Skipped | None) -> None:
 
 
 def limit_parts(parts: list[Part], text_field: str, max_documents: int, skips_errors: bool = False) -> list[Part]:
-    """Return the parts that hold the first `max_documents` documents, which are read once to count them."""
+    """Return the parts that hold the first documents; these are read once to count them.
+
+    Args:
+        parts: All parts, in order.
+        text_field: The field that holds a document's text.
+        max_documents: The number of documents to keep.
+        skips_errors: Whether documents that cannot be read are skipped, and so not counted.
+    """
     limited = []
     for part in parts:
         count = sum(
@@ -108,7 +115,7 @@ def text_of(line: bytes, text_field: str) -> str:
     """Return the text in a line of JSON.
 
     Raises:
-        ValueError: There is no text; the message is written to follow the line's place.
+        ValueError: There is no text. The caller puts the line's place before the message.
     """
     remedy = f"give one JSON object a line with a string in data.text_field={text_field}"
     try:
@@ -157,10 +164,10 @@ def _short(name: str) -> str:
 def checked_text(value: Any, text_field: str) -> str:
     """Return a value of the text field as text.
 
-    Some writers of parquet files store text as plain bytes: they are decoded.
+    Some programs store text in parquet files as plain bytes; these are decoded.
 
     Raises:
-        ValueError: The value is not text; the message is written to follow the document's place.
+        ValueError: The value is not text. The caller puts the document's place before the message.
     """
     if isinstance(value, bytes):
         value = value.decode()
@@ -206,12 +213,12 @@ def _read_text(part: Part, _: str, skipped: Skipped | None) -> Iterator[str]:
 
 
 def has_many_nuls(text: bytes) -> bool:
-    """Return whether `text`, although it decodes as UTF-8, is most likely UTF-16 without a mark, or not text at all."""
+    """Return whether `text` is probably UTF-16 without a byte order mark, or not text, although it decodes as UTF-8."""
     return 4 * text.count(0) > len(text)
 
 
 def not_utf8(path: str | Path) -> str:
-    """Return the end of a sentence about a file that is not UTF-8: its format by its first bytes, and the remedy."""
+    """Return the end of a sentence about a file that is not UTF-8: its likely format, by its first bytes, and the remedy."""
     with open(path, "rb") as file:
         begin = file.read(8)
     kind = next((name for first, name in FIRST_BYTES.items() if begin.startswith(first)), None)

@@ -22,7 +22,7 @@ SETTLED_NS = 2_000_000_000
 
 
 def lock(folder: Path) -> FileLock:
-    """Return the lock of a cache folder, held by the one process that writes to it."""
+    """Return the lock of a cache folder; the one process that writes to the folder holds it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(folder.with_name(f"{folder.name}.lock"))
 
@@ -42,7 +42,7 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
 
 
 def publish(made: Path, folder: Path) -> Path:
-    """Copy the files of `made` to `folder` unless it exists: its name identifies its content. Return `folder`."""
+    """Copy the files of `made` to `folder` unless that exists, and return `folder`; its name identifies its content."""
 
     def copy(partial: Path) -> None:
         # shutil.copytree would also copy modes, and a temporary folder is accessible only to its owner.
@@ -92,7 +92,7 @@ def sha256_of_all(
 
 
 def _read_memo(memo: Path) -> dict[str, str]:
-    """Return the contents of a memo; nothing if it is missing, unreadable or cut short, since it can be made again."""
+    """Return the contents of a memo; an empty one if it is missing, unreadable or cut short, since it can be rebuilt."""
     try:
         found = json.loads(memo.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,8 +103,8 @@ def _read_memo(memo: Path) -> dict[str, str]:
 def _state(path: str, least_bytes: int) -> str | None:
     """Return a string that changes when the file does.
 
-    None for a file below `least_bytes`, and for one that changed just now: file system clocks are coarse, and a second
-    change within one tick would go unnoticed.
+    The result is None for a file smaller than `least_bytes`, and for one that changed just now: file system clocks are
+    coarse, and a second change within the same tick would go unnoticed.
     """
     stat = os.stat(path)
     touched = max(stat.st_mtime_ns, stat.st_ctime_ns)

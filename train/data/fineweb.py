@@ -23,7 +23,11 @@ def subset_folder(subset: str | None) -> str:
 
 
 def local_files(path: str, subset: str | None) -> list[Path]:
-    """Return the subset's parquet files in a copy of the repository; all parquet files if the folder lacks that layout."""
+    """Return the subset's parquet files in a copy of the repository; all parquet files if the folder has another layout.
+
+    Raises:
+        ValueError: There are none.
+    """
     root = Path(path).expanduser()
     folder = root / subset_folder(subset)
     files = [file for file in find_files(folder if folder.is_dir() else root) if file.suffix.lower() == ".parquet"]
@@ -35,7 +39,13 @@ def local_files(path: str, subset: str | None) -> list[Path]:
 def hub_files(subset: str | None, max_documents: int | None, cache: Path) -> tuple[str, list[Path]]:
     """Return (key of the content, files): the subset's parquet files from the hub, or its first documents as jsonl.
 
-    With `max_documents` only those documents are streamed, instead of downloading whole files.
+    Args:
+        subset: The subset, such as `sample-10BT`; None for the default one.
+        max_documents: Stream only this many documents; None downloads the whole files.
+        cache: The cache folder, in which the jsonl files are written once.
+
+    Raises:
+        ValueError: The hub does not answer, or the files cannot be read.
     """
     try:
         if not hub.is_reachable():

@@ -1,7 +1,7 @@
 """Tokens written by other tools: Megatron's .bin with its .idx, flat .bin and .npy, and datasets saved to disk.
 
-The files are read in place. Only an index is written for each: where its ids are, their type, and where documents
-begin.
+The files are read in place. Only an index is written, which says for each file where its ids are, what type they have, and
+where documents begin.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ FLAT_SUFFIXES = (".bin", ".npy")
 DATASET_FILES = ("state.json", "dataset_info.json")
 COLUMN = "input_ids"
 TYPES = {"uint16": "<u2", "uint32": "<u4"}
-"""The values of data.token_dtype."""
+"""The values of data.token_dtype, and numpy's names for them."""
 CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Span:
-    """A run of consecutive ids in a file."""
+    """A stretch of consecutive ids in a file."""
 
     file: str
     offset: int
@@ -38,7 +38,7 @@ class Span:
     dtype: str
     num_tokens: int
     starts: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
-    """Where documents begin; None if only their last token shows it."""
+    """The positions at which documents begin; None if only the separators between documents show them."""
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return the ids start..stop-1 as a view of the file."""
@@ -49,7 +49,7 @@ class Span:
 
 
 def holds_tokens(path: str | Path) -> bool:
-    """Return whether a file or folder holds ids, judged only by names."""
+    """Return whether a file or folder holds token ids, judged only by file names."""
     path = Path(path).expanduser()
     if path.is_dir():
         return _is_dataset(path) or any(file.suffix in FLAT_SUFFIXES for file in path.iterdir())
@@ -57,7 +57,7 @@ def holds_tokens(path: str | Path) -> bool:
 
 
 def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Span]:
-    """Return where the ids of a file or folder are, in the order of the files' names.
+    """Return the spans of ids in a file or folder, in the order of the files' names.
 
     Args:
         path: A .bin or .npy file, a folder of them, or a folder that `Dataset.save_to_disk` wrote.
@@ -66,7 +66,7 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
         dtype: A key of `TYPES`.
 
     Raises:
-        ValueError: There are no ids, or a file is not of the format that its name suggests.
+        ValueError: There are no ids, or a file does not have the format that its name suggests.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -84,7 +84,7 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """Return every file whose bytes determine the ids, to hash them."""
+    """Return all files whose contents determine the ids; a hash of them identifies the ids."""
     path = Path(path).expanduser()
     if path.is_dir():
         suffixes = (*FLAT_SUFFIXES, ".idx", ".arrow", ".json")
@@ -173,10 +173,10 @@ def _dataset_spans(folder: Path) -> Iterator[Span]:
 
 
 def checked_counts(span: Span, vocab_size: int) -> NDArray[np.int64]:
-    """Count the ids of a span [vocab_size].
+    """Return how often each id occurs in a span [vocab_size].
 
     Raises:
-        ValueError: An id is outside the vocabulary, or the file seems to be read in the wrong type.
+        ValueError: An id is outside the vocabulary, or the file seems to be read with the wrong type.
     """
     counts = np.zeros(vocab_size, np.int64)
     odd = 0
@@ -199,7 +199,7 @@ def checked_counts(span: Span, vocab_size: int) -> NDArray[np.int64]:
 
 
 def document_starts(span: Span, separator: int) -> NDArray[np.int64]:
-    """Return where documents begin: by the file's index, else after each separator."""
+    """Return the positions at which documents begin: from the file's index, or else after each separator."""
     if span.starts is not None:
         return np.unique(span.starts)
     pieces = [np.zeros(1, np.int64)]

@@ -28,12 +28,12 @@ def write_foreign_index(
 ) -> None:
     """Write counts, starts of documents and index.json for ids that stay in their own files.
 
-    The end of each file is held out, from the start of a document if there is one. Prepared documents are held out by a
-    hash of their text, but here the text is not known.
+    The end of each file is held out, beginning with a whole document if possible. Our own tokens are held out by a hash
+    of each document's text, but here the text is not known.
 
     Args:
         folder: Where to write.
-        spans: The ids.
+        spans: The places of the ids.
         vocab_size: The tokenizer's vocabulary size.
         separator: The id that ends a document.
         heldout_share: The share of each span to hold out.
@@ -87,7 +87,16 @@ def write_foreign_index(
 
 
 def heldout_cut(num_tokens: int, starts: np.ndarray[Any, Any], share: float) -> int:
-    """Return where a span's held-out end begins: the last document start before its share, else the exact share."""
+    """Return the position at which a span's held-out end begins.
+
+    Args:
+        num_tokens: The length of the span.
+        starts: The positions at which documents begin.
+        share: The share of the span to hold out.
+
+    Returns:
+        The last start of a document before the end's exact share, or the exact position if there is none.
+    """
     wanted = num_tokens - round(share * num_tokens)
     place = int(np.searchsorted(starts, wanted, side="right")) - 1
     return int(starts[place]) if place > 0 else wanted

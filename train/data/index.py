@@ -20,9 +20,16 @@ COUNTS = "counts.npy"
 def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
     """Sum up the parts, which must all be done: write counts.npy (training tokens by id), then index.json.
 
-    Keys of index.json: dtype, vocab_size, separator, tokenizer (hash of its files); skipped: how many documents could
-    not be read, and the first errors; splits: num_documents, num_tokens and num_bytes (UTF-8) of `train` and `heldout`;
-    parts: for each split the names of the files of ids and of documents' starts, their counts and their sha256.
+    index.json has these keys:
+        dtype, vocab_size, separator, tokenizer (a hash of its files);
+        skipped: how many documents could not be read, and the first errors;
+        splits: num_documents, num_tokens and num_bytes (UTF-8) of `train` and `heldout`;
+        parts: for each split the names of the files of ids and of documents' starts, their counts and their sha256.
+
+    Args:
+        folder: The folder of tokens.
+        jobs: The parts.
+        tokenizer_key: The hash of the tokenizer's files.
     """
     records = [json.loads(job.sidecar.read_text(encoding="utf-8")) for job in jobs]
     vocab_size = jobs[0].vocab_size
@@ -64,7 +71,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     """Return the index of a prepared folder.
 
     Raises:
-        ValueError: This machine has none.
+        ValueError: The folder has no index on this machine.
     """
     try:
         return json.loads(Path(folder, INDEX).read_text(encoding="utf-8"))
@@ -76,7 +83,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether the folder was finished and every file still has the size given in the index."""
+    """Return whether the folder is finished and every file still has the size given in the index."""
     if not (folder / INDEX).exists() or not (folder / COUNTS).exists():
         return False
     index = read_index(folder)
@@ -92,7 +99,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def _has_size(folder: Path, record: dict[str, Any], dtype: str) -> bool:
-    """Return whether a file of ids is as long as its record says; a file of another tool may be longer."""
+    """Return whether a file of ids is as long as its record says; a file from another tool may be longer."""
     size = (folder / record["file"]).stat().st_size
     needed = record.get("offset", 0) + record["num_tokens"] * np.dtype(record.get("dtype", dtype)).itemsize
     return size >= needed if "offset" in record else bool(size == needed)
@@ -101,11 +108,11 @@ def _has_size(folder: Path, record: dict[str, Any], dtype: str) -> bool:
 def write_mixture_index(folder: Path, sources: Sequence[tuple[str, float]]) -> None:
     """Write counts and an index that names the files of several folders, one source after another.
 
-    The counts are those of a text with the sources' shares.
+    The counts are weighted so that each source has its share in them.
 
     Args:
         folder: Where to write.
-        sources: (folder, weight) of each.
+        sources: The (folder, weight) of each source.
     """
     indices = [read_index(source) for source, _ in sources]
     total = sum(index["splits"]["train"]["num_tokens"] for index in indices)

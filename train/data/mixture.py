@@ -1,4 +1,4 @@
-"""Several sources mixed into one order of blocks: each has its share in every window, and its own shuffled order."""
+"""Several sources mixed into one order of blocks: each has its share in every window, and is itself shuffled."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ if TYPE_CHECKING:
     from train.data.pipeline import PreparedData
 
 WINDOW = 1000
-"""The number of blocks in which every source has its share, to within one block."""
+"""The number of blocks in a window. In each window every source has its share, to within one block."""
 GOLDEN = (5**0.5 - 1) / 2
-"""The fractional parts of its multiples are spread evenly, for any number of them."""
+"""The golden ratio: the fractional parts of its first n multiples are spread evenly for every n."""
 
 
 def window_counts(weights: Sequence[float], windows: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Return how many blocks of each source each of `windows` holds [windows, sources].
+    """Return the number of blocks of each source in each of `windows` [windows, sources].
 
-    A row sums to `WINDOW`; each entry is the exact share rounded down or up. The blocks lost to rounding go to the
-    sources in turn, so that the shares over many windows are exact as well.
+    A row sums to `WINDOW`, and each entry is the exact share rounded down or up. The sources are rounded up in turn, so
+    that the shares over many windows are exact as well.
     """
     exact = WINDOW * np.asarray(weights, dtype=np.float64) / sum(weights)
-    # A share that differs from a whole number only by arithmetic error is that number.
+    # A share that differs from a whole number only by rounding error is treated as that number.
     exact = np.where(abs(exact - exact.round()) < 1e-9, exact.round(), exact)
     whole = np.floor(exact)
     bounds = np.concatenate([[0.0], np.cumsum(exact - whole)])
     bounds[-1] = WINDOW - whole.sum()
-    # A source gets one more block for each point of an evenly spaced row, shifted with each window, between its bounds.
+    # Points with a distance of 1 are shifted a little with each window; a source gets one more block for each point that
+    # is between its bounds.
     shift = (windows * GOLDEN) % 1.0
     points = np.ceil(bounds[None, :] - shift[:, None])
     return (whole + np.diff(points, axis=1)).astype(np.int64)
@@ -46,8 +47,8 @@ class MixedOrder:
 
     Args:
         weights: The sources' shares, in any unit.
-        num_blocks: The length of the order. A longer order begins with a shorter one.
-        seed: The seed of the places in a window.
+        num_blocks: The length of the order. A longer order begins like a shorter one.
+        seed: The seed that shuffles the sources within a window.
     """
 
     def __init__(self, weights: Sequence[float], num_blocks: int, seed: int) -> None:
@@ -58,14 +59,14 @@ class MixedOrder:
         self._before = np.concatenate([before, np.cumsum(self._counts, axis=0)])
 
     def source_at(self, place: int) -> tuple[int, int]:
-        """Return (source, number of the block among all blocks of that source, from 0)."""
+        """Return (source, number of the block among that source's blocks, from 0) for a place in the order."""
         window, slot = divmod(place, WINDOW)
         sources = self._sources(window)
         source = int(sources[slot])
         return source, int(self._before[window, source]) + int((sources[:slot] == source).sum())
 
     def counts_before(self, place: int) -> NDArray[np.int64]:
-        """Return how many blocks of each source come before a place [sources]."""
+        """Return the number of blocks of each source before a place [sources]."""
         window, slot = divmod(place, WINDOW)
         counts: NDArray[np.int64] = self._before[window].copy()
         if slot:
@@ -89,9 +90,9 @@ class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
     When all blocks of a source have been used, it repeats in a new order.
 
     Args:
-        sources: (name, weight, blocks) of each.
+        sources: The (name, weight, blocks) of each source.
         num_blocks: The number of blocks of the run.
-        seed: The seed of the mixture's order and of each source's.
+        seed: The seed for the order of the mixture and of each source.
     """
 
     def __init__(self, sources: Sequence[tuple[str, float, Blocks]], num_blocks: int, seed: int) -> None:
@@ -110,9 +111,9 @@ class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
         return self.blocks[source][self.block_of(source, number)]
 
     def block_of(self, source: int, number: int) -> int:
-        """Return the index of the block that a source contributes as its `number`-th in the run."""
+        """Return the index, in a source, of the `number`-th block that the run takes from it."""
         epoch, place = divmod(number, len(self.blocks[source]))
-        # Sources of equal length must not have the same order.
+        # Sources of equal length must not be shuffled alike.
         keys = round_keys(self.seed, (epoch << 16) + source + 1)
         return int(permute([place], len(self.blocks[source]), keys)[0])
 
@@ -131,6 +132,12 @@ class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
 
 
 def mixture_blocks(prepared: PreparedData, num_blocks: int, seed: int) -> MixtureBlocks:
-    """Return the blocks of a run on a mixture, in the order of training."""
+    """Return the blocks of a run on a mixture, in the order of training.
+
+    Args:
+        prepared: The prepared mixture.
+        num_blocks: The number of blocks of the run.
+        seed: The seed of their order.
+    """
     sources = [(source.name, source.weight, blocks_of(prepared, source.folder)) for source in prepared.sources]
     return MixtureBlocks(sources, num_blocks, seed)

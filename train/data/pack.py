@@ -33,7 +33,7 @@ Encode = Callable[[list[str]], Iterable[list[int]]]
 
 @dataclass(frozen=True)
 class Frame:
-    """The ids put around a document's tokens, None if absent, and the number of tokens to keep."""
+    """The ids put around a document's tokens, None for no id, and the number of ids to keep of a document."""
 
     bos: int | None
     eos: int | None
@@ -66,7 +66,7 @@ class Job:
     frame: Frame
     vocab_size: int
     skips_errors: bool = False
-    """Skip documents that cannot be read."""
+    """Whether documents that cannot be read are skipped."""
 
     @property
     def sidecar(self) -> Path:
@@ -105,7 +105,7 @@ def is_done(job: Job) -> bool:
 
 
 def pack(job: Job) -> None:
-    """Tokenize a part: write ids and starts by split, training counts by id, and last the sidecar with their sizes."""
+    """Tokenize a part: write ids and starts for each split, counts of the training ids, and last the sidecar."""
     encode = encoder(job.tokenizer)
     dtype = id_dtype(job.vocab_size)
     skipped = Skipped()
@@ -148,7 +148,7 @@ def pack(job: Job) -> None:
 
 
 def _batches(texts: Iterable[str], heldout_share: float) -> Iterator[tuple[Split, list[str], int]]:
-    """Yield (split, documents, their UTF-8 bytes), about a megabyte at a time, in order within each split."""
+    """Yield (split, documents, number of their UTF-8 bytes), about a megabyte at a time, in order within each split."""
     waiting: dict[Split, list[str]] = {split: [] for split in SPLITS}
     num_bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
     for text in texts:
@@ -168,7 +168,7 @@ def _batches(texts: Iterable[str], heldout_share: float) -> Iterator[tuple[Split
 def encoder(folder: str) -> Encode:
     """Return a function from texts to ids; text that looks like a special token is encoded as text.
 
-    A fast tokenizer is loaded by the `tokenizers` library alone: importing transformers takes seconds.
+    A fast tokenizer is loaded with only the `tokenizers` library, because importing transformers takes seconds.
     """
     if multiprocessing.parent_process() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -194,7 +194,14 @@ def _fast_tokenizer(folder: str) -> Any:
 
 
 def kept_bytes(folder: str, text: str, tokens: list[int], num_kept: int) -> int:
-    """Return how many UTF-8 bytes of `text` its first `num_kept` tokens cover."""
+    """Return the number of UTF-8 bytes of `text` that its first tokens cover.
+
+    Args:
+        folder: The tokenizer's folder.
+        text: A document.
+        tokens: All its tokens.
+        num_kept: The number of tokens to count.
+    """
     if num_kept == 0:
         return 0
     if not Path(folder, FAST).exists():

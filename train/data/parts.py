@@ -22,7 +22,7 @@ BREAKS = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb"[ \t]"
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a file: bytes start..stop, row groups start..stop of a parquet file, or all of a file that is not cut."""
+    """A piece of a file: bytes start..stop, row groups start..stop of a parquet file, or a whole file."""
 
     path: str
     kind: Kind
@@ -30,14 +30,14 @@ class Part:
     stop: int
     num_bytes: int
     max_documents: int | None = None
-    """Read only this many documents from the beginning of the part; None for all."""
+    """The number of documents to read from the beginning of the part; None for all."""
 
 
 def find_files(path: str | Path) -> list[Path]:
     """Return the file itself, or the data files below a folder, sorted by relative name.
 
-    Links are followed. A file or folder with several names is read once, under the first of them. Files and folders
-    whose name begins with a dot are left out, and so are files of other kinds.
+    Links are followed. A file or folder with several names is read once, under the first of them. Names that begin with
+    a dot are left out, and so are files of unknown kinds.
 
     Args:
         path: A file of a known kind, or a folder. A folder's own name may begin with a dot.
@@ -65,9 +65,9 @@ def find_files(path: str | Path) -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below `folder` in the order of their relative names, through links, each real data file once.
+    """Yield the files below `folder`, sorted by relative name; links are followed, and each real data file comes once.
 
-    Names that begin with a dot are left out; files of other kinds are not.
+    Names that begin with a dot are left out; files of unknown kinds are not.
 
     Raises:
         ValueError: A link is broken.
@@ -101,7 +101,7 @@ def cut_files(files: Sequence[Path]) -> list[Part]:
 
 
 def cut_file(path: Path, part_bytes: int) -> list[Part]:
-    """Cut a file into parts of about `part_bytes`, which end at a blank line, a JSON line, or a parquet row group."""
+    """Cut a file into parts of about `part_bytes`, which end at a blank line, a JSON line or a parquet row group."""
     kind, num_bytes = _kind_of(path), path.stat().st_size
     if kind == ".parquet":
         return _cut_parquet(path, part_bytes)
@@ -114,9 +114,9 @@ def cut_file(path: Path, part_bytes: int) -> list[Part]:
 
 
 def text_cuts(data: bytes | mmap.mmap, size: int) -> Iterator[int]:
-    """Yield where pieces of `size` to 2 x `size` bytes end: at a blank line, a line end, a space, or anywhere.
+    """Yield the ends of pieces of `size` to 2 x `size` bytes: at a blank line, else a line end, a space, or anywhere.
 
-    The last piece is the rest, at most 2 x `size`. Pieces never end inside a UTF-8 character.
+    The last piece is the rest, at most 2 x `size` bytes. A piece never ends inside a UTF-8 character.
     """
     start = 0
     while len(data) - start > 2 * size:
@@ -163,7 +163,11 @@ def _cut_parquet(path: Path, part_bytes: int) -> list[Part]:
 
 @contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """Turn errors of the operating system into a sentence that names the file."""
+    """Turn errors of the operating system into a sentence that names the file.
+
+    Raises:
+        ValueError: The enclosed code raised an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -175,7 +179,7 @@ def explained(path: str | Path) -> Iterator[None]:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Return the kind that the file's suffix names, in any case of letters; None for another suffix."""
+    """Return the kind that the file's suffix names, in upper or lower case; None for an unknown suffix."""
     return next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
 
 

@@ -1,10 +1,10 @@
-"""From a `DataConfig` to token streams on disk, made once and found again by their content.
+"""From a `DataConfig` to token streams on disk, which are made once and found again by a key of their content.
 
     cache_dir/documents/KEY/    jsonl of a source that has no files of its own
     cache_dir/bpe/KEY/          tokenizer.json of a trained tokenizer
     cache_dir/tokenizers/KEY/   a transformers folder
     cache_dir/tokens/KEY/       part-00000.{train,heldout}.bin .{train,heldout}.starts.bin .counts.npy .json, ...,
-                                counts.npy, index.json; for tokens of other tools, and for a mixture, the index alone
+                                counts.npy, index.json; for tokens of other tools and for a mixture, only the index
 
 A key is a hash of everything that its folder's content depends on.
 """
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from conf.schema import DataConfig
 
 FORMAT = 2
-"""Part of a trained tokenizer's key; raise it when the same input should give other bytes."""
+"""A part of a trained tokenizer's key. Increase it when a change of code makes other bytes from the same input."""
 TOKENS_FORMAT = 4
-"""Part of the tokens' key in the same way."""
+"""The same for the key of tokens."""
 BPE_BYTES = 50_000_000
 BPE_PARTS = 256
 
@@ -59,9 +59,9 @@ class SplitCounts:
 
     num_documents: int
     num_tokens: int
-    """Includes bos and eos."""
+    """The number of tokens, including bos and eos."""
     num_bytes: int
-    """UTF-8 bytes of the documents' text whose tokens were kept; 0 for training tokens that another tool wrote."""
+    """The UTF-8 bytes of the text whose tokens were kept; 0 for training tokens that another tool wrote."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,22 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The place of the tokens and their counts; plain data that can be sent to the other ranks."""
+    """The place of the tokens and their counts, as plain data that can be sent to other ranks."""
 
     folder: str
     tokenizer: str
-    """A transformers folder."""
+    """The tokenizer's transformers folder."""
     vocab_size: int
     """One more than the tokenizer's largest id."""
     separator: int
-    """The id that ends a document; a text is scored as if one stood before it."""
+    """The id that ends a document. A text is scored as if one came before it."""
     sequence_length: int
     train: SplitCounts
     heldout: SplitCounts
     bos: int | None = None
-    """The id that begins every document; None if there is none."""
+    """The id that begins every document, or None."""
     by_document: bool = False
-    """Whether a document is read and scored without those before it in its block: data.attention=document."""
+    """Whether a document is read and scored without the documents before it in its block: data.attention=document."""
     sources: tuple[PreparedSource, ...] = ()
     """The sources of a mixture; empty for a single source."""
 
@@ -115,13 +115,13 @@ def prepare(
     One process calls it. Interrupted work is resumed; a second caller waits for the first.
 
     Args:
-        config: What to read, and how to store it.
-        tokenizer: A hub name, a folder, a SentencePiece .model file, or `train`: a byte-level BPE of `vocab_size`;
-            None is `train`.
+        config: The text to read, and how to store it.
+        tokenizer: A hub name, a folder, a SentencePiece .model file, or `train` for a byte-level BPE of `vocab_size`
+            tokens; None means `train`.
         vocab_size: The model's vocabulary size.
-        sequence_length: Tokens in a block.
+        sequence_length: The number of tokens in a block.
         length_key: The user's name for `sequence_length` in errors.
-        heldout_only: Hold all documents out, for a text that is only scored.
+        heldout_only: Whether to hold all documents out, for a text that is only scored.
 
     Raises:
         ValueError: The input cannot be used.
@@ -170,7 +170,7 @@ class TokenFolder:
     source: Source
     folder: Path
     fill: Callable[[int | None], None]
-    """Makes what is missing in the folder, with this many workers; the caller holds the folder's lock."""
+    """Makes the missing files of the folder, with the given number of workers; the caller holds the folder's lock."""
     jobs: Callable[[], list[Job]] | None = None
     """Returns the parts to tokenize; None for tokens that are read in place."""
     finish: Callable[[list[Job]], None] | None = None
@@ -190,7 +190,18 @@ class TokenFolder:
 def plan_preparation(
     config: DataConfig, tokenizer: str | None, vocab_size: int, heldout_share: float, max_length: int
 ) -> Preparation:
-    """Find the sources' files, load or train the tokenizer, and determine the folders of tokens to make."""
+    """Find the sources' files, load or train the tokenizer, and determine the folders of tokens to make.
+
+    Args:
+        config: The text to read, and how to store it.
+        tokenizer: As in `prepare`.
+        vocab_size: The model's vocabulary size.
+        heldout_share: The share of the documents to hold out.
+        max_length: The longest input, in tokens, that a trained tokenizer declares.
+
+    Raises:
+        ValueError: The input cannot be used.
+    """
     root = Path(config.cache_dir).expanduser().resolve()
     tokenizer = tokenizer or "train"
     sources = sources_of(config)
@@ -347,7 +358,7 @@ def _training_texts(corpus: Corpus, heldout_share: float, weight: float, progres
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, root: Path) -> tuple[Path, str]:
-    """Return (transformers folder, key): the key covers only settings that change the ids."""
+    """Return (transformers folder, key); the key depends only on settings that change the ids."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(file for file in Path(folder).rglob("*") if file.is_file())

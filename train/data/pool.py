@@ -1,4 +1,4 @@
-"""A function applied to many items on all cores, with progress on stderr."""
+"""Applying a function to many items on all cores, with progress on stderr."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 def num_cores() -> int:
-    """Return the number of cores this process may use, which a scheduler can set below the machine's."""
+    """Return the number of cores that this process may use; a scheduler may allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -37,13 +37,13 @@ def parallel(
 
     Args:
         function: A function at the top level of a module, so that it can be pickled.
-        items: Its arguments; they and the results must be picklable.
+        items: The arguments of the calls; they and the results must be picklable.
         label: The name of the stage in progress and errors.
         num_workers: The number of processes; None for all cores.
         sizes: The bytes of each item, for the progress bar.
 
     Raises:
-        ValueError: The first ValueError of a worker, or a worker was killed. The other workers are stopped.
+        ValueError: A worker raised it, or was killed. The other workers are stopped.
     """
     sizes = sizes if sizes is not None else [1] * len(items)
     num_workers = min(num_workers or num_cores(), len(items))
@@ -104,7 +104,7 @@ def _end_with_parent() -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line when a stage ends, and one every half minute before that."""
+    """Progress on stderr: a bar on a terminal, elsewhere a line every half minute and one at the end of a stage."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label = label

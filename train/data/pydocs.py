@@ -1,7 +1,7 @@
-"""Docstrings as a corpus: English with code, the same on every machine with the same packages installed.
+"""Docstrings as a corpus: English with code, the same on every machine that has the same packages installed.
 
-Files are parsed, never imported. A document is the docstring of a module or public function, or of a public class with
-those of its methods. It begins with the object's name and parameters.
+Files are parsed, never imported. A document is the docstring of a module or of a public function, or that of a public
+class together with those of its methods. It begins with the object's name and parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from train.data.pool import parallel
 
 FORMAT = 1
-"""Raise it when the same files should give other documents."""
+"""A part of the corpus's key. Increase it when a change of code makes other documents from the same files."""
 MIN_CHARACTERS = 100
 PART_BYTES = 1 << 20
 CHUNK_BYTES = 2 << 20
@@ -126,7 +126,12 @@ def _is_unicode(text: str) -> bool:
 def write_documents(sources: Sequence[Source], folder: Path, num_workers: int | None = None) -> None:
     """Write the documents of the sources to `folder` as part-00000.jsonl, ... of about a megabyte each.
 
-    A body that repeats an earlier one, apart from white space, is dropped: packages ship copies of each other.
+    A body that repeats an earlier one, apart from white space, is dropped, because packages ship copies of each other.
+
+    Args:
+        sources: The Python files.
+        folder: The folder to write to.
+        num_workers: The number of processes; None for all cores.
     """
     chunks, sizes = [[]], [0]  # type: list[list[Source]], list[int]
     for source in sources:

@@ -1,4 +1,4 @@
-"""A new order of the training blocks in every epoch, computed from a few numbers instead of a stored list."""
+"""A new order of the training blocks in every epoch, computed from a few numbers instead of stored as a list."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ CHUNK = 1 << 16
 
 
 def round_keys(seed: int, epoch: int) -> list[np.uint64]:
-    """Return `ROUNDS` keys that depend only on the two numbers; no global generator is used."""
+    """Return `ROUNDS` keys for `permute` that depend only on the two numbers, not on a global generator."""
     state = blake2b(f"{seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
     return [np.uint64(key) for key in np.frombuffer(state, "<u8")]
 
 
 def permute(indices: npt.ArrayLike, num_items: int, keys: list[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Return where a pseudo-random permutation of 0..num_items-1 sends each index, in O(1) memory and for any index alone.
+    """Apply a pseudo-random permutation of 0..num_items-1 to some indices, without storing the permutation.
 
-    A Feistel network permutes the smallest power of four that is at least `num_items`. A value outside the range is
-    permuted again until it falls inside, which keeps the mapping a bijection (cycle walking, at most 4 rounds on
-    average).
+    A Feistel network permutes the numbers below the smallest power of four that is at least `num_items`. A value outside
+    the range is permuted again until it is inside, which keeps the mapping a bijection (cycle walking, at most 4 rounds
+    on average).
+
+    Args:
+        indices: The indices.
+        num_items: The number of items.
+        keys: The keys of the permutation, from `round_keys`.
     """
     half = np.uint64(max(1, (num_items - 1).bit_length() + 1 >> 1))
     values = np.array(indices, np.uint64, ndmin=1)
@@ -53,7 +58,7 @@ def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 class PermutationSampler(Sampler[int]):
     """The blocks 0..num_blocks-1, each once, in an order determined by `seed` and the epoch.
 
-    An epoch ends with its last whole batch of `batch_size` blocks; the remaining blocks come up in other epochs. So an
+    An epoch ends with its last whole batch of `batch_size` blocks; the remaining blocks are used in other epochs. So an
     epoch has the same steps for any number of processes and any micro-batch. Every rank creates the same sampler and
     takes its share of it.
 
@@ -61,9 +66,8 @@ class PermutationSampler(Sampler[int]):
         num_blocks: The number of blocks.
         seed: The seed of the order.
         epoch: The first epoch.
-        start: How many positions of that epoch to skip, for a run that resumes in the middle of one; other epochs
-            start at 0.
-        batch_size: Blocks in a step, over all ranks.
+        start: The number of positions to skip in that epoch, for a run that resumes in the middle of one.
+        batch_size: The blocks in a step, over all ranks.
     """
 
     def __init__(self, num_blocks: int, seed: int = 0, *, epoch: int = 0, start: int = 0, batch_size: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Preparing text separately from training: all of it, or one of several shares on machines with a common cache."""
+"""Preparing text separately from training: all of it, or one of several shares on machines that share a cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.data.pipeline import PreparedData, TokenFolder, pack_all, plan_prepar
 
 @dataclass(frozen=True)
 class Shard:
-    """Share `number` of `count`, counted from 1."""
+    """A share of the text: `number` of `count`, counted from 1."""
 
     number: int = 1
     count: int = 1
@@ -22,18 +22,22 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """The state of the preparation after one share."""
+    """The state of the preparation after one share is done."""
 
     num_parts: int
     """The number of parts of all shares."""
     num_waiting: int
     """The number of parts of other shares that are not done yet."""
     prepared: PreparedData | None
-    """The prepared data; None while a part is missing."""
+    """The prepared data; None while parts are missing."""
 
 
 def parse_shard(text: str) -> Shard:
-    """Return the shard that `i/n` names; raise a ValueError if it names none."""
+    """Return the shard that `i/n` names.
+
+    Raises:
+        ValueError: The text does not name one.
+    """
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     number, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= number <= count:
@@ -44,9 +48,19 @@ def parse_shard(text: str) -> Shard:
 def prepare_shard(
     config: DataConfig, tokenizer: str | None, vocab_size: int, sequence_length: int, shard: Shard
 ) -> ShardReport:
-    """Tokenize a share of the parts of each source; the process that finishes the last part writes the index of all.
+    """Tokenize a share of the parts of each source; the process that finishes the last part writes the index.
 
     Parts that are already done are kept, so that the same command resumes.
+
+    Args:
+        config: The text to read, and how to store it.
+        tokenizer: As in `train.data.pipeline.prepare`.
+        vocab_size: The model's vocabulary size.
+        sequence_length: The number of tokens in a block.
+        shard: The share.
+
+    Raises:
+        ValueError: The input cannot be used.
     """
     num_parts = num_waiting = 0
     if shard.count > 1:
@@ -61,14 +75,14 @@ def prepare_shard(
 
 
 def _share(stream: TokenFolder, shard: Shard, num_workers: int | None) -> tuple[int, int]:
-    """Tokenize this share; return (parts of the source, parts of other shares that are not done), 0 if read in place."""
+    """Tokenize this share; return (parts of the source, parts not done yet), both 0 for tokens that are read in place."""
     if stream.jobs is None or stream.finish is None:
         return 0, 0
     jobs = stream.jobs()
     if is_complete(stream.folder):
         return len(jobs), 0
     stream.folder.mkdir(parents=True, exist_ok=True)
-    # This does not need the folder's lock: each part is written by one share only, and appears complete.
+    # The folder's lock is not needed: each part is written by one share only, and appears when it is complete.
     pack_all(jobs[shard.number - 1 :: shard.count], num_workers)
     waiting = sum(not is_done(job) for job in jobs)
     if not waiting:

@@ -26,7 +26,7 @@ def sources_of(data: DataConfig) -> list[Source]:
 
 
 def config_of(source: SourceConfig, data: DataConfig) -> DataConfig:
-    """Return the configuration of a run on this source alone; keys that a source lacks are taken from `data`."""
+    """Return the configuration of a run on only this source; keys that a source does not have come from `data`."""
     is_tokens = source.path is not None and holds_tokens(source.path)
     return replace(
         data,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 NOT_PREDICTED = -100
-"""The label of a token that no loss is computed for, in torch and transformers."""
+"""The label of a token for which torch and transformers compute no loss."""
 
 
 class TokenStream:
@@ -88,8 +88,8 @@ class TokenStream:
 class Blocks(Dataset[dict[str, torch.Tensor]]):
     """Consecutive blocks of L tokens: item i holds tokens i x L to (i + 1) x L - 1 as `input_ids` and `labels`, int64 [L].
 
-    The remainder at the end is left out. Documents continue across blocks. `labels` are not shifted: transformers
-    models do that.
+    The remainder at the end is left out. Documents continue across blocks. `labels` are not shifted, because
+    transformers' models shift them.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int) -> None:
@@ -108,11 +108,11 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
 
 
 class DocumentBlocks(Blocks):
-    """The same blocks for attention within documents: also `position_ids`, which count from 0 in each document.
+    """The same blocks for attention within documents, with `position_ids` that count from 0 in each document.
 
     A document that crosses the end of a block continues in the next one as a new document, from position 0. The label
-    at a document's start is -100, since it must not be predicted from the document before. So is the block's first
-    label, since nothing in the block predicts it.
+    of a document's first token is -100, because it must not be predicted from the document before. So is the block's
+    first label, because nothing in the block predicts it.
     """
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -145,7 +145,7 @@ def blocks_of(prepared: PreparedData, folder: str) -> Blocks:
 
 
 def heldout_starts(prepared: PreparedData) -> np.ndarray[Any, Any] | None:
-    """Return the places in `heldout_tokens` at which documents begin; None if the run does not separate documents."""
+    """Return the positions in `heldout_tokens` at which documents begin; None if the run does not separate documents."""
     if not prepared.by_document:
         return None
     stream = TokenStream(prepared.folder, "heldout")
@@ -153,9 +153,9 @@ def heldout_starts(prepared: PreparedData) -> np.ndarray[Any, Any] | None:
 
 
 def heldout_tokens(prepared: PreparedData) -> np.ndarray[Any, Any]:
-    """Return the int64 ids of the held-out split after one separator, so that every token has a context to be scored in.
+    """Return a separator followed by the ids of the held-out split, int64: so every held-out token has a context.
 
-    The length is 1 + `prepared.heldout.num_tokens`; the text of tokens [1:] has `prepared.heldout.num_bytes` bytes.
+    The length is 1 + `prepared.heldout.num_tokens`. The text of tokens [1:] has `prepared.heldout.num_bytes` bytes.
     """
     tokens = TokenStream(prepared.folder, "heldout")[:]
     return np.concatenate([np.array([prepared.separator]), tokens]).astype(np.int64)

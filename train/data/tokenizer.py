@@ -19,9 +19,18 @@ SENTENCEPIECE_NAME = "tokenizer.model"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
-    """Train a byte-level BPE of at most `vocab_size` tokens and write it as tokenizer.json; id 0 is `<|endoftext|>`.
+    """Train a byte-level BPE and write it as tokenizer.json; id 0 is `<|endoftext|>`.
 
-    Any text survives encoding and decoding. Training uses all cores, and the order of the texts does not matter.
+    Any text is unchanged by encoding and decoding it. Training uses all cores, and the order of the texts does not
+    matter.
+
+    Args:
+        texts: The texts to train on.
+        vocab_size: The largest number of tokens.
+        file: The file to write.
+
+    Raises:
+        ValueError: `vocab_size` is too small.
     """
     if vocab_size < MIN_TRAINED_VOCABULARY:
         raise ValueError(
@@ -59,8 +68,11 @@ def wrap_bpe(file: Path, max_length: int) -> PreTrainedTokenizerBase:
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, a SentencePiece `.model` file (read like LLaMA's) or a hub name.
 
-    No code from the folder or hub is run. If a folder has `tokenizer.model` but no tokenizer.json, it is read from that
-    file, which keeps its dummy prefix.
+    No code from the folder or the hub is run. If a folder has tokenizer.model but no tokenizer.json, the tokenizer is
+    read from tokenizer.model, with its dummy prefix.
+
+    Raises:
+        ValueError: There is no such tokenizer, or it cannot be read.
     """
     path = Path(spec).expanduser()
     if path.is_dir() and (path / SENTENCEPIECE_NAME).exists() and not (path / "tokenizer.json").exists():
@@ -102,10 +114,13 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_sentencepiece(model: Path) -> PreTrainedTokenizerBase:
-    """Return a fast tokenizer with the ids that SentencePiece itself gives for a model like LLaMA's; it adds no bos.
+    """Return a fast tokenizer with the same ids as SentencePiece, for a model like LLaMA's; it adds no bos.
 
-    It is built here because transformers' own conversion (5.23) ranks merges by id instead of score, so that two spaces
-    become one token, and drops the dummy prefix before a space.
+    It is built here because the conversion in transformers 5.23 ranks merges by id instead of score, so that two spaces
+    become one token, and because it drops the dummy prefix before a space.
+
+    Raises:
+        ValueError: The file is not a SentencePiece model, or does not encode as LLaMA's does.
     """
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerFast
@@ -149,7 +164,11 @@ def _sentencepiece_bpe(pieces: Sequence[str], scores: Sequence[float]) -> Tokeni
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
-    """Return the id that ends a document: eos, else bos."""
+    """Return the id that ends a document: eos, or else bos.
+
+    Raises:
+        ValueError: The tokenizer `spec` has neither.
+    """
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if token is not None:
             return int(token)
@@ -157,7 +176,11 @@ def separator_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
-    """Return the id that begins a document with data.bos=true."""
+    """Return the id that begins a document if data.bos=true.
+
+    Raises:
+        ValueError: The tokenizer `spec` has no bos.
+    """
     if tokenizer.bos_token_id is None:
         raise ValueError(f"data.bos=true needs a bos token and tokenizer={spec} has none: set data.bos=false.")
     return int(tokenizer.bos_token_id)
@@ -169,7 +192,16 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, spec: str) -> None:
-    """Raise a ValueError if the tokenizer has more tokens than the model."""
+    """Check that a tokenizer has no more tokens than the model.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: The model's vocabulary size.
+        spec: The user's name for the tokenizer, for the error.
+
+    Raises:
+        ValueError: It has more.
+    """
     if (size := vocabulary_of(tokenizer)) > vocab_size:
         raise ValueError(
             f"tokenizer={spec} has {size} tokens, more than model.vocab_size={vocab_size}: "

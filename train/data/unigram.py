@@ -1,4 +1,4 @@
-"""A baseline that every language model should beat: guessing tokens by their frequency in the training data."""
+"""A baseline that every language model should beat: a guess of each token by its frequency in the training data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK = 1 << 24
 
 
 def unigram_bits(counts: np.ndarray[Any, Any], tokens: np.ndarray[Any, Any]) -> float:
-    """Return the bits to encode `tokens` with p(id) = (counts[id] + 1) / (sum of counts + number of ids)."""
+    """Return the bits that encode `tokens` with p(id) = (counts[id] + 1) / (sum of counts + number of ids)."""
     bits = math.log2(int(counts.sum()) + len(counts)) - np.log2(counts + 1.0)
     return float(np.bincount(tokens, minlength=len(counts)) @ bits)
 

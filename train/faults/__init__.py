@@ -1,1 +1,1 @@
-"""Handling of events in a long run: preemption, lost ranks, non-finite numbers, and how processes end."""
+"""The handling of faults in a long run: preemption, lost ranks, non-finite numbers, and how processes end."""

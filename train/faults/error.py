@@ -1,4 +1,4 @@
-"""Reporting of unexpected errors: torch's elastic agent shows the first rank's once."""
+"""The report of unexpected errors: torch's elastic agent shows that of the first rank, once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The ranks' agreement before each update: whether its numbers are finite, and whether the run must stop.
+"""The agreement of the ranks before each update: whether its numbers are finite, and whether the run must stop.
 
 On a GPU with a fused optimizer the answer stays on the device during the step. The optimizer's kernel reads it as
-`found_inf`, the flag by which a loss scaler makes it skip an update. The host reads the answer one step later, when it
-has arrived.
+`found_inf`, the flag with which a loss scaler makes an optimizer skip an update. The host reads the answer one step later,
+when it has arrived.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class _Flags:
 
 
 class StepGuard(TrainerCallback):
-    """Skips updates with a non-finite loss or gradient norm, and stops a run that is preempted or cannot recover.
+    """A callback that skips updates with a non-finite loss or gradient norm, and stops a run when it must.
 
-    A skipped step counts: data, learning rate and prune events advance, weights and moments stay. The run stops with a
-    checkpoint after more than `max_skipped` skips in a row, and after the step in which a rank was preempted. If the
-    host reads a step's flags late, the run stops one step later.
+    A skipped step counts: data, learning rate and prune events advance, but weights and moments stay as they are. The run
+    stops with a checkpoint after more than `max_skipped` skips in a row, and after the step in which a rank was preempted.
+    If the flags of a step stay on the device, the host reads them, and the run stops, one step later.
     """
 
     def __init__(self, world: World, preemption: Preemption, max_skipped: int) -> None:
@@ -57,23 +57,34 @@ class StepGuard(TrainerCallback):
         self.preemption = preemption
         self.max_skipped = max_skipped
         self.has_save_failed: Callable[[], bool] = lambda: False
-        """Returns whether a background checkpoint has failed on this rank. All ranks then stop to save, and that save
+        """Returns whether a background checkpoint has failed on this rank. If so, all ranks stop and save, and that save
         raises the error."""
         self.num_skipped = 0
-        """Skipped updates since the run began."""
+        """The number of updates skipped since the run began."""
         self.num_in_row = 0
         self._is_stop_agreed = False
         self._unread: _Flags | None = None
 
     def allows_update(self, loss: Tensor, grad_norm: Tensor | float | None) -> bool:
-        """Return whether to make the update, the same on every rank. Collective: one maximum of two flags."""
+        """Return whether to make the update, the same on every rank.
+
+        Collective: every rank calls it; they exchange two flags.
+        """
         is_bad = self._read(_Flags(self._agree(loss, grad_norm)))
         return not is_bad
 
     def decide_on_device(
         self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor | float | None
     ) -> None:
-        """Make a fused `optimizer` skip its next update if the numbers are bad, without a host sync. Collective."""
+        """Make a fused optimizer skip its next update if a number is not finite, without a host sync.
+
+        Collective: every rank calls it.
+
+        Args:
+            optimizer: The fused optimizer.
+            loss: This rank's loss of the step.
+            grad_norm: The norm of the gradients, or None.
+        """
         self.read_late_flags()
         flags = self._agree(loss, grad_norm)
         # With found_inf=1 the kernel leaves weights, moments and step counts unchanged.
@@ -87,13 +98,16 @@ class StepGuard(TrainerCallback):
             self._unread = None
 
     def is_asked_to_stop(self) -> bool:
-        """Return whether a rank has been preempted by now, outside a step; the same on every rank. Collective."""
+        """Return whether a rank has been preempted by now; the answer is the same on every rank. Call it between steps.
+
+        Collective: every rank calls it.
+        """
         flag = torch.full((1,), float(self.preemption.is_requested), device=self.world.device)
         self._is_stop_agreed |= bool(self.world.largest(flag))
         return self._is_stop_agreed
 
     def _agree(self, loss: Tensor, grad_norm: Tensor | float | None) -> Tensor:
-        """Return [whether a number is not finite, whether a rank must stop] over all ranks, as 0 or 1 on the device."""
+        """Return two flags on the device, each 0 or 1: a number is not finite on some rank, some rank must stop."""
         device = self.world.device
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
@@ -127,7 +141,7 @@ class StepGuard(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
-            # No later step reads them before the run ends.
+            # There is no later step that would read them.
             self.read_late_flags()
         if self.stop is not None:
             control.should_save = True

@@ -1,4 +1,4 @@
-"""Detection of lost ranks: each posts its step, and after a failed collective the survivors report the silent ones."""
+"""The detection of lost ranks: each rank posts its step, and after a failed collective the survivors report the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NCCL_POLL_S = 1.0
 
 
 class Heartbeat:
-    """Signs of life in the process group's store, which the launcher's agent holds and which outlives any rank."""
+    """This rank's signs of life in the process group's store; the launcher's agent holds it, so it outlives the ranks."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -53,7 +53,7 @@ class Heartbeat:
         self.report_and_exit(RuntimeError(error))
 
     def post_error(self) -> None:
-        """Post that this rank ends with an error of its own, which its launcher shows."""
+        """Post that this rank ends with its own error, which its launcher shows."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"error/{self.rank}", socket.gethostname())
@@ -61,7 +61,7 @@ class Heartbeat:
     def report_and_exit(self, error: BaseException) -> None:
         """Report the silent ranks after a failed collective and end this process; only the first survivor reports.
 
-        Nothing is reported if the silent ranks have an error of their own that this machine's launcher shows.
+        Nothing is reported if the silent ranks have their own error and this machine's launcher shows it.
         """
         silent, explained = self._ask_in_time()
         survivors = [rank for rank in range(self.size) if rank not in (silent or {})]
@@ -74,9 +74,10 @@ class Heartbeat:
         os._exit(LOST_CODE)
 
     def _ask_in_time(self) -> tuple[dict[int, int] | None, dict[int, str]]:
-        """Return the silent ranks and their machines with errors; (None, {}) if the store does not answer.
+        """Return the silent ranks, and their machines that posted errors; (None, {}) if the store does not answer.
 
-        A thread asks: packets to a machine with a broken cable fail only when TCP gives up.
+        A thread asks, so that this one can stop waiting: a connection to a machine with a broken cable fails only when
+        TCP gives up.
         """
         answers: list[tuple[dict[int, int], dict[int, str]]] = []
 
@@ -104,7 +105,7 @@ class Heartbeat:
         return {rank: int(self._store.get(f"step/{rank}")) if is_there else 0 for rank, is_there in last.items()}
 
     def _hosts_with_errors(self, silent: Iterable[int]) -> dict[int, str]:
-        """Return the machines of the silent ranks that posted an error of their own."""
+        """Return the machines of those silent ranks that posted their own error."""
         assert self._store is not None
         posted = [rank for rank in silent if self._store.check([f"error/{rank}"])]
         return {rank: self._store.get(f"error/{rank}").decode() for rank in posted}
@@ -134,7 +135,7 @@ def loss_sentence(silent: dict[int, int] | None, step: int) -> str:
     """Return the sentence about lost ranks.
 
     Args:
-        silent: Maps lost ranks to the last step that each began; None if that is not known.
+        silent: The lost ranks, each with the last step that it began; None if that is not known.
         step: This rank's step.
     """
     if silent is None:

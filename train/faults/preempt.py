@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, from a cluster or by Ctrl-C: the first saves a checkpoint, a second ends at once."""
+"""Signals from a cluster or Ctrl-C that ask a run to stop: the first saves a checkpoint, a second ends at once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Callable
 from train.faults.stop import PREEMPTED_CODE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-"""SIGTERM preempts; SIGUSR1 by convention announces a time limit, and submitit has SIGUSR2 sent; SIGINT is Ctrl-C."""
+"""SIGTERM preempts a job, SIGUSR1 by convention announces its time limit, submitit uses SIGUSR2, SIGINT is Ctrl-C."""
 SAME_REQUEST_S = 1.0
 """Seconds within which another signal counts as the same request: SLURM and the launcher may both deliver it."""
 
 
 class Preemption:
-    """Listener for requests to stop; sets `is_requested` at the first signal.
+    """A listener for requests to stop, which sets `is_requested` at the first signal.
 
-    A thread listens, so that even a process that waits in a collective obeys the second signal. While `at_step_ends` is
+    A thread listens, so that the second signal ends even a process that waits in a collective. While `at_step_ends` is
     False there is nothing to save, and the first signal ends the process at once.
     """
 
@@ -53,19 +53,19 @@ class Preemption:
 
 
 def end_when_asked() -> None:
-    """Make the first signal end the process as preempted, until another handler is installed.
+    """Make a signal end the process with the exit code of a preemption, until another handler is installed.
 
     Call it first in a process: importing torch takes seconds, and a request in that time must not look like a failure.
-    The process ends without an exception, because packages catch what is raised while they import their parts.
+    The process ends without an exception, because packages may catch exceptions while they are imported.
     """
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(PREEMPTED_CODE))
 
 
 def start_unheeding(then: Callable[[int], None] | None, worker: int) -> None:
-    """Ignore signals in a data worker: its rank decides when to end, but SLURM signals every process of a job.
+    """Ignore signals in a data worker, because its rank decides when to end; SLURM signals every process of a job.
 
-    Otherwise SIGTERM would kill the worker, and torch would then fail the rank before it has saved.
+    Otherwise SIGTERM would kill the worker, and torch would then fail the rank before it saves a checkpoint.
 
     Args:
         then: A worker_init_fn to call afterwards, or None.

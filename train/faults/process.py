@@ -1,4 +1,4 @@
-"""The end of processes: with their parent, and in order. Nothing here imports torch, since the launcher uses it too."""
+"""The end of processes, with their parent or by themselves. The launcher uses this too, so it does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def die_with_parent(parent: int | None = None) -> None:
     The signal is SIGKILL, because a rank that waits in a collective for lost peers cannot handle anything else.
 
     Args:
-        parent: The parent's id; with it, a parent that has already died is noticed too.
+        parent: The parent's process id; if given, the process also ends if that parent has already died.
     """
     parent = parent or os.getppid()
     with contextlib.suppress(OSError, AttributeError):
@@ -31,7 +31,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def end_process_after(body: Callable[[], None]) -> NoReturn:
-    """Call `body` and end the process with the code of its SystemExit, 0 without one; let other exceptions through."""
+    """Call `body`, then end the process with the code of its SystemExit, or with 0; other exceptions pass through."""
     code = 0
     try:
         body()

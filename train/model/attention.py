@@ -28,7 +28,7 @@ def attend_over_whole_blocks(model: PreTrainedModel) -> None:
     same to the last bit. A model with sliding-window layers needs its masks and keeps them.
 
     Args:
-        model: The model to train. Other implementations than SDPA stay as they are.
+        model: The model to train. It is left unchanged if it uses another implementation of attention than SDPA.
     """
     if model.config._attn_implementation == "sdpa" and attends_to_all_before(model.config):
         AttentionInterface.register(WHOLE_BLOCKS, sdpa_attention_forward)
@@ -36,7 +36,7 @@ def attend_over_whole_blocks(model: PreTrainedModel) -> None:
 
 
 def attends_to_all_before(config: Any) -> bool:
-    """Return whether, by the config, every layer of a model attends to all earlier tokens."""
+    """Return whether every layer of a model attends to all earlier tokens, according to its config."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return set(kinds) <= {"full_attention"}
@@ -46,8 +46,8 @@ def attends_to_all_before(config: Any) -> bool:
 def attend_within_documents(model: PreTrainedModel) -> None:
     """Make a model that uses SDPA attend causally within the documents of its rows.
 
-    The model then takes `cu_seq_lens_q` of `train.data.collate` beside its inputs; without it, it attends over whole
-    rows.
+    The model then takes `cu_seq_lens_q` of `train.data.collate` in addition to its inputs. Without it, the model attends
+    over whole rows.
 
     Args:
         model: The model to train or to score.
@@ -83,8 +83,10 @@ def attend_by_document(
     Args:
         module: The attention layer; `query` to `scaling` are as in transformers' own functions, [batch, heads,
             length, width].
-        cu_seq_lens_q: Where documents begin and end in all rows one after another, int32; None for whole rows.
-        sliding_window: How many tokens back a token looks, itself included; None for all of its document.
+        cu_seq_lens_q: The offsets at which documents begin and end, counted over all rows in sequence, int32; None to
+            attend over whole rows.
+        sliding_window: The number of tokens to which a token attends, itself included; None for all earlier tokens of
+            its document.
 
     Returns:
         The attended values [batch, length, heads, width], and None for the attention weights.
@@ -103,9 +105,16 @@ def attend_by_document(
 
 
 def document_mask(ends: Tensor, num_rows: int, length: int, sliding_window: int | None = None) -> Tensor:
-    """Return bool [rows, 1, length, length]: True where a token (third dimension) attends to another one (fourth)."""
+    """Return a bool mask [rows, 1, length, length]: whether a token (third dimension) attends to another one (fourth).
+
+    Args:
+        ends: The offsets at which documents begin and end, as `cu_seq_lens_q`.
+        num_rows: The number of rows.
+        length: The number of tokens in a row.
+        sliding_window: As in `attend_by_document`.
+    """
     places = torch.arange(num_rows * length, device=ends.device, dtype=torch.int32)
-    # Entries without a document repeat the last end, which is past all tokens.
+    # Unused entries repeat the last offset, which is past all tokens.
     documents = torch.searchsorted(ends, places, right=True).view(num_rows, length)
     distance = places[:length, None] - places[None, :length]
     near = distance >= 0

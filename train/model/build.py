@@ -14,7 +14,7 @@ from train.plan.architecture import causal_class, hf_config
 
 
 def transformers_config(model: ModelConfig, **token_ids: Any) -> Any:
-    """Return a model's transformers config: a LLaMA's from the group `model`, or the one of `model.path`."""
+    """Return a model's transformers config: that of `model.path`, or else a LLaMA's with the settings of the group `model`."""
     if model.path is not None:
         return hf_config(model.path, model.overrides, **token_ids)
     return llama_config(model, **token_ids)
@@ -40,10 +40,10 @@ def llama_config(model: ModelConfig, **token_ids: Any) -> LlamaConfig:
 
 
 def model_on_meta(model: ModelConfig) -> PreTrainedModel:
-    """Build the model without memory, as a quick check that transformers accepts its configuration.
+    """Build the model on the meta device, where it takes no memory: a quick check that transformers accepts its config.
 
     Raises:
-        ValueError: The attention function is not known, or its library is not installed.
+        ValueError: `model.attn_implementation` is unknown, or its library is not installed.
     """
     try:
         with torch.device("meta"):
@@ -71,7 +71,13 @@ def build_skeleton(model: ModelConfig, tokenizer: Any) -> PreTrainedModel:
 
 
 def build_model(model: ModelConfig, tokenizer: Any, seed: int) -> PreTrainedModel:
-    """Return the whole model on the CPU, with the weights that a run of any world size draws for `seed`."""
+    """Return the whole model on the CPU, with the weights that a run of any world size draws.
+
+    Args:
+        model: The group `model` of the configuration.
+        tokenizer: The tokenizer, for its special ids.
+        seed: The seed of the weights.
+    """
     built = build_skeleton(model, tokenizer)
     allocate(built, torch.device("cpu"))
     draw_weights(built, build_skeleton(model, tokenizer), seed, model.init)

@@ -24,11 +24,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_shard_size: str, world: World) -> None:
-    """Write config, generation config, tokenizer and safetensors; the folder appears only when it is whole.
+    """Write config, generation config, tokenizer and safetensors; the folder appears only when it is complete.
 
     Folded query weights are multiplied back, so that a plain transformers LLaMA gives the model's logits. Experts are
     stored one by one, as transformers' save_pretrained does. Weights are gathered tensor by tensor, and rank 0 holds
-    one file at a time.
+    the weights of one file at a time.
 
     Collective: every rank calls it.
 
@@ -81,7 +81,7 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
 
 
 def full_names(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's tensors by their transformers names; a tied weight is there once."""
+    """Return the model's tensors by their transformers names; a tied weight appears once."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -92,7 +92,10 @@ def full_names(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole tensor on every rank; release it soon. Collective."""
+    """Return the whole tensor on every rank; release it soon.
+
+    Collective: every rank that holds a part of the tensor calls it.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""Starting from a finished model: its weights from safetensors files; its exact zeros can become masks."""
+"""The start from a finished model: its weights are read from safetensors files, and its exact zeros can become masks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 NOT_WEIGHTS = re.compile(r".*rotary_emb\.inv_freq")
-"""Buffers that old versions of transformers stored with the weights; they follow from config.json, which is compared."""
+"""Buffers that old versions of transformers stored with the weights; config.json, which is compared, determines them."""
 
 
 class InitialWeights:
-    """The weights of a transformers folder, by the names that a model has for them.
+    """The weights of a transformers folder, under the names that a model has for them.
 
     Only safetensors files are opened, each once: nothing in the folder is executed.
     """
@@ -62,7 +62,7 @@ class InitialWeights:
         """Compare the folder's weights with a model's.
 
         Args:
-            shapes: The model's parameters by their transformers names, a tied one once.
+            shapes: The shapes of the model's parameters by their transformers names, each tied one once.
             aliases: Other names of tied parameters, each with the name it has in `shapes`.
 
         Raises:
@@ -81,7 +81,13 @@ class InitialWeights:
         self._check_left_over(shapes, aliases)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Read only the rows start .. stop of a weight; for experts, a row is an expert."""
+        """Read only some rows of a weight; for experts, a row is an expert.
+
+        Args:
+            name: The weight's name in the model.
+            start: The first row.
+            stop: The row after the last one.
+        """
         source = self._sources[name]
         if source.name is not None:
             return self._slice(source.name, start, stop)
@@ -90,7 +96,7 @@ class InitialWeights:
 
     @torch.no_grad()
     def fill(self, model: Any) -> None:
-        """Copy the weights into `model`, in its dtype and scale; of a sharded parameter, only this rank's rows."""
+        """Copy the weights into `model`, in its dtype and scale; a sharded parameter takes only this rank's rows."""
         folds = query_folds(model)
         for name, tensor in full_names(model).items():
             local_tensor(tensor).copy_(folded(self.rows(name, *local_rows(tensor)), folds.get(name, 1.0)))
@@ -181,10 +187,10 @@ def initial_weights(model: Any, folder: str, by_path: bool = False) -> InitialWe
 
 
 def check_initial_model(folder: str, model: ModelConfig) -> None:
-    """Check, before the model is built, that a folder's config and weights are of the model `model`.
+    """Check, before the model is built, that a folder's config and weights fit the model `model`.
 
     Raises:
-        ValueError: They are not; the message gives the difference, both values and the remedy.
+        ValueError: They do not; the message gives the difference, both values and the remedy.
     """
     from train.model.build import model_on_meta
 
@@ -192,7 +198,7 @@ def check_initial_model(folder: str, model: ModelConfig) -> None:
 
 
 def load_initial_weights(model: Any, folder: str) -> None:
-    """Copy a transformers folder's weights into `model`, in its dtype; of a sharded parameter, only this rank's rows.
+    """Copy a transformers folder's weights into `model`, in its dtype; a sharded parameter takes only this rank's rows.
 
     Raises:
         ValueError: The folder is not of such a model.

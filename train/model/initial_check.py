@@ -1,4 +1,4 @@
-"""Checks before a run starts from `init_from`: the model must fit, and the tokenizer must have its token ids."""
+"""Checks before a run starts: the model of `init_from` must fit, and the tokenizer must have that model's token ids."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None:
-    """Check from configs and file headers alone that the start fits the run, and that a tokenizer can be found.
+    """Check that `init_from` or `branch_from` fits the run and that there is a tokenizer; read only configs and headers.
 
-    A run that has begun is not checked: its weights come from its checkpoints.
+    A run that has already started is not checked: its weights come from its checkpoints.
 
     Args:
         config: The run's configuration.
-        plan: Its plan, whose model may be a dense twin.
+        plan: The run's plan; its model may be that of a dense twin.
         overrides: The command line, which shows what the user set.
 
     Raises:
@@ -45,7 +45,11 @@ def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None
 
 
 def check_tokenizer_choice(config: Config, overrides: Iterable[str]) -> None:
-    """Refuse to train a new tokenizer under the embeddings of `init_from`, unless the command line asks for it."""
+    """Refuse to train a new tokenizer under the embeddings of `init_from`, unless the command line asks for it.
+
+    Raises:
+        ValueError: `init_from` has no tokenizer and no other is given, or tokenizer=train was not typed by the user.
+    """
     folder = config.init_from
     if folder is None:
         return
@@ -62,7 +66,11 @@ def check_tokenizer_choice(config: Config, overrides: Iterable[str]) -> None:
 
 
 def check_tokenizer_of_path(config: Config) -> None:
-    """Refuse a `model.path` without a tokenizer, unless another one is given."""
+    """Refuse a `model.path` without a tokenizer, unless another one is given.
+
+    Raises:
+        ValueError: There is no tokenizer.
+    """
     path = config.model.path
     if path is not None and config.tokenizer is None and not has_tokenizer(path):
         raise ValueError(
@@ -72,9 +80,9 @@ def check_tokenizer_of_path(config: Config) -> None:
 
 
 def check_tokenizer(config: Config, overrides: Iterable[str]) -> None:
-    """Refuse a tokenizer with other ids than that of `init_from`; only warn if the command line asks for it.
+    """Refuse a tokenizer whose ids differ from those of `init_from`; only warn if the command line asks for it.
 
-    Loads both tokenizers. One process calls it.
+    This loads both tokenizers; one process calls it.
 
     Raises:
         ValueError: The tokenizers differ; the message names both and the remedy.

@@ -1,4 +1,4 @@
-"""Comparison of a model folder's config.json with the configured model, in every field that changes the model's function.
+"""The comparison of a model folder's config.json with the configured model, in every field that changes the logits.
 
 transformers' own config class reads both sides, so that defaults and older spellings (`rope_theta` beside
 `rope_parameters`, `torch_dtype`) mean what they mean to `from_pretrained`.
@@ -43,7 +43,7 @@ class Difference:
         """Return the override that takes over the folder's value; None if the group `model` has no such key.
 
         Args:
-            by_path: The model is given by `model.path`, so that any field of config.json can be set.
+            by_path: Whether the model is given by `model.path`, so that any field of config.json can be set.
         """
         if by_path:
             inner = f"{_yaml(self.theirs)}"

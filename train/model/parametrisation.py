@@ -27,7 +27,7 @@ EMBEDDING_STD = 1.0
 
 
 def fold_queries(model: nn.Module) -> None:
-    """Make a LLaMA's attention apply no scale, for query weights that are sqrt(head_dim) times smaller."""
+    """Make a LLaMA's attention apply no scale, because its query weights are sqrt(head_dim) times smaller."""
     for module in model.modules():
         if isinstance(module, LlamaAttention):
             module.scaling = 1.0
@@ -58,7 +58,7 @@ def folded(weight: Tensor, fold: float) -> Tensor:
 
 
 def unfolded(weight: Tensor, fold: float) -> Tensor:
-    """Convert a weight from the model's scale to transformers', as float32. Exactly the zeros stay zeros."""
+    """Convert a weight from the model's scale to transformers', as float32. Zeros stay zeros, and no others appear."""
     return weight if fold == 1 else weight.float() * fold
 
 

@@ -24,7 +24,7 @@ def make_portable(folder: Path) -> None:
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json's table with the names of transformers 4 added to those of 5."""
+    """Return the contents of config.json with the names of transformers 4 added to those of 5."""
     config = dict(config)
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
@@ -38,7 +38,7 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def portable_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return tokenizer_config.json's table with a class and names of special tokens that both versions know."""
+    """Return the contents of tokenizer_config.json with a class and names of special tokens that both versions know."""
     config = dict(config)
     # Some other classes encode differently in transformers 4: its LlamaTokenizer adds a bos in front.
     config["tokenizer_class"] = FAST_CLASS

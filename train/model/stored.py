@@ -1,7 +1,7 @@
 """The mapping from stored weights to a model's weights, by transformers' own conversions between files and models.
 
 The experts of a mixture of experts are one parameter [expert, out, in] in the model, but one or two tensors for each
-expert in its files. Other names in files are old spellings, or lack the prefix of the model around them.
+expert in its files. Other stored names may be old spellings, or may lack the model's prefix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Source:
 
     name: str | None = None
     experts: tuple[tuple[str, ...], ...] = ()
-    """For expert i, the tensors [out, in] that follow each other along `out`."""
+    """For each expert, the tensors [out, in] to concatenate along `out`."""
 
     @property
     def names(self) -> list[str]:
@@ -66,7 +66,7 @@ def sources(model: Any, stored: Iterable[str]) -> dict[str, Source]:
 
 
 def stored_form(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return a weight of the model in the form of its files: experts one by one, which every reader knows.
+    """Return a weight of the model in the form in which files store it: experts one by one, as every reader expects.
 
     Args:
         model: The model, for its architecture.

@@ -1,10 +1,10 @@
-"""Weights for a model that is built without any: sharded first, then drawn or read, so that each rank keeps only its rows.
+"""Weights for a model built without any: it is sharded first, then its weights are drawn, and each rank keeps its rows.
 
 A model is built as a skeleton: its buffers are computed, its parameters are on the meta device and take no memory. Once
 it is placed or sharded, its weights are drawn unit by unit. A unit is a transformer block or another module with
-parameters of its own. Each unit is drawn whole on the CPU, with the distribution of `model.init` and a generator seeded
-by (seed, unit name); then each rank copies its rows. So the weights are the same on any device and for any number of
-ranks, and a rank's host memory holds one unit in addition to its shard.
+its own parameters. Each unit is drawn whole on the CPU, with the distribution of `model.init` and a generator seeded by
+(seed, unit name); then each rank copies its rows. So the weights are the same on any device and for any number of ranks,
+and a rank's host memory holds one unit in addition to its shard.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int, init: str = "transformers") -> None:
-    """Fill `model`, sharded or not, with random weights that follow from `seed` alone.
+    """Fill `model`, sharded or not, with random weights that depend only on `seed`.
 
     Args:
         model: The model to fill; its parameters have memory.
@@ -70,7 +70,7 @@ def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int, init: s
         init: The distribution, one of `train.model.parametrisation.INITS`.
 
     Raises:
-        ValueError: the model's `_init_weights` leaves a parameter without values.
+        ValueError: The model's `_init_weights` leaves a parameter without values.
     """
     wanted = full_names(model)
     units = list(_units(template))
@@ -102,8 +102,8 @@ def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int, init: s
 def shard_and_allocate(accelerator: Any, model: nn.Module) -> None:
     """Shard a skeleton by accelerate's FSDP2 and allocate its shards.
 
-    accelerate's `prepare` would shard later, and then finds nothing left to do. It maps an optimizer's parameters by
-    their memory addresses, which parameters on the meta device do not have.
+    accelerate's `prepare` would shard too late: it maps an optimizer's parameters by their memory addresses, which
+    parameters on the meta device do not have. When it runs, it finds nothing left to do.
 
     Collective: every rank calls it.
     """
@@ -127,7 +127,7 @@ def shard_and_allocate(accelerator: Any, model: nn.Module) -> None:
 def _units(
     model: PreTrainedModel, name: str = "", module: nn.Module | None = None, owner: PreTrainedModel | None = None
 ) -> Iterator[tuple[str, nn.Module, PreTrainedModel, bool]]:
-    """Yield (name, module, the model whose `_init_weights` it needs, whether its submodules belong to it), in order.
+    """Yield each unit in order: (name, module, model whose `_init_weights` it needs, whether it includes submodules).
 
     Each member of a ModuleList, usually a transformer block, is a unit with everything in it: some models initialise a
     submodule by its position in the block.

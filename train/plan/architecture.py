@@ -1,7 +1,7 @@
-"""Causal language models of transformers, given by their config.json: the config, and the sizes that a plan needs.
+"""Any causal language model of transformers, given by its config.json: the config, and the sizes that a plan needs.
 
-Counts come from a model on the meta device, which takes no memory. transformers is imported only when a model is given
-by `model.path`: the LLaMAs of the group `model` have closed forms (`train.plan.counts`, `train.plan.names`).
+Counts come from a model on the meta device, which takes no memory. transformers is imported only for a model given by
+`model.path`: the LLaMAs of the group `model` have closed forms (`train.plan.counts`, `train.plan.names`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SIZES = (
     "max_position_embeddings",
 )  # fmt: skip
 OWN_KEYS = ("name", "path", "overrides", "init", "query_scale", "attn_implementation", "match")
-"""Keys of the group `model` that apply to a model by `path`; all others are given by config.json."""
+"""The keys of the group `model` that apply to a model by `path`; config.json gives all others."""
 COMPACT = "sparsellm-compact"
 """The quant_method of a compact folder: `METHOD` of sparsity.compact.contents, which imports torch."""
 LENGTH = 2048
-"""Tokens of a block if neither data.sequence_length nor a shorter context determines it."""
+"""The tokens of a block if data.sequence_length is null and the model's context is not shorter."""
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Fields of config.json that list one value for each layer."""
+"""The fields of config.json that list one value for each layer."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Description:
     linear_per_block: int
     """The linear weights of the largest block."""
     active_share: float
-    """The share of the linear weights that one token uses: experts that it is not routed to are idle."""
+    """The share of the linear weights that one token uses; it uses only the experts to which it is routed."""
     attention_width: int
     """The number of heads times the width of a head."""
 
@@ -56,7 +56,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
     """Return `model` with the sizes from its config.json; a model without `path` is returned unchanged.
 
     Raises:
-        ValueError: config.json cannot be fetched or is not one of a causal language model, or a key of the group
+        ValueError: config.json cannot be fetched or is not that of a causal language model, or a key of the group
             `model` is set that such a model does not read.
     """
     if model.path is None:
@@ -86,8 +86,7 @@ def hf_config(path: str, overrides: Mapping[str, Any], **token_ids: Any) -> Any:
     """Return the transformers config of a model by `model.path`, with `model.overrides` applied.
 
     Raises:
-        ValueError: It is not plain, not of a causal language model that transformers has, or an override does not
-            fit.
+        ValueError: The model is not plain or not a causal language model of transformers, or an override does not fit.
     """
     given = read_config(path, "model.path")
     check_plain(given, path, "model.path")
@@ -106,7 +105,15 @@ def hf_config(path: str, overrides: Mapping[str, Any], **token_ids: Any) -> Any:
 
 
 def read_config(spec: str, key: str) -> dict[str, Any]:
-    """Return the config.json of a folder or hub name; raise a ValueError that names the user's `key` if there is none."""
+    """Return the config.json of a folder or hub name.
+
+    Args:
+        spec: The folder or hub name.
+        key: The user's name for `spec` in errors.
+
+    Raises:
+        ValueError: There is none, or it is garbled.
+    """
     path = model_folder(spec, key) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -122,9 +129,17 @@ def read_config(spec: str, key: str) -> dict[str, Any]:
 
 
 def check_plain(config: Mapping[str, Any], spec: str, key: str) -> None:
-    """Refuse quantized weights, and model code of the folder's own.
+    """Refuse quantized weights, and a folder with its own model code.
 
     An `auto_map` that names only classes of transformers itself, as Phi-3's does, is accepted: its code is not needed.
+
+    Args:
+        config: The contents of config.json.
+        spec: The folder or hub name.
+        key: The user's name for `spec` in errors.
+
+    Raises:
+        ValueError: The folder has one of these.
     """
     if quantized := config.get("quantization_config"):
         if isinstance(quantized, Mapping) and quantized.get("quant_method") == COMPACT:
@@ -146,8 +161,13 @@ def check_plain(config: Mapping[str, Any], spec: str, key: str) -> None:
 def config_class(config: Mapping[str, Any], spec: str, key: str) -> Any:
     """Return transformers' config class for a config.json.
 
+    Args:
+        config: The contents of config.json.
+        spec: The folder or hub name.
+        key: The user's name for `spec` in errors.
+
     Raises:
-        ValueError: transformers has no causal language model of that `model_type`, or it reads more than text.
+        ValueError: transformers has no causal language model of that `model_type`, or the model reads more than text.
     """
     from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -172,7 +192,7 @@ def causal_class(config: Any) -> Any:
 
 
 def meta_model(model: ModelConfig) -> Any:
-    """Return the model of a `path` on the meta device; it is built once for the same config."""
+    """Return the model by `path` on the meta device; it is built only once for the same config."""
     assert model.path is not None
     return _meta_model(model.path, json.dumps(model.overrides))
 
@@ -183,7 +203,7 @@ def transformers_values(model: ModelConfig) -> Any:
 
 
 def describe(model: ModelConfig) -> Description:
-    """Return the description in numbers of a model by `path`."""
+    """Return the description of a model by `path`."""
     assert model.path is not None
     return _describe(model.path, json.dumps(model.overrides))
 
@@ -195,7 +215,12 @@ def default_length(model: ModelConfig) -> int:
 
 
 def prunable_meta(model: ModelConfig, include: Sequence[str] | None, requires_dense: Sequence[str]) -> dict[str, Any]:
-    """Return the prunable parameters of a model by `path`, chosen by the rule of the run itself.
+    """Return the prunable parameters of a model by `path`, chosen by the same rule as in a run.
+
+    Args:
+        model: The model.
+        include: The patterns of sparsity.include.
+        requires_dense: The patterns of sparsity.requires_dense.
 
     Raises:
         ValueError: See `sparsity.prunable.prunable_parameters`.
@@ -203,7 +228,7 @@ def prunable_meta(model: ModelConfig, include: Sequence[str] | None, requires_de
     from sparsity import prunable_parameters
 
     with warnings.catch_warnings():
-        # The run itself gives these warnings about its model.
+        # The run itself will give these warnings.
         warnings.simplefilter("ignore")
         return prunable_parameters(meta_model(model), include, requires_dense)
 
@@ -261,13 +286,13 @@ def _describe(path: str, overrides: str) -> Description:
 
 
 def block_names(model: Any) -> set[str]:
-    """Return the class names of a model's blocks: those in its `_no_split_modules` that it has modules of."""
+    """Return the class names of a model's blocks: those in `_no_split_modules` that some module of the model has."""
     present = {type(module).__name__ for module in model.modules()}
     return present & set(getattr(model, "_no_split_modules", None) or ())
 
 
 def _size(config: Any, name: str) -> int:
-    """Return one of `SIZES` by the config's own spelling; for experts, the width that one token passes through."""
+    """Return one of `SIZES` under the config's own name for it; for experts, the total width that one token uses."""
     hidden = config.hidden_size
     if name == "intermediate_size":
         experts, chosen = _experts(config)
@@ -280,13 +305,13 @@ def _size(config: Any, name: str) -> int:
 
 
 def _experts(config: Any) -> tuple[int, int]:
-    """Return (experts of a layer, experts that a token is routed to); (1, 1) for a dense model."""
+    """Return (experts of a layer, experts to which a token is routed); (1, 1) for a model without experts."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     return int(experts), min(int(experts), int(getattr(config, "num_experts_per_tok", None) or experts))
 
 
 def _overrides(given: Mapping[str, Any], kind: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changed fields of config.json; lists with a value for each layer are cut to the new number."""
+    """Return the changed fields of config.json; lists with a value for each layer are cut to the new number of layers."""
     spellings = getattr(kind, "attribute_map", None) or {}
     known = {*kind().to_dict(), *given, *spellings}
     changed: dict[str, Any] = {}

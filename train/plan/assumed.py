@@ -1,4 +1,4 @@
-"""The peak and memory that a plan assumes for one GPU, by its name or as given."""
+"""The peak and memory that a plan assumes for one GPU: those given, or those of its name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ MEMORY = {
     "a10": "24GB", "rtx a6000": "48GB", "rtx 6000 ada": "48GB", "l40s": "48GB", "l40": "48GB", "l4": "24GB",
     "rtx 3090": "24GB", "rtx 4090": "24GB", "rtx 5090": "32GB",
 }  # fmt: skip
-"""Memory by the words of a device's name; the first key whose words are all in it applies. It is the largest memory that
-the device is sold with, but 80 GB for an A100."""
+"""Memory by the words of a device's name; the first key whose words are all in the name applies. It is the largest memory
+with which the device is sold, except that an A100 has 80 GB here."""
 
 
 def peak_of(request: PlanConfig) -> float:
@@ -28,7 +28,11 @@ def peak_of(request: PlanConfig) -> float:
 
 
 def memory_of(request: PlanConfig) -> str:
-    """Return the memory of one GPU; raise a ValueError if the device is not in the table and none is given."""
+    """Return the memory of one GPU.
+
+    Raises:
+        ValueError: The device is not in the table, and device_memory is not given.
+    """
     words = set(request.device.lower().split())
     memory = request.device_memory or next((size for key, size in MEMORY.items() if set(key.split()) <= words), None)
     if memory is None:

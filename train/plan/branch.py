@@ -1,7 +1,7 @@
-"""A run that begins at a checkpoint of another run: which run and step, and the record of it.
+"""The record of a branch, a run that begins at a checkpoint of another run: which run and step that was.
 
-`branch_from=RUN[@STEP]` takes over weights, optimizer, masks, the data's position and the average density so far. The
-other run is only read. Everything else in the config may change; the changes are recorded.
+`branch_from=RUN[@STEP]` takes over weights, optimizer, masks, the position in the data and the average density so far. The
+other run is only read. Everything else in the config may change, and the changes are recorded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from conf.schema import Config
 
 BRANCH = "branch.json"
-"""The file's name in the folder of a run that branched."""
+"""The name of the record in the folder of a run that branched."""
 CONFIG = "config.yaml"
 
 
@@ -26,7 +26,7 @@ class Branch:
     """The other run's folder."""
     step: int
     trunk: str
-    """The run at the root of a chain of branches; runs with the same trunk share their first steps."""
+    """The run with which a chain of branches began; runs with the same trunk share their first steps."""
     changes: tuple[str, ...]
     """`key was VALUE, is VALUE` for every key that differs."""
     is_sparse: bool
@@ -34,7 +34,7 @@ class Branch:
 
 
 def parse_branch(text: str) -> tuple[str, int | None]:
-    """Return (run, step) of `RUN[@STEP]`; without a step it is None, which means the newest checkpoint.
+    """Return (run, step) of `RUN[@STEP]`; the step is None if it is left out, which means the newest checkpoint.
 
     Raises:
         ValueError: The text after the @ is not a step.
@@ -64,9 +64,10 @@ def run_folder(config: Config) -> Path:
 
 
 def planned_steps(config: Config) -> int | None:
-    """Return the steps of a branch whose trainer.max_steps is null and whose learning rate decays from the first step on.
+    """Return the total steps of a branch that only decays its learning rate; None for any other run.
 
-    With optim.decay_steps=D these are STEP + D, and with a share D of the run STEP / (1 - D). None for any other run.
+    Such a branch begins at STEP, has no trainer.max_steps, and decays from its first step on. With optim.decay_steps=D
+    it ends at step STEP + D, or if D is a share of the run, at STEP / (1 - D).
     """
     decay = config.trainer.decay_steps
     if config.branch_from is None or config.trainer.max_steps is not None or decay is None:
@@ -78,7 +79,11 @@ def planned_steps(config: Config) -> int | None:
 
 
 def read_branch(run_dir: Path) -> Branch | None:
-    """Return where the run in a folder branched; None if it did not."""
+    """Return the point at which the run in a folder branched; None if it did not.
+
+    Raises:
+        ValueError: The record is garbled.
+    """
     try:
         found = json.loads((run_dir / BRANCH).read_text(encoding="utf-8"))
         return Branch(**{**found, "changes": tuple(found["changes"])})
@@ -93,11 +98,11 @@ def branch_text(branch: Branch) -> str:
 
 
 def branch_figures(branch: Branch) -> dict[str, Any]:
-    """Return the entries about its branch in a run's summary."""
+    """Return a run's summary entries about its branch."""
     return {"run": Path(branch.run).name, "step": branch.step, "trunk": branch.trunk}
 
 
 def branch_words(branch: Branch) -> str:
-    """Return a sentence on where a run branched and what changed."""
+    """Return a sentence that says where a run branched and what changed."""
     changed = "; ".join(branch.changes) if branch.changes else "nothing changed"
     return f"branched from {branch.run} at step {branch.step:,}: {changed}"

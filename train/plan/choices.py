@@ -1,4 +1,4 @@
-"""A run's choices that change its results without appearing in any figure, in words; empty for the defaults."""
+"""A run's settings that change its results but appear in no figure, in words; those with default values are left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def choice_words(config: Config, *, prunes: bool) -> list[str]:
 
     Args:
         config: The run's configuration.
-        prunes: Whether the run has prune events; without them, factors have no effect.
+        prunes: Whether the run has prune events; if it has none, factors have no effect.
     """
     model, data, words = config.model, config.data, []
     if model.init == "authors" and config.init_from is None:

@@ -10,7 +10,7 @@ from train.plan.architecture import describe
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters: `linear` counts the linear layers' weights with lm_head; `total` adds embedding and norms."""
+    """Numbers of parameters: `linear` counts all linear weights, lm_head included; `total` adds embedding and norms."""
 
     total: int
     linear: int
@@ -33,11 +33,17 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
 
 
 def flops_per_token(model: ModelConfig, linear_params: float, sequence_length: int) -> float:
-    """Return the FLOPs per token of forward and backward: 2 and 4 for each weight, and the two products of attention.
+    """Return the FLOPs per token of the forward and backward pass.
 
-    That is 6 x linear weights + 12 x layers x hidden size x sequence length (arXiv 2204.02311, appendix B). As is usual
-    for MFU, nothing is subtracted for the causal mask, and recomputed activations do not count. Experts count as often
-    as a token is routed to them, and the width of attention is that of its heads.
+    A weight costs 2 FLOPs forward and 4 backward, and attention adds two products: 6 x linear weights + 12 x layers x
+    hidden size x sequence length (arXiv 2204.02311, appendix B). As is usual for MFU, nothing is subtracted for the
+    causal mask, and recomputed activations do not count. Only the experts to which a token is routed count, and the
+    width of attention is that of all its heads.
+
+    Args:
+        model: The model.
+        linear_params: The number of its linear weights that are active.
+        sequence_length: The number of tokens in a block.
     """
     active, width = 1.0, model.hidden_size
     if model.path is not None:

@@ -1,4 +1,4 @@
-"""Peak rates of GPUs by name, to express a run's FLOP/s as a share of them. Plans use it, so it does not import torch."""
+"""The peak rates of GPUs by name. A run's FLOP/s are given as a share of them. Plans use this, so it imports no torch."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
     "rtx 4090": {"bf16": 165.2, "fp8": 330.3},
     "rtx 5090": {"bf16": 209.5, "fp8": 419.0},
 }
-"""1e12 FLOP/s of dense matrix products that accumulate in float32, from the vendor's data sheets, whose figures "with
-sparsity" are twice these. The first key whose words are all in the device's name applies. fp16 has bf16's peak."""
+"""1e12 FLOP/s of dense matrix products that accumulate in float32, from the vendor's data sheets; their figures "with
+sparsity" are twice as large. The first key whose words are all in the device's name applies. fp16 has bf16's peak."""
 
 _SLICES_AND_VARIANTS = {"mig", "grid", "laptop", "mobile", "d"}
-"""Words in names that resemble a device of the table but mean a slower one."""
+"""Words that make a name mean a slower device than the one of the table that it resembles."""
 
 
 def peak_tflops(name: str, precision: Precision = "bf16") -> float | None:

@@ -1,4 +1,4 @@
-"""The bytes that a run writes, so that lack of disk space is found before the training and not at its end."""
+"""The bytes that a run writes, so that a lack of disk space is found before the training instead of at its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ ROOM_FOR_SMALL_FILES = 16 << 20
 
 
 def checkpoint_bytes(model: ModelConfig, num_prunable: int, update_state_bytes: int = 0) -> int:
-    """Return a checkpoint's bytes on all ranks: float32 weights, both moments, mask bits, and the masks' update state."""
+    """Return the bytes of a checkpoint, over all ranks.
+
+    Args:
+        model: The model; its weights and both moments are saved in float32.
+        num_prunable: The number of prunable weights, each of which has a bit in a mask.
+        update_state_bytes: The bytes per prunable weight of the state that updates of the masks keep.
+    """
     return 12 * count_parameters(model).total + num_prunable // 8 + update_state_bytes * num_prunable
 
 

@@ -1,4 +1,4 @@
-"""The density curve of one run, or of a series: the share of the linear weights kept at each step."""
+"""A figure of the density of one run or of a series: the share of the linear weights kept at each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from train.plan.run import RunPlan
 
 
 def draw_density(plans: Sequence[RunPlan], file: Path) -> None:
-    """Draw density over steps, with each run's average as a dashed line; dense runs of a series are left out."""
+    """Draw density over steps, with each run's average as a dashed line; in a series, dense runs are left out."""
     import matplotlib
 
     matplotlib.use("Agg")

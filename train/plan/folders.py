@@ -6,7 +6,7 @@ from pathlib import Path
 
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-"""The files fetched from a hub repository beside its config: safetensors and tokenizer, never pickles or code."""
+"""The files fetched from a hub repository in addition to its config: safetensors and tokenizer, never pickles or code."""
 
 
 def model_folder(spec: str, key: str, *, weights: bool = False) -> Path:
@@ -15,7 +15,7 @@ def model_folder(spec: str, key: str, *, weights: bool = False) -> Path:
     Args:
         spec: A folder, or a hub name such as `Qwen/Qwen3-0.6B`.
         key: The user's name for `spec` in errors.
-        weights: Fetch weights and tokenizer too, not only config.json.
+        weights: Whether to fetch weights and tokenizer too, not only config.json.
 
     Raises:
         ValueError: `spec` is not a folder, and it cannot be fetched from the hub.

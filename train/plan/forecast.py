@@ -1,4 +1,4 @@
-"""Everything known about a run before it starts, as one plain dictionary from which JSON and text are made."""
+"""Everything that is known about a run before it starts, as one plain dictionary. JSON and text are made from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from train.plan.series import table_row
 
 
 def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, Any]:
-    """Return the run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name.
+    """Return a run's line of the table, and its schedule, batch, compute, memory, network and disk space, by name.
 
     Args:
         config: The run's configuration.
@@ -136,7 +136,7 @@ def _memory(memory: GpuMemory) -> dict[str, Any]:
 
 
 def _leanest(config: Config, setting: Setting) -> Setting:
-    """Return the setting in which the most sequences fit: `auto` then frees gathered weights."""
+    """Return the setting in which the largest micro-batch fits: with `auto`, it frees gathered weights."""
     return replace(setting, reshard_after_forward=config.launch.reshard_after_forward != "false")
 
 
@@ -150,7 +150,7 @@ def _host(memory: HostMemory) -> dict[str, Any]:
 
 
 def _largest_fit(plan: RunPlan, num_prunable: int, setting: Setting, request: PlanConfig) -> dict[str, Any]:
-    """Return the largest micro-batch that fits in the device's memory less its headroom; sizes are None if none fits."""
+    """Return the largest micro-batch that fits in the device's memory minus its headroom; sizes are None if none fits."""
     device = parse_bytes(memory_of(request))
     share = plan.batch_size // plan.world_size
     budget = device * (1 - request.memory_headroom)

@@ -1,4 +1,4 @@
-"""The choice whether FSDP2 frees the weights gathered for a forward pass, or keeps them for the backward pass."""
+"""The choice whether FSDP2 frees the weights gathered for a forward pass or keeps them for the backward pass."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from train.plan.memory import Setting, gpu_memory
 from train.plan.run import RunPlan
 
 HEADROOM = 0.1
-"""The share of a GPU's memory left free, as in a plan: for the CUDA context, NCCL's buffers and fragmentation."""
+"""The share of a GPU's memory to leave free for the CUDA context, NCCL's buffers and fragmentation, as in a plan."""
 
 
 def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroom: float = HEADROOM) -> Setting:
-    """Return how the run computes on GPUs; the compute dtype is bfloat16 unless the config says otherwise.
+    """Return the way in which the run computes on GPUs; the dtype is bfloat16 unless the config says otherwise.
 
     Args:
         config: The run's configuration.
         plan: Its plan for the number of processes.
-        device_bytes: Memory of one GPU; if None, it is not known, and `auto` frees the weights.
-        headroom: Share of the memory to leave free.
+        device_bytes: The memory of one GPU; None if it is unknown, and then `auto` frees the weights.
+        headroom: The share of the memory to leave free.
     """
     trainer = config.trainer
     half = trainer.fp16 or trainer.bf16 is not False
@@ -47,8 +47,14 @@ def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroo
 def must_reshard(model: ModelConfig, num_prunable: int, setting: Setting, budget_bytes: float) -> bool:
     """Return whether a step exceeds `budget_bytes` if gathered weights are kept from forward to backward.
 
-    Kept weights are gathered once per micro-batch instead of twice. This saves time in a single process too, where a
-    gather is a cast and a copy.
+    Kept weights are gathered once per micro-batch instead of twice. This saves time even in a single process, in which a
+    gather is only a cast and a copy.
+
+    Args:
+        model: The model.
+        num_prunable: The number of prunable weights.
+        setting: The way in which a step is computed.
+        budget_bytes: The memory that a step may use.
     """
     kept = gpu_memory(model, num_prunable, replace(setting, reshard_after_forward=False))
     return kept.peak > budget_bytes

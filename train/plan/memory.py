@@ -1,9 +1,9 @@
 """Bytes on one GPU in a training step under FSDP2, in closed form.
 
 The state is sharded over the ranks (full sharding, arXiv 1910.02054): weights, gradients and the two AdamW moments in
-float32, and a byte for each prunable weight's mask. A step adds the tensors that autograd saves in transformers' LLaMA
-and the buffers that FSDP2 holds; the formulas for these are given where they are used. With h the width, f the MLP's
-width, kv the width of keys, c the bytes of a compute element (2 for bf16), per token and block:
+float32, and a byte of mask for each prunable weight. A step adds the tensors that autograd saves in transformers' LLaMA
+and the buffers of FSDP2; comments below give the formulas for the latter. Autograd saves these bytes per token and block,
+with h the width, f the MLP's width, kv the width of keys, and c the bytes of a compute element (2 for bf16):
 
     2 norms:  2 (4 h + c h + c h)   the float32 input, the normalized input, the output
     attention:  c (h + 2 kv) + c h + 4 heads   queries, keys and values; the output; its log-sum-exp (arXiv 2205.14135)
@@ -13,10 +13,10 @@ A block compiled by torch.compile saves less, since it computes norms and activa
 
     c (4 h + h + 2 kv + h + 3 f) + 4 heads   inputs and outputs of the norms; queries, keys, values; output; gate, up, product
 
-A compiled loss holds only the logits and their gradient, in the compute type. The computed peak is off by less than 5 %
-against peaks measured on a CPU in float32 (`tests/benchmarks/memory.py`: 10 M and 50 M parameters, plain and two FSDP2
-ranks, with and without accumulation and checkpointing, sparse and dense), and by less than 1 % against those of the
-compiled 1B in bf16 on an H200 (docs/gpu.md).
+A compiled loss holds only the logits and their gradient, in the compute type. The computed peak differs by less than 5 %
+from peaks measured on a CPU in float32 (`tests/benchmarks/memory.py`: 10 M and 50 M parameters, plain and two FSDP2
+ranks, with and without accumulation and checkpointing, sparse and dense), and by less than 1 % from those of the compiled
+1B in bf16 on an H200 (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ CANDIDATE_BYTES = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """The way a step is computed; `fsdp` is False for a plain single process, which gathers nothing."""
+    """The way in which a step is computed; `fsdp` is False for a plain single process, which gathers nothing."""
 
     world_size: int
     micro_batch_size: int
     sequence_length: int
     compute_bytes: int = 2
     accumulates: bool = False
-    """Several micro-batches per step: accelerate then keeps whole, unsharded gradients between them."""
+    """Whether a step has several micro-batches; accelerate then keeps whole, unsharded gradients between them."""
     gradient_checkpointing: bool = False
     compiled: bool = False
-    """Blocks and loss are compiled by torch.compile."""
+    """Whether blocks and loss are compiled by torch.compile."""
     fused_loss: bool = False
-    """Liger's cross-entropy, which never holds all logits."""
+    """Whether the loss is Liger's cross-entropy, which never holds all logits."""
     fsdp: bool = True
     reshard_after_forward: bool = True
     """Whether FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
     selection_chunk: int = SELECTION_CHUNK
     update_state_bytes: int = 0
-    """Bytes per prunable weight, besides its mask, that the update of the masks keeps."""
+    """The bytes per prunable weight that the update of the masks keeps in addition to the mask."""
     update_move_bytes: int = 0
-    """Bytes per prunable weight while masks move by the gradients of a step."""
+    """The bytes per prunable weight while masks move by the gradients of a step."""
 
     @property
     def num_tokens(self) -> int:
@@ -70,14 +70,15 @@ class Setting:
 class GpuMemory:
     """Bytes on one GPU.
 
-    `transients` are the bytes that each phase of a step holds besides the state and `held`, the gradients and
-    activations that it keeps. The peak is that of the phase with the largest sum.
+    The state (weights, moments, masks) is always there. In each phase of a step, `held` are the gradients and activations
+    kept from other phases, and `transients` are the phase's own buffers. The peak is that of the phase with the largest
+    sum.
     """
 
     weights: int
     gradients: int
     waiting_gradients: int
-    """Bytes of unsharded gradients while micro-batches accumulate."""
+    """The bytes of unsharded gradients while micro-batches accumulate."""
     moments: int
     masks: int
     activations: int
@@ -90,7 +91,7 @@ class GpuMemory:
 
     @property
     def transient(self) -> int:
-        """The bytes that the phase of the peak holds for itself alone."""
+        """The bytes of its own buffers in the phase of the peak."""
         return self.transients[self.peak_phase]
 
     @property
@@ -101,22 +102,29 @@ class GpuMemory:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of host memory that one rank holds at a time, without those of Python and its libraries.
+    """Bytes of host memory that one rank holds, without Python and its libraries.
 
-    Weights are drawn or read one layer at a time (`train.model.weights`); the model is exported one file at a time
+    Weights are drawn or read one layer at a time (`train.model.weights`), and the model is exported one file at a time
     (`train.model.export`).
     """
 
     layer: int
-    """The largest of a block, the embedding and the head, whole and in float32."""
+    """A whole layer in float32: the largest of a block, the embedding and the head."""
     shard: int
-    """The rank's part of the weights; without a GPU it is in host memory too."""
+    """The rank's part of the weights, which is in host memory too if there is no GPU."""
     export: int
     """One file of the exported model, on rank 0 only."""
 
 
 def host_memory(model: ModelConfig, world_size: int, export_dtype: str, max_shard_size: str) -> HostMemory:
-    """Return the host memory of one of `world_size` ranks."""
+    """Return the host memory that one rank needs.
+
+    Args:
+        model: The model.
+        world_size: The number of ranks.
+        export_dtype: The dtype of the exported model.
+        max_shard_size: The largest size of an exported file, such as 5GB.
+    """
     counts = count_parameters(model)
     block = counts.linear_per_layer + 2 * model.hidden_size
     exported = counts.total * (2 if export_dtype == "bfloat16" else FLOAT32_BYTES)
@@ -128,14 +136,20 @@ def host_memory(model: ModelConfig, world_size: int, export_dtype: str, max_shar
 
 
 def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMemory:
-    """Return the memory of one of `setting.world_size` GPUs; a world of one holds everything."""
+    """Return the memory that a run needs on one GPU.
+
+    Args:
+        model: The model.
+        num_prunable: The number of its prunable weights.
+        setting: The way in which a step is computed.
+    """
     counts = count_parameters(model)
     world, c, tokens = setting.world_size, setting.compute_bytes, setting.num_tokens
     shard = -(-counts.total // world)
     prunable = -(-num_prunable // world)
     gradients = FLOAT32_BYTES * shard
-    # Under accelerate's no_sync, FSDP2 reduces nothing until the last micro-batch: gradients of the whole model wait,
-    # in the dtype in which they are summed over the ranks.
+    # Under accelerate's no_sync, FSDP2 reduces nothing until the last micro-batch: until then each rank keeps the gradients
+    # of the whole model, in the dtype in which they are summed over the ranks.
     waiting = (FLOAT32_BYTES * counts.total if setting.fsdp else gradients) if setting.accumulates else 0
     activations = tokens * activation_bytes_per_token(model, setting)
     one_block = tokens * block_bytes_per_token(model, c, setting.compiled)
@@ -144,9 +158,9 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     embedding = model.vocab_size * model.hidden_size
     tail = embedding + model.hidden_size
     block = counts.linear_per_layer + 2 * model.hidden_size
-    # Blocks in flight: the one being computed and the one prefetched, plus the buffer that the gather fills; in the
-    # backward pass also the block's gradients and the copy of them that is being reduced. Weights kept for the backward
-    # pass are all there during the loss and when that pass begins; the embedding's are not needed but are counted too.
+    # Gathered weights: the block being computed, the one prefetched, and the buffer that the gather fills; in the backward
+    # pass also the block's gradients and the copy of them that is being reduced. Weights kept for the backward pass are
+    # all there during the loss and when that pass begins; the embedding's are not needed then but are counted too.
     gathered_loss = c * (tail + 2 * block) if setting.fsdp else 0
     gathered_backward = c * (tail + 4 * block) + FLOAT32_BYTES * block if setting.fsdp else 0
     kept = c * counts.total - c * (tail + 2 * block) if setting.fsdp and not setting.reshard_after_forward else 0
@@ -182,7 +196,13 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
 
 
 def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) -> int:
-    """Return the bytes that autograd saves for one decoder block, by the formulas at the top of this file."""
+    """Return the bytes per token that autograd saves for one decoder block, by the formulas at the top of this file.
+
+    Args:
+        model: The model.
+        c: The bytes of a compute element.
+        compiled: Whether the block is compiled by torch.compile.
+    """
     h, f, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
     kv = h // heads * model.num_key_value_heads
     if compiled:
@@ -193,7 +213,7 @@ def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) ->
 
 
 def activation_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
-    """Return the bytes that autograd saves for the whole model before the loss; with checkpointing, each block's input."""
+    """Return the bytes that autograd saves for the whole model before the loss; with checkpointing, only block inputs."""
     c = setting.compute_bytes
     block = c * model.hidden_size
     if not setting.gradient_checkpointing:
@@ -202,12 +222,12 @@ def activation_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
 
 
 def loss_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
-    """Return the bytes of logits and cross-entropy.
+    """Return the bytes per token of logits and cross-entropy.
 
-    The backward pass holds three float32 copies: the log-probabilities and two gradients of them. The forward pass
-    holds the logits in the compute type, their float32 copy and the log-probabilities. Liger's fused loss cuts the
-    tokens into as many chunks as the vocabulary is wider than the model, so it holds about one model width per token. A
-    compiled loss holds the logits and their gradient in the compute type.
+    The forward pass holds the logits in the compute type, their float32 copy and the log-probabilities. The backward pass
+    holds three float32 copies: the log-probabilities and two gradients of them. Liger's fused loss works on chunks of
+    tokens, so small that it holds about one model width per token. A compiled loss holds the logits and their gradient in
+    the compute type.
     """
     vocabulary = model.vocab_size
     if setting.compiled and not setting.fused_loss:
@@ -218,14 +238,22 @@ def loss_bytes_per_token(model: ModelConfig, setting: Setting) -> int:
 
 
 def workspace_bytes_per_token(model: ModelConfig, c: int) -> int:
-    """Return the bytes of activation gradients alive at once in a block's backward: three of the MLP, two residual."""
+    """Return the bytes of activation gradients alive at once in a block's backward: three of the MLP's, two residual."""
     return c * (3 * model.intermediate_size + 2 * model.hidden_size)
 
 
 def largest_micro_batch(
     model: ModelConfig, num_prunable: int, setting: Setting, *, share: int, budget_bytes: float
 ) -> tuple[int, GpuMemory] | None:
-    """Return the largest micro-batch that divides a GPU's `share` of the batch and fits `budget_bytes`, if any."""
+    """Return the largest micro-batch that fits on a GPU, and its memory; None if none fits.
+
+    Args:
+        model: The model.
+        num_prunable: The number of its prunable weights.
+        setting: The way in which a step is computed.
+        share: A GPU's share of the batch, in sequences; the micro-batch divides it.
+        budget_bytes: The memory that a step may use.
+    """
     for size in range(share, 0, -1):
         if share % size:
             continue
@@ -237,7 +265,11 @@ def largest_micro_batch(
 
 
 def parse_bytes(text: str) -> int:
-    """Return a size in bytes: 141GB as 141e9, 80GiB as 80 x 2^30; a bare number is bytes."""
+    """Return a size in bytes: 141e9 for 141GB, 80 x 2^30 for 80GiB; a bare number is bytes.
+
+    Raises:
+        ValueError: The text is not a size.
+    """
     units = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "TiB": 1 << 40, "GiB": 1 << 30, "MiB": 1 << 20, "B": 1}
     unit = next((name for name in sorted(units, key=len, reverse=True) if text.strip().endswith(name)), "")
     try:

@@ -1,4 +1,4 @@
-"""The weights that a configuration prunes: the names, patterns and pools of `sparsity`, for a LLaMA in closed form."""
+"""The weights that a configuration prunes: the names, patterns and pools of `sparsity`. For a LLaMA no model is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from train.plan.architecture import check_pattern_meta, prunable_meta
 
 
 def count_prunable(model: ModelConfig, sparsity: SparsityConfig) -> int:
-    """Return the number of weights in the pruned parameters; raise a ValueError for a pattern that matches none."""
+    """Return the number of weights in the pruned parameters.
+
+    Raises:
+        ValueError: A pattern matches no parameter.
+    """
     return sum(math.prod(shape) for shape in prunable_shapes(model, sparsity).values())
 
 
@@ -44,14 +48,14 @@ def planned_pools(model: ModelConfig, sparsity: SparsityConfig) -> list[Pool]:
 
 
 def pruned_groups(sparsity: SparsityConfig) -> tuple[Group, ...]:
-    """Return the groups of weights that have a target of their own."""
+    """Return the groups of weights that have their own target."""
     return tuple(Group(tuple(group.include), group.target) for group in sparsity.groups)
 
 
 def prunable_shapes(model: ModelConfig, sparsity: SparsityConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the pruned parameters.
 
-    A tied lm_head is the embedding: it is pruned only if `include` names one of the two, and then once.
+    A tied lm_head is the same parameter as the embedding: it is pruned only if `include` names one of the two.
 
     Raises:
         ValueError: A pattern matches no parameter.
@@ -99,11 +103,11 @@ def parameter_shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
 
 
 def dense_words(shapes: Mapping[str, Sequence[int]], pruned: Iterable[str]) -> str:
-    """Return which parameters of a model are not pruned: matrices by name, with * for the layer, vectors by number.
+    """Return words for the parameters that are not pruned: names of matrices, with * for the layer, and a vector count.
 
     Args:
         shapes: Every parameter of the model.
-        pruned: The names of those that are pruned.
+        pruned: The names of the pruned ones.
     """
     left = {name: shape for name, shape in shapes.items() if name not in set(pruned)}
     matrices = [re.sub(r"\.\d+\.", ".*.", name) for name, shape in left.items() if len(shape) > 1]

@@ -1,4 +1,4 @@
-"""The numbers that follow from a configuration: batch, steps, tokens and the prune schedule, before anything is loaded."""
+"""The plan of a run: the batch, steps, tokens and prune schedule that its configuration determines; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.plan.twin import DenseTwin, dense_twin
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The plan of one run on `world_size` processes. `batch_size` counts sequences per optimizer step over all of them."""
+    """The plan of one run on `world_size` processes; `batch_size` is the number of sequences per step over all of them."""
 
     run_dir: Path
     world_size: int
@@ -31,20 +31,20 @@ class RunPlan:
     micro_batch_size: int
     gradient_accumulation_steps: int
     schedule: Ramp | Mixed | None
-    """Schedule of all prunable weights together; None if the run stays dense."""
+    """The schedule of all prunable weights together; None if the run stays dense."""
     pools: tuple[Pool, ...]
-    """Groups of weights that compete with each other; empty if the run stays dense."""
+    """The groups of weights that compete with each other; empty if the run stays dense."""
     scope: Scope
-    """Divides the pruned weights among the pools."""
+    """The rule that divides the pruned weights among the pools."""
     update: Update
-    """Determines whether pruned weights may return."""
+    """The rule that determines whether pruned weights may return."""
     model: ModelConfig
     """The model to train: the configured one, or its dense twin."""
     counts: ParameterCounts
     target_sparsity: float | None
-    """Final sparsity of all prunable weights together; a twin has its sparse run's, a dense run has None."""
+    """The final sparsity of all prunable weights together. A twin has that of its sparse run, a dense run None."""
     twin: DenseTwin | None = None
-    """The dense twin and how far off it is; None if model.match is null."""
+    """The dense twin and its difference from the size it should have; None if model.match is null."""
 
     @property
     def architecture(self) -> str:
@@ -66,7 +66,7 @@ class RunPlan:
 
     @property
     def extra_linear(self) -> float:
-        """The linear weights, averaged over the steps, whose dense gradients cost compute beside the active ones."""
+        """The average number of pruned linear weights that cost compute too, because their gradients are needed."""
         extra = self.update.extra_compute(self.schedule, self.num_steps) if self.schedule else 0.0
         return extra / self.num_steps * self.num_prunable
 
@@ -174,7 +174,7 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
 
 
 def decay_length(decay_steps: float, num_steps: int) -> int:
-    """Return the number of steps that optim.decay_steps means: a value below 1 is a share of the run."""
+    """Return the number of steps that optim.decay_steps stands for: a value below 1 is a share of the run."""
     return round(decay_steps * num_steps) if decay_steps < 1 else round(decay_steps)
 
 
@@ -212,7 +212,7 @@ def world_size_asked(config: Config, environment: Mapping[str, str]) -> int:
 
 
 def run_directory(config: Config) -> Path:
-    """Return runs_dir/run_name, in a sweep runs_dir/sweep_name/job; a dense twin has a name of its own."""
+    """Return runs_dir/run_name, or in a sweep runs_dir/sweep_name/job; a dense twin has its own name."""
     sparsity = f"{100 * config.sparsity.target:g}p" if config.sparsity.target else "dense"
     name = config.run_name or f"{config.model.name}-{sparsity}"
     return Path(config.runs_dir) / (f"{name}-twin" if config.model.match else name)

@@ -1,4 +1,4 @@
-"""One run as a line of the series' table: the columns of the model cards, computed from the run's configuration."""
+"""One run as a line of the series' table: the columns of the published model cards, computed from its configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEBI = 1 << 20
 
 
 def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
-    """Return one run's line of the table: exact numbers, and None for figures that only training can give.
+    """Return a run's line of the table, with exact numbers, and None for figures that only training can give.
 
     `batch_tokens` and `total_tokens` follow the model cards of the published series, which call 2^20 tokens a million;
     the exact numbers are in the keys with `_true`.
@@ -58,16 +58,16 @@ def table_row(config: Config, plan: RunPlan) -> dict[str, Any]:
 
 
 def card_batch_tokens(batch_tokens: int) -> int:
-    """Return the batch as the cards do, "8M" for 4096 x 2048: 2^20 tokens count as 1e6 if they divide the batch."""
+    """Return the batch as the cards count it, 8M for 4096 x 2048: if 2^20 divides the batch, 2^20 tokens count as 1e6."""
     return batch_tokens // MEBI * 1_000_000 if batch_tokens % MEBI == 0 else batch_tokens
 
 
 def card_average_density(schedule: Staircase, num_steps: int) -> float:
-    """Return the average density as the cards calculate it, one interval longer than the run.
+    """Return the average density as the cards calculate it, for a run that is one interval longer than the real one.
 
-    They count an interval of `every` steps for each of the n events and do not shorten the tail after the window, so
-    they divide by steps + every: 0.8919, 0.7650, 0.6083 and 0.3984, while the means over the steps actually run are
-    0.8928, 0.7660, 0.6096 and 0.3992.
+    The cards count an interval of `every` steps for each prune event and do not shorten the rest of the run after the
+    window, so they divide by steps + every. They have 0.8919, 0.7650, 0.6083 and 0.3984; the means over the actual steps
+    are 0.8928, 0.7660, 0.6096 and 0.3992.
     """
     every = schedule.every_steps
     window = every * sum(schedule.density_after(event) for event in range(schedule.num_events))
@@ -76,7 +76,7 @@ def card_average_density(schedule: Staircase, num_steps: int) -> float:
 
 
 def card_cells(row: dict[str, Any]) -> dict[str, str]:
-    """Return the row as the cards print it, half-up: two decimals for parameters and percentages, one for tokens."""
+    """Return the row as the cards print it, rounded half-up: two decimals for parameters and percentages, one for tokens."""
     params = ("total_params", "linear_params", "avg_linear_params", "nonzero_linear")
     cells = {key: count_text(row[key]) for key in params}
     cells["model"] = row["model"]

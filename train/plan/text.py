@@ -1,4 +1,4 @@
-"""A plan as text for people, in at most 100 columns."""
+"""A plan as text for the terminal, at most 100 columns wide."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DENSITY_HEADINGS = (
 
 
 def series_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table in the cards' columns, and below it the numbers that the cards count differently."""
+    """Return the table with the cards' columns, and below it the numbers that the cards count differently."""
     cells = [tuple(card_cells(row).values()) for row in rows]
     lines = align([tuple(above for above, _ in HEADINGS), tuple(name for _, name in HEADINGS), *cells], gap=1)
     density = [
@@ -83,7 +83,7 @@ def run_text(plan: dict[str, Any]) -> str:
 
 
 def align(rows: Sequence[tuple[str, ...]], gap: int = 2) -> list[str]:
-    """Return columns as wide as their widest cell, `gap` spaces apart: the first left-aligned, the others right."""
+    """Return lines with columns as wide as their widest cell, `gap` spaces apart; the first is left-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         (" " * gap)

@@ -22,12 +22,12 @@ WIDTHS = {
     **dict.fromkeys(("mixtral", "olmoe"), ("intermediate_size",)),
     "qwen3_moe": ("intermediate_size", "moe_intermediate_size"),
 }
-"""Fields of config.json that scale with the model's width, by `model_type`; the heads' width scales too."""
+"""The fields of config.json that scale with the model's width, by `model_type`; the width of a head scales too."""
 
 
 @dataclass(frozen=True)
 class DenseTwin:
-    """The derived model and its difference from N-bar: a positive error means a larger model."""
+    """The derived model and its difference from N-bar; a positive error means that the model is larger."""
 
     model: ModelConfig
     target_linear_params: float
@@ -39,12 +39,12 @@ class DenseTwin:
 
 
 def dense_twin(model: ModelConfig, average_density: float) -> DenseTwin:
-    """Return the twin of a run of `model` at `average_density`; it keeps the layers, heads and experts.
+    """Return the twin of a run of `model` at `average_density`; it keeps the numbers of layers, heads and experts.
 
-    The width of a head stays even. Of two widths that are equally far off, the narrower is taken.
+    The width of a head stays even. Of two widths that are equally close, the narrower one is taken.
 
     Raises:
-        ValueError: It is not known which fields of this architecture's config.json scale with its width.
+        ValueError: The fields that scale with the width are unknown for this architecture.
     """
     target = average_density * count_parameters(model).linear
     unit = 2 * model.num_attention_heads
@@ -62,10 +62,10 @@ def dense_twin(model: ModelConfig, average_density: float) -> DenseTwin:
 
 
 def check_has_twin(model: ModelConfig) -> None:
-    """Refuse an architecture whose width fields are not known.
+    """Refuse an architecture for which the fields that scale with the width are unknown.
 
     Raises:
-        ValueError: The architecture is not known; the message names those that are.
+        ValueError: They are unknown; the message names the architectures for which they are known.
     """
     kind = describe(model).kind
     if kind not in WIDTHS:

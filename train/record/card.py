@@ -1,4 +1,4 @@
-"""The model card: model/README.md in the hub's format, made from the run's figures alone."""
+"""The model card: model/README.md in the hub's format, made only from the run's figures."""
 
 from __future__ import annotations
 
@@ -320,9 +320,9 @@ def _series(own: Figures, siblings: Sequence[Figures]) -> str:
 
 
 def _usage(config: Config, plan: RunPlan) -> str:
-    """Return example code that works when pasted; without a hub_id it loads the run's folder.
+    """Return example code that works when pasted; if there is no hub_id, it loads the run's folder.
 
-    Only the end of an absolute path is shown: a card may be published, and the rest of the path is private.
+    Only the end of an absolute path is shown, because a card may be published and the rest of the path is private.
     """
     run_dir, start = plan.run_dir, "the folder that training was started in"
     if run_dir.is_absolute():
@@ -378,6 +378,6 @@ def _count(count: int) -> str:
 
 
 def write_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: Figures) -> None:
-    """Write model/README.md. Rank 0 calls it before the summary marks the run as finished."""
+    """Write model/README.md. Only rank 0 calls this, before the summary marks the run as finished."""
     siblings = find_siblings(plan.run_dir, Path(config.runs_dir))
     write_atomically(directory.model / "README.md", card_text(config, plan, summary, siblings))

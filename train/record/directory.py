@@ -1,4 +1,4 @@
-"""A run's folder: claimed by one process at a time, and by one configuration.
+"""A run's folder, which belongs to one configuration and can be claimed by one process at a time.
 
 runs/NAME/  config.yaml  environment.json  metrics.jsonl  summary.json  report.png  model/  checkpoints/  wandb/
            profile/
@@ -30,13 +30,13 @@ NOT_PART_OF_A_RUN = (
     "trainer.dataloader_prefetch_factor", "trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size",
     "trainer.gradient_accumulation_steps", "trainer.profile_steps", "trainer.async_save", "trainer.keep_steps",
 )  # fmt: skip
-"""Keys that may differ when a run is started again. Settings that a step depends on are checked against the checkpoint."""
+"""Keys that may differ when a run is started again. Those on which a step depends are checked against the checkpoint."""
 
 LOCK_PATIENCE_S = 3.0
 
 
 class RunDirectory:
-    """The paths of a run, and the lock that one process holds on them while it lives."""
+    """The paths of a run, and a lock on them that one process holds while it lives."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class RunDirectory:
         """Lock the folder for this process, and empty it if `overwrite` is set.
 
         Returns:
-            The summary if the folder's run has ended, else None.
+            The summary if the folder's run is finished, else None.
 
         Raises:
             ValueError: A live process, another config or other files use the folder, `resume` forbids it, or the
@@ -65,7 +65,7 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            # The ranks of a run that has just been killed hold the lock a little longer.
+            # After a run is killed, its ranks still hold the lock for a moment.
             self._lock.acquire(timeout=LOCK_PATIENCE_S)
         except Timeout:
             raise ValueError(
@@ -106,7 +106,7 @@ class RunDirectory:
             return True
 
     def finished(self, config: Config) -> dict[str, Any] | None:
-        """Return the summary if this configuration's run has ended here, else None.
+        """Return the summary if this configuration's run is finished, else None.
 
         Raises:
             ValueError: The folder belongs to another configuration.
@@ -121,7 +121,7 @@ class RunDirectory:
 
         Args:
             config: The run's configuration.
-            note: Words for a comment at the top of the file.
+            note: Text for a comment at the top of the file.
         """
         if self.config.exists():
             return
@@ -130,7 +130,7 @@ class RunDirectory:
         write_atomically(self.config, comment + OmegaConf.to_yaml(OmegaConf.structured(chosen)))
 
     def _empty(self) -> None:
-        """Remove what a run writes; other files stay."""
+        """Remove the files that a run writes; other files stay."""
         for file in (self.config, self.branch, self.environment, self.metrics, self.summary, self.report, self.sample):
             file.unlink(missing_ok=True)
         for partial in self.path.glob(".*.partial"):
@@ -148,8 +148,8 @@ class RunDirectory:
 
     def _check_same(self, config: Config) -> None:
         try:
-            # OmegaConf's loader creates no objects from tags, and interpolations are not resolved. A key that a later
-            # version added gets its default here: the run began without it.
+            # OmegaConf's loader creates no objects from tags, and interpolations are not resolved. A key that was added
+            # after the run began gets its default here.
             before = run_identity(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(self.config)))
         except Exception as error:
             if isinstance(error, OSError) and error.errno:
@@ -166,7 +166,7 @@ class RunDirectory:
 
 
 def is_restart(environment: Mapping[str, str]) -> bool:
-    """Return whether torch's agent or SLURM repeats the command after a failure; it must then resume."""
+    """Return whether torch's agent or SLURM has repeated the command after a failure, so that it must resume."""
     return any(environment.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
 
 
@@ -177,7 +177,7 @@ def run_identity(config: Any) -> dict[str, Any]:
     for path in NOT_PART_OF_A_RUN:
         group, _, key = path.rpartition(".")
         (plain[group] if group else plain).pop(key, None)
-    # A null tokenizer means one of these, so a run that wrote the value out is the same run.
+    # A null tokenizer means one of these, so a run with that value given explicitly is the same run.
     plain["tokenizer"] = plain.get("tokenizer") or plain.get("init_from") or plain["model"].get("path") or "train"
     return {str(key): value for key, value in plain.items()}
 

@@ -10,7 +10,7 @@ from train.record.style import BLUE, GREY, ORANGE, count_ticks, lighten, pyplot
 
 
 def draw_report(records: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> None:
-    """Draw a run from its records and its summary."""
+    """Draw a run's report from its records and summary, and write it to `path`."""
     plt = pyplot()
     steps = [record for record in records if "train/loss" in record]
     tokens = [record["train/tokens"] for record in steps]

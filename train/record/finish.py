@@ -18,7 +18,20 @@ from train.record.text import closing_words, write_sample
 
 
 def finish(config: Config, plan: RunPlan, directory: RunDirectory, recorder: Recorder, summary: dict[str, Any]) -> None:
-    """Write sample, figure and card, and then the summary, which marks the run as finished. Rank 0 calls it."""
+    """Write sample, figure and card, and then the summary, which marks the run as finished.
+
+    Only rank 0 calls this.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        directory: The run's folder.
+        recorder: The run's records, which are closed.
+        summary: The run's figures.
+
+    Raises:
+        OSError: The disk has no room; the run is not finished, and the same command resumes it.
+    """
     recorder.finish(summary)
     extras = {
         "sample": lambda: write_sample(directory.model, config.prompt, directory.sample),

@@ -20,11 +20,11 @@ from train.speed.throughput import Speedometer, StepClock
 
 
 class Recorder(TrainerCallback):
-    """Writes each log of the Trainer, with tokens, speed and sparsity figures, to metrics.jsonl and wandb.
+    """A callback that writes each log of the Trainer, with tokens, speed and sparsity, to metrics.jsonl and wandb.
 
-    Only rank 0 has one. Keys have the form group/name, by which wandb makes its panels. train/tokens_per_second counts
-    all time between two logged steps, perf/tokens_per_second only that of training steps: `clock` leaves out prune
-    events, evaluation and saving.
+    Only rank 0 has one. Keys have the form group/name; wandb makes a section of panels for each group.
+    train/tokens_per_second counts all time between two logged steps, and perf/tokens_per_second only the time of training
+    steps: `clock` leaves out prune events, evaluation and saving.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Recorder(TrainerCallback):
         self.speedometer = speedometer
         self.wandb_run = wandb_run
         self.figures_of_data: Callable[[int], dict[str, Any]] = lambda step: {}
-        """Returns tokens and epochs of each source of a mixture after this many steps."""
+        """Returns the tokens and epochs of each source of a mixture after a number of steps."""
         self._earlier = keep_whole_records(metrics)
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run
         self._unwritten = b""
@@ -110,7 +110,7 @@ class Recorder(TrainerCallback):
             return
         self._written.add(_identity(record))
         self._unwritten += json.dumps({name: _finite(value) for name, value in record.items()}).encode() + b"\n"
-        # If the disk is full, the next checkpoint reports it, on all ranks together.
+        # If the disk is full, the next checkpoint reports that, on all ranks together.
         with contextlib.suppress(OSError):
             self._flush()
         if self.wandb_run is None:
@@ -120,7 +120,7 @@ class Recorder(TrainerCallback):
 
             layers = [value for name, value in record.items() if name.startswith("layer_density/")]
             record = {**record, "sparsity/layer_density": wandb.Histogram(layers, num_bins=20)}
-        # The step counts all processes of the run: in offline mode wandb itself would begin at 0 again after a resume.
+        # The step includes records of earlier processes: in offline mode wandb itself would begin at 0 after a resume.
         self.wandb_run.log(record, step=len(self._written) - 1, commit=True)
 
     def _flush(self) -> None:
@@ -165,7 +165,7 @@ def keep_whole_records(metrics: Path) -> list[dict[str, Any]]:
 
 
 def _identity(record: dict[str, Any]) -> tuple[int, str]:
-    """Return the key of a record: a step has one of training and one of evaluation."""
+    """Return the key of a record; a step may have one record of training and one of evaluation."""
     return record["train/global_step"], "train" if "train/loss" in record else "eval"
 
 
@@ -179,7 +179,7 @@ def _grouped(name: str) -> str:
 
 
 class ProgressBar(ProgressCallback):
-    """transformers' progress bar, followed by loss and density, instead of a line for each log."""
+    """transformers' progress bar with loss and density at its end, instead of a line for each log."""
 
     def __init__(self, sparsity: SparsityCallback | None) -> None:
         super().__init__()

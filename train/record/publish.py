@@ -1,4 +1,4 @@
-"""Publishing a finished run's model folder: renewing its card and uploading it to the hub."""
+"""Publishing the model folder of a finished run: renewing its card, and uploading it to the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from train.record.siblings import Figures
 
 
 def renew_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: Figures) -> None:
-    """Rewrite a finished run's card if the command gives card.* keys; keep its licence unless one is given."""
+    """Rewrite a finished run's card if the command gives card.* keys; keep its licence unless a new one is given.
+
+    Args:
+        config: The configuration, with the keys of this command.
+        plan: The plan made from it.
+        directory: The run's folder.
+        summary: The run's figures.
+    """
     readme = directory.model / "README.md"
     if config.card == CardConfig():
         return
@@ -28,7 +35,7 @@ def renew_card(config: Config, plan: RunPlan, directory: RunDirectory, summary: 
 
 
 def push_to_hub(card: CardConfig, model: Path) -> None:
-    """Upload the finished model folder if card.push_to_hub is set. Rank 0 calls it, after the summary is written.
+    """Upload the finished model folder if card.push_to_hub is set. Only rank 0 calls this, after the summary is written.
 
     Raises:
         ValueError: The upload failed; the run is still finished.
@@ -39,7 +46,7 @@ def push_to_hub(card: CardConfig, model: Path) -> None:
 
     assert card.hub_id is not None
     try:
-        # The run may have started days ago, when the hub did not answer.
+        # The remembered answer may be days old: the run may have started when the hub did not answer.
         hub.is_reachable.cache_clear()
         if not hub.is_reachable():
             raise ConnectionError("the hub does not answer")

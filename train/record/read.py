@@ -1,4 +1,4 @@
-"""Reading what a run left in its folder: the summary of a finished run, the records, the configuration."""
+"""Reading the files in a run's folder: the summary of a finished run, the records, the configuration."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def read_summary(file: Path) -> dict[str, Any]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a metrics.jsonl; a live run may be writing the last one.
+    """Return the records in the complete lines of a metrics.jsonl; a live run may be writing the last line.
 
     Raises:
-        ValueError: A line is not JSON, or a record does not say when it was made.
+        ValueError: A line is not JSON, or a record does not have its step and tokens.
     """
     lines = file.read_bytes().split(b"\n")[:-1]
     try:
@@ -66,7 +66,7 @@ def read_config(file: Path) -> Config:
 
 
 def measured_loss(plan: RunPlan) -> dict[str, float | None]:
-    """Return the final training loss and its standard deviation if the planned run is finished in its folder."""
+    """Return the final training loss and its standard deviation if the planned run is already finished."""
     names = ("final_train_loss", "final_train_loss_std")
     try:
         summary = read_summary(plan.run_dir / SUMMARY)

@@ -1,4 +1,4 @@
-"""The finished runs that a run is compared with: those of its sweep, and its dense twin or the run it is the twin of."""
+"""The finished runs with which a run is compared: those of its sweep, and its dense twin or, for a twin, its sparse run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TWIN_SUFFIXES = ("-small-dense", "-twin")
 TWIN_TOLERANCE = 0.05
 """The largest relative difference from N-bar at which a dense run with another name still counts as a match."""
 SHARE_BY_CHANCE = 1e-3
-"""A dense run may have a few exact zeros; a larger share of them comes from a mask."""
+"""The share of exact zeros that a dense run may have by chance; a larger share comes from a mask."""
 
 
 def find_siblings(run_dir: Path, runs_dir: Path) -> list[dict[str, Any]]:
     """Return the summaries of the finished runs of the same sweep, each with its folder's name.
 
-    In `runs_dir` itself, which holds all kinds of runs, only the run's twin counts, or the run whose twin it is.
+    For a run outside a sweep, only its twin counts, or the sparse run whose twin it is: `runs_dir` holds unrelated runs.
     """
     summaries = sorted(run_dir.parent.glob(f"*/{SUMMARY}"))
     if run_dir.parent.resolve() == runs_dir.resolve():
@@ -53,7 +53,7 @@ def is_sparse(figures: Figures) -> bool:
 
 
 def has_sparse_weights(figures: Figures) -> bool:
-    """Return whether the finished weights are sparse: this run pruned them, or it kept the zeros of another."""
+    """Return whether the finished weights are sparse: this run pruned them, or it kept the zeros of another run."""
     share = figures.get("sparsity")
     holds_zeros = isinstance(share, int | float) and share > SHARE_BY_CHANCE
     return figures.get("prune_start_step") is not None or holds_zeros
@@ -62,8 +62,8 @@ def has_sparse_weights(figures: Figures) -> bool:
 def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
     """Find the dense twin of a sparse run among its siblings, or the sparse run of a dense twin.
 
-    The name decides. Otherwise it is the run with as many tokens whose linear parameters are closest to N-bar, within
-    TWIN_TOLERANCE.
+    It is the run with the matching name. If there is none, it is the run with the same number of tokens whose number of
+    linear parameters is closest to N-bar, within TWIN_TOLERANCE.
     """
     others = [sibling for sibling in siblings if has_sparse_weights(sibling) != has_sparse_weights(own)]
     for other in others:
@@ -82,14 +82,20 @@ def counterpart(own: Figures, siblings: Sequence[Figures]) -> Figures | None:
 
 
 def match_words(config: Config, plan: RunPlan, own: Figures, siblings: Sequence[Figures]) -> str | None:
-    """Describe the run that the paper predicts to reach the same loss; None for a plain dense run.
+    """Return words for the run that should reach the same loss according to the paper; None for a plain dense run.
 
-    A run that kept another model's zeros has none: its average density does not cover the training of that model.
+    A run that kept another model's zeros has no such run: its average density does not include that model's training.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        own: The run's figures.
+        siblings: The figures of other finished runs.
     """
     if has_sparse_weights(own) and not is_sparse(own):
         return None
     twin = plan.twin
-    # Rounding its width may put a derived twin outside the tolerance, but its target is known exactly.
+    # The rounded width of a derived twin may put it outside the tolerance, but its target is known exactly.
     other = counterpart({**own, "linear_params": twin.target_linear_params} if twin else own, siblings)
     if is_sparse(own):
         own_average = count_text(own["avg_linear_params"])

@@ -30,7 +30,7 @@ SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH", "JWT", "COOKIE
 
 
 def write_snapshot(path: Path, world: World) -> None:
-    """Add this start to the run's environment.json. Rank 0 calls it."""
+    """Add this start to the run's environment.json. Only rank 0 calls this."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -39,7 +39,13 @@ def write_snapshot(path: Path, world: World) -> None:
 
 
 def snapshot(environment: Mapping[str, str], command: list[str], world: World) -> dict[str, Any]:
-    """Describe this start of a run as plain data."""
+    """Return a description of this start of a run, as plain data.
+
+    Args:
+        environment: The process's variables.
+        command: Its command line.
+        world: This process and its peers.
+    """
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": ["python", "-m", "train", *map(without_credentials, command[1:])],
@@ -72,7 +78,7 @@ def without_credentials(text: str) -> str:
 
 
 def code_version(root: Path) -> dict[str, Any]:
-    """Return the package's version, its commit, and whether files differ from it; None outside a repository."""
+    """Return the package's version, its commit (None outside a repository), and whether files differ from the commit."""
     try:
         package = version("sparsellm")
     except PackageNotFoundError:
@@ -102,7 +108,7 @@ def git(root: Path, *words: str) -> str | None:
 
 
 def devices() -> list[str]:
-    """Return the names of this machine's GPUs, else a description of its CPU."""
+    """Return the names of this machine's GPUs, or if there is none, a description of its CPU."""
     import torch
 
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""summary.json: a finished run's figures, with the terms of the series' table."""
+"""summary.json: the figures of a finished run, named as in the series' table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARE_OF_FINAL_STEPS = 0.01
 
 
 def final_loss(step_losses: Tensor) -> tuple[float, float]:
-    """Return mean and population standard deviation of the training loss over the last 1 % of the steps, at least 2."""
+    """Return mean and population standard deviation of the training loss over the last 1 % of the steps, at least two."""
     step_losses = step_losses[step_losses.isfinite()]
     num_final = min(len(step_losses), max(2, round(SHARE_OF_FINAL_STEPS * len(step_losses))))
     final = step_losses[-num_final:].double()
@@ -32,7 +32,10 @@ def final_loss(step_losses: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def count_nonzero_linear(model: nn.Module) -> int:
-    """Count the non-zero weights of the linear layers, over all shards. Collective: the shard group calls it."""
+    """Count the non-zero weights of the linear layers, over all shards.
+
+    Collective: the ranks that share the model's shards call it.
+    """
     weights = list(own_linear_weights(model).values())
     counts = torch.stack([torch.count_nonzero(local_values(weight)) for weight in weights])
     return int(rank_layout(weights).sum_counts(counts).sum())
@@ -96,23 +99,23 @@ def summarize(
     train_seconds: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """Return all figures of a finished run. Counts are parameters, tokens, steps; losses are nats per token.
+    """Return all figures of a finished run. Losses are in nats per token.
 
     Args:
         config: The run's configuration.
         plan: The plan made from it.
         step_losses: The training loss of each step.
-        nonzero_linear_params: Weights of the linear layers that are not 0.
-        num_prunable: Weights that may be pruned.
-        average_density: Average density of the prunable weights; the summary has that of all linear weights.
+        nonzero_linear_params: The number of linear weights that are not 0.
+        num_prunable: The number of weights that may be pruned.
+        average_density: The average density of the prunable weights; the summary has that of all linear weights.
         score: The held-out score.
-        others: Figures of the other held-out sets and tasks.
-        heldout_bytes: UTF-8 bytes of the held-out text.
-        by_source: Tokens and epochs of each source of a mixture.
-        unigram_bits_per_byte: The bits per byte of guessing tokens by frequency.
+        others: The figures of the other held-out sets and of the tasks.
+        heldout_bytes: The UTF-8 bytes of the held-out text.
+        by_source: The tokens and epochs of each source of a mixture.
+        unigram_bits_per_byte: The bits per byte if tokens are guessed by frequency.
         fsdp_version: 2 under FSDP2, 0 without sharding.
-        train_seconds: Seconds of training.
-        seconds: Seconds of the whole run.
+        train_seconds: The seconds of training.
+        seconds: The seconds of the whole run.
     """
     loss, spread = final_loss(step_losses)
     linear = plan.counts.linear

@@ -23,7 +23,7 @@ COLUMNS = {
 
 
 def cells(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Return one run's cells from its summary; a figure that was not measured stays empty."""
+    """Return one run's cells from its summary; the cell of a figure that was not measured is empty."""
     loss: Any = figures.get("final_train_loss")
     spread: Any = figures.get("final_train_loss_std")
     perplexity = figures.get("perplexity")

@@ -1,4 +1,4 @@
-"""Credits and terms of a model: the paper to cite, and the licences of its text, its tokenizer and the model itself."""
+"""The credits and terms of a model: the paper to cite, and the licences of its text, its tokenizer and itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LLAMA_2_LICENSE_URL = "https://ai.meta.com/llama/license/"
 
 @dataclass(frozen=True)
 class Source:
-    """A `data.source` in words; `hub_id` and `language` are set if the hub has names for them."""
+    """A description of a `data.source`; `hub_id` and `language` are set if the hub has names for them."""
 
     name: str
     terms: str
@@ -39,7 +39,7 @@ LICENCES = {
 
 
 def source_of(data: DataConfig) -> Source:
-    """Return a run's data in words."""
+    """Return a description of a run's data."""
     if data.source == "mixture":
         names = [one.hub if one.hub is not None else one.stem for one in data.sources]
         terms = " ".join(_hub_terms(one.hub) for one in data.sources if one.hub is not None)
@@ -91,7 +91,7 @@ def is_llama_2(tokenizer: str) -> bool:
 
 
 def public_name(tokenizer: str) -> str:
-    """Return a hub name unchanged, and only the last part of a path, which reveals nothing about the machine."""
+    """Return a hub name unchanged, and only the last part of a path, so that a card says nothing about the machine."""
     return tokenizer if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", tokenizer) else Path(tokenizer).name
 
 
@@ -118,7 +118,7 @@ def base_model_terms(init_from: str) -> str:
 
 
 def licence_words(card: CardConfig) -> str:
-    """Return the model's own licence; if none was chosen, return a text that says so and how to choose one."""
+    """Return the model's own licence, or a text that says that none was chosen and how to choose one."""
     if card.license is None:
         return (
             "none was chosen, and none is implied by the software, the data or the tokenizer. Whoever trained the "

@@ -1,4 +1,4 @@
-"""Messages in the terminal at the start and at the end of a run."""
+"""The messages in the terminal at the start and at the end of a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def opening_words(
     Args:
         config: The run's configuration.
         plan: The plan made from it.
-        data: Its text.
+        data: The prepared text.
         world_size: The number of processes.
         sharding: How the model is divided among them.
         dense: The parameters that a sparse run does not prune (`train.plan.names.dense_words`).
@@ -67,7 +67,13 @@ def _events(schedule: Ramp | Mixed) -> str:
 
 
 def closing_words(summary: dict[str, Any], directory: RunDirectory, commands: Sequence[str] = ()) -> str:
-    """Return the run's line of the table, its held-out figures, the places of its files, and the next commands."""
+    """Return the text at the end of a run: its line of the table, held-out figures, files, and the next commands.
+
+    Args:
+        summary: The run's figures.
+        directory: The run's folder.
+        commands: Commands to suggest in addition to the run's own.
+    """
     wandb_runs = sorted(str(path) for path in directory.wandb.glob("*run-*"))
     lines = [
         "",
@@ -101,7 +107,7 @@ def own_commands(summary: dict[str, Any], directory: RunDirectory) -> list[str]:
 
 
 def as_typed(command: str) -> str:
-    """Return the command with the path of this environment's programs, so that it works without activating it."""
+    """Return the command with the path of this environment's programs, so that it works if that is not activated."""
     here = Path(sys.executable)
     program, _, rest = command.partition(" ")
     if not (here.parent / program).exists() or shutil.which(program) == str(here.parent / program):
@@ -111,7 +117,14 @@ def as_typed(command: str) -> str:
 
 
 def write_sample(model_folder: Path, prompt: str, path: Path, max_new_tokens: int = 90) -> None:
-    """Continue `prompt` with the finished model, loaded as any user would, and write the text to `path`."""
+    """Continue a prompt with the finished model, loaded as any user would load it, and write the text to a file.
+
+    Args:
+        model_folder: The exported model.
+        prompt: The text to continue.
+        path: The file to write.
+        max_new_tokens: The largest number of tokens to add.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=False)

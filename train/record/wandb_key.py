@@ -1,4 +1,4 @@
-"""The wandb account, mode and library on this machine, found without importing wandb."""
+"""Checks of the wandb account, mode and library on this machine, made without importing wandb."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from conf.schema import LoggerConfig
 from conf.schema.checks import check
 
 MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
-"""Values of WANDB_MODE that wandb accepts."""
+"""The values of WANDB_MODE that wandb accepts."""
 
 
 def check_wandb(logger: LoggerConfig, environment: Mapping[str, str]) -> None:
-    """Check that wandb can start if it is wanted, before time is spent on data.
+    """Check that wandb can start if it is wanted, before the data is prepared.
 
     Raises:
-        ValueError: The library or the account is missing, or the mode is not known.
+        ValueError: The library or the account is missing, or the mode is unknown.
     """
     if not logger.wandb:
         return

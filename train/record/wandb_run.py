@@ -1,4 +1,4 @@
-"""The wandb run that belongs to a run: its folder, name, group and tags."""
+"""The wandb run of a run: its folder, name, group and tags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.record.siblings import SHARE_BY_CHANCE
 from train.record.wandb_key import has_wandb_key
 
 MAX_TAG_LENGTH = 64
-"""wandb refuses longer tags."""
+"""The longest tag that wandb accepts."""
 
 
 def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_sparsity: float) -> Any | None:
@@ -23,7 +23,7 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
         config: The run's configuration.
         plan: The plan made from it.
         values: The configuration that wandb shows.
-        initial_sparsity: Share of zeros in the weights that the run starts from.
+        initial_sparsity: The share of zeros in the weights from which the run starts.
 
     Returns:
         The wandb run; None if wandb is off.
@@ -57,7 +57,7 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
             settings=wandb.Settings(silent=True),
         )
     except Exception as error:
-        # There is no connection, a wrong key, or a WANDB_ variable with a value that wandb refuses.
+        # There is no connection, the key is wrong, or wandb refuses the value of a WANDB_ variable.
         raise ValueError(
             f"wandb did not start ({' '.join(str(error).split())}): check the WANDB_ variables and the account, or take "
             "logger.mode=offline or logger=none."
@@ -69,7 +69,7 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
 
 
 def kind_of_run(plan: RunPlan, initial_sparsity: float) -> str:
-    """Return the job type: `sparse` by pruning or from the start, its `twin`, or `dense`."""
+    """Return wandb's job type: `sparse` if the run prunes or starts sparse, `twin`, or `dense`."""
     if plan.twin:
         return "twin"
     return "sparse" if plan.schedule or initial_sparsity > SHARE_BY_CHANCE else "dense"
@@ -78,7 +78,7 @@ def kind_of_run(plan: RunPlan, initial_sparsity: float) -> str:
 def run_tags(config: Config, plan: RunPlan, initial_sparsity: float) -> list[str]:
     """Return the model's name, the sparsity, and the tags of the config.
 
-    The sparsity is the target; for a twin it is that of its sparse run, and without pruning that of the initial
+    The sparsity is the target; a twin has that of its sparse run, and a run that does not prune has that of its initial
     weights.
     """
     target = initial_sparsity if plan.target_sparsity is None else plan.target_sparsity

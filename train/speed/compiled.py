@@ -8,20 +8,20 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 WITHOUT_CUDA_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
-"""Blocks share one compiled graph; replayed as a CUDA graph, it would overwrite a block's output with the next's."""
+"""The modes replaced by ones without CUDA graphs. Blocks share one compiled graph; replayed as a CUDA graph, it would
+overwrite a block's output with that of the next block."""
 
 
 def compile_by_blocks(model: PreTrainedModel, arguments: TrainingArguments) -> None:
     """Make accelerate compile each block by itself, and compile the loss, if `arguments` ask for torch.compile.
 
-    Blocks are alike, so that one graph serves all of them, and FSDP2's hooks run between the graphs; in a model
-    compiled as a whole they would break it into pieces. The loss, which converts the logits to float32, becomes one
-    pass over them. Liger's kernel, which never holds all logits, is not compiled. max-autotune tunes kernels without
-    CUDA graphs.
+    Blocks are alike, so one graph serves all of them. FSDP2's hooks run between the graphs; if the model were compiled as
+    a whole, they would break its graph into pieces. The loss, which converts the logits to float32, becomes one pass over
+    them. Liger's kernel, which never holds all logits, is not compiled. max-autotune tunes kernels without CUDA graphs.
 
     Args:
         model: The run's model.
-        arguments: The run's arguments; a mode with CUDA graphs is replaced.
+        arguments: The run's arguments; a compile mode with CUDA graphs is replaced.
 
     Raises:
         ValueError: torch.compile does not accept the backend or mode.

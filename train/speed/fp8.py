@@ -1,8 +1,8 @@
 """Float8 matrix products (`trainer.fp8=true`): torchao's tensorwise float8 linears replace those of the decoder.
 
 Only the products are in float8. Weights remain float32 parameters with the same names, so that masks, moments,
-checkpoints and the export are unaffected. lm_head, whose outputs the loss needs precisely, stays in bfloat16, and so
-does what FSDP2 gathers.
+checkpoints and the export are unaffected. lm_head stays in bfloat16, because the loss needs precise outputs. FSDP2 still
+gathers weights in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ MIN_CAPABILITY = (8, 9)
 
 
 def check_fp8(config: Config, plan: RunPlan, device: torch.device, is_main: bool = True) -> None:
-    """Check that float8 is available; warn on stderr, if `is_main`, when it will not make the run faster.
+    """Check that float8 is available, and warn on stderr if it will not make the run faster.
+
+    Args:
+        config: The run's configuration.
+        plan: The plan made from it.
+        device: The device that trains.
+        is_main: Whether this rank prints the warnings.
 
     Raises:
-        ValueError: Something is missing; the message names it.
+        ValueError: Something that float8 needs is missing; the message names it.
     """
     if not config.trainer.fp8:
         return
@@ -57,7 +63,11 @@ def check_fp8(config: Config, plan: RunPlan, device: torch.device, is_main: bool
 
 
 def float8_module() -> Any:
-    """Return `torchao.float8`; raise a ValueError that names the extra if it is not installed or does not fit torch."""
+    """Return `torchao.float8`.
+
+    Raises:
+        ValueError: It is not installed or does not fit torch; the message names the extra that installs it.
+    """
     try:
         return import_module("torchao.float8")
     except ImportError as error:
@@ -68,11 +78,11 @@ def float8_module() -> Any:
 
 
 def convert_to_fp8(model: nn.Module, emulate: bool = False) -> list[str]:
-    """Replace the linear layers of `model`, in place, by float8 ones that hold the same parameters.
+    """Replace the linear layers of `model`, in place, by float8 ones with the same parameters.
 
     Args:
         model: A model whose `get_output_embeddings` returns its output layer.
-        emulate: Compute in float32 with operands rounded to float8, which works on any device.
+        emulate: Whether to compute in float32 with operands rounded to float8, which works on any device.
 
     Returns:
         The names of the replaced layers: all but the output layer and those with a dimension that is no multiple of

@@ -1,4 +1,4 @@
-"""Profiles of some steps in the run's folder: torch's trace, the most expensive kernels, and on a GPU its memory."""
+"""Profiles of some steps, written to the run's folder: torch's trace, the slowest kernels, and on a GPU its memory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ NUM_KERNELS = 20
 
 
 class StepProfiler(TrainerCallback):
-    """Profiles the steps `first` to `last`, both included and numbered as in metrics.jsonl; only rank 0 has one.
+    """A callback that profiles the steps `first` to `last`, numbered as in metrics.jsonl; only rank 0 has one.
 
-    Profiled steps are slower than others, and writing waits for the device. A resumed run profiles those of the steps
+    Profiled steps are slower than others, and writing a profile waits for the device. A resumed run profiles only steps
     that it runs itself. If a profile cannot be written, the run warns and continues. The profiler comes before the
     sparsity callback, so that prune events are in the trace.
 
     Args:
         first: The first step.
         last: The last step.
-        folder: Receives `steps-FIRST-LAST.trace.json.gz` (for https://ui.perfetto.dev),
+        folder: The folder for `steps-FIRST-LAST.trace.json.gz` (for https://ui.perfetto.dev),
             `steps-FIRST-LAST.kernels.txt`, and on a GPU `steps-FIRST-LAST.memory.pickle` (for
             https://docs.pytorch.org/memory_viz).
-        clock: A clock that is paused while the files are written.
+        clock: The run's clock, which is paused while the files are written.
     """
 
     def __init__(self, first: int, last: int, folder: Path, clock: StepClock) -> None:
@@ -70,7 +70,7 @@ class StepProfiler(TrainerCallback):
 
 
 def start_profile() -> profile:
-    """Start and return a profiler of this process; if there is a GPU, it records the GPU and its memory history too."""
+    """Start a profiler of this process and return it; if there is a GPU, its kernels and memory are recorded too."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
@@ -82,7 +82,7 @@ def start_profile() -> profile:
 
 
 def write_profile(found: profile, folder: Path, name: str) -> None:
-    """Stop a profiler and write its files."""
+    """Stop a profiler and write its files to `folder`, under names that begin with `name`."""
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.synchronize()
@@ -99,6 +99,6 @@ def write_profile(found: profile, folder: Path, name: str) -> None:
 
 
 def kernel_table(found: profile, num_rows: int = NUM_KERNELS) -> str:
-    """Return a table of the operations with the most time of their own, on the GPU if there is one."""
+    """Return a table of the operations that take the most time themselves, on the GPU if there is one."""
     by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     return found.key_averages().table(sort_by=by, row_limit=num_rows) + "\n"

@@ -1,7 +1,7 @@
-"""The speed of training: tokens per second, share of the device's peak FLOP/s, time waiting for data, memory.
+"""The speed of training: tokens per second, share of the device's peak FLOP/s, time spent waiting for data, memory.
 
-The clock never waits for the device. On a GPU, events in its stream mark the pauses. They are read when a step is
-logged: by then the host has waited for the loss anyway.
+The clock never makes the host wait for the device. On a GPU, events in the stream mark the pauses. They are read when a
+step is logged, because by then the host has waited for the loss anyway.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Lap:
-    """Seconds since the previous lap: in training steps, and within them waiting for data."""
+    """Seconds since the previous lap: those in training steps, and the part of them spent waiting for data."""
 
     train_seconds: float
     data_wait_seconds: float
 
 
 class StepClock:
-    """Timer of the training steps between two logged ones, without prune events, evaluation and saving.
+    """A timer of the training steps between two logged ones, without prune events, evaluation and saving.
 
     Args:
         device: The device that trains.
-        is_read: False on a rank that logs nothing; its clock then does not record pauses.
+        is_read: Whether this rank logs; if not, the clock records no pauses.
     """
 
     def __init__(self, device: torch.device, is_read: bool = True) -> None:
@@ -46,12 +46,12 @@ class StepClock:
         self._data_wait = 0.0
 
     def start(self) -> None:
-        """Begin a lap now and discard earlier times."""
+        """Begin a lap now, and discard earlier times."""
         self._since, self._pauses, self._data_wait = time.perf_counter(), [], 0.0
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Exclude the enclosed code from the lap's training time."""
+        """Leave the enclosed code out of the lap's training time."""
         if not self._is_read:
             yield
             return
@@ -94,7 +94,7 @@ class StepClock:
 
 @dataclass(frozen=True)
 class Speedometer:
-    """The perf/... figures of a run. `peak` is one device's in 1e12 FLOP/s, None if it is not known."""
+    """The perf/... figures of a run; `peak` is that of one device in 1e12 FLOP/s, None if it is unknown."""
 
     flops_per_token: float
     num_devices: int
@@ -104,7 +104,7 @@ class Speedometer:
     def figures(self, num_tokens: int, lap: Lap) -> dict[str, float]:
         """Return the figures for the `num_tokens` since the previous logged step.
 
-        On a CPU these are tokens per second and the time waiting for data.
+        On a CPU these are only tokens per second and the time spent waiting for data.
         """
         rate = num_tokens / lap.train_seconds
         found = {"perf/tokens_per_second": rate, "perf/data_wait_seconds": lap.data_wait_seconds}
@@ -120,7 +120,7 @@ class Speedometer:
 
 
 def speedometer(plan: RunPlan, device: torch.device, precision: Precision) -> Speedometer:
-    """Return the run's speedometer; for a GPU whose peak is not known, warn on stderr and leave out the MFU."""
+    """Return the run's speedometer; if the peak of the GPU is unknown, warn on stderr and leave out the MFU."""
     flops = flops_per_token(plan.model, plan.counts.linear, plan.sequence_length)
     peak = None
     if device.type == "cuda":

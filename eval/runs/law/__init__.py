@@ -1,1 +1,1 @@
-"""The scaling law of a set of finished runs: read, fitted, compared, shown."""
+"""The scaling law of a set of finished runs: reading the runs, fitting, comparison and display."""

@@ -1,7 +1,7 @@
-"""The paper's claim as a comparison: which predicts a run's loss, its average parameters or its final ones?
+"""The paper's claim as a comparison: do a run's average parameters predict its loss better than its final ones?
 
-Errors are of losses that the law was not fitted to, the same runs held out on both sides (arXiv 2501.12486 reports errors
-of its fit: 0.016 on average, 0.03 at most).
+Errors are measured on losses that the law was not fitted to, with the same runs held out for both. The paper
+(arXiv 2501.12486) reports the errors of its fit itself: 0.016 on average, 0.03 at most.
 """
 
 from __future__ import annotations
@@ -20,10 +20,19 @@ NUM_DRAWS = 10_000
 
 
 def held_out_residuals(fit: Fit, configurations: NDArray[np.intp], num_folds: int | None, seed: int) -> Array:
-    """Return measured less predicted loss of each point, by the law of the folds without it; NaN if that fails.
+    """Return measured minus predicted loss of each point, by a law fitted without its fold; NaN if that fit fails.
 
-    A fold is one configuration with all its seeds, or with `num_folds` a random share of the configurations: another
-    seed of the same run in the fit would reveal its answer.
+    A fold is one configuration with all its seeds, or with `num_folds` a random share of the configurations. Seeds stay
+    together, because another seed of the same run in the fit would reveal its loss.
+
+    Args:
+        fit: The law of all points.
+        configurations: The number of each point's configuration.
+        num_folds: The number of folds; None: one for each configuration.
+        seed: The seed of random folds.
+
+    Raises:
+        ValueError: `num_folds` is larger than the number of configurations.
     """
     num = configurations.max() + 1
     if num_folds is not None and num_folds > num:
@@ -44,10 +53,10 @@ def held_out_residuals(fit: Fit, configurations: NDArray[np.intp], num_folds: in
 
 
 def dense_law_residuals(points: Points, average: Fit) -> tuple[Array, Array] | None:
-    """Return (by average, by final parameters): residuals of sparse runs under the law of the dense runs, NaN for dense
-    runs.
+    """Return the sparse runs' residuals under the law of the dense runs, by average and by final parameters.
 
-    None if there is no sparse run, or the dense runs do not identify a law.
+    Residuals of dense runs are NaN. The result is None if there is no sparse run or no dense one, or if the dense runs do not
+    identify a law.
     """
     problem, dense = average.problem, points.percents == 0
     if dense.all() or not dense.any():
@@ -68,10 +77,10 @@ def dense_law_residuals(points: Points, average: Fit) -> tuple[Array, Array] | N
 def paired(
     average: Array, final: Array, configurations: NDArray[np.intp], confidence: float, seed: int
 ) -> dict[str, Any] | None:
-    """Return the mean absolute errors of both sides on the runs that both predict, and their difference, final less
-    average.
+    """Compare the absolute errors by average and by final parameters on the runs that both predict.
 
-    Its interval is that of a mean over configurations drawn with replacement; None below two configurations.
+    The difference is the final minus the average error; its interval is from resampled configurations. The result is None
+    for fewer than two configurations.
     """
     both = np.isfinite(average) & np.isfinite(final)
     chosen = np.unique(configurations[both])
@@ -97,7 +106,7 @@ def paired(
 
 
 def verdict(pair: dict[str, Any] | None, has_sparse_runs: bool) -> str:
-    """Say in one sentence which of the two predicts better, if the interval of the difference excludes 0."""
+    """Return a sentence that says which of the two predicts better, if the interval of the difference excludes 0."""
     if not has_sparse_runs:
         return "There is no sparse run, so that average and final parameters are the same: nothing is compared."
     if pair is None:
@@ -115,7 +124,7 @@ def verdict(pair: dict[str, Any] | None, has_sparse_runs: bool) -> str:
 
 
 def by_sparsity(percents: NDArray[np.intp], residuals: Array, held_out: Array) -> list[dict[str, Any]]:
-    """Return bias and size of the residuals at each sparsity, in whole per cent, from dense up."""
+    """Return mean and size of the residuals at each sparsity in whole per cent, beginning with the dense runs."""
     rows = []
     for percent in np.unique(percents):
         chosen = percents == percent

@@ -1,4 +1,4 @@
-"""The fitted law in one picture: loss against average parameters, and beside it against final ones."""
+"""The figure of the fitted law: loss against average parameters, and beside it against final parameters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from sparsity.common.text import count_text
 
 MAX_CURVES = 5
 MAX_LABELLED = 16
-"""Configurations whose sparsity can be written beside them and still be read."""
+"""The most configurations that are labelled with their sparsity; more labels would not be readable."""
 TITLES = {"average": "average linear parameters, N-bar", "final": "final (non-zero) linear parameters"}
 COLUMNS = {"average": "avg_linear_params", "final": "final_linear_params"}
 
 
 def draw_laws(points: Points, figures: dict[str, Any], fits: dict[str, Fit], file: Path) -> None:
-    """Draw two panels with one loss axis: hollow circles are dense runs, filled diamonds sparse ones, colours token
-    counts."""
+    """Draw two panels with one loss axis: dense runs as hollow circles, sparse ones as filled diamonds, coloured by tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,7 +79,7 @@ def draw_laws(points: Points, figures: dict[str, Any], fits: dict[str, Fit], fil
 
 
 def curve_tokens(tokens: Array) -> list[float]:
-    """Return the token counts for which the law is drawn: those of the runs, or a selection of many."""
+    """Return the token counts for which the law is drawn: those of the runs, or a selection if there are many."""
     numbers = levels(tokens)
     counts = [float(tokens[numbers == number].mean()) for number in range(numbers.max() + 1)]
     if len(counts) <= MAX_CURVES:

@@ -1,7 +1,7 @@
-"""Fitting the law as Hoffmann et al. do in approach 3 (arXiv 2203.15556): the Huber loss of log L, by L-BFGS from a grid.
+"""Fitting the law as in approach 3 of Hoffmann et al. (arXiv 2203.15556): the Huber loss of log L, by L-BFGS from a grid.
 
-log L is the log-sum-exp of a - alpha log N, b - beta log D and e, with a, b, e the logarithms of A, B, E. Everything is
-done for many data sets at once: a resample of the runs, or a fold that leaves some out, is a row of weights.
+log L is the log-sum-exp of a - alpha log N, b - beta log D and e, where a, b, e are the logarithms of A, B, E. Many data
+sets are fitted at once: a row of weights is one resample of the runs, or one fold, which leaves some runs out.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ HUBER_DELTA = 1e-3
 GRID_SCALES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
 GRID_FLOORS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 GRID_EXPONENTS = (0.0, 0.5, 1.0, 1.5, 2.0)
-"""The starts of Hoffmann et al.: all combinations, for a and b, for e, for alpha and beta."""
+"""The starting values of Hoffmann et al. for a and b, for e, and for alpha and beta; all combinations are starts."""
 NUM_DESCENTS = 96
-"""The starts that are followed down, the best first; 4500 descents find no better minimum."""
+"""The number of starts, the best first, from which L-BFGS runs; running it from all 4500 finds no better minimum."""
 RESTART_RANKS = (0, 8, 24)
-"""A resample starts from the minima of these ranks in the fit of all points."""
+"""A fit to a resample starts from the minima with these ranks in the fit to all points."""
 MAX_REDRAWS = 50
 SINGULAR = 1e-6
 """Below this ratio of its singular values the Jacobian counts as degenerate."""
 LEAST_SHARE = HUBER_DELTA
-"""A term that is nowhere a larger share of the loss has vanished: the objective hardly sees it."""
+"""A term whose share of the loss is nowhere above this has vanished, because the objective hardly depends on it."""
 
 
 LARGEST_EXPONENT = 4.0
-"""Twice the steepest start, while every published exponent is below 1: a steeper fit has followed the noise."""
+"""Twice the steepest start. Every published exponent is below 1, so a steeper fit has followed the noise."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """N, D and L of the points, and their logarithms: log N, in the form `nd` also log D, centred and scaled."""
+    """N, D and L of the points, and as `features` log N, and log D in the form `nd`, centred and scaled."""
 
     form: Form
     params: Array
@@ -62,7 +62,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Fit:
-    """The law of all points. `minima` [starts, parameters] are the ends of the descents, the best first."""
+    """The law of all points. `minima` [starts, parameters] are the minima that L-BFGS found, the best first."""
 
     problem: Problem
     law: Law
@@ -72,12 +72,18 @@ class Fit:
 
     @property
     def residuals(self) -> Array:
-        """Return measured less predicted loss, nats per token."""
+        """Measured minus predicted loss of each point, in nats per token."""
         return self.problem.loss - self.law.loss(self.problem.params, self.problem.tokens)
 
 
 def fit_law(params: Array, tokens: Array, loss: Array, form: Form) -> Fit:
     """Fit the law to the points.
+
+    Args:
+        params: N of each point.
+        tokens: D of each point.
+        loss: L of each point, in nats per token.
+        form: The form of the law, see `eval.runs.law.law`.
 
     Raises:
         ValueError: The points do not identify its coefficients.
@@ -95,7 +101,7 @@ def fit_law(params: Array, tokens: Array, loss: Array, form: Form) -> Fit:
 
 
 def refit(fit: Fit, weights: Array) -> list[Law]:
-    """Fit the law to each row of `weights` [rows, points], 0 for a point that is left out, starting at the fit's minima."""
+    """Fit the law with each row of `weights` [rows, points], starting at the fit's minima; a weight of 0 omits a point."""
     starts = fit.minima[[min(rank, len(fit.minima) - 1) for rank in RESTART_RANKS]]
     theta, value = _descend(fit.problem, weights, starts)
     best = theta[np.arange(len(weights)), value.argmin(1)]
@@ -107,10 +113,10 @@ def bootstrap(fit: Fit, num_resamples: int, seed: int, groups: NDArray[np.intp] 
 
     Args:
         fit: The law of all points.
-        num_resamples: How many to draw.
-        seed: Of the draws.
-        groups: A number for each point, from 0 up: points of one group are drawn together, since they are not independent.
-            None draws each point by itself.
+        num_resamples: The number of resamples to draw.
+        seed: The seed of the draws.
+        groups: The number of each point's group, from 0. Points of one group are drawn together, because they are not
+            independent. None draws each point by itself.
     """
     problem, rng = fit.problem, np.random.default_rng(seed)
     groups = np.arange(len(problem.loss)) if groups is None else groups
@@ -125,7 +131,7 @@ def bootstrap(fit: Fit, num_resamples: int, seed: int, groups: NDArray[np.intp] 
 
 
 def identifies(problem: Problem, chosen: NDArray[np.bool_]) -> bool:
-    """Return whether the chosen points could identify the law, with none to spare."""
+    """Return whether the chosen points can identify the law, even without a run to spare."""
     try:
         check_points(problem.params[chosen], problem.tokens[chosen], problem.form, spare=0)
     except ValueError:
@@ -156,10 +162,10 @@ def check_hessian(fit: Fit) -> None:
 
 
 def check_exponents(fit: Fit) -> None:
-    """Check that no exponent is far above all that were ever measured, which happens if runs follow no law.
+    """Check that no exponent is far above every published one, as happens if the runs follow no law.
 
     Raises:
-        ValueError: One is.
+        ValueError: An exponent is above `LARGEST_EXPONENT`.
     """
     for name in ("alpha", "beta"):
         exponent = fit.law.coefficients.get(name, 0.0)
@@ -206,15 +212,13 @@ def _log_predictions(problem: Problem, theta: Array) -> tuple[Array, Array]:
 
 
 def _jacobian(problem: Problem, shares: Array) -> Array:
-    """Return the derivatives of log L by theta, [rows, points, parameters]; those by the scales are the terms' shares of
-    L."""
+    """Return the derivatives of log L by theta, [rows, points, parameters]; those by a, b and e are the shares of L."""
     terms = problem.features.shape[1]
     return np.concatenate([shares, -shares[..., :terms] * problem.features], axis=-1)
 
 
 def _objective(problem: Problem, theta: Array, weights: Array) -> tuple[Array, Array]:
-    """Return the weighted sum of Huber(log L - log measured), in units of delta^2, and its gradient; a row for each data
-    set."""
+    """Return, for each data set, the weighted sum of Huber(log L - log measured) in units of delta^2, and its gradient."""
     predicted, shares = _log_predictions(problem, theta)
     off = (predicted - np.log(problem.loss)) / HUBER_DELTA
     size = np.abs(off)
@@ -224,7 +228,7 @@ def _objective(problem: Problem, theta: Array, weights: Array) -> tuple[Array, A
 
 
 def _descend(problem: Problem, weights: Array, starts: Array) -> tuple[Array, Array]:
-    """Return (theta [rows, starts, parameters], objective [rows, starts]) of every row of weights from every start."""
+    """Minimise for every row of weights from every start; return theta [rows, starts, parameters] and objectives."""
     rows, num_starts = len(weights), len(starts)
     theta, value = minimise(
         lambda theta, which: _objective(problem, theta, weights[which // num_starts]), np.tile(starts, (rows, 1))

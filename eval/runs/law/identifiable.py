@@ -1,4 +1,4 @@
-"""Which sets of runs can tell the coefficients of the law at all, whatever their losses are."""
+"""Checks that a set of runs can identify the coefficients of the law at all, whatever the losses are."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from eval.runs.law.lbfgs import Array
 from sparsity.common.text import count_text
 
 LEVEL = 0.05
-"""Sizes, or token counts, closer than this relative difference count as one."""
+"""Sizes, or token counts, count as one level if they differ by less than this relative difference."""
 SAME_TOKENS = 0.01
-"""The relative spread of token counts that the forms without D put up with."""
+"""The largest relative spread of token counts for the forms without D."""
 MIN_LEVELS = 3
-"""Values of N that E, A and alpha take, and values of D that E, B and beta take."""
+"""The different values of N that E, A and alpha need, and the different values of D that E, B and beta need."""
 
 
 def check_points(params: Array, tokens: Array, form: Form, spare: int = 1) -> None:
-    """Check that runs with these N and D can identify the law, with `spare` runs more than coefficients.
+    """Check that runs with these N and D can identify the law, and have `spare` runs more than coefficients.
 
     Raises:
-        ValueError: They cannot.
+        ValueError: The runs cannot; the message says which runs to add.
     """
     sizes, amounts = levels(params), levels(tokens)
     needed, law = len(COEFFICIENTS[form]) + spare, FORMULAS[form]
@@ -58,7 +58,7 @@ def check_points(params: Array, tokens: Array, form: Form, spare: int = 1) -> No
 
 
 def levels(values: Array) -> NDArray[np.intp]:
-    """Return the number of each value's level, from 0 up: a level spans `LEVEL` from its smallest value."""
+    """Return the number of each value's level, from 0: a level holds the values up to `LEVEL` above its smallest."""
     number, start, level = np.zeros(len(values), dtype=np.intp), -np.inf, -1
     for index in np.argsort(values):
         if values[index] > (1 + LEVEL) * start or level < 0:
@@ -74,7 +74,7 @@ def tokens_follow(params: Array, tokens: Array) -> bool:
 
 def _on_a_line(params: Array, tokens: Array) -> bool:
     logs = np.log(np.stack([params, tokens]))
-    # The smallest standard deviation over all directions: that of the distance from the best line.
+    # The smallest standard deviation over all directions is that of the distances from the best line.
     return bool(np.sqrt(np.linalg.eigvalsh(np.cov(logs, bias=True))[0]) < LEVEL)
 
 

@@ -1,10 +1,11 @@
 """The scaling law: L(N, D) = E + A / N^alpha + B / D^beta, Chinchilla's form (arXiv 2203.15556).
 
-L is a loss in nats per token, N a number of linear parameters, D a number of tokens. For sparse runs the paper that
-this project reproduces (arXiv 2501.12486) takes N-bar, the average of the active parameters over the run, for N.
+L is a loss in nats per token, N a number of linear parameters, D a number of tokens. For sparse runs, the paper that this
+project reproduces (arXiv 2501.12486) uses N-bar, the average of the active parameters over the run, as N.
 
-Two reduced forms are for runs on equally many tokens, whose D is then no variable: `n`, L = E + A / N^alpha, in which
-D's term is part of E; and `power`, L = A / N^alpha, if the sizes are too close together to tell E from the rest.
+If all runs have the same number of tokens, D is not a variable, and one of two reduced forms is fitted: `n`,
+L = E + A / N^alpha, in which E includes D's term; or `power`, L = A / N^alpha, for sizes that are too similar to separate E
+from the rest.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ COEFFICIENTS: dict[Form, tuple[str, ...]] = {
     "power": ("A", "alpha"),
 }
 FLOPS_PER_PARAM_TOKEN = 6
-"""Floating-point operations of training, per parameter and token: forward and backward (arXiv 2001.08361)."""
+"""The floating-point operations of training for each parameter and token, forward and backward (arXiv 2001.08361)."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """One set of coefficients; the scales are kept as logarithms e, a, b, since A and B overflow for a steep law."""
+    """One set of coefficients. E, A and B are kept as logarithms e, a, b, because A and B overflow for a steep law."""
 
     form: Form
     a: float
@@ -47,14 +48,14 @@ class Law:
 
     @classmethod
     def of(cls, A: float, alpha: float, E: float = 0.0, B: float = 0.0, beta: float = 0.0) -> Law:
-        """Return the law with these coefficients, in the form that has those which are not 0."""
+        """Return the law with these coefficients, in the form that has the coefficients that are not 0."""
         form: Form = "nd" if B else "n" if E else "power"
         e, b = (math.log(value) if value else -math.inf for value in (E, B))
         return cls(form, a=math.log(A), alpha=alpha, e=e, b=b, beta=beta)
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Return the form's coefficients by name; A is in nats x parameters^alpha, B in nats x tokens^beta, E in nats."""
+        """The form's coefficients by name; A is in nats x parameters^alpha, B in nats x tokens^beta, E in nats."""
         with np.errstate(over="ignore"):
             values = {
                 "E": np.exp(self.e),
@@ -66,7 +67,7 @@ class Law:
         return {name: float(values[name]) for name in COEFFICIENTS[self.form]}
 
     def loss(self, params: ArrayLike, tokens: ArrayLike) -> Array:
-        """Return nats per token at N = `params` and D = `tokens`, which only the form `nd` reads."""
+        """Return the loss in nats per token at N = `params` and D = `tokens`; only the form `nd` uses D."""
         with np.errstate(over="ignore"):
             size = np.exp(self.a - self.alpha * np.log(np.asarray(params, dtype=float)))
             data = np.exp(self.b - self.beta * np.log(np.asarray(tokens, dtype=float)))
@@ -75,7 +76,10 @@ class Law:
     def cheapest(self, target_loss: float) -> tuple[float, float | None]:
         """Return the (N, D) that reach a loss with the least compute, 6 N D; D is None if the form has only N.
 
-        On the curve of that loss N D is least at alpha A / N^alpha = beta B / D^beta.
+        On the curve of that loss, N D is smallest if alpha A / N^alpha = beta B / D^beta.
+
+        Raises:
+            ValueError: The law does not reach this loss.
         """
         above = target_loss - math.exp(self.e)
         if above <= 0:

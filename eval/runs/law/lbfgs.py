@@ -1,4 +1,4 @@
-"""Many small minimisations at once: L-BFGS on a batch of independent problems of a few parameters each."""
+"""L-BFGS for a batch of small independent problems, of a few parameters each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ def minimise(
 ) -> tuple[Array, Array]:
     """Return (minimisers [problems, parameters], minima [problems]) of independent problems, each from its own start.
 
-    `objective(parameters, problems)` gives the values, at least 0, and the gradients of the problems with these
-    indices. A problem ends when two successive steps lower it by no more than `tolerance` of its value, or of 1 if that
-    is larger.
+    Args:
+        objective: Called with the parameters and indices of some problems; returns their values, at least 0, and gradients.
+        starts: The starting points [problems, parameters].
+        max_iterations: The most steps of a problem.
+        memory: The number of past steps that approximate the Hessian.
+        tolerance: A problem ends when two successive steps lower it by no more than this share of its value, or by no more
+            than this number if the value is below 1.
     """
     x, idle = starts.copy(), np.zeros(len(starts), dtype=int)
     value, gradient = objective(x, np.arange(len(x)))
@@ -47,7 +51,7 @@ def minimise(
         steps[slot, live], changes[slot, live] = step, change
         curvature[slot, live] = np.where(usable, product, 0)
         small = value[live] - new_value <= tolerance * np.maximum(value[live], 1)
-        # After a failed step the history is dropped, so that the second try goes down the plain gradient.
+        # After a failed step the history is dropped, so that the next try follows the plain gradient.
         curvature[:, live[small]] = 0
         idle[live] = np.where(small, idle[live] + 1, 0)
         x[live], value[live], gradient[live] = new_x, new_value, new_gradient
@@ -57,7 +61,7 @@ def minimise(
 def _inverse_hessian_times(
     gradient: Array, steps: Array, changes: Array, curvature: Array, live: NDArray[np.intp], newest_first: list[int]
 ) -> Array:
-    """Apply the two-loop recursion (Nocedal and Wright, algorithm 7.4); a pair with curvature 0 is left out."""
+    """Apply the two-loop recursion (Nocedal and Wright, algorithm 7.4); pairs with curvature 0 are left out."""
     q, weights, scale, scaled = gradient.copy(), {}, np.ones(len(live)), np.zeros(len(live), dtype=bool)
     for slot in newest_first:
         s, y, sy = steps[slot, live], changes[slot, live], curvature[slot, live]
@@ -68,7 +72,7 @@ def _inverse_hessian_times(
         first = usable & ~scaled
         scale = np.where(first, sy / np.maximum((y * y).sum(-1), 1e-300), scale)
         scaled |= usable
-    # Without a pair there is no scale yet: the first step is as long as one unit of the parameters.
+    # Before the first pair the scale is unknown, so the first step has a length of one unit of the parameters.
     scale = np.where(scaled, scale, 1 / np.maximum(np.linalg.norm(gradient, axis=-1), 1))
     q *= scale[:, None]
     for slot in reversed(newest_first):
@@ -87,7 +91,7 @@ def _line_search(
     slope: Array,
     live: NDArray[np.intp],
 ) -> tuple[Array, Array, Array]:
-    """Halve the step until it lowers the value enough (Armijo); a problem without such a step stays at its point."""
+    """Halve the step until it lowers the value enough (Armijo); a problem without such a step does not move."""
     new_x, new_value, new_gradient = x[live].copy(), value[live].copy(), gradient[live].copy()
     length, open_ = np.ones(len(live)), np.arange(len(live))
     for _ in range(MAX_HALVINGS):

@@ -1,4 +1,4 @@
-"""The points that the law is fitted to: size, tokens and loss of finished runs, or of the lines of a CSV file."""
+"""The points that the law is fitted to: size, tokens and loss of finished runs, or from the lines of a CSV file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COLUMNS = {
     "final_linear_params": ("nonzero_linear_params", "final_linear_params", "nonzero_linear"),
     "total_tokens": ("total_tokens",),
 }
-"""Names of a figure in summaries, in CSV files, and in the series' table."""
+"""Each figure's names in summaries, in CSV files, and in the table of the published series."""
 NAMES = ("run_name", "name", "model")
 LOSSES = ("loss", "heldout_loss", "final_train_loss")
-"""Losses in the order of loss=auto, which takes the first that every point has."""
+"""The losses that loss=auto tries, in this order; it takes the first that every point has."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One finished run. Linear parameters: their average over the run, and those left in the end; loss in nats a token."""
+    """One finished run: its linear parameters on average and at the end, its tokens, and its loss in nats per token."""
 
     name: str
     avg_linear_params: float
@@ -36,12 +36,12 @@ class Point:
     loss: float
     sparsity: float
     trunk: str = ""
-    """The run whose steps this one shares; empty for a run of its own, and for a line of a CSV file."""
+    """The run that this one branched from, whose steps it shares; empty for other runs and for lines of a CSV file."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """Runs that can be compared, and the name of the loss that was read of all of them."""
+    """Runs that can be compared, and the name of the loss that was read from all of them."""
 
     points: tuple[Point, ...]
     loss_name: str
@@ -51,26 +51,34 @@ class Points:
 
     @property
     def percents(self) -> NDArray[np.intp]:
-        """Return the sparsity in whole per cent; 0 is a dense run."""
+        """The sparsity of each point in whole per cent; 0 for a dense run."""
         return np.round(100 * self.column("sparsity")).astype(np.intp)
 
     @property
     def configurations(self) -> NDArray[np.intp]:
-        """Return a number for each point, from 0 up, the same for runs that differ in nothing but their seed."""
+        """The number of each point's configuration, from 0: runs that differ only in their seed have the same."""
         columns = ("avg_linear_params", "final_linear_params", "total_tokens")
         keys = np.stack([*(levels(self.column(name)) for name in columns), self.percents])
         return np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
 
     @property
     def trunks(self) -> NDArray[np.intp]:
-        """A number for each point, from 0 up, the same for runs that share a trunk: branches of one run, and that run."""
+        """The number of each point's trunk, from 0: a run and the runs that branched from it have the same."""
         numbers: dict[object, int] = {}
         keys = [point.trunk or number for number, point in enumerate(self.points)]
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
 
 
 def read_points(runs: Sequence[str], loss: str = "auto") -> Points:
-    """Read the points of run folders, folders of runs, patterns of them and CSV files; a run named twice counts once."""
+    """Read the points of finished runs and CSV files; a run that is named twice counts once.
+
+    Args:
+        runs: Run folders, folders of runs, patterns of them, and CSV files.
+        loss: The name of the loss to read, or `auto`.
+
+    Raises:
+        ValueError: A name matches no finished run, a figure is missing, or the losses cannot be compared.
+    """
     rows = finished_runs(runs)
     loss_name = _choose_loss(rows, loss)
     check_comparable(rows)
@@ -113,7 +121,7 @@ def _point(where: str, row: Mapping[str, Any], loss_name: str) -> Point:
 
 
 def _trunk(where: str, row: Mapping[str, Any]) -> str:
-    """Return the folder of the run that a point's run branched from in the end, or its own."""
+    """Return the folder of the run that a point's run descends from by branching; its own if it did not branch."""
     branch = row.get("branch")
     if isinstance(branch, Mapping):
         return str(branch.get("trunk", ""))

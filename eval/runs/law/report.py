@@ -1,4 +1,4 @@
-"""The law of a set of runs: both fits, their comparison, and predictions."""
+"""The report on the law of a set of runs: the fits by average and by final parameters, their comparison, predictions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from train.plan.run import plan_run
 from train.plan.series import table_row
 
 MIN_TRUNKS = 5
-"""Below so many independent runs a resample of whole trunks says nothing of the spread."""
+"""With fewer independent runs than this, resampling whole trunks does not tell the spread."""
 
 
 def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], dict[str, Fit]]:
-    """Return (figures, fits) of the points. Losses are nats per token; `average` and `final` are the two meanings of N.
+    """Return (figures, fits) of the points. Losses are in nats per token; `average` and `final` are the two meanings of N.
 
-    If only the law on final parameters is out of reach, `final` holds the reason as `refused`.
+    If only the law on final parameters cannot be fitted, `final` holds the reason as `refused`.
 
     Raises:
         ValueError: The points do not identify the law on average parameters.
@@ -37,7 +37,7 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
     is_path = form != "nd" and tokens_follow(points.column("avg_linear_params"), tokens)
     if is_path:
         _check_path(config)
-        # D is no variable of its own in these runs: the law in N alone describes losses along the path.
+        # In these runs D is not an independent variable, so the law in N alone describes the losses along their path.
         tokens = np.full_like(tokens, tokens.mean())
     fits = {"average": fit_law(points.column("avg_linear_params"), tokens, loss, form)}
     check_hessian(fits["average"])
@@ -84,7 +84,7 @@ def report(config: ScalingLawConfig, points: Points) -> tuple[dict[str, Any], di
 
 
 def _check_path(config: ScalingLawConfig) -> None:
-    """Raise if a figure needs the separate effects of N and D."""
+    """Raise a ValueError if a requested figure needs the separate effects of N and D."""
     asked = [
         key for key, is_asked in (("predict", config.predict.is_asked), ("target_loss", config.target_loss)) if is_asked
     ]
@@ -96,7 +96,7 @@ def _check_path(config: ScalingLawConfig) -> None:
 
 
 def interval(laws: Sequence[Law], value: Callable[[Law], float], confidence: float) -> list[float | None]:
-    """Return the middle `confidence` of a value over resampled laws; a bound that is not finite is None."""
+    """Return the central interval with the share `confidence` of a value over resampled laws; None for infinite bounds."""
     values = np.array([value(law) for law in laws])
     tail = (1 - confidence) / 2
     bounds = np.quantile(values, [tail, 1 - tail], method="nearest")
@@ -137,7 +137,7 @@ def _side(fit: Fit, laws: list[Law], held_out: Array, points: Points, confidence
 def _comparison(
     points: Points, fits: dict[str, Fit], held_out: dict[str, Array], config: ScalingLawConfig
 ) -> dict[str, Any]:
-    """Compare both sides on the same held-out runs, and on sparse runs under the law of the dense ones."""
+    """Compare average and final parameters on the same held-out runs, and on sparse runs under the law of the dense ones."""
     configurations, has_sparse = points.configurations, bool(points.percents.any())
     pair = None
     if has_sparse and "final" in fits:
@@ -151,7 +151,7 @@ def _comparison(
 
 
 def _prediction(asked: PredictConfig, fit: Fit, laws: list[Law], confidence: float) -> dict[str, Any]:
-    """Return the loss of a planned run, with the law's interval there; a single run adds its own noise."""
+    """Return the loss of a planned run with the law's interval, which does not include the noise of a single run."""
     if asked.experiment is None:
         assert asked.avg_linear_params is not None
         assert asked.total_tokens is not None
@@ -178,7 +178,7 @@ def _prediction(asked: PredictConfig, fit: Fit, laws: list[Law], confidence: flo
 
 
 def _cheapest(target: float, fit: Fit, laws: list[Law], confidence: float) -> dict[str, Any]:
-    """Return the average size, and the tokens, that reach a loss with the least compute."""
+    """Return the average size and the number of tokens that reach a loss with the least compute."""
     params, tokens = fit.law.cheapest(target)
     spent = float(fit.problem.tokens.mean()) if tokens is None else tokens
 
@@ -200,7 +200,7 @@ def _cheapest(target: float, fit: Fit, laws: list[Law], confidence: float) -> di
 
 
 def _outside(seen: Problem, params: float, tokens: float) -> list[str]:
-    """Return which of N and D is outside the fitted runs, so that the law extrapolates."""
+    """Return those of N and D that are outside the range of the fitted runs, so that the law extrapolates."""
     ranges = (("N", params, seen.params), ("D", tokens, seen.tokens))
     return [
         name

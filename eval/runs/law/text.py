@@ -1,4 +1,4 @@
-"""The law of a set of runs as people read it."""
+"""The report on the law as text for people."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def report_text(figures: dict[str, Any]) -> str:
 
 
 def _trunks(figures: dict[str, Any]) -> list[str]:
-    """Say what it means that some points share a trunk; nothing if none do."""
+    """Return a note on points that share a trunk; [] if none do."""
     runs, trunks = figures["num_runs"], figures["num_trunks"]
     if trunks == runs:
         return []
@@ -51,12 +51,12 @@ def _trunks(figures: dict[str, Any]) -> list[str]:
 
 
 def number_text(value: float | None) -> str:
-    """Return four significant digits; a vanished term is 0, and a bound out of reach is named so."""
+    """Return a number with four significant digits, or words for a bound that is None."""
     return "unbounded" if value is None else f"{value:.4g}" if abs(value) >= 1e-6 else "0"
 
 
 def _table(figures: dict[str, Any]) -> str:
-    """Return coefficients and errors, a column for each meaning of N."""
+    """Return a table of coefficients and errors, with a column for each meaning of N."""
     sides = [side for side in SIDES if "refused" not in figures[side]]
     rows = [["", *(f"N = {side} linear parameters" for side in sides)]]
     for name in COEFFICIENTS[figures["form"]]:

@@ -1,1 +1,1 @@
-"""Runs side by side: the list of panels, and the page drawn from it."""
+"""The page that shows runs side by side: the list of panels, and the HTML drawn from it."""

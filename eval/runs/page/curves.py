@@ -1,4 +1,4 @@
-"""The numbers of a panel for a run."""
+"""The numbers that a panel shows for each run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from eval.runs.run import Run
 from train.record.read import is_number
 
 MAX_POINTS = 400
-"""Points of a curve; of a longer one the extremes of equal stretches are drawn, so that no spike is lost."""
+"""The most points of a curve. Of a longer one, the extremes of equal stretches are drawn, so that no spike is lost."""
 MAX_POINTS_OF_ALL = 6000
 MIN_POINTS = 60
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of one run in one panel; `run` is its place among the runs."""
+    """The points of one run in one panel; `run` is the run's index."""
 
     run: int
     x: tuple[float, ...]
@@ -26,7 +26,7 @@ class Curve:
 
 
 def curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
-    """Return the curves, or in `points` and `bars` the single points, of the runs that have any."""
+    """Return the curves of the runs that have any; in panels of points and bars, each is a single point."""
     most = max(MIN_POINTS, min(MAX_POINTS, MAX_POINTS_OF_ALL // max(1, len(runs))))
     found = []
     for number, run in enumerate(runs):
@@ -50,13 +50,13 @@ def record_points(panel: Panel, run: Run) -> list[tuple[float, float]]:
 
 
 def summary_point(panel: Panel, run: Run) -> list[tuple[float, float]]:
-    """Return (x, y) of a finished run; a bar's x is 0."""
+    """Return a run's point (x, y) from its summary's figures; a bar's x is 0."""
     x, y = (0.0 if panel.kind == "bars" else run.figures.get(panel.x)), run.figures.get(panel.y)
     return [(float(x), float(y))] if is_number(x) and is_number(y) else []
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """Return at most `most` of the points in their order: first, last, and the lowest and highest of equal stretches."""
+    """Return at most `most` of the points, in order: the first, the last, and the extremes of equal stretches."""
     if len(points) <= most:
         return list(points)
     stretches = max(1, (most - 2) // 2)
@@ -68,7 +68,10 @@ def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[floa
 
 
 def final_layers(panel: Panel, run: Run) -> dict[str, float]:
-    """Return the last value of every key of the panel's group, without the group's name; a record has all of them or none."""
+    """Return the last values of the keys of the panel's group, by key without the group's name.
+
+    A record has all keys of a group or none.
+    """
     group = panel.y.removesuffix("*")
     for record in reversed(run.records):
         values = {
@@ -82,7 +85,7 @@ def final_layers(panel: Panel, run: Run) -> dict[str, float]:
 
 
 def layer_rows(layers: Mapping[str, float]) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-    """Return (densities by kind of weight and layer number, those of weights outside the layers), in the model's order."""
+    """Return densities in the model's order: those in layers by kind of weight and layer number, then the others by name."""
     inside: dict[str, dict[int, float]] = {}
     outside: dict[str, float] = {}
     for name, value in layers.items():

@@ -1,4 +1,4 @@
-"""A panel as a picture: an SVG whose colours the page sets, and a PNG that is complete by itself."""
+"""Drawing of a panel: an SVG whose colours the page sets, and a PNG that is complete by itself."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from train.record.read import is_number
 from train.record.style import count_ticks, lighten, pyplot
 
 PAIR_COLORS = ("#1f5fa8", "#d1690e", "#1a7f5a", "#a83279", "#6b4fbb", "#8a6d00", "#0e8199", "#b3261e")
-"""Of a sparse run and its dense twin; the page has a lighter set of the same hues for the dark."""
+"""The colours of pairs of runs; for dark mode the page has a lighter set of the same hues."""
 DENSE_DASH = (0, (4, 2))
 INK, RULE, PAPER, FAINT = "#1c1c1c", "#dadada", "#fdfdfd", "#777777"
 WIDTH, HEIGHT, DPI = 6.4, 3.4, 72
 PNG_DPI = 150
 MAX_NUMBERED_COLUMNS = 24
-"""Layers in whose cells a density can still be read."""
+"""The most layers whose cells have room for a density as text."""
 DARK_FROM = 0.55
 """The density from which a cell is so dark that its number is written in white."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG for a page, with what is needed to read values from it: boxes in its own units, limits, scales."""
+    """An SVG for a page, with the data to read values from it: the box of the axes in the SVG's units, limits, scales."""
 
     svg: str
     scale: Mapping[str, Any] | None = None
@@ -45,7 +45,7 @@ def color(run: Run) -> str:
 def draw_curves(
     panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve], png: Path, law: FittedLaw | None = None
 ) -> Picture:
-    """Draw lines, stairs, points or bars of all runs that have any."""
+    """Draw the lines, stairs, points or bars of all runs that have any."""
     rows = len(drawn) if panel.kind == "bars" else 0
     with new_figure(max(HEIGHT, 0.9 + 0.32 * rows)) as (figure, axes):
         if panel.kind == "bars":
@@ -62,8 +62,7 @@ def draw_curves(
 
 
 def draw_layers(panel: Panel, run: Run, number: int, layers: Mapping[str, float], png: Path) -> Picture:
-    """Draw one run's densities in cells: a row for each kind of weight, a column for each layer; other weights have a row
-    each."""
+    """Draw one run's densities as cells: a row for each kind of weight and a column for each layer; then other weights."""
     inside, outside = layer_rows(layers)
     columns = sorted({layer for row in inside.values() for layer in row}) or [0]
     cells = [
@@ -146,7 +145,7 @@ def _curves(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]
 
 
 def _law(axes: Any, law: FittedLaw, drawn: Sequence[Curve]) -> None:
-    """Draw the law's curves within the range of the runs' losses, which a steep law would flatten."""
+    """Draw the law's curves, cut at the range of the runs' losses; a steep law would otherwise flatten the figure."""
     low, high = min(min(curve.y) for curve in drawn), max(max(curve.y) for curve in drawn)
     room = 0.12 * (high - low or 1.0)
     axes.set_ylim(low - room, high + room)
@@ -162,7 +161,7 @@ def _law(axes: Any, law: FittedLaw, drawn: Sequence[Curve]) -> None:
 
 
 def _bars(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> None:
-    """Draw a bar for each run, its value after it, and a tick at the loss of a unigram model of the same tokens."""
+    """Draw a bar for each run, its value after the bar, and a tick at the value of a unigram model of the same tokens."""
     for place, curve in enumerate(drawn):
         run, value = runs[curve.run], curve.y[0]
         gid = f"run-{curve.run}"
@@ -186,7 +185,7 @@ def _bars(axes: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) 
 
 
 def _legend(figure: Any, panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> None:
-    """Draw a legend in the PNG; the page has one legend for all its figures."""
+    """Draw a legend in the PNG only, because the page has one legend for all its figures."""
     handles = [_line_or_mark(panel, runs[curve.run]) for curve in drawn]
     labels = [runs[curve.run].name for curve in drawn]
     if handles:
@@ -204,8 +203,7 @@ def _line_or_mark(panel: Panel, run: Run) -> Any:
 
 
 def svg_of(figure: Any, name: str) -> str:
-    """Return the figure as an SVG element: its text as text, its colours as the page's variables, run-N groups as
-    data-run."""
+    """Return the figure as an SVG element: text as text, colours as the page's variables, groups run-N as data-run."""
     figure.draw_without_rendering()
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -214,7 +212,7 @@ def svg_of(figure: Any, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
     svg = re.sub(r' id="run-(\d+)"', r' data-run="\1"', svg)
     svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)
-    # Marks and clip paths are named by their contents: two figures of one page may define the same.
+    # Marks and clip paths are named by their contents, so two figures of a page may define the same name.
     svg = re.sub(r'( id="|href="#|url\(#)(?=[mp][0-9a-f]{10})', rf"\g<1>{name}-", svg)
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', "", svg, count=1)
     for role, variable in {INK: "ink", RULE: "rule", PAPER: "paper", FAINT: "faint"}.items():
@@ -225,7 +223,7 @@ def svg_of(figure: Any, name: str) -> str:
 
 
 def _scale(figure: Any, axes: Any, panel: Panel) -> dict[str, Any]:
-    """Return the place of the axes in the SVG's units, points from the upper left, and their limits."""
+    """Return the box of the axes in the SVG's units, which are points from the upper left, and the axes' limits."""
     box = axes.get_position()
     width, height = figure.get_size_inches() * 72
     return {

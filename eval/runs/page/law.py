@@ -1,4 +1,4 @@
-"""The law through the runs of a page: the richest form that they tell, or why there is none."""
+"""The law that the page draws through its runs: the richest form that they identify, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FORMS: tuple[Form, ...] = ("nd", "n", "power")
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """A law and the runs that it is fitted to; `words` name its coefficients and how far it is off."""
+    """A law and the runs that it is fitted to; `words` name its coefficients and its error."""
 
     fit: Fit
     words: str
 
     def curves(self) -> list[tuple[str, list[float], list[float]]]:
-        """Return (label, N, loss) of the law over the sizes of the runs, for their token counts, or a selection of them."""
+        """Return (label, N, loss) of the law over the sizes of the runs, for all or a selection of their token counts."""
         sizes, tokens = self.fit.problem.params, self.fit.problem.tokens
         grid = np.geomspace(sizes.min() / 1.1, sizes.max() * 1.1, 60)
         return [
@@ -37,7 +37,7 @@ class FittedLaw:
 
 
 def fit_runs(runs: Sequence[Run], loss: str, form: str) -> tuple[FittedLaw | None, str]:
-    """Return (law, why there is no law, or no richer one) of the finished runs; `form` is one of FORMS, or auto."""
+    """Return the law of the finished runs and the reason why there is none, or no richer one; `form` may be auto."""
     finished = [str(run.folder / SUMMARY) for run in runs if run.is_finished]
     if not finished:
         return None, "No law: no run is finished."

@@ -1,4 +1,4 @@
-// Reading values off the figures, with the pointer or the arrow keys. Without scripts the page shows all the same.
+// Shows the values of the figures at the pointer, or with the arrow keys. Without scripts the page still shows all figures.
 const { runs, panels } = JSON.parse(document.getElementById("curves").textContent);
 const reading = document.querySelector(".reading");
 const SVG = "http://www.w3.org/2000/svg";
@@ -21,7 +21,7 @@ for (const plot of document.querySelectorAll("[data-panel]")) {
   const marks = svg.appendChild(document.createElementNS(SVG, "g"));
   let place = null;
 
-  // The nearest point of each run in view: by x along curves, by distance among single points.
+  // Find the nearest point of each visible run: by x on curves, by distance among single points.
   function nearest(x, y) {
     const found = panel.curves.filter((curve) => shown(curve.run)).map((curve) => {
       let best = 0;

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing but itself, and its figures as PNGs beside it."""
+"""Writing of the page: one HTML file that needs no other file, and its figures as PNGs beside it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIGNIFICANT_DIGITS = 6
 
 
 def write_page(config: ReportConfig, runs: Sequence[Run], page: Path) -> None:
-    """Draw every panel of PANELS that the runs fill, and write the page and its PNGs."""
+    """Draw every panel of PANELS for which the runs have data, and write the page and its PNGs."""
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     law, why = fit_runs(runs, config.loss, config.form)
@@ -116,7 +116,7 @@ def law_words(law: FittedLaw | None, why: str) -> str:
 
 
 def described(panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> str:
-    """Describe the figure in words, for those who do not see it: the end of each run."""
+    """Return a description of the figure for those who cannot see it: the last value of each run."""
     ends = "; ".join(
         f"{runs[curve.run].name} {'ends at ' if panel.of_records else ''}{curve.y[-1]:.4g}" for curve in drawn
     )
@@ -124,7 +124,7 @@ def described(panel: Panel, runs: Sequence[Run], drawn: Sequence[Curve]) -> str:
 
 
 def readable(panel: Panel, picture: Picture, drawn: Sequence[Curve]) -> dict[str, Any]:
-    """Return what the page's script needs to tell the values under the pointer."""
+    """Return the data from which the page's script shows the values under the pointer."""
     return {
         **(picture.scale or {}),
         "unit": panel.x_label,
@@ -139,7 +139,7 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 def row(number: int, run: Run) -> dict[str, Any]:
-    """Return a run as the template takes it; a run whose config or figures cannot be read has empty cells."""
+    """Return a run as the template needs it; if its config or figures cannot be read, its cells are empty."""
     empty = dict.fromkeys(COLUMNS, "")
     try:
         line = cells(finite(run.figures))

@@ -1,6 +1,6 @@
-"""Panels for comparing runs: one list, from which the page and the wandb dashboards are both made.
+"""The panels that compare runs: one list for both the page and the wandb dashboards.
 
-Keys are those of metrics.jsonl, which wandb gets too, and for `points` and `bars` those of summary.json.
+Their keys are those of metrics.jsonl, which are also sent to wandb; for `points` and `bars` they are those of summary.json.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["lines", "stairs", "layers", "points", "bars"]
-"""Curves of records, straight or as a staircase; a figure of each layer; one mark, or one bar, for each run."""
+"""Curves of records, straight or as a staircase; a figure of all layers; one mark or one bar for each run."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of several runs. `name` is its anchor and its file; a `y` that ends in /* is every key of its group."""
+    """One figure of several runs. `name` is its anchor and file name; a `y` that ends in /* means every key of a group."""
 
     name: str
     section: str
@@ -27,12 +27,12 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     dense_y: float | None = None
-    """Value of a dense run, which does not record `y`."""
+    """The value drawn for a dense run, which does not record `y`."""
     note: str = ""
 
     @property
     def of_records(self) -> bool:
-        """Return whether its keys are those of metrics.jsonl; else they are summary.json's."""
+        """Whether the keys are those of metrics.jsonl; if not, they are those of summary.json."""
         return self.kind in ("lines", "stairs", "layers")
 
 
@@ -106,4 +106,4 @@ TABLE = {
     "final_train_loss": "final_train_loss",
     "perplexity": "perplexity",
 }
-"""The series' columns beside the run's name, in their order, and the figure of summary.json that each shows."""
+"""The columns of the published series' table after the run's name, and the figure of summary.json that each shows."""

@@ -1,1 +1,1 @@
-"""Sparse runs beside their dense twins: `python -m eval.pairs runs=runs/SWEEP`."""
+"""Comparison of sparse runs with their dense twins: `python -m eval.pairs runs=runs/SWEEP`."""

@@ -1,7 +1,8 @@
-"""Each sparse run beside its dense twin, and beside the curve of all dense runs at exactly its average size.
+"""Comparison of each sparse run with its dense twin, and with the curve of all dense runs at exactly its average size.
 
-A twin's width is a whole number, so it is a little larger or smaller than N-bar; the curve, log loss linear in log N
-between dense runs, takes that out. The paper's claim (arXiv 2501.12486) is that both gaps are 0.
+A twin's width is a whole number, so the twin is slightly larger or smaller than N-bar, the sparse run's average size. The
+curve removes this difference: between neighbouring dense runs, log loss is taken as linear in log N. The paper's claim
+(arXiv 2501.12486) is that both gaps are 0.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TWIN = "model.match"
 
 @dataclass(frozen=True)
 class Trial:
-    """One finished run: its settings by dotted key without seeds and names, and its figures. Loss in nats a token."""
+    """One finished run: its settings by dotted key, without seeds and names, and its figures; loss in nats per token."""
 
     settings: Mapping[str, Any]
     seed: int
@@ -42,7 +43,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; the deviation of one seed is not known."""
+    """Mean and sample standard deviation over seeds; with one seed the deviation is None."""
 
     mean: float
     std: float | None
@@ -55,10 +56,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One sparse configuration. Gaps are sparse less dense, in nats a token: above 0 the sparse run is worse."""
+    """The comparison of one sparse configuration.
+
+    Gaps are sparse loss minus dense loss, in nats per token: above 0, the sparse run is worse.
+    """
 
     settings: Mapping[str, Any]
-    """Settings that differ among the sparse configurations."""
+    """The settings that differ among the sparse configurations."""
     avg_linear_params: float
     final_linear_params: float
     loss: Spread
@@ -66,9 +70,9 @@ class Comparison:
     twin_linear_params: float | None
     twin_loss: Spread | None
     twin_gap: Spread | None
-    """Over the seeds that both sides have, each seed's difference."""
+    """The gap to the twin, seed by seed, over the seeds that both have."""
     curve_loss: float | None
-    """Of the dense curve at `avg_linear_params`; None outside the range of the dense runs."""
+    """The loss of the dense curve at `avg_linear_params`; None outside the range of the dense runs."""
 
     @property
     def curve_gap(self) -> float | None:
@@ -79,7 +83,7 @@ def read_trials(patterns: Sequence[str]) -> list[Trial]:
     """Read the finished runs that `patterns` name.
 
     Raises:
-        ValueError: One has no config.yaml, or their losses do not compare.
+        ValueError: A run has no config.yaml, or the losses cannot be compared.
     """
     rows = finished_runs(patterns)
     check_comparable(rows)
@@ -87,10 +91,10 @@ def read_trials(patterns: Sequence[str]) -> list[Trial]:
 
 
 def compare(runs: Sequence[Trial]) -> list[Comparison]:
-    """Return a comparison for each sparse configuration, by average size.
+    """Return a comparison for each sparse configuration, the largest average size first.
 
     Raises:
-        ValueError: There is nothing to compare.
+        ValueError: All runs are sparse, or all are dense.
     """
     groups: dict[str, list[Trial]] = {}
     for run in runs:
@@ -110,13 +114,13 @@ def compare(runs: Sequence[Trial]) -> list[Comparison]:
 
 
 def curve(dense: Sequence[Trial]) -> tuple[list[float], list[float]]:
-    """Return (linear parameters, mean loss) of dense runs, by size."""
+    """Return the dense runs' sizes in linear parameters, sorted, and the mean loss at each."""
     sizes = sorted({run.avg_linear_params for run in dense})
     return sizes, [statistics.fmean(run.loss for run in dense if run.avg_linear_params == size) for size in sizes]
 
 
 def curve_loss(dense: Sequence[Trial], size: float) -> float | None:
-    """Return the loss of dense runs at `size` linear parameters, log-log between neighbours; None outside their range."""
+    """Return the dense curve's loss at `size` linear parameters, interpolated log-log; None outside the dense runs' range."""
     sizes, losses = curve(dense)
     if len(sizes) < 2 or not sizes[0] <= size <= sizes[-1]:
         return None
@@ -143,7 +147,7 @@ def _comparison(
 
 
 def _rivals(sparse: Trial, runs: Sequence[Trial]) -> list[Trial]:
-    """Return the dense runs of the same recipe, which differ from `sparse` in their size alone."""
+    """Return the dense runs with the same recipe: they differ from `sparse` only in model and sparsity."""
 
     def recipe(run: Trial) -> str:
         return _key(
@@ -176,7 +180,7 @@ def _settings(config_file: Path) -> dict[str, Any]:
     """Return a run's settings by dotted key.
 
     Raises:
-        ValueError: This version cannot have written them.
+        ValueError: The file is garbled or was written by another version.
     """
     try:
         settings = dict(_flat(run_identity(read_config(config_file))))
@@ -189,7 +193,7 @@ def _settings(config_file: Path) -> dict[str, Any]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return dotted keys and values of nested dicts."""
+    """Return the dotted keys and the values of nested dicts."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
         found += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]

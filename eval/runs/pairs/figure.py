@@ -1,4 +1,4 @@
-"""Held-out loss against average linear parameters: the dense curve, and the sparse runs beside it."""
+"""The figure of the pairs: held-out loss against average linear parameters, and the gaps of the sparse runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from eval.runs.pairs.text import label, usual_settings
 
 
 def draw_pairs(runs: Sequence[Trial], comparisons: Sequence[Comparison], file: Path) -> None:
-    """Draw on the left the losses, a mark for every seed; on the right each configuration's gaps to its twin and to the
-    curve."""
+    """Draw the losses on the left, a mark for every seed, and on the right each configuration's gaps to twin and curve."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,7 +52,7 @@ def draw_pairs(runs: Sequence[Trial], comparisons: Sequence[Comparison], file: P
     left.set_ylabel("held-out loss, nats a token")
     left.legend(frameon=False, fontsize=9)
     right.axvline(0, color="#999999", linewidth=1)
-    # The names of the colors on both sides; one without a gap has its losses on the left alone.
+    # The legend names the colors of both panels; a configuration without a gap is only in the left one.
     right.set_yticks(range(len(comparisons)), [label(comparison, usual) for comparison in comparisons])
     for index, words in enumerate(right.get_yticklabels()):
         words.set_color(colors[index % len(colors)])

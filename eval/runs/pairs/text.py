@@ -1,4 +1,4 @@
-"""The comparison of sparse runs with their dense twins as a table."""
+"""The comparison of sparse runs with their dense twins, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HEAD = (
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """Return settings as target=0.8, window.start=0."""
+    """Return settings as text, such as target=0.8, window.start=0."""
     return ", ".join(f"{name.removeprefix('sparsity.')}={value}" for name, value in settings.items()) or "the run"
 
 
 def usual_settings(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Return the most frequent value of each key but the first, if more than one key tells the configurations apart."""
+    """Return the most frequent value of each key but the first; {} if the configurations differ in one key only."""
     names = list(comparisons[0].settings)[1:]
     usual = {}
     for name in names:
@@ -31,7 +31,7 @@ def usual_settings(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def label(comparison: Comparison, usual: Mapping[str, Any]) -> str:
-    """Return the settings that are not the usual ones."""
+    """Return a configuration's settings as text, without those that have their usual value."""
     own = comparison.settings.items()
     return settings_text({name: value for name, value in own if name not in usual or value != usual[name]})
 
@@ -59,7 +59,7 @@ def spread_text(spread: Spread, sign: bool = False) -> str:
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
-    """Return an aligned Markdown table, and what its columns mean."""
+    """Return an aligned Markdown table and an explanation of its columns."""
     usual = usual_settings(comparisons)
     return "\n".join(
         [
