@@ -304,5 +304,6 @@ def test_the_benchmark_rehearses_layers_and_a_model_and_writes_down_what_fails(t
     assert rows["24 x 96 at 0.2"]["error"] < 0.01
     assert rows["a token of the 1B at 0.2"]["sparse_layers"] == 5
     assert rows["a token of the 1B at 0.2"]["same_tokens"] == "4 of 4"
+    assert rows["generate, dynamic cache, grouped"]["baseline"] == "dense, dynamic cache"
     assert "Only CUDA tensors" in rows["torch 2:4"]["failed"]
     assert not [name for name, row in rows.items() if "left_out" in row]

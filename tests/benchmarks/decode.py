@@ -6,8 +6,8 @@ It first measures tokens per second and memory of the 1B at 80 %: dense, sparse,
 is captured in one CUDA graph, once with a step's small operations in fused kernels (`tests/benchmarks/decode_kernels.py`) and
 once with torch's. Then come the 1B's layers at several densities: our kernel and `F.linear` in bf16, captured in one graph;
 each launch reads weights that are in no cache. Then come several vectors, torch's CSR product, and 2:4 at a density of 0.5 (its
-vector is padded to 8). Last comes transformers' `model.generate` (`tests/benchmarks/decode_generate.py`); `--generate` measures
-only that, and takes some minutes on a GPU, because each form of the model is compiled.
+vector is padded to 8). Last comes transformers' `model.generate` with a dynamic cache (`tests/benchmarks/decode_generate.py`).
+`--generate` measures only that, with a static cache too, for which each form of the model is compiled: some minutes on a GPU.
 
 `of_bound` is the time to read the bytes of a launch at the speed of a copy, divided by the time that the launch takes. If a
 part fails, or would begin after `--seconds`, the file has a line with the reason. `--cpu` measures layers and two blocks on one
@@ -355,12 +355,12 @@ def measure(rows: Rows, size: Size, device: str) -> None:
         rows.attempt("torch CSR", lambda shape=shape: measure_csr(rows, of(shape, 0.2), dense[shape]))
     for shape in shapes[:2]:
         rows.attempt("torch 2:4", lambda shape=shape: measure_pairs(rows, of(shape, 0.5), dense[shape]))
-    generate(rows, size, device)
+    generate(rows, size, device, ("dynamic",))
 
 
-def generate(rows: Rows, size: Size, device: str) -> None:
+def generate(rows: Rows, size: Size, device: str, caches: tuple[str, ...] = ("dynamic", "static")) -> None:
     head = 256 if device == "cuda" else 8
-    rows.attempt("generate", measure_generation, rows, size, head, device, ("dynamic", "static"))
+    rows.attempt("generate", measure_generation, rows, size, head, device, caches)
 
 
 def measure_on_cpu(rows: Rows, layers: int) -> None:
