@@ -55,6 +55,7 @@ CALLED = (
     ),
 )  # fmt: skip
 OVERRIDDEN = (
+    Part("torch.nn.modules.module", "Module._apply", "self, fn, recurse", "sparsity.compact.linear: scales in float32"),
     Part(
         ELASTIC,
         "SimpleElasticAgent._monitor_workers",

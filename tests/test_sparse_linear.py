@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from unittest import mock
@@ -17,10 +18,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import sparsity.compact
-import sparsity.compact.linear as linear_module
+import sparsity.compact.product as product_module
 from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
 from sparsity.compact.linear import share_storage_
-from sparsity.compact.packed import pack, rounded, unpack
+from sparsity.compact.packed import coded, concatenate, pack, rounded, rows_of, unpack
+from sparsity.compact.rounding import Rounding
 from tests.commands import run_command
 from tests.test_compact import IDS, same_bits, sparse_model
 
@@ -126,6 +128,16 @@ def test_a_kernel_multiplies_by_rounded_values_and_scales():
     check_product(kernel().spmv(packed, x.to(DEVICE)), x, unpack(packed).cpu())
 
 
+def test_a_kernel_multiplies_by_some_rows_of_a_matrix_and_by_joined_matrices():
+    first, second, x = weight_of(5, 600, 0.3), weight_of(4, 600, 0.3), torch.randn(2, 600)
+    for pieces in ([pack(weight.to(DEVICE)) for weight in (first, second)], [rounded(pack(first.to(DEVICE)))] * 2):
+        whole = concatenate(pieces)
+        dense = torch.cat([unpack(piece) for piece in pieces]).cpu()
+        assert same_bits(unpack(whole).cpu().contiguous(), dense.contiguous())
+        check_product(kernel().spmv(whole, x.to(DEVICE)), x, dense)
+        check_product(kernel().spmv(rows_of(whole, 3, 8), x.to(DEVICE)), x, dense[3:8])
+
+
 def test_layers_share_one_storage_and_hold_what_they_held():
     layers = [SparseLinear.from_dense(weight_of(rows, 33, 0.3)) for rows in (5, 11)]
     share_storage_(layers)
@@ -134,20 +146,21 @@ def test_layers_share_one_storage_and_hold_what_they_held():
         assert same_bits(layer.dense().contiguous(), weight_of(rows, 33, 0.3))
 
 
-def test_the_1b_model_takes_less_than_85_percent_of_a_gigabyte_in_memory():
+@pytest.mark.parametrize(("values", "most"), [("bfloat16", 0.845e9), ("int8", 0.615e9)])
+def test_the_1b_model_takes_this_much_memory_with_its_dense_embedding(values, most):
     """A few rows of each layer are enough, because the bytes of a row do not depend on the number of rows."""
-    generator = torch.Generator().manual_seed(0)
     total = 2 * (32_000 + 33) * 2048
     for rows, columns in [(2048, 2048)] * 64 + [(8192, 2048)] * 32 + [(2048, 8192)] * 16 + [(32_000, 2048)]:
-        total += bytes_of_a_row(columns, generator) * rows
-    assert total < 0.845e9
+        total += bytes_of_a_row(columns, values) * rows
+    assert 0.98 * most < total < most
 
 
 @cache
-def bytes_of_a_row(columns: int, generator: torch.Generator) -> float:
+def bytes_of_a_row(columns: int, values: str) -> float:
+    generator = torch.Generator().manual_seed(columns)
     weight = torch.randn(64, columns, generator=generator).bfloat16()
     weight[torch.rand(64, columns, generator=generator) >= 0.2] = 0
-    layer = SparseLinear.from_dense(weight)
+    layer = SparseLinear(rounded(pack(weight))) if values == "int8" else SparseLinear.from_dense(weight)
     return sum(buffer.nbytes for buffer in layer.buffers()) / 64
 
 
@@ -181,7 +194,7 @@ def test_a_layer_is_multiplied_a_tile_at_a_time_and_its_input_has_gradients(monk
     layer = SparseLinear.from_dense(weight, bias)
     x = torch.randn(2, 3, 33, requires_grad=True)
     for tile in (1 << 22, 99, 1):
-        monkeypatch.setattr(linear_module, "TILE", tile)
+        monkeypatch.setattr(product_module, "TILE", tile)
         check_product(layer(x).detach(), x.detach(), weight, bias)
     layer(x).sum().backward()
     assert torch.allclose(x.grad, weight.sum(0).expand(2, 3, 33), atol=1e-6)
@@ -211,7 +224,8 @@ def test_a_folder_loads_with_layers_that_stay_sparse_and_generates_the_same_toke
         tmp_path / "compact", quantization_config=CompactWeights(dequantize=False)
     )
     layers = [name for name, module in found.named_modules() if isinstance(module, SparseLinear)]
-    assert len(layers) == 15
+    # In each block: one for q, k and v, one for gate and up, and two more.
+    assert len(layers) == 9
     assert "lm_head" in layers
     assert not any(isinstance(module, nn.Linear) for module in found.modules())
     with torch.no_grad():
@@ -222,6 +236,60 @@ def test_a_folder_loads_with_layers_that_stay_sparse_and_generates_the_same_toke
         found.save_pretrained(tmp_path / "again")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "compact")
     assert not any(isinstance(module, SparseLinear) for module in dense.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rounding", [Rounding(8), Rounding(4)], ids=["int8", "int4"])
+def test_codes_of_a_rounded_folder_stay_codes_in_memory(tmp_path, rounding, dtype):
+    model = sparse_model().to(dtype)
+    model.save_pretrained(tmp_path / "plain")
+    compact_folder(tmp_path / "plain", tmp_path / "compact", rounding=rounding)
+    options = CompactWeights(dequantize=False, group=False)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "compact", quantization_config=options, dtype=dtype)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "compact", dtype=dtype)
+    layers = {name: module for name, module in found.named_modules() if isinstance(module, SparseLinear)}
+    assert len(layers) == 15
+    x = torch.randn(2, 56).to(dtype)
+    for name, layer in layers.items():
+        expected = dense.get_submodule(name).weight
+        assert layer.values.dtype == torch.int8
+        # The weight that the codes stand for is the dense model's, bit for bit. The product is by codes and scales, which are
+        # exact, and in bfloat16 the dense model's weights are rounded: so the oracle is the codes' own product in float64.
+        assert same_bits(layer.weight.contiguous(), expected.detach().contiguous())
+        few = x[:, : layer.in_features]
+        check_product(layer(few), few, unpack(layer.packed))
+    with torch.no_grad():
+        assert torch.allclose(found(IDS).logits, dense(IDS).logits, atol=1e-5 if dtype == torch.float32 else 0.05)
+    assert layers["lm_head"].to(torch.float16).scales.dtype == torch.float32
+    assert layers["lm_head"].weight.dtype == torch.float16
+
+
+def test_codes_with_a_scale_for_a_group_of_values_are_expanded_in_memory(tmp_path):
+    sparse_model().save_pretrained(tmp_path / "plain")
+    compact_folder(tmp_path / "plain", tmp_path / "compact", rounding=Rounding(4, 64))
+    options = CompactWeights(dequantize=False)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "compact", quantization_config=options)
+    assert found.lm_head.values.dtype == torch.float32
+
+
+def test_a_layer_in_int8_takes_two_bytes_a_kept_weight_instead_of_three():
+    weight, held = weight_of(64, 2048, 0.2, torch.bfloat16), {}
+    packed = pack(weight)
+    codes = rounded(packed)
+    restored = codes.values.float() * torch.repeat_interleave(codes.scales, codes.starts.diff().long())[:, None]
+    dense = unpack(replace(packed, values=restored.bfloat16()))
+    for name, scales in (("bfloat16", None), ("int8", codes.scales)):
+        layer = SparseLinear.from_dense(dense, scales=scales)
+        held[name] = sum(buffer.nbytes for buffer in layer.buffers()) / int((dense != 0).sum())
+    assert held["int8"] < 2.5
+    # One byte less for each place of a value, and a scale for each row.
+    assert held["bfloat16"] - held["int8"] == pytest.approx(1.0, abs=0.15)
+
+
+def test_scales_that_do_not_give_the_weights_are_not_used():
+    weight = weight_of(5, 300, 0.2)
+    assert coded(pack(weight), torch.ones(5)) is None
+    assert SparseLinear.from_dense(weight, scales=torch.ones(5)).values.dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -236,5 +304,6 @@ def test_the_benchmark_rehearses_layers_and_a_model_and_writes_down_what_fails(t
     assert rows["24 x 96 at 0.2"]["error"] < 0.01
     assert rows["a token of the 1B at 0.2"]["sparse_layers"] == 5
     assert rows["a token of the 1B at 0.2"]["same_tokens"] == "4 of 4"
+    assert rows["generate, dynamic cache, grouped"]["baseline"] == "dense, dynamic cache"
     assert "Only CUDA tensors" in rows["torch 2:4"]["failed"]
     assert not [name for name, row in rows.items() if "left_out" in row]

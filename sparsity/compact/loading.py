@@ -25,8 +25,8 @@ from sparsity.compact.bitmask import expand_tensor
 from sparsity.compact.contents import BITMASK, METHOD, SCALES, SUFFIXES, Stored, check_version
 from sparsity.compact.experts import stacking_of, stacks, with_bitmasks
 from sparsity.compact.files import check_file
-from sparsity.compact.linear import sparse_linears_
-from sparsity.compact.rounding import restore_stored
+from sparsity.compact.linear import ROW_SCALES, sparse_linears_
+from sparsity.compact.rounding import group_of, restore_stored
 
 
 @register_quantization_config(METHOD)
@@ -38,24 +38,30 @@ class CompactWeights(QuantizationConfigMixin):
         quant_method: The format's name.
         dequantize: Whether the loaded model is dense. If False, layers stay sparse in memory, for inference; such a model
             cannot be saved.
+        group: Whether sparse projections of the same input (q, k and v; gate and up) become one matrix.
     """
 
     dequantize = True
     """If True, transformers drops the quantization once the weights are loaded."""
+    group = True
 
-    def __init__(self, version: Any = 1, quant_method: Any = METHOD, dequantize: bool = True, **others: Any) -> None:
+    def __init__(
+        self, version: Any = 1, quant_method: Any = METHOD, dequantize: bool = True, group: bool = True, **others: Any
+    ) -> None:
         check_version(version, "The model's quantization_config")
         if others:
             raise ValueError(f"quantization_config has the key {next(iter(others))}, which {METHOD} does not know.")
         self.quant_method = quant_method
         self.version = version
+        # Attributes of the instance only if False, because to_dict writes instance attributes to config.json.
         if not dequantize:
-            # Set the attribute only if it is False, because to_dict writes instance attributes to config.json.
             self.dequantize = False
+        if not group:
+            self.group = False
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return the settings of an argument of `from_pretrained` that override the folder's config."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "group": self.group}
 
 
 # transformers asks only these classes for their loading attributes.
@@ -81,6 +87,11 @@ class CompactLoader(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return bool(self.quantization_config.dequantize)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Let `generate` compile a decoding step with a static cache: sparse layers are operators of torch."""
+        return True
 
     def _process_model_before_weight_loading(
         self, model: Any, dtype: Any = None, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -109,7 +120,7 @@ class CompactLoader(HfQuantizer):
             for conversion in weight_conversions
         ]
         left = [name for name, new in renamed.items() if new not in stacked]
-        return [*expanding, *expansions(left, weight_conversions)]
+        return [*expanding, *expansions(left, weight_conversions, not self.quantization_config.dequantize)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Keep the type of codes and scales, so that values are rounded to the model's type only once."""
@@ -126,11 +137,18 @@ class CompactLoader(HfQuantizer):
             if param.dtype != self.dtypes.get(name, param.dtype) and param.device.type != "meta":
                 param.data = param.data.to(self.dtypes[name])
         if not self.quantization_config.dequantize:
-            sparse_linears_(model)
+            sparse_linears_(model, group=self.quantization_config.group)
 
 
 class ExpandBitmask(ConversionOps):
-    """The conversion of a bitmask with its kept values, or with their codes and scales, to the dense tensor."""
+    """The conversion of a bitmask with its kept values, or with their codes and scales, to the dense tensor.
+
+    Args:
+        keep_scales: Whether to leave scales of rows on the module for `sparse_linears_`, which then restores the codes.
+    """
+
+    def __init__(self, keep_scales: bool = False) -> None:
+        self.keep_scales = keep_scales
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -142,6 +160,8 @@ class ExpandBitmask(ConversionOps):
         param = kwargs["model"].get_parameter_or_buffer(name)
         try:
             if scales is not None:
+                if self.keep_scales and not group_of(values):
+                    kwargs["model"].get_submodule(name.rpartition(".")[0]).__dict__[ROW_SCALES] = scales
                 values = restore_stored(bitmask, values, scales, tuple(param.shape))
             return {name: expand_tensor(bitmask, values, param.shape).to(param.dtype)}
         except ValueError as error:
@@ -151,12 +171,13 @@ class ExpandBitmask(ConversionOps):
             ) from error
 
 
-def expansions(sparse: Sequence[str], conversions: Iterable[Any]) -> list[WeightConverter]:
+def expansions(sparse: Sequence[str], conversions: Iterable[Any], keep_scales: bool = False) -> list[WeightConverter]:
     """Return the conversion that collects the parts of every sparse tensor under the tensor's name.
 
     Args:
         sparse: Names of the sparse tensors in the files.
         conversions: The model's own conversions.
+        keep_scales: As for `ExpandBitmask`.
 
     Raises:
         ValueError: The model's conversions merge or split a sparse tensor.
@@ -175,7 +196,7 @@ def expansions(sparse: Sequence[str], conversions: Iterable[Any]) -> list[Weight
                     )
     # The pattern matches only at these names, so that transformers handles dense tensors itself.
     values = f"^(?=(?:{'|'.join(map(re.escape, names))})$)"
-    return [WeightConverter([*map(_part, SUFFIXES), values], "", [ExpandBitmask()])]
+    return [WeightConverter([*map(_part, SUFFIXES), values], "", [ExpandBitmask(keep_scales)])]
 
 
 def _part(ending: str) -> str:

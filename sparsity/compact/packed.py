@@ -17,10 +17,13 @@ columns instead of distances and has no bases.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from sparsity.compact.rounding import restore_values
 
 LANES, SLOTS = 32, 8
 CHUNK = LANES * SLOTS
@@ -131,21 +134,71 @@ def rounded(packed: Packed) -> Packed:
     return replace(packed, values=values, scales=scales)
 
 
+def coded(packed: Packed, scales: Tensor) -> Packed | None:
+    """Return `packed` with values as the int8 codes of a rounded file; None if codes and scales do not give its values.
+
+    Args:
+        packed: A matrix whose values were restored from codes.
+        scales: The scale of each row, in the file's type.
+    """
+    if scales.numel() != packed.rows or scales.dtype == torch.float64:
+        return None
+    sizes = packed.starts.diff().long()
+    of_word = torch.repeat_interleave(scales.float(), sizes)[:, None]
+    codes = (packed.values.float() / of_word).round().clamp(-127, 127).to(torch.int8)
+    restored = restore_values(codes.view(-1), scales, SLOTS * sizes).to(packed.values.dtype)
+    if not torch.equal(restored.view_as(codes), packed.values):
+        return None
+    return replace(packed, values=codes, scales=scales.float())
+
+
+def rows_of(packed: Packed, first: int, last: int) -> Packed:
+    """Return rows `first` to `last` (exclusive) as views; the values of all rows are still in its storage."""
+    scales = None if packed.scales is None else packed.scales[first:last]
+    bases = packed.bases[first:last] if packed.bases.numel() else packed.bases
+    return replace(packed, bases=bases, starts=packed.starts[first : last + 1], scales=scales)
+
+
+def concatenate(parts: Sequence[Packed]) -> Packed:
+    """Return the rows of all matrices in order, as one matrix.
+
+    Matrices of the same layout keep it, and each row then has the same product to the last bit. Others are packed again with
+    the most chunks of all of them, which changes the order of sums.
+
+    Args:
+        parts: Matrices with the same columns, device and type of values, all with scales or none.
+    """
+    first = parts[0]
+    scales = None if first.scales is None else torch.cat([part.scales for part in parts if part.scales is not None])
+    if len({(part.num_chunks, part.shift, part.bases.dtype, part.offsets.dtype) for part in parts}) > 1:
+        return replace(pack(torch.cat([unpack(replace(part, scales=None)) for part in parts])), scales=scales)
+    starts, num_words = [first.starts[:1]], 0
+    for part in parts:
+        starts.append(part.starts[1:] + num_words)
+        num_words += len(part.values)
+    values, offsets, bases = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("values", "offsets", "bases")
+    )
+    return replace(first, values=values, offsets=offsets, bases=bases, starts=torch.cat(starts), scales=scales)
+
+
 def _places(number: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the group and lane of each weight from its number in its row."""
     group = number // lanes
     return group, number - group * lanes
 
 
-def unpack(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
-    """Return rows `first` to `last` (exclusive; None: up to the end) as a dense matrix, bit for bit, in plain torch.
+def unpack(packed: Packed, first: int = 0, last: int | None = None, words: tuple[int, int] | None = None) -> Tensor:
+    """Return rows of a matrix as a dense one, bit for bit, in plain torch.
 
-    Unless all rows are requested, the host reads two numbers from the device.
+    Args:
+        packed: The matrix.
+        first: The first row.
+        last: The end of the rows (exclusive); None: all that follow.
+        words: The words in which the rows begin and end. If None, the host reads these two numbers from the device.
     """
-    num_rows = packed.rows
-    last = num_rows if last is None else last
-    is_all = first == 0 and last == num_rows
-    start, stop = (0, len(packed.values)) if is_all else (int(packed.starts[first]), int(packed.starts[last]))
+    last = packed.rows if last is None else last
+    start, stop = words or packed.starts[[first, last]].tolist()
     word = torch.arange(start, stop, device=packed.values.device)
     starts = packed.starts.long()
     row = torch.searchsorted(starts[1:], word, right=True)

@@ -1,12 +1,13 @@
 """Measure decoding of one sequence with sparse weights on a GPU, by layer and by token, against dense weights.
 
-    python -m tests.benchmarks.decode [--cpu | --rehearse] [--seconds 60] [--output FILE]     -> runs/bench/decode.json
+    python -m tests.benchmarks.decode [--cpu | --rehearse] [--generate] [--seconds 60] [--output FILE] -> runs/bench/decode.json
 
 It first measures tokens per second and memory of the 1B at 80 %: dense, sparse, and sparse with values rounded to int8. Each
 is captured in one CUDA graph, once with a step's small operations in fused kernels (`tests/benchmarks/decode_kernels.py`) and
 once with torch's. Then come the 1B's layers at several densities: our kernel and `F.linear` in bf16, captured in one graph;
-each launch reads weights that are in no cache. Last come several vectors, torch's CSR product, and 2:4 at a density of 0.5 (its
-vector is padded to 8).
+each launch reads weights that are in no cache. Then come several vectors, torch's CSR product, and 2:4 at a density of 0.5 (its
+vector is padded to 8). Last comes transformers' `model.generate` with a dynamic cache (`tests/benchmarks/decode_generate.py`).
+`--generate` measures only that, with a static cache too, for which each form of the model is compiled: some minutes on a GPU.
 
 `of_bound` is the time to read the bytes of a launch at the speed of a copy, divided by the time that the launch takes. If a
 part fails, or would begin after `--seconds`, the file has a line with the reason. `--cpu` measures layers and two blocks on one
@@ -36,8 +37,9 @@ from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
 
 from sparsity.compact.linear import SparseLinear, sparse_linears_
-from sparsity.compact.packed import Packed, pack, rounded
+from sparsity.compact.packed import Packed, pack
 from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
+from tests.benchmarks.decode_generate import measure_generation, round_layers_
 from tests.benchmarks.decoder import Decoder, make_sparse_
 from tests.benchmarks.event import ONE_B, TINY, Size, copy_bandwidth
 
@@ -48,6 +50,8 @@ GOALS = {("2048 x 8192", 0.2): 2.5, ("32000 x 2048", 0.2): 2.5, ("2048 x 8192", 
 TOKENS_GOAL, MEMORY_GOAL = 2.0, 0.85e9
 MORE_THAN_CACHES = 150_000_000
 """The bytes of all copies of a weight together. They take turns, so that none is in the cache; an H200's L2 has 60 MB."""
+MORE_THAN_CPU_CACHES = 80_000_000
+"""The same for dense weights on a CPU with 32 MB of third-level cache."""
 
 
 class Rows:
@@ -305,13 +309,6 @@ def decoded(model: Decoder, device: str, is_fused: bool) -> dict[str, Any]:
     return {"seconds": found.seconds, "tokens": found.tokens, "kernels": found.kernels() if is_fused else {}}
 
 
-def round_layers_(model: nn.Module) -> None:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], SparseLinear(rounded(module.packed)))
-
-
 def weight_bytes(model: nn.Module) -> int:
     return sum(
         t.nbytes for m in model.modules() if isinstance(m, (nn.Linear, SparseLinear)) for t in m.state_dict().values()
@@ -358,6 +355,12 @@ def measure(rows: Rows, size: Size, device: str) -> None:
         rows.attempt("torch CSR", lambda shape=shape: measure_csr(rows, of(shape, 0.2), dense[shape]))
     for shape in shapes[:2]:
         rows.attempt("torch 2:4", lambda shape=shape: measure_pairs(rows, of(shape, 0.5), dense[shape]))
+    generate(rows, size, device, ("dynamic",))
+
+
+def generate(rows: Rows, size: Size, device: str, caches: tuple[str, ...] = ("dynamic", "static")) -> None:
+    head = 256 if device == "cuda" else 8
+    rows.attempt("generate", measure_generation, rows, size, head, device, caches)
 
 
 def measure_on_cpu(rows: Rows, layers: int) -> None:
@@ -371,20 +374,26 @@ def measure_on_cpu(rows: Rows, layers: int) -> None:
         rows.attempt(f"{shape} at {density}", measure_cpu_layer, rows, Layer(*shape, density, "cpu"), bandwidth)
     rows.attempt("2:4", lambda: to_sparse_semi_structured(torch.zeros(64, 64, dtype=torch.bfloat16)))
     rows.attempt("tokens", measure_cpu_tokens, rows, Size(2048, 8192, layers, 32_000), bandwidth)
+    size = Size(2048, 8192, layers, 32_000)
+    rows.attempt("generate", measure_generation, rows, size, 256, "cpu", ("dynamic",))
 
 
 def measure_cpu_layer(rows: Rows, layer: Layer, bandwidth: float) -> None:
-    packed = SparseLinear.from_dense(layer.weight)
+    """Measure one layer; copies of it take turns, as a model's layers do, so that none is in the cache."""
+    count = -(-MORE_THAN_CPU_CACHES // layer.weight.nbytes)
+    packed = [SparseLinear(one) for one in copies(pack(layer.weight), count)]
+    weights = [layer.weight, *(layer.weight.clone() for _ in range(count - 1))]
     csr, x = layer.weight.float().to_sparse_csr(), layer.x.float().t().contiguous()
-    ours, dense, theirs = thread_seconds(
-        [lambda: packed(layer.x), lambda: F.linear(layer.x, layer.weight), lambda: csr @ x]
+    ours, dense = thread_seconds(
+        [lambda: [one(layer.x) for one in packed], lambda: [F.linear(layer.x, weight) for weight in weights]]
     )
+    ours, dense, (theirs,) = ours / count, dense / count, thread_seconds([lambda: csr @ x])
     expected = layer.x.float() @ layer.weight.float().T
-    nbytes = packed.packed.nbytes
+    nbytes = packed[0].packed.nbytes
     details = {
         "density": layer.density, "bytes": nbytes, "of_bound": nbytes / bandwidth / ours,
         "dense_bytes": layer.weight.nbytes, "dense_of_bound": layer.weight.nbytes / bandwidth / dense,
-        "error": float((packed(layer.x).float() - expected).norm() / expected.norm()),
+        "error": float((packed[0](layer.x).float() - expected).norm() / expected.norm()),
     }  # fmt: skip
     name = f"{layer.name} at {layer.density}"
     rows.add(Comparison(name, ours, "F.linear bf16", dense, details).row())
@@ -439,6 +448,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="at a tiny size on a CPU")
     parser.add_argument("--cpu", action="store_true", help="what a CPU makes of it, in numba, on one thread")
+    parser.add_argument("--generate", action="store_true", help="transformers' model.generate alone")
     parser.add_argument("--seconds", type=float, default=60.0, help="no part begins later")
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()
@@ -448,13 +458,16 @@ def main() -> None:
         sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
     rows = Rows(options.output, options.seconds)
     if options.rehearse:
-        measure(rows, TINY, "cpu")
+        (generate if options.generate else measure)(rows, TINY, "cpu")
         return
     if options.cpu:
         measure_on_cpu(rows, 2)
         return
     if not torch.cuda.is_available():
         parser.error("there is no GPU here: add --cpu, or --rehearse to try the code at a tiny size on a CPU.")
+    if options.generate:
+        generate(rows, ONE_B, "cuda")
+        return
     measure(rows, ONE_B, "cuda")
     finish(missed_goals(rows.rows))
 

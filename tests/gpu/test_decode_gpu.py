@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
-from sparsity.compact.linear import MOST_VECTORS
 from sparsity.compact.packed import pack, rounded, unpack
+from sparsity.compact.product import MOST_VECTORS
+from sparsity.compact.rounding import Rounding
 from tests.test_compact import IDS, same_bits, sparse_model
+from tests.test_sparse_groups import sparse_model as grouped_model
 from tests.test_sparse_linear import DTYPES, check_product, weight_of
 
 pytestmark = [
@@ -131,9 +133,63 @@ def test_a_model_that_stays_sparse_generates_the_tokens_of_the_dense_one(tmp_pat
     sparse = AutoModelForCausalLM.from_pretrained(
         tmp_path / "compact", quantization_config=CompactWeights(dequantize=False), device_map="cuda"
     )
-    assert sum(isinstance(module, SparseLinear) for module in sparse.modules()) == 15
+    assert sum(isinstance(module, SparseLinear) for module in sparse.modules()) == 9
     options = {"max_new_tokens": 16, "do_sample": False}
     with torch.no_grad():
         found, expected = sparse(IDS[:1, :1].cuda()).logits.cpu(), model(IDS[:1, :1]).logits
     assert torch.allclose(found, expected, atol=1e-4)
     assert torch.equal(sparse.generate(IDS[:1].cuda(), **options).cpu(), model.generate(IDS[:1], **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@torch.no_grad()
+def test_grouped_layers_multiply_as_separate_ones_and_as_the_cpu_does(name):
+    expected = grouped_model(name)
+    grouped, separate = grouped_model(name).cuda(), grouped_model(name, group=False).cuda()
+    for ids in (IDS[:1, :1], IDS[:, :3], IDS):
+        logits = expected(ids).logits
+        # Sums in another order: a larger matrix may have another shape of the kernel.
+        assert torch.allclose(grouped(ids.cuda()).logits.cpu(), logits, atol=1e-4)
+        assert torch.allclose(separate(ids.cuda()).logits.cpu(), logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_static_cache_compiles_sparse_layers_into_a_cuda_graph():
+    expected, model = grouped_model("llama"), grouped_model("llama").cuda()
+    options = {"max_new_tokens": 12, "do_sample": False}
+    config = CompileConfig(fullgraph=True)
+    assert config.mode == "reduce-overhead"
+    torch._dynamo.reset()
+    for _ in range(2):
+        found = model.generate(IDS[:1].cuda(), cache_implementation="static", compile_config=config, **options)
+        assert torch.equal(found.cpu(), expected.generate(IDS[:1], **options))
+
+
+def test_a_compiled_layer_multiplies_few_and_many_vectors_and_its_input_has_gradients():
+    weight, bias = weight_of(1000, 2048, 0.2), torch.randn(1000)
+    layer = SparseLinear.from_dense(weight.cuda(), bias.cuda())
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    for number in (1, 64):
+        x = torch.randn(number, 2048)
+        with torch.no_grad():
+            check_product(compiled(x.cuda()), x, weight, bias)
+    x = torch.randn(2, 2048, device="cuda", requires_grad=True)
+    compiled(x).sum().backward()
+    assert torch.allclose(x.grad.cpu(), weight.sum(0).expand(2, -1), atol=1e-3)
+
+
+def test_codes_of_a_rounded_folder_stay_codes_in_memory(tmp_path):
+    sparse_model().bfloat16().save_pretrained(tmp_path / "plain")
+    compact_folder(tmp_path / "plain", tmp_path / "compact", rounding=Rounding(8))
+    options = {"dtype": torch.bfloat16, "device_map": "cuda"}
+    sparse = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "compact", quantization_config=CompactWeights(dequantize=False, group=False), **options
+    )
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "compact", dtype=torch.bfloat16)
+    for name, layer in sparse.named_modules():
+        if isinstance(layer, SparseLinear):
+            assert layer.values.dtype == torch.int8
+            assert same_bits(layer.weight.cpu().contiguous(), dense.get_submodule(name).weight.detach())
+            x = torch.randn(2, layer.in_features).bfloat16()
+            with torch.no_grad():
+                check_product(layer(x.cuda()), x, unpack(layer.packed).cpu())
