@@ -18,6 +18,7 @@ Keys: conf/methods.yaml, MethodsConfig in conf/schema/methods.py."""
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Print and draw the comparison that the command line asks for."""
     with user_errors():
         overrides = overrides_of("eval.methods", "Compare ways to prune over seeds.", EXAMPLES, arguments)
         config: MethodsConfig = composed("methods", overrides)

@@ -76,7 +76,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 def check_pattern(model: nn.Module, parameters: Mapping[str, Tensor], pattern: Pattern) -> None:
     """Raise a ValueError if the pattern cannot run along the input dimension of a parameter."""
-    check_inputs_are_last(model, parameters, f"pattern={pattern} runs", "take pattern=unstructured")
+    check_inputs_are_last(model, parameters, f"pattern={pattern} runs", "use pattern=unstructured")
     for name, param in parameters.items():
         pattern.check_shape(name, param.shape)
 

@@ -26,10 +26,10 @@ def overrides_of(step: Any) -> list[str]:
 
 def test_rates_come_first_and_every_arm_has_three_pairs(tmp_path):
     names = [step.name for step in recipe.recipe_steps(tmp_path, tmp_path, False)][2:]
-    assert len(names) == len(set(names)) == 5 * 3 * 2 + 6 * 3 + 5 * 2
+    assert len(names) == len(set(names)) == (5 * 3 + 2) * 2 + 6 * 3 + 5 * 2
     assert names[0] == "plain-0.003-seed0-twin"
     first_pair = names.index("plain-80p-seed0")
-    assert {name.split("-")[1] for name in names[:first_pair]} == {"0.003", "0.006", "0.012"}
+    assert {name.split("-")[1] for name in names[:first_pair]} == {"0.003", "0.006", "0.012", "0.024"}
     for point in recipe.POINTS:
         assert {f"{point}-80p-seed{seed}" for seed in (0, 1, 2)} <= set(names)
     assert "plain-seed2-twin" in names

@@ -76,6 +76,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
+    """Return settings as a string that can be compared and hashed."""
     return json.dumps(dict(settings), sort_keys=True)
 
 
@@ -124,7 +125,7 @@ def _settings(config_file: Path, config: Config) -> dict[str, Any]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise ValueError(f"{config_file} is garbled or of another version: leave this run out.") from None
+        raise ValueError(f"{config_file} is garbled or from another version: leave this run out.") from None
     return settings
 
 

@@ -14,6 +14,7 @@ HEAD = ("Method", "Seeds", "N-bar", "Final", "FLOPs", "of dense", "Loss", "Bits 
 
 
 def cells(entry: Entry) -> list[str]:
+    """Return the table's row of a method."""
     average, dense = entry.flops_average, entry.flops_dense
     return [
         entry.name,
@@ -49,4 +50,5 @@ def markdown(entries: Sequence[Entry]) -> str:
 
 
 def as_json(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return the table as JSON values, one dict for each method."""
     return [asdict(entry) for entry in entries]
