@@ -39,9 +39,9 @@ def close_sweep(sweep: Sweep, codes: Mapping[str, int | None]) -> list[Job]:
 
             draw_sweep(summaries, sweep.folder / FIGURE, sweep.name)
             print(f"\nfigure   {sweep.folder / FIGURE}", flush=True)
-            compare_methods(
-                [job for job in sweep.jobs if done.get(job.name) is not None], sweep.folder / METHODS_FIGURE
-            )
+            folders = {run_directory(job.config): done.get(job.name) for job in sweep.jobs}
+            finished = {folder: summary for folder, summary in folders.items() if summary is not None}
+            compare_methods(finished, sweep.folder / METHODS_FIGURE)
     if failed and sweep.name is None:
         print(
             f"error: {failed[0].name} did not finish; its output is in {sweep.folder / '.submitit'}.", file=sys.stderr

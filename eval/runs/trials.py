@@ -103,9 +103,9 @@ def _trial(summary_file: Path, row: Mapping[str, Any]) -> Trial:
 
 def _flops(config: Config, row: Mapping[str, Any]) -> Flops | None:
     """Return a run's training FLOPs: those of its summary, or for older runs those of its config and its N-bar."""
-    found = [row.get(f"training_flops_{kind}") for kind in ("dense", "average")]
-    if all(is_number(flops) for flops in found):
-        return Flops(*found)
+    dense, average = (row.get(f"training_flops_{kind}") for kind in ("dense", "average"))
+    if is_number(dense) and is_number(average):
+        return Flops(float(dense), float(average))
     try:
         plan = plan_run(config, int(row.get("world_size", 1)))
     except (OSError, ValueError):

@@ -39,7 +39,7 @@ def dense_arm(point: str) -> str:
 
 
 def rate_arms() -> list[Arm]:
-    """Return the dense twins of the 80 % run at three or four learning rates and two seeds, for every arm with its own dense runs."""
+    """Return the dense twins of the 80 % run at three or four rates and two seeds, for every arm with its own dense runs."""
     return [
         Arm(
             f"{point}-{rate:g}-seed{seed}",
