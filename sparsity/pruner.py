@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from sparsity.mask import (
 )
 from sparsity.norms import inverse_norms
 from sparsity.notices import frozen_notice, left_out_notice, warn_on_rank_0
-from sparsity.pattern import Blocks
+from sparsity.pattern import Blocks, Pattern
 from sparsity.prunable import (
     check_inputs_are_last,
     check_pattern,
@@ -45,7 +45,7 @@ from sparsity.prunable import (
 )
 from sparsity.registry import name_of
 from sparsity.schedule import Ramp, Schedule
-from sparsity.scope import Pool, make_pools, seen_together
+from sparsity.scope import Pool, Scope, make_pools, seen_together
 from sparsity.score import Score, magnitude_of_key, scaled
 from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layout
 
@@ -116,7 +116,7 @@ class Pruner:
         self.unbind()
         self.threshold, self.inherited, self.input_norms = None, {}, {}
         self.parameters = prunable_parameters(model, self.choices.include, self.choices.requires_dense)
-        self._check_layers(model)
+        check_layers(model, self.parameters, self.choices.pattern, self.choices.scope, self.choices.score)
         check_factor_names(self.parameters, self.choices.factors)
         self._say_what_is_pruned(model)
         self.kept = {name: param.numel() for name, param in self.parameters.items()}
@@ -133,18 +133,6 @@ class Pruner:
             param.register_post_accumulate_grad_hook(partial(self._mask_gradient, shard))
             for param, shard in zip(self.parameters.values(), self.shards, strict=True)
         ]
-
-    def _check_layers(self, model: nn.Module) -> None:
-        """Raise a ValueError if the choices do not fit the layers of the parameters."""
-        choices = self.choices
-        if choices.pattern is not None:
-            check_pattern(model, self.parameters, choices.pattern)
-        if choices.scope.is_by_row:
-            check_inputs_are_last(
-                model, self.parameters, f"scope={name_of(choices.scope)} compares", "take scope=uniform"
-            )
-        if "activations" in choices.score.needs:
-            check_inputs(model, self.parameters, name_of(choices.score))
 
     def _check_shards(self) -> None:
         """Raise a ValueError if blocks of the pattern would be on two ranks."""
@@ -439,3 +427,15 @@ class Pruner:
 
     def _end_count(self, counts: Tensor) -> None:
         self.kept = dict(zip(self.parameters, counts.tolist(), strict=True))
+
+
+def check_layers(
+    model: nn.Module, parameters: Mapping[str, Tensor], pattern: Pattern | None, scope: Scope, score: Score
+) -> None:
+    """Raise a ValueError if a pattern, scope or score does not fit the layers of the parameters; weights are not read."""
+    if pattern is not None:
+        check_pattern(model, parameters, pattern)
+    if scope.is_by_row:
+        check_inputs_are_last(model, parameters, f"scope={name_of(scope)} compares", "take scope=uniform")
+    if "activations" in score.needs:
+        check_inputs(model, parameters, name_of(score))

@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+from transformers import GPT2Config
 
 from launch.plan.request import read_request
 from sparsity.schedule import SCHEDULES, Constant, Geometric, Mixed, OneShot
@@ -148,6 +149,10 @@ MISTAKES = [
     (["sparsity.pattern=2:4"], "pattern=2:4 ends at a sparsity of 0.5, not 0.8"),
     (["sparsity.pattern=124"], "in yaml it needs quotes"),
     (["sparsity=two_four", "sparsity.pattern=3:7", f"sparsity.target={1 - 3 / 7!r}"], "multiple of 7 inputs"),
+    (["sparsity=two_four", "sparsity.scope=erk"], "pattern=2:4 takes the same share of every layer"),
+    (["sparsity=blocks", "sparsity.scope=row"], "pattern=4x1 compares weights by block"),
+    (["sparsity=set", "sparsity.scope=row"], "update=set grows weights in any row"),
+    (["sparsity=constant", "sparsity.score=saliency"], "the first event is before step 0"),
 ]  # fmt: skip
 
 
@@ -155,6 +160,21 @@ MISTAKES = [
 def test_a_mistake_is_one_sentence(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sparsity.scope=row", "scope=row compares along the inputs"),
+        ("sparsity.score=wanda", "score=wanda needs the inputs of each layer"),
+        ("sparsity=blocks", "pattern=4x1 runs along the inputs"),
+    ],
+)
+def test_a_method_that_does_not_fit_a_models_layers_is_refused_before_it_runs(tmp_path, override, words):
+    GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=2, n_positions=32).save_pretrained(tmp_path)
+    own = ("experiment=demo", "model=hf", f"model.path={tmp_path}", "data.sequence_length=32")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        plan_run(read_request((*own, override)).runs[0], 2)
 
 
 def test_pools_hold_each_parameter_once():

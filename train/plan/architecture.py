@@ -14,9 +14,11 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from conf.schema import ModelConfig
+from conf.schema import ModelConfig, SparsityConfig
 from conf.schema.model import BY_CONFIG
-from sparsity.pattern import Pattern
+from sparsity.pattern import parse_pattern
+from sparsity.scope import SCOPES
+from sparsity.score import SCORES
 from train.plan.folders import CONFIG, model_folder
 
 SIZES = (
@@ -233,16 +235,22 @@ def prunable_meta(model: ModelConfig, include: Sequence[str] | None, requires_de
         return prunable_parameters(meta_model(model), include, requires_dense)
 
 
-def check_pattern_meta(model: ModelConfig, names: Iterable[str], pattern: Pattern) -> None:
-    """Refuse a pattern for a weight that stores its inputs first, in a model by `path`.
+def check_layers_meta(model: ModelConfig, names: Iterable[str], sparsity: SparsityConfig) -> None:
+    """Refuse a pattern, scope or score that does not fit the layers of a model by `path`.
 
     Raises:
-        ValueError: See `sparsity.prunable.check_pattern`.
+        ValueError: See `sparsity.pruner.check_layers`.
     """
-    from sparsity.prunable import check_pattern
+    from sparsity.pruner import check_layers
 
     parameters = dict(meta_model(model).named_parameters())
-    check_pattern(meta_model(model), {name: parameters[name] for name in names}, pattern)
+    check_layers(
+        meta_model(model),
+        {name: parameters[name] for name in names},
+        parse_pattern(sparsity.pattern),
+        SCOPES.find(sparsity.scope),
+        SCORES.find(sparsity.score),
+    )
 
 
 @lru_cache(maxsize=4)

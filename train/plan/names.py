@@ -11,7 +11,7 @@ from conf.schema import ModelConfig, SparsityConfig
 from sparsity.factors import check_factor_names
 from sparsity.pattern import parse_pattern
 from sparsity.scope import Group, Pool, make_pools
-from train.plan.architecture import check_pattern_meta, prunable_meta
+from train.plan.architecture import check_layers_meta, prunable_meta
 
 
 def count_prunable(model: ModelConfig, sparsity: SparsityConfig) -> int:
@@ -36,12 +36,12 @@ def planned_pools(model: ModelConfig, sparsity: SparsityConfig) -> list[Pool]:
         pruned_groups(sparsity),
     )
     check_factor_names(shapes, sparsity.factors)
-    pattern = parse_pattern(sparsity.pattern)
+    pattern, targets = parse_pattern(sparsity.pattern), (sparsity.target, *(group.target for group in sparsity.groups))
+    if model.path is not None and any(targets):
+        check_layers_meta(model, shapes, sparsity)
     if pattern is not None:
-        for target in (sparsity.target, *(group.target for group in sparsity.groups)):
+        for target in targets:
             pattern.check_sparsity(target)
-        if model.path is not None:
-            check_pattern_meta(model, shapes, pattern)
         for name, shape in shapes.items():
             pattern.check_shape(name, shape)
     return pools

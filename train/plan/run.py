@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import Config, ModelConfig
+from sparsity.choices import Choices
 from sparsity.pattern import Blocks, Pattern, parse_pattern
 from sparsity.schedule import SCHEDULES, Mixed, Ramp
 from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
@@ -16,7 +17,7 @@ from sparsity.window import compute_window, schedule_of_window
 from train.plan.architecture import default_length, describe, resolved
 from train.plan.branch import planned_steps
 from train.plan.counts import ParameterCounts, count_parameters
-from train.plan.names import planned_pools, prunable_shapes
+from train.plan.names import planned_pools, prunable_shapes, pruned_groups
 from train.plan.twin import DenseTwin, dense_twin
 
 
@@ -188,9 +189,18 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
             shares=shares,
         )
     _check_window_and_decay(config, schedule, num_steps)
-    update = sparsity.make_update()
-    update.check(schedule, parse_pattern(sparsity.pattern))
-    if config.init_from is not None and update.lets_return:
+    choices = Choices(
+        schedule,
+        score=SCORES.find(sparsity.score),
+        factors=sparsity.factors,
+        normalize=sparsity.normalize,
+        scope=SCOPES.find(sparsity.scope),
+        groups=pruned_groups(sparsity),
+        pattern=parse_pattern(sparsity.pattern),
+        update=sparsity.make_update(),
+        calibration=sparsity.calibration,
+    )
+    if config.init_from is not None and choices.update.lets_return:
         raise ValueError(
             f"init_from={config.init_from} keeps the zeros of its model, but sparsity.update={sparsity.update} lets "
             "pruned weights return: use sparsity.update=shrink, or start from new weights."
