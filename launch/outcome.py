@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -77,12 +78,21 @@ def close_search(folder: Path) -> int:
         return 1
     from eval.runs.sweep import draw_sweep
 
-    found.sort(key=lambda summary: float(summary["heldout_loss"]))
+    found.sort(key=_loss)
     draw_sweep(found, folder / FIGURE, folder.name)
     print("\n" + markdown(found) + "\n")
+    if math.isinf(_loss(found[0])):
+        print(f"error: no trial of {folder} has a finite held-out loss.", file=sys.stderr, flush=True)
+        return 1
     print(f"best     {found[0]['run_name']}: held-out loss {found[0]['heldout_loss']:.4f}")
     print(f"figure   {folder / FIGURE}", flush=True)
     return 0
+
+
+def _loss(summary: Mapping[str, Any]) -> float:
+    """Return the held-out loss of a run; infinity if the run diverged and has none."""
+    loss = summary.get("heldout_loss")
+    return loss if is_number(loss) else math.inf
 
 
 def summary_of(job: Job) -> dict[str, Any] | None:

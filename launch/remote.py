@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -36,6 +35,7 @@ from train.faults.preempt import SIGNALS
 from train.faults.stop import PREEMPTED_CODE
 from train.plan.run import run_directory
 from train.record.directory import RunDirectory
+from train.record.read import is_number, read_summary
 
 PLUGINS = {
     "submitit": ("hydra_plugins.hydra_submitit_launcher", "slurm"),
@@ -169,7 +169,7 @@ def run_here(cfg: DictConfig, overrides: Sequence[str]) -> int:
 
 
 def run_trial(cfg: DictConfig) -> float | None:
-    """Run one trial of a search, named after its values; return its held-out loss, or None if it did not finish."""
+    """Run one trial of a search, named after its values; return its held-out loss, or None if it did not finish or diverged."""
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
     swept = {key_of(item) for item in overrides} - set(settings.job.config.override_dirname.exclude_keys)
@@ -179,11 +179,8 @@ def run_trial(cfg: DictConfig) -> float | None:
         # Hydra would catch an Exception and start the next trial; it does not catch SystemExit.
         sys.exit(PREEMPTED_CODE)
     summary = RunDirectory(run_directory(cli.typed(cfg))).summary
-    return (
-        float(json.loads(summary.read_text(encoding="utf-8"))["heldout_loss"])
-        if code == 0 and summary.exists()
-        else None
-    )
+    loss = read_summary(summary).get("heldout_loss") if code == 0 and summary.exists() else None
+    return float(loss) if is_number(loss) else None
 
 
 def requeue() -> None:

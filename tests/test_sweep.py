@@ -191,6 +191,20 @@ def test_a_search_ends_with_its_best_run_first(tmp_path, capsys):
     assert close_search(tmp_path / "nothing") == 1
 
 
+def test_a_trial_that_diverged_comes_last_in_a_search(tmp_path, capsys):
+    jobs = sweep_of(tmp_path).jobs
+    for job, loss in zip(jobs, (float("nan"), 3.2, 3.9), strict=True):
+        finish(job.config, loss)
+    assert close_search(tmp_path / "s") == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[1] for line in out.splitlines() if line.startswith(("| sparsity", "best"))]
+    assert rows == ["sparsity.target-0.5", "sparsity.target-0.8", "sparsity.target-0", "sparsity.target-0.5:"]
+    for job in jobs:
+        finish(job.config, float("nan"))
+    assert close_search(tmp_path / "s") == 1
+    assert "no trial of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("launcher", "expected"),
     [
