@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from sparsity.prunable import plain_name
 
@@ -47,7 +48,9 @@ def calibration_of(loader: Any, num_sequences: int) -> Calibration:
     """
     data: Any = getattr(loader, "dataset", None)
     collate = getattr(loader, "collate_fn", None)
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or collate is None:
+    # An IterableDataset may have a length, and inherits a __getitem__ that only raises.
+    is_stream = isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__")
+    if is_stream or collate is None:
         raise ValueError(
             "A score that needs activations reads some of the training data by number, and this Trainer's data is a stream: "
             "give it a dataset with a length, or take score=magnitude."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerState
 
 from conf.schema import SparsityConfig
@@ -212,6 +214,21 @@ def test_a_layer_that_sees_nothing_or_infinities_is_refused_by_name(rows, words)
 def test_a_stream_of_data_is_refused_before_training():
     with pytest.raises(ValueError, match="this Trainer's data is a stream"):
         calibration_of(SimpleNamespace(dataset=iter([]), collate_fn=list), 4)
+
+
+class Stream(IterableDataset[Tensor]):
+    """A stream that knows its length, as many do for progress bars."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield torch.zeros(4)
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_stream_with_a_length_is_refused_too():
+    with pytest.raises(ValueError, match="this Trainer's data is a stream"):
+        calibration_of(DataLoader(Stream()), 4)
 
 
 def test_pruning_without_norms_names_what_to_call():
