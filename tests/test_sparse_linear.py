@@ -22,7 +22,7 @@ import sparsity.compact.product as product_module
 from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
 from sparsity.compact.linear import share_storage_
 from sparsity.compact.packed import coded, concatenate, pack, rounded, rows_of, unpack
-from sparsity.compact.rounding import Rounding
+from sparsity.compact.rounding import Rounding, round_values
 from tests.commands import run_command
 from tests.test_compact import IDS, same_bits, sparse_model
 
@@ -284,6 +284,27 @@ def test_a_layer_in_int8_takes_two_bytes_a_kept_weight_instead_of_three():
     assert held["int8"] < 2.5
     # One byte less for each place of a value, and a scale for each row.
     assert held["bfloat16"] - held["int8"] == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_layer_in_int8_that_is_converted_to_float32_says_so():
+    codes = rounded(pack(weight_of(5, 300, 0.2, torch.bfloat16)))
+    layer = SparseLinear(codes, torch.zeros(5, dtype=torch.bfloat16), torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    layer.float()
+    assert (layer.weight.dtype, layer.bias.dtype, layer.scales.dtype) == (torch.float32,) * 3
+
+
+def test_the_default_type_of_torch_does_not_matter():
+    layer = SparseLinear.from_dense(weight_of(5, 300, 0.2))
+    few = torch.ones(1, 300)
+    expected = layer(few)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert same_bits(layer(few), expected)
+        codes, scales = round_values(torch.tensor([127.0, -63.5]), torch.tensor([2]), Rounding(8, rule="absmax"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (codes.tolist(), scales.tolist()) == ([127, -64], [1.0])
 
 
 def test_scales_that_do_not_give_the_weights_are_not_used():

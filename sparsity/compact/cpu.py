@@ -43,7 +43,7 @@ def spmv(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x: Vectors in any floating-point type, which the result has too.
         bias: One number for each row of W.
     """
-    y = torch.empty(len(x), packed.rows)
+    y = torch.empty(len(x), packed.rows, dtype=torch.float32, device=x.device)
     multiply = _product(packed.values.dtype, packed.bases.dtype)
     matrix = (packed.values.data_ptr(), packed.offsets.data_ptr(), packed.bases.data_ptr(), packed.shift)
     numbers, starts, edges = x.float().contiguous(), packed.starts.numpy(), _edges(packed)

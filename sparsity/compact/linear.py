@@ -79,11 +79,13 @@ class SparseLinear(nn.Module):
         return multiply(x, self.packed, self.bias, self.tiles)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Keep scales in float32 if the module's type changes."""
+        """Keep scales in float32 if the module's type changes; the weight has the new type."""
         scales = self.scales
         super()._apply(fn, recurse)
-        if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
-            self.coded_dtype, self.scales = self.scales.dtype, scales.to(self.scales.device)
+        if scales is not None and self.scales is not None:
+            self.coded_dtype = fn(torch.empty(0, dtype=self.coded_dtype, device=scales.device)).dtype
+            if self.scales.dtype != scales.dtype:
+                self.scales = scales.to(self.scales.device)
         return self
 
     def extra_repr(self) -> str:

@@ -72,12 +72,12 @@ def round_values(values: Tensor, sizes: Tensor, rounding: Rounding) -> tuple[Ten
             raise ValueError("a value is infinite or NaN, which has no code")
         part = sizes[first:last]
         segment = torch.repeat_interleave(part)
-        largest = torch.zeros(len(part)).scatter_reduce_(0, segment, found.abs(), "amax")
-        best = torch.full((len(part),), torch.inf)
+        largest = torch.zeros_like(part, dtype=torch.float32).scatter_reduce_(0, segment, found.abs(), "amax")
+        best = torch.full_like(largest, torch.inf)
         for fraction in _FRACTIONS if rounding.rule == "mse" else (1.0,):
             scale = (largest * (fraction / rounding.most)).to(values.dtype)
             code = _codes(found, scale.float()[segment], rounding.most)
-            error = torch.zeros(len(part)).index_add_(0, segment, (code * scale.float()[segment] - found).square())
+            error = torch.zeros_like(largest).index_add_(0, segment, (code * scale.float()[segment] - found).square())
             is_better = error < best
             best = torch.where(is_better, error, best)
             scales[first:last] = torch.where(is_better, scale, scales[first:last])
