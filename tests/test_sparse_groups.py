@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -132,6 +133,39 @@ def test_an_input_that_is_written_to_between_calls_is_multiplied_anew(context):
         assert same_bits(grouped.q_proj(x), separate.q_proj(x))
         x += 1
         assert same_bits(grouped.k_proj(x), separate.k_proj(x))
+
+
+def test_a_group_is_copied_and_saved_without_results_that_wait():
+    separate, grouped = separate_and_grouped()
+    x = torch.ones(1, 300, requires_grad=True) * 2
+    with torch.no_grad():
+        grouped.q_proj(x)
+        for copied in (copy.deepcopy(grouped), pickle.loads(pickle.dumps(grouped))):
+            assert copied.k_proj.group is copied.q_proj.group
+            assert copied.q_proj.group.shelf.held is None
+            assert same_bits(copied.k_proj(x), separate.k_proj(x))
+
+
+@torch.no_grad()
+def test_results_of_a_matrix_that_was_loaded_over_or_converted_are_not_used():
+    separate, grouped = separate_and_grouped()
+    x = torch.ones(1, 300)
+    grouped.q_proj(x)
+    values = "q_proj.group.values"
+    grouped.load_state_dict({**grouped.state_dict(), values: 2 * grouped.state_dict()[values]})
+    assert same_bits(grouped.k_proj(x), 2 * separate.k_proj(x))
+    grouped.double()
+    assert grouped.q_proj.group.shelf.held is None
+
+
+@pytest.mark.parametrize("num_vectors", [1, 2])
+def test_a_caller_may_add_something_trained_to_a_result_in_place(num_vectors):
+    _, grouped = separate_and_grouped()
+    added = torch.zeros(8, requires_grad=True)
+    result = grouped.q_proj(torch.ones(num_vectors, 300))
+    result += added
+    result.sum().backward()
+    assert added.grad is not None and added.grad.tolist() == [num_vectors] * 8
 
 
 @torch.no_grad()

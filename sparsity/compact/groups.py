@@ -7,7 +7,9 @@ is taken once, so that any order of calls gives what separate layers give.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +25,15 @@ MOST_UNUSED = 4
 
 
 class Shelf:
-    """The results of a group's last product that have not been taken yet, and their input."""
+    """The results of a group's last product that have not been taken yet, and their input. A copied shelf is empty."""
 
     def __init__(self) -> None:
         self.held: tuple[Tensor, int, dict[int, Tensor]] | None = None
         self.num_unused = 0
+
+    def __reduce__(self) -> tuple[type[Shelf], tuple[()]]:
+        """Leave out the tensors, because deepcopy refuses results of autograd and a file should not hold activations."""
+        return Shelf, ()
 
 
 class SparseGroup(SparseLinear):
@@ -43,6 +49,7 @@ class SparseGroup(SparseLinear):
         self.edges = (0, *accumulate(layer.out_features for layer in layers))
         self.part_tiles = [Tiles.of(self.rows(number)) for number in range(len(layers))]
         self.shelf = Shelf()
+        self.register_load_state_dict_pre_hook(_forget)
 
     def rows(self, number: int) -> Packed:
         """Return the rows of one layer, as views."""
@@ -70,12 +77,18 @@ class SparseGroup(SparseLinear):
             self.shelf.held = None
         if self.shelf.num_unused >= MOST_UNUSED:
             return self._alone(number, x)
-        # Contiguous, because a model may view a result in any shape; of a single vector, no copy is made.
-        results = [
-            part.contiguous() for part in self(x).split([stop - start for start, stop in pairwise(self.edges)], -1)
-        ]
+        parts = self(x).split([stop - start for start, stop in pairwise(self.edges)], -1)
+        # Contiguous, because a model may view a result in any shape; of a single vector, no copy is made. With autograd, a
+        # view of several results could not be written to.
+        results = [part.clone(memory_format=torch.contiguous_format) if torch.is_grad_enabled() else part.contiguous() for part in parts]
         self.shelf.held = (x, version, {other: part for other, part in enumerate(results) if other != number})
         return results[number]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseGroup:
+        """Convert or move the matrix."""
+        _forget(self)
+        super()._apply(fn, recurse)
+        return self
 
     def _alone(self, number: int, x: Tensor) -> Tensor:
         return multiply(x, self.rows(number), self.part_bias(number), self.part_tiles[number])
@@ -141,6 +154,11 @@ def can_group(layers: list[SparseLinear]) -> bool:
         for layer in layers
     }
     return len(kinds) == 1
+
+
+def _forget(group: SparseGroup, *_: Any) -> None:
+    """Drop the results that wait, because the matrix changes."""
+    group.shelf.held = None
 
 
 def _version(x: Tensor) -> int | None:
