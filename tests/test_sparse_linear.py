@@ -294,6 +294,19 @@ def test_a_layer_in_int8_that_is_converted_to_float32_says_so():
     assert (layer.weight.dtype, layer.bias.dtype, layer.scales.dtype) == (torch.float32,) * 3
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_autocast_has_the_type_of_a_dense_layer_for_few_vectors_and_many(is_compiled):
+    weight = weight_of(5, 300, 0.2)
+    layer = SparseLinear.from_dense(weight, torch.ones(5))
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if is_compiled else layer
+    for num_vectors in (1, 40):
+        x = torch.randn(num_vectors, 300, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            found, expected = call(x), F.linear(x, weight, torch.ones(5))
+        assert found.dtype == expected.dtype == torch.bfloat16
+        assert torch.allclose(found.float(), expected.float(), atol=0.3)
+
+
 def test_the_default_type_of_torch_does_not_matter():
     layer = SparseLinear.from_dense(weight_of(5, 300, 0.2))
     few = torch.ones(1, 300)

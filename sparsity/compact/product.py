@@ -52,6 +52,10 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None, tiles: Tiles) -> Te
         bias: One number for each row of W.
         tiles: The tiles of `packed`.
     """
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        # As in nn.Linear; the kernels themselves do not see autocast, and a cache needs results of one type.
+        x = x.to(torch.get_autocast_dtype(kind))
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         found: Tensor = _linear(x, *_arguments(packed, bias, tiles))
         return found
@@ -68,7 +72,9 @@ def _product(x: Tensor, packed: Packed, bias: Tensor | None, tiles: Tiles) -> Te
     kernel = _kernel(packed) if len(vectors) <= most_vectors(x) else None
     if kernel is not None:
         found: Tensor = kernel.spmv(packed, vectors, bias)
-    elif len(tiles.rows) == 2:
+        return found.view(*x.shape[:-1], packed.rows)
+    bias = None if bias is None else bias.to(x.dtype)
+    if len(tiles.rows) == 2:
         found = F.linear(vectors, next(_dense_tiles(packed, tiles)).to(x.dtype), bias)
     else:
         found = torch.cat([F.linear(vectors, tile.to(x.dtype)) for tile in _dense_tiles(packed, tiles)], -1)
