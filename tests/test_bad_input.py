@@ -36,7 +36,7 @@ CONFIG_MISTAKES = [
     ("sparsity.target=-0.1", "sparsity.target=-0.1 is outside [0, 1)"),
     ("sparsity.target=80", "0.8 for 80 %"),
     ("sparsity.window={start:30,end:10}", "reversed"),
-    ("sparsity.window={start:10,end:5000}", "outside a run of 977 steps"),
+    ("sparsity.window={start:10,end:5000}", "outside a run of 800 steps"),
     ("sparsity.window={start:10,end:20,every:3}", "not divisible by every_steps=3"),
     ("sparsity.window={start:10,end:20,every:0}", "sparsity.window.every=0 must be at least 1"),
     ("sparsity.targt=0.5", "did you mean sparsity.target?"),

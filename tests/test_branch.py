@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_said_before_anything_starts(folder):
             [f"branch_from={parent}@8", "model.num_hidden_layers=3"],
             "model.num_hidden_layers was 2 in that run and is 3 in this one",
         ),
-        ([f"branch_from={parent}@8", "optim.optim=adamw_torch"], "trainer.optim was adamw_torch_fused there"),
+        ([f"branch_from={parent}@8", "optim.optim=adamw_torch"], "trainer.optim was adamw_torch_fused in that run"),
         ([f"branch_from={parent}@8", "sparsity.target=0.8"], r"begin the window at step 8 or later"),
         ([f"branch_from={parent}@8", "run_name=parent", "overwrite=true"], "this run's own folder"),
     ):

@@ -115,7 +115,7 @@ def test_folders_are_shown_by_the_ids_and_in_the_project_that_they_were_logged_u
 def test_folders_of_two_projects_are_refused_unless_one_is_given(capsys, tmp_path):
     run_with_id(tmp_path / "a", "aaaa1111", "mine")
     run_with_id(tmp_path / "b", "bbbb2222", "yours")
-    assert "give project= for all" in error_of(capsys, f"runs={tmp_path}", "dry_run=true")
+    assert "set project= for all" in error_of(capsys, f"runs={tmp_path}", "dry_run=true")
     assert spec_of(capsys, f"runs={tmp_path}", "project=ours")["project"] == "ours"
 
 

@@ -26,10 +26,10 @@ def overrides_of(step: Any) -> list[str]:
 
 def test_rates_come_first_and_every_arm_has_three_pairs(tmp_path):
     names = [step.name for step in recipe.recipe_steps(tmp_path, tmp_path, False)][2:]
-    assert len(names) == len(set(names)) == (5 * 3 + 2) * 2 + 6 * 3 + 5 * 2
+    assert len(names) == len(set(names)) == (5 * 3 + 4) * 2 + 6 * 3 + 5 * 2
     assert names[0] == "plain-0.003-seed0-twin"
     first_pair = names.index("plain-80p-seed0")
-    assert {name.split("-")[1] for name in names[:first_pair]} == {"0.003", "0.006", "0.012", "0.024"}
+    assert {name.split("-")[1] for name in names[:first_pair]} == {"0.003", "0.006", "0.012", "0.024", "0.048"}
     for point in recipe.POINTS:
         assert {f"{point}-80p-seed{seed}" for seed in (0, 1, 2)} <= set(names)
     assert "plain-seed2-twin" in names
@@ -79,7 +79,7 @@ def test_the_number_of_seeds_follows_from_the_spread():
 def result() -> dict[str, Any]:
     """Losses whose gaps are 0.1, 0.2 and 0.3 for plain, and 0.5 more for the folded query."""
     steps: list[dict[str, Any]] = [
-        {"name": "device", "outcome": "passed", "figures": {"cpu": "a", "torch": "2.13.0"}},
+        {"name": "device", "outcome": "passed", "figures": {"machine": "EPYC", "cores": 2, "torch": "2.13.0"}},
         {"name": "folded-80p-seed3", "outcome": "failed", "figures": None},
     ]
     densities = {f"model.layers.{block}.{kind}.weight": 0.1 * (block + 1) for block in (0, 1) for kind in KINDS}
@@ -108,6 +108,7 @@ KINDS = (
 
 def test_the_page_tells_gaps_their_spread_and_the_seeds_that_would_show_a_difference(tmp_path):
     text = page(result(), tmp_path / "recipe.png")
+    assert "; 2 cores of EPYC, torch 2.13.0" in text
     assert "| recipe=plain | 0.006 |  | 4.000 ± 0.000 | 4.200 ± 0.100 | +0.200 ± 0.100 |  |  |" in text
     assert "| +0.700 ± 0.100 | +0.500 ± 0.082 | 2 |" in text
     assert "| recipe=plain | 0.150 | 0.150 |" in text

@@ -29,9 +29,10 @@ WHERE = ("gpu", "python", "torch", "triton", "transformers", "accelerate", "cuda
 
 
 def origin(row: Row) -> str:
-    """Return the device and versions of a row, in one line."""
+    """Return the device and versions of a row, in one line; without a GPU the device is the CPU."""
     known = [f"{key} {row[key]}" if key != "gpu" else f"{row[key]}" for key in WHERE if key in row]
-    return ", ".join(known)
+    cpu = [f"{row['cores']} cores of {row['machine']}"] if "gpu" not in row and "cores" in row else []
+    return ", ".join([*cpu, *known])
 
 
 def steps_section(result: dict[str, Any], title: str) -> str:

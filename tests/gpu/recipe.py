@@ -24,7 +24,7 @@ POINTS: Mapping[str, tuple[str, ...]] = {
 DENSE_OF = {"normalized": "plain"}
 """Arms that change the sparse run alone share the dense runs of another."""
 RATES = (3e-3, 6e-3, 1.2e-2)
-MORE_RATES: Mapping[str, tuple[float, ...]] = {"init": (2.4e-2,), "authors": (2.4e-2,)}
+MORE_RATES: Mapping[str, tuple[float, ...]] = {"init": (2.4e-2, 4.8e-2), "authors": (2.4e-2, 4.8e-2)}
 """Rates of arms whose best of `RATES` is the highest."""
 SEEDS = (0, 1, 2)
 RATE_SEEDS = (0, 1)
@@ -39,7 +39,7 @@ def dense_arm(point: str) -> str:
 
 
 def rate_arms() -> list[Arm]:
-    """Return the dense twins of the 80 % run at three or four rates and two seeds, for every arm with its own dense runs."""
+    """Return the dense twins of the 80 % run at three rates or more and two seeds, for every arm with its own dense runs."""
     return [
         Arm(
             f"{point}-{rate:g}-seed{seed}",
