@@ -165,7 +165,8 @@ def test_a_caller_may_add_something_trained_to_a_result_in_place(num_vectors):
     result = grouped.q_proj(torch.ones(num_vectors, 300))
     result += added
     result.sum().backward()
-    assert added.grad is not None and added.grad.tolist() == [num_vectors] * 8
+    assert added.grad is not None
+    assert added.grad.tolist() == [num_vectors] * 8
 
 
 @torch.no_grad()

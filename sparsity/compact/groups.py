@@ -80,7 +80,10 @@ class SparseGroup(SparseLinear):
         parts = self(x).split([stop - start for start, stop in pairwise(self.edges)], -1)
         # Contiguous, because a model may view a result in any shape; of a single vector, no copy is made. With autograd, a
         # view of several results could not be written to.
-        results = [part.clone(memory_format=torch.contiguous_format) if torch.is_grad_enabled() else part.contiguous() for part in parts]
+        results = [
+            part.clone(memory_format=torch.contiguous_format) if torch.is_grad_enabled() else part.contiguous()
+            for part in parts
+        ]
         self.shelf.held = (x, version, {other: part for other, part in enumerate(results) if other != number})
         return results[number]
 
