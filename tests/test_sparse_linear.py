@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import sparsity.compact
 import sparsity.compact.product as product_module
 from sparsity.compact import CompactWeights, SparseLinear, compact_folder, sparse_linears_
-from sparsity.compact.linear import share_storage_
 from sparsity.compact.packed import coded, concatenate, pack, rounded, rows_of, unpack
+from sparsity.compact.replacement import share_storage_
 from sparsity.compact.rounding import Rounding, round_values
 from tests.commands import run_command
 from tests.test_compact import IDS, same_bits, sparse_model

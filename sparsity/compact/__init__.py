@@ -10,8 +10,9 @@ back into a plain one. `sparse_linears_` keeps a loaded model's linear layers sp
 
 from sparsity.compact.contents import METHOD, VERSIONS
 from sparsity.compact.folder import Folder, compact_folder, expand_folder
-from sparsity.compact.linear import SparseLinear, sparse_linears_
+from sparsity.compact.linear import SparseLinear
 from sparsity.compact.loading import CompactLoader, CompactWeights
+from sparsity.compact.replacement import sparse_linears_
 
 __all__ = [
     "METHOD", "VERSIONS", "CompactLoader", "CompactWeights", "Folder", "SparseLinear", "compact_folder", "expand_folder",

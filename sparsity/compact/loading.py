@@ -25,7 +25,7 @@ from sparsity.compact.bitmask import expand_tensor
 from sparsity.compact.contents import BITMASK, METHOD, SCALES, SUFFIXES, Stored, check_version
 from sparsity.compact.experts import stacking_of, stacks, with_bitmasks
 from sparsity.compact.files import check_file
-from sparsity.compact.linear import ROW_SCALES, sparse_linears_
+from sparsity.compact.replacement import ROW_SCALES, sparse_linears_
 from sparsity.compact.rounding import group_of, restore_stored
 
 

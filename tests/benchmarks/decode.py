@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
 
-from sparsity.compact.linear import SparseLinear, sparse_linears_
+from sparsity.compact.linear import SparseLinear
 from sparsity.compact.packed import Packed, pack
+from sparsity.compact.replacement import sparse_linears_
 from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
 from tests.benchmarks.decode_generate import measure_generation, round_layers_
 from tests.benchmarks.decoder import Decoder, make_sparse_

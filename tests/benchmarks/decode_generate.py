@@ -16,8 +16,9 @@ from torch import nn
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from sparsity.compact.groups import group_linears_
-from sparsity.compact.linear import SparseLinear, replace_, sparse_linears_
+from sparsity.compact.linear import SparseLinear, replace_
 from sparsity.compact.packed import rounded
+from sparsity.compact.replacement import sparse_linears_
 from tests.benchmarks.common import Comparison
 from tests.benchmarks.decoder import make_sparse_
 from tests.benchmarks.event import Size
