@@ -1,8 +1,10 @@
-"""An uninterrupted run that several test modules share, and the order in which modules run."""
+"""An uninterrupted run that several test modules share, the order in which modules run, and what no test leaves behind."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,14 @@ SLOWEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(autouse=True)
+def no_precision_is_left() -> Iterator[None]:
+    """Make each test's Trainer choose its mixed precision anew: accelerate keeps the first one of a process."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")
