@@ -439,7 +439,9 @@ def test_without_a_network_the_upload_says_so_and_leaves_the_run_alone(finished,
     directory = finished[2]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before = (directory.model / "README.md").read_text()
-    with pytest.raises(ValueError, match=r"the run is finished.*not uploaded to ada/tiny.*does not answer.*rerun the same command"):
+    with pytest.raises(
+        ValueError, match=r"the run is finished.*not uploaded to ada/tiny.*does not answer.*rerun the same command"
+    ):
         push_to_hub(CardConfig(hub_id="ada/tiny", push_to_hub=True), directory.model)
     hub.is_reachable.cache_clear()
     assert (directory.model / "README.md").read_text() == before
