@@ -116,7 +116,7 @@ BAD_PATTERNS = [
     ("2:2", "pattern=2:2 is not known"),
     ("0:4", "pattern=0:4 is not known"),
     ("124", "in yaml it needs quotes"),
-    ("block", "choose unstructured, or N:M"),
+    ("block", "choose unstructured, N:M with N below M"),
 ]
 
 
