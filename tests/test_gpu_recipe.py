@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from conf.compose import composed
 from tests.commands import ROOT
 from tests.gpu import recipe
-from tests.gpu.recipe_page import page, pooled_std, seeds_to_show
+from tests.gpu.recipe_page import page, seeds_to_show
 from tests.gpu.recipe_run import best_rate, layer_densities, rate_losses
 from train.plan.run import plan_run
 
@@ -71,9 +71,9 @@ def test_densities_are_those_of_the_exported_matrices(tmp_path):
 
 def test_the_number_of_seeds_follows_from_the_spread():
     """Two groups of n with a standard deviation of 1 show a difference of 1 at n = 2 (1.960 + 0.842)^2 = 15.7."""
-    assert seeds_to_show(1.0, 1.0) == seeds_to_show(-1.0, 1.0) == 16
-    assert seeds_to_show(0.5, 1.0) == 63
-    assert pooled_std([(1.0, 3.0), (0.0, 0.0)]) == 1.0
+    assert seeds_to_show(1.0, 1.0 + 1.0) == seeds_to_show(-1.0, 2.0) == 16
+    assert seeds_to_show(0.5, 2.0) == 63
+    assert seeds_to_show(1.0, 1.0 + 0.0) == 8
 
 
 def result() -> dict[str, Any]:

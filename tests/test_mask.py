@@ -213,7 +213,9 @@ def test_binding_again_forgets_the_run_before():
 
 
 def test_an_unknown_score_is_refused():
-    with pytest.raises(ValueError, match="score=Magnitude is not known: choose one of magnitude, saliency, wanda, random, or"):
+    with pytest.raises(
+        ValueError, match="score=Magnitude is not known: choose one of magnitude, saliency, wanda, random, or"
+    ):
         SparsityCallback(Geometric(0.5, 0, 0, 1), score="Magnitude")
 
 

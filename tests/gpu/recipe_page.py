@@ -113,26 +113,25 @@ def outcome(runs: Sequence[Run], point: str) -> Outcome | None:
     )
 
 
-def seeds_to_show(difference: float, std: float) -> int:
-    """Return how many seeds an arm would show a difference of means, if each has this standard deviation."""
-    return max(2, math.ceil(2 * POWER * (std / difference) ** 2)) if difference else 10**6
+def seeds_to_show(difference: float, variances: float) -> int:
+    """Return how many seeds an arm would show a difference of two means.
 
-
-def pooled_std(groups: Sequence[Sequence[float]]) -> float:
-    """Return the standard deviation within groups, from the sum of their squared deviations."""
-    squares = sum((len(group) - 1) * statistics.variance(group) for group in groups if len(group) > 1)
-    freedom = sum(len(group) - 1 for group in groups)
-    return math.sqrt(squares / freedom)
+    Args:
+        difference: Of the means.
+        variances: The sum of the variances of one seed in either arm.
+    """
+    return max(2, math.ceil(POWER * variances / difference**2)) if difference else 10**6
 
 
 def gaps_table(outcomes: Sequence[Outcome]) -> str:
     """Return losses and gaps by arm, and how far each gap is from that of recipe=plain."""
     plain = next(item for item in outcomes if item.point == "plain")
-    std = pooled_std([item.gaps for item in outcomes])
     rows = []
     for item in outcomes:
         moved = item.gap.mean - plain.gap.mean
-        error = std * math.sqrt(1 / len(item.gaps) + 1 / len(plain.gaps))
+        # The spreads of the arms differ too much to be pooled.
+        variances = [statistics.variance(one.gaps) if len(one.gaps) > 1 else 0.0 for one in (item, plain)]
+        error = math.sqrt(variances[0] / len(item.gaps) + variances[1] / len(plain.gaps))
         rows.append(
             [
                 WORDS[item.point],
@@ -142,7 +141,7 @@ def gaps_table(outcomes: Sequence[Outcome]) -> str:
                 _spread(item.sparse),
                 _spread(item.gap, "+"),
                 "" if item is plain else f"{moved:+.3f} ± {error:.3f}",
-                "" if item is plain else _seeds(moved, std),
+                "" if item is plain else _seeds(moved, sum(variances)),
             ]
         )
     head = ["arm", "rate", "dense", "twin", "80 %", "gap", "gap less plain's", "seeds to show it"]
@@ -218,7 +217,6 @@ def page(result: Mapping[str, Any], figure: Path | None = None) -> str:
     outcomes = [found for point in POINTS if (found := outcome(runs, point)) is not None]
     if figure is not None:
         draw(runs, outcomes, figure)
-    std = pooled_std([item.gaps for item in outcomes])
     return (
         "\n\n".join(
             [
@@ -226,9 +224,9 @@ def page(result: Mapping[str, Any], figure: Path | None = None) -> str:
                 device_of(result),
                 "![the gap of each arm, and the densities of its layers](recipe.png)",
                 "## Gaps to the twin\n\nHeld-out nats a token, mean ± sample standard deviation over seeds; a gap is the mean "
-                f"of the seeds' differences. Within an arm a gap has a standard deviation of {std:.3f}, which gives the error "
-                "of each difference from plain, and the number of seeds an arm that would show it (a two-sided test at 5 % "
-                "that finds it 80 times of 100).",
+                "of the seeds' differences. The next column has the standard error of the difference from plain, from the "
+                "spreads of both arms; the last one tells how many seeds an arm would show it (a two-sided test at 5 % that "
+                "finds it 80 times of 100).",
                 gaps_table(outcomes),
                 "## Layer densities\n\nShare of weights left at the end, the mean over blocks and seeds.",
                 densities_table(runs, outcomes),
@@ -244,8 +242,8 @@ def _spread(value: Spread, sign: str = "") -> str:
     return f"{value.mean:{sign}.3f}" + ("" if value.std is None else f" ± {value.std:.3f}")
 
 
-def _seeds(difference: float, std: float) -> str:
-    found = seeds_to_show(difference, std)
+def _seeds(difference: float, variances: float) -> str:
+    found = seeds_to_show(difference, variances)
     return f"{found:,}" if found <= 1000 else "over 1,000"
 
 
