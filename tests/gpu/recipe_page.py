@@ -33,7 +33,7 @@ WORDS = {
     "normalized": "sparsity.normalize=rms",
 }
 """What each arm changes of recipe=plain, as the page says it."""
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 POWER = (1.960 + 0.842) ** 2
 """Squared sum of the normal quantiles of a test at 5 % from both sides that finds a difference 80 times of 100."""
 
@@ -170,7 +170,7 @@ def kind_densities(runs: Sequence[Run], point: str) -> dict[str, float]:
         if (run.point, run.kind) == (point, "sparse"):
             for name, density in run.densities.items():
                 for kind in KINDS:
-                    if f".{kind}." in name:
+                    if f".{kind}." in f".{name}":
                         found.setdefault(kind, []).append(density)
     return {kind: statistics.fmean(found[kind]) for kind in KINDS if kind in found}
 
@@ -179,7 +179,7 @@ def densities_table(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> str:
     rows = []
     for item in outcomes:
         densities = kind_densities(runs, item.point)
-        rows.append([WORDS[item.point], *(f"{densities[kind]:.3f}" for kind in KINDS)])
+        rows.append([WORDS[item.point], *(f"{densities[kind]:.3f}" if kind in densities else "" for kind in KINDS)])
     return table(["arm", *KINDS], rows)
 
 
@@ -199,11 +199,14 @@ def draw(runs: Sequence[Run], outcomes: Sequence[Outcome], file: Path) -> None:
     for index, item in enumerate(outcomes):
         densities = kind_densities(runs, item.point)
         places = [place + (index - (len(outcomes) - 1) / 2) * width for place in range(len(KINDS))]
-        right.bar(places, [densities[kind] for kind in KINDS], width, color=colors[index], label=WORDS[item.point])
+        right.bar(
+            places, [densities.get(kind, 0.0) for kind in KINDS], width, color=colors[index], label=WORDS[item.point]
+        )
     right.axhline(0.2, color=GREY, linestyle="--", linewidth=1)
     right.set_xticks(range(len(KINDS)), KINDS)
     right.set_ylabel("final density")
     right.set_title("what a global threshold keeps", loc="left", fontweight="bold")
+    right.set_ylim(0, 1.3 * right.get_ylim()[1])
     right.legend(frameon=False, fontsize=8, ncols=2)
     for axes in (left, right):
         lighten(axes)
