@@ -139,6 +139,6 @@ def api_page() -> str:
     ]
     parts += [
         f"::: sparsity.compact.{home}"
-        for home in ("folder.compact_folder", "folder.expand_folder", "linear.sparse_linears_")
+        for home in ("folder.compact_folder", "folder.expand_folder", "replacement.sparse_linears_")
     ]
     return "\n\n".join(parts) + "\n"

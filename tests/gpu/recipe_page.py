@@ -203,7 +203,7 @@ def draw(runs: Sequence[Run], outcomes: Sequence[Outcome], file: Path) -> None:
             places, [densities.get(kind, 0.0) for kind in KINDS], width, color=colors[index], label=WORDS[item.point]
         )
     right.axhline(0.2, color=GREY, linestyle="--", linewidth=1)
-    right.set_xticks(range(len(KINDS)), KINDS)
+    right.set_xticks(range(len(KINDS)), KINDS, fontsize=8)
     right.set_ylabel("final density")
     right.set_title("what a global threshold keeps", loc="left", fontweight="bold")
     right.set_ylim(0, 1.3 * right.get_ylim()[1])
