@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from transformers import (
     CompileConfig,
     GPTNeoXConfig,
@@ -262,4 +262,4 @@ def test_the_operator_keeps_the_rules_of_torch():
     arguments = product_module._arguments(layer.packed, layer.bias, layer.tiles)
     for number in (2, 40):
         x = torch.randn(number, 40, requires_grad=True)
-        torch.library.opcheck(product_module._linear, (x, *arguments))
+        library.opcheck(product_module._linear, (x, *arguments))

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from sparsity.compact.packed import Packed, unpack
@@ -96,7 +96,7 @@ _MATRIX = (
 )
 
 
-@torch.library.custom_op("sparsity::linear", mutates_args=(), schema=f"(Tensor x, {_MATRIX}) -> Tensor")
+@library.custom_op("sparsity::linear", mutates_args=(), schema=f"(Tensor x, {_MATRIX}) -> Tensor")
 def _linear(x: Tensor, *matrix: Any) -> Tensor:
     return _product(x, *_from_arguments(*matrix))
 
@@ -107,7 +107,7 @@ def _(x: Tensor, *matrix: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.rows)
 
 
-@torch.library.custom_op("sparsity::linear_backward", mutates_args=(), schema=f"(Tensor grad, {_MATRIX}) -> Tensor")
+@library.custom_op("sparsity::linear_backward", mutates_args=(), schema=f"(Tensor grad, {_MATRIX}) -> Tensor")
 def _linear_backward(grad: Tensor, *matrix: Any) -> Tensor:
     packed, _, tiles = _from_arguments(*matrix)
     found = grad.new_zeros(*grad.shape[:-1], packed.columns)
