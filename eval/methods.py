@@ -29,6 +29,7 @@ def main(arguments: Sequence[str]) -> None:
 
         entries = entries_of(read_trials(config.runs))
         if config.figure:
+            Path(config.figure).parent.mkdir(parents=True, exist_ok=True)
             draw_methods(entries, Path(config.figure))
             print(f"wrote {config.figure}", file=sys.stderr)
         print(json.dumps(as_json(entries), indent=2) if config.format == "json" else markdown(entries))

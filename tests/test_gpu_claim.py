@@ -63,7 +63,7 @@ def test_rates_are_tuned_on_the_dense_side_with_two_seeds_each(tmp_path):
     found = [composed("train", overrides_of(step)) for step in claim.rates_steps(tmp_path, tmp_path, False)[2:]]
     assert all(config.model.match == "average" for config in found)
     tried = {(config.sparsity.target, config.trainer.learning_rate, config.trainer.seed) for config in found}
-    assert len(tried) == len(found) == 2 * 3 * 2
+    assert len(tried) == len(found) == 2 * 4 * 2
 
 
 def test_each_pair_takes_the_rate_of_its_sparsity_from_the_rates_beside_its_results(tmp_path):

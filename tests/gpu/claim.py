@@ -23,11 +23,11 @@ PYTHON = sys.executable
 SPARSITIES = (0.2, 0.4, 0.6)
 """The sparsities in addition to 80 %, with one seed each."""
 SEEDS = (0, 1, 2)
-RATES = (1.5e-3, 3e-3, 6e-3)
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 RATE_SPARSITIES = (0.2, 0.8)
 """The twins whose rates are tuned: the widest and the narrowest."""
 RATE_SEEDS = (0, 1)
-RATE_STEPS = 768
+RATE_STEPS = 576
 RATES_FILE = "rates.json"
 TWIN = "model.match=average"
 RUN_SECONDS, REHEARSED_SECONDS = 60.0, 5.0
@@ -69,7 +69,7 @@ def pair(sparsity: float, seed: int, *more: str) -> tuple[Arm, Arm]:
 
 
 def rate_arms() -> list[Arm]:
-    """Return the twins of the 20 % and the 80 % run at three learning rates and two seeds."""
+    """Return the twins of the 20 % and the 80 % run at four learning rates and two seeds."""
     return [
         Arm(
             f"{100 * sparsity:g}p-{rate:g}-seed{seed}",

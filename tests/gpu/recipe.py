@@ -1,7 +1,7 @@
 """The steps of `python -m tests.gpu recipe`: which points of the authors' recipe change the sparse run and its twin.
 
-Each arm changes one point of recipe=plain; the last one is recipe=authors. An arm's learning rate is that of its dense twin
-with the lowest held-out loss, so the rates come first.
+Each arm changes one point of recipe=plain; recipe=authors changes all but the scores. An arm has the learning rate whose dense
+twins have the lowest held-out loss, so the rates come first.
 """
 
 from __future__ import annotations
