@@ -18,7 +18,7 @@ from sparsity.blocks import count_mixed_blocks, keep_whole_blocks_
 from sparsity.choices import Choices
 from sparsity.collapse import all_zero_names, refuse_all_zero
 from sparsity.event import count_overfull_blocks, prune_pool_
-from sparsity.factors import check_factor_names, factor_of
+from sparsity.factors import check_factor_names, factor_of, scaled
 from sparsity.gradients import STATE as GRADIENT_STATE
 from sparsity.mask import (
     check_replicas_agree,
@@ -46,7 +46,7 @@ from sparsity.prunable import (
 from sparsity.registry import name_of
 from sparsity.schedule import Ramp, Schedule
 from sparsity.scope import Pool, Scope, make_pools, seen_together
-from sparsity.score import Score, magnitude_of_key, scaled
+from sparsity.score import Score, magnitude_of_key
 from sparsity.shards import ParameterShard, RankLayout, local_values, rank_layout
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from sparsity.factors import factor_of
 from sparsity.registry import Method, Registry, name_of
 from sparsity.update import WEIGHT_GRADIENT_SHARE
 
@@ -151,34 +150,6 @@ class Random(Score):
         bits = _mix(shard.index(part) + int.from_bytes(digest, "little", signed=True))
         kept = ((bits >> 33) & SIGN_OFF).clamp_(min=1)
         return kept.masked_fill_(~shard.mask[part], 0).to(torch.int32)
-
-
-class Scaled(Score):
-    """Another score, multiplied by a factor for each parameter."""
-
-    def __init__(self, score: Score, factors: Mapping[str, float]) -> None:
-        self.score, self.factors = score, dict(factors)
-        self.name, self.label, self.needs = score.name, score.label, score.needs
-        self.is_zero_first, self.is_placeless = score.is_zero_first, score.is_placeless
-
-    def keys(self, shard: ParameterShard, part: slice) -> Tensor:
-        import torch
-
-        found, factor = self.score(shard, part), factor_of(shard.name, self.factors)
-        return found if factor == 1 else (found.view(torch.float32) * factor).view(torch.int32)
-
-
-def scaled(score: Score, factors: Mapping[str, float]) -> Score:
-    """Return `score` with each parameter's keys, read as float32, multiplied by the factor of its name.
-
-    A product is rounded once, to float32, and its bits are the key. A factor that is a power of two is exact unless the
-    product is a denormal. Products that round to 0 or to infinity are ties. Keys do not depend on the world size.
-
-    Args:
-        score: A score whose keys are the bits of float32 numbers, such as `magnitude`.
-        factors: Name patterns and their factors, see `sparsity.factors`. If empty, `score` itself is returned.
-    """
-    return Scaled(score, factors) if factors else score
 
 
 class Given(Score):

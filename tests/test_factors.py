@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from conf.compose import composed
 from launch.plan.request import read_request
 from sparsity import Geometric, SparsityCallback
-from sparsity.factors import factor_of
+from sparsity.factors import factor_of, scaled
 from sparsity.schedule import Fixed
-from sparsity.score import magnitude, scaled
+from sparsity.score import magnitude
 from sparsity.select import prune_smallest_
 from sparsity.shards import ParameterShard
 from tests.distributed import run_ranks
