@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from sparsity.activations import calibration_of
+from sparsity.event.activations import calibration_of
 from sparsity.order import move_to_the_end
 from sparsity.pruner import Pruner
 from sparsity.resume import STATE_KEY, check_masks, check_zeros, mask_state, restore_from_weights, state_for_trainer

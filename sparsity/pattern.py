@@ -2,7 +2,7 @@
 
 Hardware for sparse matrices reads N:M along the input dimension: 2:4 on NVIDIA's (arXiv 2104.08378). Kernels for block-sparse
 matrices keep or skip blocks of R outputs x C inputs. This needs only the standard library; `sparsity.event` and
-`sparsity.blocks` apply a pattern.
+`sparsity.event.blocks` apply a pattern.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, field
+from typing import Protocol, Self
 
-from sparsity.registry import Method, Registry, name_of
+from sparsity.registry import Method, Registry
 
 DEFAULT_EVERY_STEPS = 100
 
@@ -254,37 +254,6 @@ class Alternating(Ramp):
 
 
 @dataclass(frozen=True)
-class Mixed(Staircase):
-    """The density of several groups of weights together; each group follows `base` to its own sparsity.
-
-    `shares` holds (share of the prunable weights, sparsity) for each group; the shares add up to 1.
-    """
-
-    base: Ramp
-    shares: tuple[tuple[float, float], ...]
-
-    def __post_init__(self) -> None:
-        for name in ("start_step", "end_step", "every_steps"):
-            object.__setattr__(self, name, getattr(self.base, name))
-        object.__setattr__(self, "sparsity", math.fsum(share * sparsity for share, sparsity in self.shares))
-
-    @property
-    def name(self) -> str:
-        return self.base.name
-
-    @property
-    def label(self) -> str:
-        return self.base.label
-
-    def density_after(self, event: int) -> float:
-        if event == self.num_events - 1:
-            return 1.0 - self.sparsity
-        return math.fsum(
-            share * self.base.kept_after(sparsity, event, self.num_events) for share, sparsity in self.shares
-        )
-
-
-@dataclass(frozen=True)
 class Fixed:
     """A schedule without events: weights that are zero when the run begins stay zero, and no others are pruned."""
 
@@ -303,11 +272,6 @@ SCHEDULES: Registry[type[Ramp]] = Registry(
     {schedule.name: schedule for schedule in (Geometric, Cubic, Linear, OneShot, Constant, Alternating)},
     Ramp,
 )
-
-
-def schedule_record(schedule: Ramp | Mixed) -> dict[str, Any]:
-    """Return the schedule as plain data: its kind and its fields."""
-    return {"kind": name_of(schedule), **asdict(schedule)}
 
 
 def _divisor_hint(schedule: Ramp) -> str:

@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, cast
 
+from sparsity.mixed import Mixed
 from sparsity.registry import Method, Registry
-from sparsity.schedule import Mixed, Ramp, Schedule
+from sparsity.schedule import Ramp, Schedule
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The schedule says how many weights are kept. An update says which of the others may return: none (`Shrink`, the default), some
 at regular steps (`Set`, `Rigl`), any whenever masks are chosen (`Ste`), or all in dense phases (`AcDc`). Importing this needs
-no torch; `sparsity.rules` applies an update with `sparsity.moves` and `sparsity.latent`.
+no torch; `sparsity.rules` applies an update.
 """
 
 from __future__ import annotations

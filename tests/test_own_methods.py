@@ -15,8 +15,8 @@ from transformers import TrainerState
 
 from examples.own_score import Momentum, main
 from sparsity import Constant, Cubic, Geometric, Ramp, Score, SparsityCallback
+from sparsity.event.norms import inverse_norms
 from sparsity.factors import factor_of
-from sparsity.norms import inverse_norms
 from sparsity.registry import label_of, name_of
 from sparsity.scope import Erk, Pool, make_pools, num_pruned
 from sparsity.score import SCORES, Random, magnitude

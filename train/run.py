@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from conf.cli import user_errors
 from conf.schema import Config, tokenizer_of
 from sparsity import SparsityCallback
-from sparsity.schedule import schedule_record
+from sparsity.mixed import schedule_record
 from train.arguments import MUON, check_recipe, training_arguments
 from train.checkpoints.write import parameters_of
 from train.data import Blocks, PreparedData, prepare, training_blocks, unigram_bits_per_byte

@@ -219,7 +219,7 @@ def run_events(model: Model, device: str) -> list[Event]:
             return threshold
 
         before = peak(device, reset=True)
-        with timed_passes(device, pending), mock.patch("sparsity.event.prune_smallest_", select):
+        with timed_passes(device, pending), mock.patch("sparsity.event.pool.prune_smallest_", select):
             synchronize(device)
             started = time.perf_counter()
             model.pruner.prune(density, model.optimizer)

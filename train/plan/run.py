@@ -8,8 +8,9 @@ from pathlib import Path
 
 from conf.schema import Config, ModelConfig
 from sparsity.choices import Choices
+from sparsity.mixed import Mixed
 from sparsity.pattern import Blocks, Pattern, parse_pattern
-from sparsity.schedule import SCHEDULES, Mixed, Ramp
+from sparsity.schedule import SCHEDULES, Ramp
 from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
 from sparsity.score import SCORES, Score
 from sparsity.update import Update
