@@ -135,6 +135,7 @@ class SparsityCallback(TrainerCallback):
         self.rule.move(step, optimizer)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Bind the pruner to the model, and restore or inherit its masks."""
         if getattr(state, "_has_sparsity_callback", False):
             raise ValueError(
                 "This Trainer has two SparsityCallbacks, which would share one state and one density: use one for "
@@ -181,6 +182,7 @@ class SparsityCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Run the event before this step, if there is one, and add the step to the average density."""
         if self._needs_activations and self.rule.chooses_at(state.global_step):
             self.calibrate(model, train_dataloader, getattr(args, "device", None))
         if self.rule.acts_before(state.global_step):
@@ -192,6 +194,7 @@ class SparsityCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        """Move masks by the gradients of this step, if the update does so; such a step updates no weights."""
         if self.rule.moves_after_backward(state.global_step):
             self.move_at(state.global_step, optimizer)
             # Without gradients an optimizer updates neither weights nor its step counts.
@@ -202,6 +205,7 @@ class SparsityCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        """Zero the weights that the optimizer's update has changed although they are pruned."""
         self.rule.after_update(optimizer)
 
     def on_step_end(
@@ -218,10 +222,12 @@ class SparsityCallback(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Zero pruned weights a last time and stop masking gradients."""
         self._zero_again(model)
         self.pruner.unbind()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Add the sparsity's figures to the Trainer's log and to an open wandb run, if `report` is set."""
         if not self.report or not self._num_steps:
             return
         figures = self.metrics(max(0, state.global_step - 1))

@@ -37,6 +37,7 @@ class Scaled(Score):
         self.is_zero_first, self.is_placeless = score.is_zero_first, score.is_placeless
 
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return the other score's keys, read as float32 and multiplied by the factor."""
         import torch
 
         found, factor = self.score(shard, part), factor_of(shard.name, self.factors)

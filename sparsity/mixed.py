@@ -27,13 +27,16 @@ class Mixed(Staircase):
 
     @property
     def name(self) -> str:
+        """The name of `base`."""
         return self.base.name
 
     @property
     def label(self) -> str:
+        """The label of `base`."""
         return self.base.label
 
     def density_after(self, event: int) -> float:
+        """Return the mean density of the groups, weighted by their shares."""
         if event == self.num_events - 1:
             return 1.0 - self.sparsity
         return math.fsum(

@@ -27,14 +27,17 @@ class NofM:
 
     @property
     def name(self) -> str:
+        """The pattern as settings give it, such as 2:4."""
         return str(self)
 
     @property
     def label(self) -> str:
+        """The pattern's description in cards and plots."""
         return f"{self} along the inputs"
 
     @property
     def sparsity(self) -> float:
+        """The share of pruned weights when the pattern is complete."""
         return 1 - self.kept / self.block
 
     def whole(self, count: int) -> int:
@@ -77,14 +80,17 @@ class Blocks:
 
     @property
     def name(self) -> str:
+        """The pattern as settings give it."""
         return str(self)
 
     @property
     def label(self) -> str:
+        """The pattern's description in cards and plots."""
         return f"in blocks of {self.rows} outputs x {self.columns} inputs"
 
     @property
     def numel(self) -> int:
+        """The number of weights of a block."""
         return self.rows * self.columns
 
     def whole(self, count: int) -> int:

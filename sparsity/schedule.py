@@ -23,11 +23,14 @@ DEFAULT_EVERY_STEPS = 100
 class Schedule(Protocol):
     """The interface of a schedule that the callback uses."""
 
-    def density(self, step: int) -> float: ...
+    def density(self, step: int) -> float:
+        """Return the share of weights kept while `step` runs."""
 
-    def events(self) -> Sequence[int]: ...
+    def events(self) -> Sequence[int]:
+        """Return the steps before which weights are pruned."""
 
-    def average_density(self, num_steps: int) -> float: ...
+    def average_density(self, num_steps: int) -> float:
+        """Return the mean density over the first `num_steps` steps."""
 
 
 class Staircase:
@@ -45,6 +48,7 @@ class Staircase:
 
     @property
     def num_events(self) -> int:
+        """The number of events, the first and the last included."""
         return (self.end_step - self.start_step) // self.every_steps + 1
 
     def events(self) -> range:
@@ -126,6 +130,7 @@ class Ramp(Staircase, Method):
 
     @property
     def base(self) -> Ramp:
+        """The schedule itself; that of all groups if they have their own targets, see `sparsity.mixed`."""
         return self
 
     def __post_init__(self) -> None:
@@ -146,6 +151,7 @@ class Ramp(Staircase, Method):
             )
 
     def density_after(self, event: int) -> float:
+        """Return the density that `kept_after` gives at this schedule's sparsity."""
         return self.kept_after(self.sparsity, event, self.num_events)
 
 
@@ -161,6 +167,7 @@ class Geometric(Ramp):
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
+        """Return (1 - sparsity)^progress."""
         return float((1.0 - sparsity) ** progress)
 
 
@@ -176,6 +183,7 @@ class Cubic(Ramp):
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
+        """Return 1 - sparsity (1 - (1 - progress)^3)."""
         return 1.0 - sparsity * (1.0 - (1.0 - progress) ** 3)
 
 
@@ -188,6 +196,7 @@ class Linear(Ramp):
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
+        """Return 1 - sparsity progress."""
         return 1.0 - sparsity * progress
 
 
@@ -203,10 +212,12 @@ class OneShot(Ramp):
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
+        """Return 1 - sparsity: the only event is the last one."""
         return 1.0 - sparsity
 
     @classmethod
     def over(cls, sparsity: float, start_step: int, end_step: int, every_steps: int) -> Self:
+        """Return the schedule with its event at `start_step`."""
         return cls(sparsity, start_step)
 
     def __post_init__(self) -> None:
@@ -225,6 +236,7 @@ class Constant(OneShot):
 
     @classmethod
     def over(cls, sparsity: float, start_step: int, end_step: int, every_steps: int) -> Self:
+        """Return the schedule with its event at step 0, whatever the window."""
         return cls(sparsity)
 
 
@@ -242,6 +254,7 @@ class Alternating(Ramp):
 
     @classmethod
     def kept_after(cls, sparsity: float, event: int, num_events: int) -> float:
+        """Return 1 - sparsity after even events and 1 after odd ones."""
         return 1.0 if event % 2 else 1.0 - sparsity
 
     def __post_init__(self) -> None:
@@ -258,12 +271,15 @@ class Fixed:
     """A schedule without events: weights that are zero when the run begins stay zero, and no others are pruned."""
 
     def density(self, step: int) -> float:
+        """Return 1: the schedule itself prunes nothing."""
         return 1.0
 
     def events(self) -> Sequence[int]:
+        """Return no steps."""
         return ()
 
     def average_density(self, num_steps: int) -> float:
+        """Return 1, whatever zeros the model has."""
         return 1.0
 
 

@@ -68,6 +68,7 @@ class Score(Method):
         return WEIGHT_GRADIENT_SHARE * math.fsum(1 - schedule.density(step) for step in before)
 
     def __call__(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return the `keys`."""
         return self.keys(shard, part)
 
 
@@ -107,6 +108,7 @@ class Saliency(Score):
     is_zero_first = True
 
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return |w g|, with the gradient of the step before the event."""
         assert shard.gradient is not None
         return (shard.values[part].float() * shard.gradient[part]).abs()
 
@@ -123,6 +125,7 @@ class Wanda(Score):
     is_zero_first = True
 
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return |w| times the norm of the input in the weight's column."""
         assert shard.input_norms is not None
         return shard.values[part].float().abs() * shard.input_norms[shard.index(part) % shard.shape[-1]]
 
@@ -139,9 +142,11 @@ class Random(Score):
         self.seed = seed
 
     def seeded(self, seed: int) -> Random:
+        """Return a score with the run's seed, unless this one has its own."""
         return Random(seed) if self.seed is None else self
 
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return hashes of the weights' places, at least 1 for kept weights."""
         import torch
 
         digest = hashlib.blake2b(
@@ -158,6 +163,7 @@ class Given(Score):
     is_placeless = True
 
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return the values, which are keys already."""
         return shard.values[part]
 
 

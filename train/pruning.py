@@ -27,10 +27,12 @@ class RunSparsity(SparsityCallback):
     clock = StepClock(torch.device("cpu"), is_read=False)
 
     def prune_at(self, *args: Any, **kwargs: Any) -> Any:
+        """Change the masks before a step while the clock pauses."""
         with self.clock.pause():
             return super().prune_at(*args, **kwargs)
 
     def calibrate(self, *args: Any, **kwargs: Any) -> Any:
+        """Collect activation norms while the clock pauses."""
         with self.clock.pause():
             return super().calibrate(*args, **kwargs)
 
@@ -55,14 +57,17 @@ class RunSparsity(SparsityCallback):
             self.load_state({**saved, "inherited": zeros}, step)
 
     def move_at(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the masks while the clock pauses."""
         with self.clock.pause():
             return super().move_at(*args, **kwargs)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Bind the pruner; end the run on all ranks if it does not fit the model or checkpoint."""
         with _stopping():
             super().on_train_begin(*args, **kwargs)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Run the event before a step; end the run on all ranks if it cannot be done."""
         with _stopping():
             super().on_step_begin(*args, **kwargs)
 

@@ -34,6 +34,7 @@ class KeepSteps(TrainerCallback):
         self.steps = frozenset(steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """Ask the Trainer to save after one of the steps."""
         control.should_save |= state.global_step in self.steps
         return control
 
@@ -124,15 +125,18 @@ class PretrainingTrainer(ResumableTrainer):
         return super().create_optimizer(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return all parameters' names, norms and embeddings included."""
         return [name for name, _ in model.named_parameters()]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run a micro-batch, and keep its loss on the device."""
         self.heartbeat.beat(self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.add(self.state.global_step, loss)
         return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch a step's micro-batches, and measure how long the step waits for them."""
         with self.clock.wait_for_data():
             return super().get_batch_samples(*args, **kwargs)
 
@@ -179,6 +183,7 @@ class PretrainingTrainer(ResumableTrainer):
         return self._sampler
 
     def get_train_dataloader(self) -> Any:
+        """Return a loader whose workers ignore the signals that ask the run to stop."""
         loader: Any = super().get_train_dataloader()
         base = getattr(loader, "base_dataloader", loader)
         base.worker_init_fn = partial(start_unheeding, base.worker_init_fn)

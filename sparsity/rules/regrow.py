@@ -20,18 +20,22 @@ class RegrowRule(Rule):
         return self.update.grows_by == "gradient"
 
     def acts_before(self, step: int) -> bool:
+        """Return whether `step` has an event or a random move; a move by gradients is made after its backward pass."""
         return super().acts_before(step) or (step in self.moves and not self._by_gradient)
 
     def act(self, step: int, optimizer: Any) -> None:
+        """Run the event before `step`, then its random move."""
         if step in self.pruner.events:
             super().act(step, optimizer)
         if step in self.moves and not self._by_gradient:
             self._move(step, optimizer)
 
     def moves_after_backward(self, step: int) -> bool:
+        """Return whether `step` has a move and growth is by gradients."""
         return self._by_gradient and step in self.moves
 
     def move(self, step: int, optimizer: Any) -> None:
+        """Drop and grow weights by the gradients of `step`."""
         self._move(step, optimizer)
 
     def _move(self, step: int, optimizer: Any) -> None:

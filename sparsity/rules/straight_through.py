@@ -19,9 +19,11 @@ class StraightThroughRule(Rule):
         self._latent = LatentWeights()
 
     def acts_before(self, step: int) -> bool:
+        """Return whether `step` has an event or a move; both choose the masks anew."""
         return step in self.pruner.events or step in self.moves
 
     def act(self, step: int, optimizer: Any) -> None:
+        """Choose the masks among all weights by their latent values."""
         pruner = self.pruner
         counts = pruner.scheduled(step)
         self._latent.put_back(pruner.parameters, pruner.shards, optimizer)
@@ -30,14 +32,17 @@ class StraightThroughRule(Rule):
         pruner.prune_to(counts, before_zeroing=lambda: self._latent.take(pruner.parameters, pruner.shards, optimizer))
 
     def before_update(self, optimizer: Any) -> None:
+        """Put the masked weights back, so that the optimizer updates them too."""
         if self.pruner.density < 1:
             self._latent.put_back(self.pruner.parameters, self.pruner.shards, optimizer)
 
     def after_update(self, optimizer: Any) -> None:
+        """Store the masked weights' new values and write 0 into the model."""
         self._keep_gradients(optimizer)
         if self.pruner.density < 1:
             self._latent.take(self.pruner.parameters, self.pruner.shards, optimizer)
 
     def check_restored(self, optimizer: Any) -> None:
+        """Raise a ValueError if the checkpoint has no values of the masked weights."""
         if self.pruner.density < 1:
             self._latent.check_restored(self.pruner.parameters, optimizer)

@@ -62,10 +62,12 @@ class RunPlan:
 
     @property
     def batch_tokens(self) -> int:
+        """The number of tokens of a step, over all processes."""
         return self.batch_size * self.sequence_length
 
     @property
     def total_tokens(self) -> int:
+        """The number of tokens that the run trains on."""
         return self.num_steps * self.batch_tokens
 
     @property
@@ -92,6 +94,7 @@ class RunPlan:
 
     @property
     def num_prunable(self) -> int:
+        """The number of prunable weights."""
         return sum(pool.numel for pool in self.pools)
 
     @property
