@@ -44,4 +44,8 @@ def test_the_pages_commands_find_the_methods(words, tmp_path):
 
 
 def test_the_page_shows_a_score_a_schedule_and_a_scope():
-    assert [words[-1].partition("=")[0] for words in COMMANDS] == ["sparsity.score", "sparsity.schedule", "sparsity.scope"]
+    assert [words[-1].partition("=")[0] for words in COMMANDS] == [
+        "sparsity.score",
+        "sparsity.schedule",
+        "sparsity.scope",
+    ]
