@@ -19,8 +19,8 @@ from sparsity.schedule import Fixed
 from sparsity.score import magnitude
 from sparsity.select import prune_smallest_
 from sparsity.shards import ParameterShard
+from tests.cards import compose_run, make_card
 from tests.distributed import run_ranks
-from tests.test_card import compose_run, make_card
 from train.plan.choices import choice_words
 from train.plan.forecast import forecast
 from train.plan.run import plan_run

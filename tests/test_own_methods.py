@@ -21,8 +21,8 @@ from sparsity.registry import label_of, name_of
 from sparsity.scope import Erk, Pool, make_pools, num_pruned
 from sparsity.score import SCORES, Random, magnitude
 from sparsity.shards import ParameterShard, RankLayout
+from tests.cards import make_card
 from tests.distributed import run_ranks
-from tests.test_card import make_card
 from tests.test_distributed import full_masks
 
 
