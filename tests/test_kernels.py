@@ -10,12 +10,7 @@ from sparsity.select import prune_smallest_, search
 from sparsity.select.inside import Tagged
 from sparsity.select.triton_passes import TritonPasses, radix_select
 from tests.interpreted_kernels import DEVICE, cases, use_kernels
-from tests.kernel_oracles import (
-    DTYPES,
-    keys_of,
-    shards_on,
-    tensors_of,
-)
+from tests.kernel_oracles import DTYPES, keys_of, shards_on, tensors_of
 
 
 @pytest.fixture

@@ -17,15 +17,7 @@ from sparsity.mask import mask_hash, zero_all_pruned_, zero_pruned_
 from sparsity.score import magnitude
 from sparsity.select.torch_passes import TorchPasses
 from tests.interpreted_kernels import DEVICE, cases, use_kernels
-from tests.kernel_oracles import (
-    DTYPES,
-    HostReads,
-    same_bits,
-    shards_on,
-    small_model,
-    tensors_of,
-    zeroed,
-)
+from tests.kernel_oracles import DTYPES, HostReads, same_bits, shards_on, small_model, tensors_of, zeroed
 
 
 @pytest.fixture

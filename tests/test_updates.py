@@ -16,14 +16,7 @@ from sparsity.update import AcDc, Rigl, Set, Ste
 from tests.distributed import run_ranks
 from tests.small_trainer import random_rows, small_llama, small_trainer
 from tests.update_references import assert_same, reference_of
-from tests.update_runs import (
-    CASES,
-    NUM_STEPS,
-    SHAPES,
-    Run,
-    Tensors,
-    history_of,
-)
+from tests.update_runs import CASES, NUM_STEPS, SHAPES, Run, Tensors, history_of
 from train.trainer import PretrainingTrainer
 
 

@@ -9,19 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.update_runs import (
-    CASES,
-    END,
-    EVERY,
-    NUM_STEPS,
-    OPTIONS,
-    SHAPES,
-    SHARE,
-    Tensors,
-    batch,
-    loss_of,
-    make_model,
-)
+from tests.update_runs import CASES, END, EVERY, NUM_STEPS, OPTIONS, SHAPES, SHARE, Tensors, batch, loss_of, make_model
 
 # --- the papers' way: whole tensors, sorts and loops ---
 
