@@ -1,8 +1,8 @@
 """Patterns of pruned weights: anywhere, N:M, which keeps at most N of every M consecutive inputs of a neuron, or whole blocks.
 
 Hardware for sparse matrices reads N:M along the input dimension: 2:4 on NVIDIA's (arXiv 2104.08378). Kernels for block-sparse
-matrices keep or skip blocks of R outputs x C inputs. This needs only the standard library; `sparsity.event` and
-`sparsity.event.blocks` apply a pattern.
+matrices keep or skip blocks of R outputs x C inputs. This needs only the standard library; `sparsity.event`
+applies a pattern.
 """
 
 from __future__ import annotations
