@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sparsity.activations import calibration_of
+from sparsity.arguments import check_flag
 from sparsity.order import move_to_the_end
 from sparsity.pruner import Pruner
 from sparsity.resume import STATE_KEY, check_masks, check_zeros, mask_state, restore_from_weights, state_for_trainer
@@ -42,6 +43,8 @@ class SparsityCallback(TrainerCallback):
     """
 
     def __init__(self, schedule: Schedule, *, report: bool = True, keep_zeros: bool = False, **choices: Any) -> None:
+        check_flag("report", report)
+        check_flag("keep_zeros", keep_zeros)
         self.pruner = Pruner(schedule, **choices)
         self.rule = rule_for(self.pruner)
         self.report = report

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from sparsity.activations import Calibration, check_inputs, input_norms
+from sparsity.arguments import check_names
 from sparsity.blocks import count_mixed_blocks, keep_whole_blocks_
 from sparsity.choices import Choices
 from sparsity.collapse import all_zero_names, refuse_all_zero
@@ -62,6 +63,7 @@ class Pruner:
     """
 
     def __init__(self, schedule: Schedule, **choices: Any) -> None:
+        check_names(choices, [name for name, one in Choices.__dataclass_fields__.items() if one.init])
         self.choices = Choices(schedule, **choices)
         self.schedule = schedule
         self.events = self.choices.events

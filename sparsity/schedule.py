@@ -10,11 +10,13 @@ when a given share of the events is done.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
+from sparsity.arguments import check_number, check_whole
 from sparsity.registry import Method, Registry, name_of
 
 DEFAULT_EVERY_STEPS = 100
@@ -129,8 +131,21 @@ class Ramp(Staircase, Method):
         return self
 
     def __post_init__(self) -> None:
+        kinds = type(self).__mro__
+        if not {"kept", "kept_after", "density_after"} & {
+            name for kind in kinds[: kinds.index(Ramp)] for name in vars(kind)
+        }:
+            raise ValueError(
+                f"{type(self).__name__} has no curve: take Geometric, or another schedule of sparsity.schedule, or define "
+                "`kept` in a class that extends Ramp."
+            )
+        check_number("sparsity", self.sparsity, 0.8)
+        for name, example in (("start_step", 0), ("end_step", 1000), ("every_steps", DEFAULT_EVERY_STEPS)):
+            check_whole(name, getattr(self, name), example)
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity} is outside [0, 1): give the share of weights to remove.")
+            raise ValueError(
+                f"sparsity={self.sparsity} is outside [0, 1): give the share of weights to remove, 0.8 for 80 %."
+            )
         if self.every_steps < 1:
             raise ValueError(f"every_steps={self.every_steps} must be at least 1 step.")
         if self.start_step < 0:
@@ -303,6 +318,25 @@ SCHEDULES: Registry[type[Ramp]] = Registry(
     {schedule.name: schedule for schedule in (Geometric, Cubic, Linear, OneShot, Constant, Alternating)},
     Ramp,
 )
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raise a ValueError unless `schedule` has the methods of a schedule, and gives steps and densities that can be."""
+    methods = ("density", "events", "average_density")
+    if inspect.isclass(schedule) or not all(callable(getattr(schedule, method, None)) for method in methods):
+        found = f"{schedule.__name__} is a class" if inspect.isclass(schedule) else f"{schedule!r} is no schedule"
+        raise ValueError(
+            f"schedule={found}: give an instance, such as Geometric(sparsity=0.8, start_step=100, end_step=900, "
+            "every_steps=100)."
+        )
+    for event in schedule.events():
+        check_whole(f"an event of schedule {type(schedule).__name__}", event, 0)
+        density = schedule.density(event)
+        if event < 0 or not 0 < density <= 1:
+            raise ValueError(
+                f"The schedule {type(schedule).__name__} keeps a share of {density} at step {event}: events must be at step 0 "
+                "or later, and shares in (0, 1]."
+            )
 
 
 def schedule_record(schedule: Ramp | Mixed) -> dict[str, Any]:
