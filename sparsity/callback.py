@@ -42,6 +42,9 @@ class SparsityCallback(TrainerCallback):
         ValueError: Some choices cannot be combined; the message names them.
     """
 
+    way_on = "resume from the checkpoint of step {step} with that change"
+    """How a run continues that stopped because its calibration failed."""
+
     def __init__(self, schedule: Schedule, *, report: bool = True, keep_zeros: bool = False, **choices: Any) -> None:
         check_flag("report", report)
         check_flag("keep_zeros", keep_zeros)
@@ -52,6 +55,11 @@ class SparsityCallback(TrainerCallback):
         self._density_sum = 0.0
         self._num_steps = 0
         self._is_loaded = False
+        self._is_new = True
+        """Whether training begins, rather than resumes."""
+        self._calibrated_step = -1
+        self._refusal: ValueError | None = None
+        """Why the calibration before the next event failed."""
         if keep_zeros and self.pruner.choices.update.lets_return:
             raise ValueError(
                 f"keep_zeros=True keeps the zeros of a sparse model, but update={self.pruner.choices.update.name} lets "
@@ -110,6 +118,7 @@ class SparsityCallback(TrainerCallback):
     def bind(self, model: nn.Module) -> None:
         """Bind the pruner to a prepared model and count steps from 0."""
         self.pruner.bind(model)
+        self._is_new, self._calibrated_step = True, -1
         self._density_sum, self._num_steps = 0.0, 0
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
@@ -125,6 +134,12 @@ class SparsityCallback(TrainerCallback):
         Collective: over all ranks.
         """
         self.pruner.calibrate(model, calibration_of(loader, self.pruner.choices.calibration), device)
+
+    def _calibrate_once(self, step: int, model: nn.Module, loader: Any, args: Any) -> None:
+        """Calibrate before `step`, unless that was done already. Every rank calls it."""
+        if step != self._calibrated_step:
+            self.calibrate(model, loader, getattr(args, "device", None))
+            self._calibrated_step = step
 
     @property
     def _needs_activations(self) -> bool:
@@ -153,6 +168,7 @@ class SparsityCallback(TrainerCallback):
         if self._is_loaded:
             self._is_loaded = False
             self.rule.check_restored(kwargs.get("optimizer"))
+            self._try_calibration(args, state, model, kwargs.get("train_dataloader"))
             return
         events = self.pruner.events
         if events and max(events) > state.max_steps - 1:
@@ -173,6 +189,12 @@ class SparsityCallback(TrainerCallback):
         self.pruner.check_adapters()
         if self.keep_zeros:
             self.pruner.inherit()
+        self._try_calibration(args, state, model, kwargs.get("train_dataloader"))
+
+    def _try_calibration(self, args: Any, state: TrainerState, model: nn.Module, loader: Any) -> None:
+        """Find out before the first step of a run whether each layer sees the calibration text. Every rank calls it."""
+        if self._is_new and self._needs_activations:
+            self._calibrate_once(state.global_step, model, loader, args)
 
     def on_step_begin(
         self,
@@ -185,7 +207,7 @@ class SparsityCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._needs_activations and self.rule.chooses_at(state.global_step):
-            self.calibrate(model, train_dataloader, getattr(args, "device", None))
+            self._calibrate_once(state.global_step, model, train_dataloader, args)
         if self.rule.acts_before(state.global_step):
             self.prune_at(state.global_step, optimizer)
         self.rule.begin_step(state.global_step)
@@ -210,7 +232,16 @@ class SparsityCallback(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Zero pruned weights again before evaluating, saving or stopping, in case other code wrote to them."""
+        """Calibrate for an event before the next step, and save and stop if that fails. Zero pruned weights again before
+        evaluating, saving or stopping, in case other code wrote to them."""
+        step = state.global_step
+        if self._needs_activations and not control.should_training_stop and self.rule.chooses_at(step):
+            try:
+                self._calibrate_once(step, model, kwargs.get("train_dataloader"), args)
+            except ValueError as error:
+                way_on = self.way_on.format(step=step)
+                self._refusal = ValueError(f"Before step {step}, {str(error).removesuffix('.')}, and {way_on}.")
+                control.should_save = control.should_training_stop = True
         if control.should_evaluate or control.should_save or control.should_training_stop:
             self._zero_again(model)
         if control.should_save:
@@ -223,6 +254,9 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._zero_again(model)
         self.pruner.unbind()
+        if self._refusal is not None:
+            refusal, self._refusal = self._refusal, None
+            raise refusal
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not self.report or not self._num_steps:
@@ -257,7 +291,7 @@ class SparsityCallback(TrainerCallback):
         """
         check_masks(self.pruner, state, global_step)
         self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
-        self._is_loaded = True
+        self._is_loaded, self._is_new = True, False
 
     def restore(self, global_step: int, saved: Mapping[str, Any] | None) -> None:
         """Resume at `global_step` from a checkpoint that holds only weights, after `bind`.

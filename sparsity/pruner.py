@@ -34,7 +34,7 @@ from sparsity.mask import (
     zero_pruned_,
 )
 from sparsity.norms import inverse_norms
-from sparsity.notices import frozen_notice, left_out_notice, warn_on_rank_0
+from sparsity.notices import collapse_notice, frozen_notice, left_out_notice, warn_on_rank_0
 from sparsity.pattern import Blocks, Pattern
 from sparsity.prunable import (
     check_inputs_are_last,
@@ -281,7 +281,7 @@ class Pruner:
             before_zeroing()
         self.masks_changed(optimizer)
         for name in (name for name, kept in self.kept.items() if before[name] and not kept):
-            warn_on_rank_0(f"{name} has lost its last weight; name it in requires_dense, or use scope=uniform.")
+            warn_on_rank_0(collapse_notice(name, self.choices.scope))
         if self.choices.score.has_values:
             self.threshold = magnitude_of_key(max(keys))
 

@@ -130,7 +130,11 @@ class PretrainingTrainer(Trainer):
         """
         self._since = time.monotonic()
         self.guard.preemption.at_step_ends = True
-        result = super().train(*args, **kwargs)
+        try:
+            result = super().train(*args, **kwargs)
+        except RunStopped:
+            self._finish_saving()
+            raise
         self._count_time()
         self._finish_saving()
         if self.guard.stop is None:
