@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparsity.arguments import check_whole
 from sparsity.registry import name_of
 from sparsity.score import Score
 
@@ -11,6 +12,7 @@ USUAL_SEQUENCES = 128
 
 def check_calibration(num_sequences: int, score: Score) -> None:
     """Raise a ValueError for a number of sequences that cannot be, or that has no effect."""
+    check_whole("calibration", num_sequences, USUAL_SEQUENCES)
     if num_sequences < 1:
         raise ValueError(f"calibration={num_sequences} must be at least 1 sequence of the training data.")
     if num_sequences != USUAL_SEQUENCES and "activations" not in score.needs:

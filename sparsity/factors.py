@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from sparsity.arguments import check_number
 from sparsity.registry import name_of
 from sparsity.scope import Scope
 from sparsity.score import Score
@@ -66,6 +67,7 @@ def check_factors(factors: Mapping[str, float], score: Score, scope: Scope, norm
     if normalize not in NORMS:
         raise ValueError(f"normalize={normalize} is not known: choose one of {', '.join(NORMS)}.")
     for pattern, factor in factors.items():
+        check_number(f"factors[{pattern!r}]", factor, 0.0625)
         rounded = _as_float32(factor)
         if not (math.isfinite(rounded) and rounded > 0):
             raise ValueError(

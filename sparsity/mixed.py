@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsity.registry import name_of
-from sparsity.schedule import Ramp, Staircase
+from sparsity.schedule import Ramp
+from sparsity.staircase import Staircase
 
 
 @dataclass(frozen=True)

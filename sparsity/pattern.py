@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparsity.arguments import check_whole
+
 UNSTRUCTURED = "unstructured"
 
 
@@ -21,6 +23,14 @@ class NofM:
 
     kept: int
     block: int
+
+    def __post_init__(self) -> None:
+        for name, example in (("kept", 2), ("block", 4)):
+            check_whole(name, getattr(self, name), example)
+        if not 1 <= self.kept < self.block:
+            raise ValueError(
+                f"NofM({self.kept}, {self.block}) keeps no part of a block: give N:M with N below M, NofM(2, 4)."
+            )
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.block}"
@@ -75,6 +85,14 @@ class Blocks:
     rows: int
     columns: int
 
+    def __post_init__(self) -> None:
+        for name, example in (("rows", 4), ("columns", 1)):
+            check_whole(name, getattr(self, name), example)
+        if min(self.rows, self.columns) < 1 or self.numel < 2:
+            raise ValueError(
+                f"Blocks({self.rows}, {self.columns}) has no two weights: give outputs and inputs, Blocks(4, 1)."
+            )
+
     def __str__(self) -> str:
         return f"{self.rows}x{self.columns}"
 
@@ -126,6 +144,21 @@ class Blocks:
 
 
 Pattern = NofM | Blocks
+
+
+def find_pattern(choice: str | Pattern | None) -> Pattern | None:
+    """Return the pattern that `choice` names, or `choice` itself if it is one; None is unstructured.
+
+    Raises:
+        ValueError: The name is unknown, or `choice` is neither a name nor a pattern.
+    """
+    if choice is None or isinstance(choice, NofM | Blocks):
+        return choice
+    if not isinstance(choice, str):
+        raise ValueError(
+            f"pattern={choice!r} is no pattern: give its name, such as '2:4' or '4x1', or an instance, NofM(2, 4)."
+        )
+    return parse_pattern(choice)
 
 
 def parse_pattern(text: str) -> Pattern | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsity.arguments import check_names
 from sparsity.choices import Choices
 from sparsity.event import prune_pool_
 from sparsity.event.activations import Calibration, input_norms
@@ -20,7 +21,7 @@ from sparsity.factors import check_factor_names
 from sparsity.layers import check_layers, check_shards
 from sparsity.mask import masks_from_zeros
 from sparsity.masked import MaskedParameters
-from sparsity.notices import frozen_notice, left_out_notice, warn_on_rank_0
+from sparsity.notices import collapse_notice, frozen_notice, left_out_notice, warn_on_rank_0
 from sparsity.pattern import Blocks
 from sparsity.prunable import left_out, own_linear_weights, prunable_parameters
 from sparsity.schedule import Ramp, Schedule
@@ -42,6 +43,7 @@ class Pruner(MaskedParameters):
 
     def __init__(self, schedule: Schedule, **choices: Any) -> None:
         super().__init__()
+        check_names(choices, [name for name, one in Choices.__dataclass_fields__.items() if one.init])
         self.choices = Choices(schedule, **choices)
         self.schedule = schedule
         self.events = self.choices.events
@@ -203,7 +205,7 @@ class Pruner(MaskedParameters):
             before_zeroing()
         self.masks_changed(optimizer)
         for name in (name for name, kept in self.kept.items() if before[name] and not kept):
-            warn_on_rank_0(f"{name} has lost its last weight; name it in requires_dense, or use scope=uniform.")
+            warn_on_rank_0(collapse_notice(name, self.choices.scope))
         if self.choices.score.has_values:
             self.threshold = magnitude_of_key(max(keys))
 

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, cast
 
+from sparsity.arguments import check_number, check_patterns
 from sparsity.mixed import Mixed
 from sparsity.registry import Method, Registry
 from sparsity.schedule import Ramp, Schedule
@@ -24,6 +25,15 @@ class Group:
 
     include: tuple[str, ...]
     sparsity: float
+
+    def __post_init__(self) -> None:
+        check_patterns("include", self.include)
+        check_number("sparsity", self.sparsity, 0.8)
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"The group {', '.join(self.include)} has a target of {self.sparsity}, outside [0, 1): give the share of "
+                "weights to remove, 0.8 for 80 %."
+            )
 
     def matches(self, name: str) -> bool:
         """Return whether a pattern of `include` matches a name."""
@@ -267,11 +277,6 @@ def seen_together(schedule: Ramp, pools: Sequence[Pool]) -> Ramp | Mixed:
 
 def _check_groups(names: Mapping[str, object], groups: Sequence[Group]) -> None:
     for group in groups:
-        if not 0 <= group.sparsity < 1:
-            raise ValueError(
-                f"The group {', '.join(group.include)} has a target of {group.sparsity}, outside [0, 1): give the share of "
-                "weights to remove."
-            )
         for pattern in group.include:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(

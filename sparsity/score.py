@@ -10,8 +10,9 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
+from sparsity.arguments import check_whole
 from sparsity.registry import Method, Registry, name_of
 from sparsity.update import WEIGHT_GRADIENT_SHARE
 
@@ -139,6 +140,8 @@ class Random(Score):
     is_placeless = True
 
     def __init__(self, seed: int | str | None = None) -> None:
+        if seed is not None and not isinstance(seed, str):
+            check_whole("seed", seed, 0)
         self.seed = seed
 
     def seeded(self, seed: int) -> Random:
@@ -192,6 +195,20 @@ def is_magnitude(score: Score) -> bool:
 def magnitude_of_key(key: int) -> float:
     """Return the |w| that has this key."""
     return float(struct.unpack("<f", struct.pack("<I", key))[0])
+
+
+def check_score(score: Score) -> None:
+    """Raise a ValueError if a score does not say how it ranks weights, or needs something that no pruner lends."""
+    if type(score).values is Score.values and type(score).keys is Score.keys:
+        raise ValueError(
+            f"score={name_of(score)} does not rank weights: define `values` in a class that extends Score."
+        )
+    known = get_args(Need)
+    if isinstance(score.needs, str) or not {*score.needs} <= {*known}:
+        raise ValueError(
+            f"score={name_of(score)} has needs={score.needs!r}: give a tuple of {', '.join(map(repr, known))}, such as "
+            "('gradient',)."
+        )
 
 
 def score_name(score: str | Score) -> str:

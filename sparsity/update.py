@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from sparsity.arguments import check_number, check_whole
 from sparsity.registry import Method, Registry
 from sparsity.schedule import Alternating, Schedule
 
@@ -76,6 +77,10 @@ class Moving(Update):
     end: float = 0.75
 
     def __post_init__(self) -> None:
+        check_number("moves.share", self.share, 0.3)
+        check_number("moves.end", self.end, 0.75)
+        if self.every_steps is not None:
+            check_whole("moves.every", self.every_steps, 100)
         if not 0 < self.share < 1:
             raise ValueError(
                 f"moves.share={self.share} is outside (0, 1): give the share of the kept weights to replace, such as 0.3."

@@ -20,6 +20,7 @@ from train.distributed import World, check_fsdp2, check_ranks_gather_alike, redu
 from train.faults.guard import StepGuard, skips_on_device
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import start_unheeding
+from train.faults.stop import RunStopped
 from train.model.attention import attend_over_whole_blocks, attend_within_documents
 from train.model.weights import shard_and_allocate
 from train.muon import make_muon
@@ -97,7 +98,11 @@ class PretrainingTrainer(ResumableTrainer):
         """
         self._since = time.monotonic()
         self.guard.preemption.at_step_ends = True
-        result = super().train(*args, **kwargs)
+        try:
+            result = super().train(*args, **kwargs)
+        except RunStopped:
+            self._finish_saving()
+            raise
         self._count_time()
         self._finish_saving()
         if self.guard.stop is None:

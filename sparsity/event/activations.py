@@ -97,13 +97,10 @@ def input_norms(
     # One copy to the host for all layers.
     for name, (num_tokens, num_bad) in zip(sums, torch.stack([part[:2] for part in parts]).tolist(), strict=True):
         if not num_tokens or num_bad:
-            saw = (
-                "an input that is not finite"
-                if num_bad
-                else "no input, because no token reaches its layer or nothing calls it"
-            )
+            saw = "an input that is not finite" if num_bad else "no input"
+            why = "" if num_bad else ", because no token reaches its layer or nothing calls it"
             raise ValueError(
-                f"{name} saw {saw} on the calibration text: name it in requires_dense, or take score=magnitude."
+                f"{name} saw {saw} on the calibration text{why}: name it in requires_dense, or take score=magnitude."
             )
     return {name: _norms(part[2:].view(2, -1)) for name, part in zip(sums, parts, strict=True)}
 
