@@ -31,7 +31,7 @@ from train.faults.stop import RunStopped
 from train.losses import StepLosses
 from train.model.attention import attend_over_whole_blocks, attend_within_documents
 from train.model.weights import shard_and_allocate
-from train.muon import make_muon
+from train.muon import check_not_offloaded, make_muon
 from train.pruning import RunSparsity
 from train.speed.throughput import StepClock
 
@@ -92,6 +92,8 @@ class PretrainingTrainer(Trainer):
         attend = attend_within_documents if by_document else attend_over_whole_blocks
         attend(cast(PreTrainedModel, self.model))
         check_fsdp2(self.accelerator)
+        if uses_muon:
+            check_not_offloaded(self.accelerator)
         reduce_in_float32(self.accelerator)
         set_group_timeouts(world, self.args.ddp_timeout)
         check_ranks_gather_alike(world, self.accelerator)

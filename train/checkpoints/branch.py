@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,20 @@ def _past(state: Mapping[str, Any]) -> Past:
         return Past(step, float(step), 0, 0)
     num_prunable = sum(math.prod(state["shapes"][name]) for name in sparsity["kept"])
     return Past(step, float(sparsity["density_sum"]), num_prunable, num_prunable - sum(sparsity["kept"].values()))
+
+
+def with_past(config: Config, plan: RunPlan) -> RunPlan:
+    """Return the plan of a branch with the steps of the other run; other plans are returned unchanged.
+
+    Args:
+        config: The configuration of the run, which has been checked.
+        plan: The plan made from it.
+    """
+    if config.branch_from is None:
+        return plan
+    begun = read_branch(plan.run_dir) if (plan.run_dir / CONFIG).is_file() and not config.overwrite else None
+    past = _past(read_state(branch_checkpoint(config))) if begun is None else begun.past
+    return replace(plan, past=past)
 
 
 def check_steps_alike(where: str, before: Mapping[str, Any], plan: RunPlan) -> None:

@@ -237,6 +237,12 @@ def decay_length(decay_steps: float, num_steps: int) -> int:
     return round(decay_steps * num_steps) if decay_steps < 1 else round(decay_steps)
 
 
+def warmup_length(trainer: TrainerConfig, num_steps: int) -> int:
+    """Return the number of steps that optim.warmup_steps stands for, as transformers computes it."""
+    steps = trainer.warmup_steps
+    return math.ceil(steps * num_steps) if steps < 1 else int(steps)
+
+
 def decay_start(trainer: TrainerConfig, num_steps: int) -> int | None:
     """Return the step before which the decay of optim=wsd begins; None if the run has no such decay."""
     decay = trainer.lr_scheduler_kwargs.get("num_decay_steps") if trainer.decay_steps is None else trainer.decay_steps
@@ -253,8 +259,7 @@ def decay_words(trainer: TrainerConfig) -> str:
 
 def _check_decay(config: Config, num_steps: int) -> None:
     """Refuse a warm-up and a decay that overlap: the rate would never reach its peak."""
-    begin, warmup = decay_start(config.trainer, num_steps), config.trainer.warmup_steps
-    warmup = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
+    begin, warmup = decay_start(config.trainer, num_steps), warmup_length(config.trainer, num_steps)
     if begin is not None and warmup > begin:
         raise ValueError(
             f"optim.warmup_steps={config.trainer.warmup_steps:g} ends at step {warmup}, after the decay of "
