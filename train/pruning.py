@@ -56,6 +56,8 @@ class RunSparsity(SparsityCallback):
         try:
             self.load_state({**saved, "kept": kept}, step)
         except ValueError:
+            if self.pruner.choices.update.lets_return:
+                raise
             zeros = {name: numel - kept[name] for name, numel in numels.items()}
             self.load_state({**saved, "kept": kept, "inherited": zeros}, step)
         self._is_new = True
@@ -100,10 +102,11 @@ def sparsity_callback(config: Config, plan: RunPlan, branch: Branch | None = Non
         branch: The point at which the run branched, if it did.
     """
     sparsity = config.sparsity
-    keep_zeros = config.init_from is not None or (branch is not None and branch.is_sparse)
+    keep_zeros = config.init_from is not None
     patterns: Any = {"include": sparsity.include, "requires_dense": sparsity.requires_dense}
     if plan.schedule is None:
-        return RunSparsity(Fixed(), report=False, **patterns) if keep_zeros else None
+        has_masks = keep_zeros or (branch is not None and branch.is_sparse)
+        return RunSparsity(Fixed(), report=False, **patterns) if has_masks else None
     return RunSparsity(
         plan.schedule.base,
         keep_zeros=keep_zeros,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
@@ -65,6 +66,10 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
     sets = world.on_main(prepare_sets, config, data)
     model, tokenizer, blocks = build(config, plan, data, arguments, world)
     start = find_start(config, plan, directory, data, model, tokenizer, world)
+    if start.branch is not None:
+        plan = replace(plan, past=start.branch.past)
+        if isinstance(blocks, MixtureBlocks):
+            blocks.continue_from(start.branch.step * plan.batch_size, start.branch.blocks)
     if not wants_fsdp():
         with user_errors(quiet=not world.is_main):
             allocate(model, world.device)

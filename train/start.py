@@ -63,7 +63,7 @@ def find_start(
     with user_errors(quiet=not world.is_main):
         prunable = tuple(prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense))
     fingerprint = world.on_main(data_fingerprint, data.folder)
-    branch = world.on_main(begin_branch, config, plan, directory, identity(plan), data.folder, data.tokenizer)
+    branch = world.on_main(begin_branch, config, plan, directory, data.folder, data.tokenizer)
     branch_step = None if branch is None else branch.step
     checkpoint = checkpoint_to_resume(directory.checkpoints, identity(plan), data.folder, world, branch_step)
     with user_errors(quiet=not world.is_main):

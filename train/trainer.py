@@ -23,7 +23,7 @@ from train.faults.preempt import start_unheeding
 from train.faults.stop import RunStopped
 from train.model.attention import attend_over_whole_blocks, attend_within_documents
 from train.model.weights import shard_and_allocate
-from train.muon import make_muon
+from train.muon import check_not_offloaded, make_muon
 from train.resumable import ResumableTrainer, RunState
 from train.speed.throughput import StepClock
 
@@ -77,6 +77,8 @@ class PretrainingTrainer(ResumableTrainer):
         attend = attend_within_documents if by_document else attend_over_whole_blocks
         attend(cast(PreTrainedModel, self.model))
         check_fsdp2(self.accelerator)
+        if uses_muon:
+            check_not_offloaded(self.accelerator)
         reduce_in_float32(self.accelerator)
         check_ranks_gather_alike(world, self.accelerator)
         self.evaluator = evaluator

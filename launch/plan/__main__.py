@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from conf.cli import overrides_of, user_errors
 from eval.output import write_figure
 from launch.plan.request import read_request
+from train.checkpoints.branch import with_past
 from train.model.initial_check import check_start
 from train.plan.figure import draw_density
 from train.plan.forecast import forecast
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         planned = [(config, plan_run(config, plan.devices)) for config in request.runs]
         for config, run_plan in planned:
             check_start(config, run_plan, overrides)
+        planned = [(config, with_past(config, run_plan)) for config, run_plan in planned]
         if request.is_series:
             answer = [{**table_row(*run), **measured_loss(run[1])} for run in planned]
             text = "" if plan.format == "json" else series_text(answer)

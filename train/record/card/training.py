@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from conf.schema import Config
 from sparsity.common.text import count_text, finite_text, half_up, markdown_list, percent_text, power_text
 from sparsity.registry import label_of
-from train.plan.branch import branch_words, read_branch
+from train.plan.branch import public_branch_words, read_branch
 from train.plan.run import RunPlan
 from train.record.siblings import Figures, has_sparse_weights, is_sparse, match_words
 from train.record.summary import SHARE_OF_FINAL_STEPS
@@ -23,7 +23,7 @@ def training_section(config: Config, plan: RunPlan, own: Figures, siblings: Sequ
     num_final = min(steps, max(2, round(SHARE_OF_FINAL_STEPS * steps)))
     branch = read_branch(plan.run_dir)
     lines = {
-        **({"Branch": branch_words(branch)} if branch else {}),
+        **({"Branch": public_branch_words(branch)} if branch else {}),
         **_parametrisation(config),
         "Training steps": f"{steps:,}",
         "Batch size": f"{own['batch_tokens']:,} tokens ({own['batch_tokens'] // length:,} sequences x {length:,})",
@@ -62,7 +62,9 @@ def _by_source(own: Figures) -> dict[str, str]:
         return {}
     total = sum(tokens.values())
     parts = [
-        f"{name} {count_text(count, 1)} ({percent_text(count / total)}, {half_up(epochs[name], 2)} epochs)"
+        f"{name} {count_text(count, 1)} ({percent_text(count / total)}"
+        # Text that only the run had before it branched has no epochs.
+        + (f", {half_up(epochs[name], 2)} epochs)" if name in epochs else ")")
         for name, count in tokens.items()
     ]
     return {"Tokens by source": ", ".join(parts)}
