@@ -14,7 +14,8 @@ from pathlib import Path
 
 from conf.schema import DataConfig
 from train.data import hub
-from train.data.documents import BYTE_ORDER_MARK, MANY_NULS, checked_text, field_names, has_many_nuls, not_utf8
+from train.data.encoding import BYTE_ORDER_MARK, MANY_NULS, has_many_nuls, not_utf8
+from train.data.fields import checked_text, field_names
 from train.data.parts import explained
 
 REPOSITORY = "Salesforce/wikitext"

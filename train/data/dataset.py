@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data import hub
-from train.data.documents import MISSING, checked_text, field_of
+from train.data.fields import MISSING, checked_text, field_of
 from train.data.files import build_once, digest
 from train.data.parts import KINDS, find_files, kind_of
 

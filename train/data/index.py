@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from sparsity.common.files import aside
-from train.data.documents import MOST_PLACES
 from train.data.pack import SPLITS, STARTS_DTYPE, Job, id_dtype
+from train.data.skipped import MOST_PLACES
 
 INDEX = "index.json"
 COUNTS = "counts.npy"

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from sparsity.common.files import aside
-from train.data.documents import Skipped, read_documents
+from train.data.documents import read_documents
 from train.data.parts import Part
+from train.data.skipped import Skipped
 from train.data.split import is_heldout
 
 Split = Literal["train", "heldout"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.data.corpus import Corpus, find_corpus
-from train.data.documents import Skipped, read_documents
+from train.data.documents import read_documents
 from train.data.files import build_once, digest, lock, publish, sha256_of_all
 from train.data.foreign import files_of, find_spans
 from train.data.foreign_index import write_foreign_index
@@ -28,6 +28,7 @@ from train.data.index import is_complete, read_index, write_index, write_mixture
 from train.data.pack import Frame, Job, is_done, pack
 from train.data.parts import Part
 from train.data.pool import Progress, parallel
+from train.data.skipped import Skipped
 from train.data.sources import Source, sources_of
 from train.data.split import is_heldout
 from train.data.tokenizer import (
