@@ -84,7 +84,7 @@ def effective(settings: Mapping[str, Any], is_sparse: bool) -> dict[str, Any]:
 
     A dense run has none of the group `sparsity`, and a dense twin those that give its size.
     """
-    dropped = WITHOUT_EFFECT
+    dropped: tuple[str, ...] = WITHOUT_EFFECT
     if not is_sparse:
         dropped += WITHOUT_EFFECT_ON_TWINS if settings.get(MATCH) else (SPARSITY,)
     left = {key: value for key, value in settings.items() if not key.startswith(dropped)}
