@@ -115,9 +115,7 @@ def test_bad_data_is_named_by_one_rank_and_leaves_no_run(tmp_path):
 
 def test_what_only_the_ranks_can_find_is_said_once(tmp_path):
     done = run_command(["launch", *tiny(tmp_path, "+trainer.extra.hub_strategy=sometimes")])
-    assert "trainer.extra={'hub_strategy': 'sometimes'} is refused by transformers: sometimes is not" in the_error(
-        done
-    )
+    assert "trainer.extra={'hub_strategy': 'sometimes'} is refused by transformers: sometimes is not" in the_error(done)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_said_before_anything_starts(folder):
     for changes, words in (
         ([f"branch_from={parent}@5"], r"has no checkpoint of step 5 \(kept: 4, 8, 12\)"),
         (["branch_from=nowhere"], "names no run"),
-        ([f"branch_from={parent}@x"], "no step after the @"),
+        ([f"branch_from={parent}@x"], "names no run of sparsellm: write RUN or RUN@STEP"),
         ([f"branch_from={parent}@8", "trainer.max_steps=8"], "begins at step 8, but the run has only 8 steps"),
         (
             [f"branch_from={parent}@8", "model.num_hidden_layers=3"],
@@ -152,6 +152,7 @@ def test_a_branch_point_is_a_run_and_a_step():
     assert parse_branch("runs/demo@160") == ("runs/demo", 160)
     assert parse_branch("runs/a@b@7") == ("runs/a@b", 7)
     assert parse_branch("demo") == ("demo", None)
+    assert parse_branch("runs/a@b") == ("runs/a@b", None)
 
 
 WSD = ("optim=wsd", "optim.warmup_steps=2", "optim.learning_rate=0.01", "sparsity.target=0", "trainer.logging_steps=1")

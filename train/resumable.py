@@ -17,6 +17,7 @@ from transformers import Trainer
 from sparsity import SparsityCallback
 from train.checkpoints import layout
 from train.checkpoints.background import BackgroundWriter
+from train.checkpoints.rates import keeps_rates, load_rates
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
 from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
@@ -176,13 +177,9 @@ class ResumableTrainer(Trainer):
         state, parameters = reader.state, parameters_of(self._module)
         load_weights(reader, parameters)
         branches = reader.step == self.run_state.branch_step
-        load_optimizer(reader, self.optimizer, parameters, rates=not branches)
-        assert self.lr_scheduler is not None
-        if branches:
-            move_schedule_to(self.lr_scheduler, state["scheduler"]["last_epoch"])
-        else:
-            lambdas = [None] * len(state["scheduler"]["base_lrs"])
-            self.lr_scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
+        rates = keeps_rates(self.lr_scheduler, state["scheduler"], branches)
+        load_optimizer(reader, self.optimizer, parameters, rates)
+        load_rates(self.lr_scheduler, state["scheduler"], reader.step, branches)
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
@@ -219,15 +216,6 @@ class ResumableTrainer(Trainer):
             names = ("torch", "python", "numpy", "cuda")
             found = {name: reader.tensor(f"rng/{name}", self.world.rank) for name in names}
             set_rng_state({name: value for name, value in found.items() if value is not None})
-
-
-def move_schedule_to(scheduler: Any, step: int) -> None:
-    """Set a learning rate schedule to its rate after `step` steps, as if it had run them."""
-    scheduler.last_epoch, scheduler._step_count = step, step + 1
-    rates = [base * at(step) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def row_size(param: Tensor) -> int:

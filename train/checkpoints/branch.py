@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from conf.schema import Config
 from conf.schema.trainer import OptimConfig
+from sparsity.registry import name_of
 from train.checkpoints import layout
 from train.plan.branch import CONFIG, Branch, Past, parse_branch, read_branch, run_folder
 from train.plan.run import RunPlan, decay_start
@@ -23,6 +24,13 @@ NOT_CHANGES = (
     "branch_from", "run_name", "runs_dir", "sweep_name", "overwrite", "resume", "dry_run", "next_commands", "launch",
     "logger", "card",
 )  # fmt: skip
+DENSE_GRADIENT = "dense_gradient"
+"""`sparsity.gradients.STATE`; importing it would import torch."""
+TEXT_KEYS = tuple(
+    f"data.{key}"
+    for key in ("source", "path", "name", "subset", "split", "text_field", "sources", "max_documents", "heldout_share")
+)
+"""Keys that change the text, and so the tokenizer that is trained on it."""
 RATE_KEYS = ("trainer.max_steps", "optim.decay_steps", "optim.lr_scheduler_type", "optim.lr_scheduler_kwargs")
 """Keys that determine when the learning rate begins to decay."""
 
@@ -83,8 +91,10 @@ def check_branch(config: Config, plan: RunPlan) -> Branch:
             f"{step}."
         )
     check_steps_alike(where, state["identity"], plan)
+    _check_tokenizer(where, changes, str(now["tokenizer"]), state["carried"].get("tokenizer"))
     _check_decay(where, step, changes, config, plan)
     _check_pruned(where, state, str(before["sparsity.update"]), plan)
+    _check_gradient(where, state, plan)
     inner = read_branch(parent)
     return Branch(
         run=str(parent),
@@ -158,6 +168,16 @@ def check_steps_alike(where: str, before: Mapping[str, Any], plan: RunPlan) -> N
             )
 
 
+def _check_tokenizer(where: str, changes: Mapping[str, Any], now: str, before: str | None) -> None:
+    """Refuse to train a tokenizer on other text, before the text is read: the embeddings are those of the other run's."""
+    changed = next((key for key in changes if key in TEXT_KEYS), None)
+    if now == "train" and before is not None and changed is not None:
+        raise ValueError(
+            f"{where} was trained with the tokenizer {before}, but with another {changed} and tokenizer=train this run would "
+            f"train a new one: set tokenizer={before}."
+        )
+
+
 def _check_decay(where: str, step: int, changes: Mapping[str, Any], config: Config, plan: RunPlan) -> None:
     """Refuse a new schedule whose decay would have begun before the branch: the rate would jump."""
     begin = decay_start(config.trainer, plan.num_steps)
@@ -193,6 +213,17 @@ def _check_pruned(where: str, state: Mapping[str, Any], update: str, plan: RunPl
                 f"{where} has no values of its pruned weights, because its sparsity.update was {update}, but "
                 f"sparsity.update={plan.update.name} trains them: use sparsity.update={update}, or branch before its window."
             )
+
+
+def _check_gradient(where: str, state: Mapping[str, Any], plan: RunPlan) -> None:
+    """Refuse an event at the branch itself if its score needs the gradient of a step that the other run has not kept."""
+    if plan.schedule is None or "gradient" not in plan.score.needs or DENSE_GRADIENT in state["optimizer"]["states"]:
+        return
+    if (step := int(state["step"])) in plan.schedule.base.events():
+        raise ValueError(
+            f"{where} has not kept the gradient of step {step - 1}, which sparsity.score={name_of(plan.score)} needs for the "
+            f"event before step {step}: begin the window at step {step + 1} or later."
+        )
 
 
 def _settings_of(where: str, parent: Path) -> dict[str, Any]:

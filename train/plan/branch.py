@@ -69,17 +69,9 @@ class Branch:
 
 
 def parse_branch(text: str) -> tuple[str, int | None]:
-    """Return (run, step) of `RUN[@STEP]`; the step is None if it is left out, which means the newest checkpoint.
-
-    Raises:
-        ValueError: The text after the @ is not a step.
-    """
-    run, at, step = text.rpartition("@")
-    if not at:
-        return text, None
-    if not step.isdecimal() or not run:
-        raise ValueError(f"branch_from={text} has no step after the @: write RUN or RUN@STEP, such as runs/demo@160.")
-    return run, int(step)
+    """Return (run, step) of `RUN[@STEP]`; the step is None if it is left out, which means the newest checkpoint."""
+    run, _, step = text.rpartition("@")
+    return (run, int(step)) if run and step.isdecimal() else (text, None)
 
 
 def run_folder(config: Config) -> Path:
@@ -90,12 +82,18 @@ def run_folder(config: Config) -> Path:
     """
     assert config.branch_from is not None
     name, _ = parse_branch(config.branch_from)
-    for folder in (Path(name).expanduser(), Path(config.runs_dir) / name):
+    places = Path(name).expanduser(), Path(config.runs_dir) / name
+    for folder in places:
         if (folder / CONFIG).is_file():
             return folder
-    raise ValueError(
-        f"branch_from={config.branch_from} names no run: give a run's folder, such as {config.runs_dir}/NAME."
-    )
+    where = f"branch_from={config.branch_from} names no run of sparsellm"
+    if any(folder.name.startswith("checkpoint-") and folder.is_dir() for folder in places):
+        raise ValueError(f"{where} but a checkpoint: write RUN@STEP, such as {config.runs_dir}/demo@160.")
+    if any(folder.is_dir() and next(folder.glob("checkpoint-*"), None) for folder in places):
+        raise ValueError(
+            f"{where}, but the checkpoints of another Trainer: start a new run with init_from={name}/checkpoint-STEP."
+        )
+    raise ValueError(f"{where}: write RUN or RUN@STEP, such as {config.runs_dir}/demo or {config.runs_dir}/demo@160.")
 
 
 def planned_steps(config: Config) -> int | None:

@@ -248,9 +248,17 @@ def warmup_length(trainer: TrainerConfig, num_steps: int) -> int:
 
 
 def decay_start(trainer: TrainerConfig, num_steps: int) -> int | None:
-    """Return the step before which the decay of optim=wsd begins; None if the run has no such decay."""
+    """Return the step before which the decay of optim=wsd begins; None if the run has no such decay.
+
+    Raises:
+        ValueError: The decay is longer than the run.
+    """
     decay = trainer.lr_scheduler_kwargs.get("num_decay_steps") if trainer.decay_steps is None else trainer.decay_steps
     length = decay_length(decay or 0, num_steps)
+    if length > num_steps:
+        raise ValueError(
+            f"{decay_words(trainer)} is longer than the run of {num_steps} steps: give fewer steps, or a share below 1."
+        )
     return num_steps - length if length else None
 
 
