@@ -17,9 +17,16 @@ from sparsity import SparsityCallback
 from sparsity.mask import state_holder
 from train.checkpoints import layout
 from train.checkpoints.background import BackgroundWriter
-from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
+from train.checkpoints.read import CheckpointReader, load_buffers, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
-from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.checkpoints.write import (
+    Checkpoint,
+    buffers_of,
+    optimizer_figures,
+    parameters_of,
+    rank_tensors,
+    write_checkpoint,
+)
 from train.clipping import clip_replicas_alike_, has_replicas
 from train.data.mixture import MixtureBlocks
 from train.data.sampler import PermutationSampler
@@ -331,6 +338,7 @@ class PretrainingTrainer(Trainer):
     def _load(self, reader: CheckpointReader) -> None:
         state, parameters = reader.state, parameters_of(self._module)
         load_weights(reader, parameters)
+        load_buffers(reader, buffers_of(self._module))
         branches = reader.step == self.run_state.branch_step
         load_optimizer(reader, self.optimizer, parameters, rates=not branches)
         assert self.lr_scheduler is not None
