@@ -18,9 +18,16 @@ from sparsity import SparsityCallback
 from train.checkpoints import layout
 from train.checkpoints.background import BackgroundWriter
 from train.checkpoints.rates import keeps_rates, load_rates
-from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
+from train.checkpoints.read import CheckpointReader, load_buffers, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
-from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.checkpoints.write import (
+    Checkpoint,
+    buffers_of,
+    optimizer_figures,
+    parameters_of,
+    rank_tensors,
+    write_checkpoint,
+)
 from train.distributed import World, set_group_timeouts
 from train.faults.guard import StepGuard
 from train.faults.stop import RunStopped
@@ -176,6 +183,7 @@ class ResumableTrainer(Trainer):
     def _load(self, reader: CheckpointReader) -> None:
         state, parameters = reader.state, parameters_of(self._module)
         load_weights(reader, parameters)
+        load_buffers(reader, buffers_of(self._module))
         branches = reader.step == self.run_state.branch_step
         rates = keeps_rates(self.lr_scheduler, state["scheduler"], branches)
         load_optimizer(reader, self.optimizer, parameters, rates)

@@ -116,6 +116,14 @@ def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
+def load_buffers(reader: CheckpointReader, buffers: Mapping[str, Tensor]) -> None:
+    """Copy the model's buffers; those that an older checkpoint lacks keep the values of a new model, as in its run."""
+    for name, buffer in buffers.items():
+        if (found := reader.tensor(f"buffer/{name}", 0)) is not None:
+            buffer.copy_(found)
+
+
+@torch.no_grad()
 def load_optimizer(
     reader: CheckpointReader, optimizer: Any, parameters: Mapping[str, Tensor], rates: bool = True
 ) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from conf.schema import ModelConfig
-from train.plan.architecture import check_plain, read_config
+from train.plan.config_json import check_plain, read_config
 from train.plan.folders import CONFIG, model_folder
 
 ADAPTER = "adapter_config.json"
