@@ -14,8 +14,9 @@ from train.assembly import build, checked_arguments, make_trainer
 from train.checkpoints.write import parameters_of
 from train.data import prepare, unigram_bits_per_byte
 from train.data.mixture import MixtureBlocks
+from train.data.sets import prepare_sets
 from train.distributed import World, wants_fsdp
-from train.evaluation import Evaluation, prepare_sets
+from train.evaluation import Evaluation, check_evaluation
 from train.faults.guard import StepGuard
 from train.faults.heartbeat import Heartbeat
 from train.faults.preempt import Preemption
@@ -62,6 +63,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         repeat_ending(config, plan, directory, world, finished)
         return
     world.on_main(check_beginning, config, plan, directory)
+    world.on_main(check_evaluation, config)
     data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
     sets = world.on_main(prepare_sets, config, data)
     model, tokenizer, blocks = build(config, plan, data, arguments, world)

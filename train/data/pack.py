@@ -62,8 +62,6 @@ class Job:
     heldout_share: float
     tokenizer: str
     """The tokenizer's folder."""
-    separator: int
-    """The id that ends a document if `frame` has an eos."""
     frame: Frame
     vocab_size: int
     skips_errors: bool = False
