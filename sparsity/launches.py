@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsity import kernels
+from sparsity import kernels, zero_kernels
 from sparsity.shards import ParameterShard
 from sparsity.tables import Row, Rows, Shape, Table, copied_to, make_tables, rows_of, rows_of_masks
 
@@ -239,7 +239,7 @@ def zero_all_(masked: Sequence[tuple[Tensor, Sequence[Tensor]]], shape: Shape = 
         for table in make_tables(tuple(rows), shape.block, masked[0][0].device):
             # Without alignment, neighbouring threads take neighbouring elements, so that a warp's writes stay close together.
             plain = table if mode == "rewrite" else Table(table.rows, table.owners, table.dtype, False)
-            plain.launch(kernels.zero, DTYPE=_WRITTEN_AS[table.dtype], MODE=mode, shape=shape)
+            plain.launch(zero_kernels.zero, DTYPE=_WRITTEN_AS[table.dtype], MODE=mode, shape=shape)
 
 
 def zero_(tensor: Tensor, mask: Tensor, shape: Shape = ZERO_GRADIENT, mode: str = ZERO_GRADIENT_MODE) -> None:
@@ -248,7 +248,7 @@ def zero_(tensor: Tensor, mask: Tensor, shape: Shape = ZERO_GRADIENT, mode: str 
         return
     bits, kept = tensor.view(_AS_BITS[tensor.dtype]), mask.view(torch.int8)
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-        kernels.zero_one[(triton.cdiv(bits.numel(), shape.block),)](
+        zero_kernels.zero_one[(triton.cdiv(bits.numel(), shape.block),)](
             bits, kept, bits.numel(),
             ALIGNED=bits.data_ptr() % 16 == 0 and kept.data_ptr() % 16 == 0, BLOCK=shape.block, MODE=mode,
             num_warps=shape.num_warps,

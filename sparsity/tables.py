@@ -1,4 +1,4 @@
-"""Tables through which one launch of a Triton kernel finds the blocks of many tensors. Importing this needs Triton.
+"""Tables through which one launch of a Triton kernel finds the blocks of many tensors.
 
 Tables are cached by the pointers that they hold, so a parameter that FSDP2 moved between events gets a new table. Nothing here
 waits for the device.

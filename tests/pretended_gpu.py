@@ -92,7 +92,9 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         tensors = [leaf for leaf in (args[0], *args[2:]) if isinstance(leaf, Tensor)]
     is_mixed = there and any(tensor.dim() > 0 for tensor in tensors if not isinstance(tensor, OnGpu))
     if is_mixed and name not in COPIES:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got some on cuda:0 and some on cpu.")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} got some on cuda:0 and some on cpu."
+        )
     generator, device = kwargs.get("generator"), kwargs.get("device")
     if device is not None:
         is_there = torch.device(device).type == "cuda"

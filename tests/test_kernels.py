@@ -21,6 +21,7 @@ from sparsity.select import prune_smallest_, search
 from sparsity.select.inside import Tagged
 from sparsity.select.torch_passes import TorchPasses
 from sparsity.select.triton_passes import TritonPasses, radix_select
+from sparsity.tables import Shape, Table
 from tests.kernel_oracles import (
     DTYPES,
     KINDS,
@@ -52,14 +53,14 @@ def interpreted_launches() -> ModuleType:
 
     Triton chooses the interpreter when it is imported, so this imports Triton again, and then restores the first one.
     """
-    ours = ("sparsity.kernels", "sparsity.launches")
+    ours = ("sparsity.kernels", "sparsity.zero_kernels", "sparsity.launches")
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "triton" or name in ours}
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         for name in before:
             if not name.startswith("triton._C"):
                 del sys.modules[name]
         # If they stayed attributes of the package, they would be found without an import.
-        for name in ("kernels", "launches"):
+        for name in ("kernels", "zero_kernels", "launches"):
             vars(sparsity).pop(name, None)
         found = importlib.import_module("sparsity.launches")
     sys.modules.update(before)
@@ -116,7 +117,7 @@ def test_keys_in_many_segments_are_stored_once_and_those_without_room_are_counte
     lo, hi = 1 << 29, int(np.quantile(np.concatenate(keys), 0.1))
     inside = [k[(k >= lo) & (k < hi)] for k in keys]
     num_inside = sum(map(len, inside))
-    shape = launches.Shape(1 << 10, 1)
+    shape = Shape(1 << 10, 1)
     for limit, has_room in ((20_000, True), (1_000, False)):
         counts, found, owners = launches.collect(mine, lo, hi, limit, shape)
         assert counts[:2].tolist() == [sum(int((k < lo).sum()) for k in keys), num_inside]
@@ -364,7 +365,7 @@ def host_reads(launches, monkeypatch, body) -> list[str]:
         return run
 
     with monkeypatch.context() as patched, reads:
-        patched.setattr(launches.Table, "launch", paused(launches.Table.launch))
+        patched.setattr(Table, "launch", paused(Table.launch))
         body()
     return reads.found
 
@@ -378,6 +379,15 @@ def test_the_host_waits_as_often_in_an_event_of_many_parameters_as_in_one_of_few
         for density in (0.9, 0.5):
             reads = host_reads(launches, monkeypatch, partial(event.pruner.prune, density, optimizer))
             assert 3 <= len(reads) <= most
+
+
+def test_a_selection_reads_the_pointers_of_its_shards_once(launches, monkeypatch):
+    calls = []
+    original = launches.rows_of
+    monkeypatch.setattr(launches, "rows_of", lambda shards: calls.append(len(shards)) or original(shards))
+    mine = shards_on(DEVICE, tensors_of("normal", "float32"))
+    prune_smallest_(mine, 3_000)
+    assert calls == [5]
 
 
 def test_a_pass_in_torch_waits_once_for_all_its_chunks(monkeypatch):

@@ -125,5 +125,3 @@ def test_sparse_layers_are_packed_and_multiply_on_the_device(gpu):
     on_gpu = x.to(gpu)
     for one in parent["attention"].values():
         check_product(one(on_gpu), x, weight)
-
-

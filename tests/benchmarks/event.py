@@ -34,6 +34,7 @@ from sparsity import Geometric, devices
 from sparsity.mask import make_shards
 from sparsity.pruner import Pruner
 from sparsity.select import prune_smallest_
+from sparsity.tables import Shape
 from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
 
 SPARSITY, NUM_EVENTS = 0.8, 20
@@ -317,9 +318,7 @@ def sweep(model: Model, device: str, shapes: Shapes) -> dict[str, dict[str, floa
             # These passes change weights, so they come after those that read them.
             print("sweeping what writes zeros", file=sys.stderr, flush=True)
         found[name] = {
-            f"{block} x {num_warps} warps": best(
-                partial(body, shape=launches.Shape(block, num_warps)), device, before, rounds=2
-            )
+            f"{block} x {num_warps} warps": best(partial(body, shape=Shape(block, num_warps)), device, before, rounds=2)
             for block, num_warps in shapes[name]
         }
         fastest = min(found[name], key=found[name].__getitem__)
