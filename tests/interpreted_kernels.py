@@ -23,14 +23,14 @@ def interpreted_launches() -> ModuleType:
 
     Triton chooses the interpreter when it is imported, so this imports Triton again, and then restores the first one.
     """
-    ours = ("sparsity.kernels", "sparsity.launches")
+    ours = ("sparsity.kernels", "sparsity.zero_kernels", "sparsity.launches")
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "triton" or name in ours}
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         for name in before:
             if not name.startswith("triton._C"):
                 del sys.modules[name]
         # If they stayed attributes of the package, they would be found without an import.
-        for name in ("kernels", "launches"):
+        for name in ("kernels", "zero_kernels", "launches"):
             vars(sparsity).pop(name, None)
         found = importlib.import_module("sparsity.launches")
     sys.modules.update(before)

@@ -119,12 +119,17 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 @contextmanager
 def pretended_gpu() -> Iterator[torch.device]:
     """Yield the device; inside, tensors can be made on it or moved to it."""
-    lazy_init, overwrites = torch.cuda._lazy_init, torch.__future__.get_overwrite_module_params_on_conversion()
+    synchronize, lazy_init, overwrites = (
+        torch.cuda.synchronize,
+        torch.cuda._lazy_init,
+        torch.__future__.get_overwrite_module_params_on_conversion(),
+    )
     torch.cuda._lazy_init = lambda: None
+    torch.cuda.synchronize = lambda device=None: None
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with _FromNumbers(), _Factories():
             yield GPU
     finally:
-        torch.cuda._lazy_init = lazy_init
+        torch.cuda._lazy_init, torch.cuda.synchronize = lazy_init, synchronize
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)

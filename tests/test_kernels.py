@@ -9,6 +9,7 @@ from sparsity.score import magnitude
 from sparsity.select import prune_smallest_, search
 from sparsity.select.inside import Tagged
 from sparsity.select.triton_passes import TritonPasses, radix_select
+from sparsity.tables import Shape
 from tests.interpreted_kernels import DEVICE, cases, use_kernels
 from tests.kernel_oracles import DTYPES, keys_of, shards_on, tensors_of
 
@@ -55,7 +56,7 @@ def test_keys_in_many_segments_are_stored_once_and_those_without_room_are_counte
     lo, hi = 1 << 29, int(np.quantile(np.concatenate(keys), 0.1))
     inside = [k[(k >= lo) & (k < hi)] for k in keys]
     num_inside = sum(map(len, inside))
-    shape = launches.Shape(1 << 10, 1)
+    shape = Shape(1 << 10, 1)
     for limit, has_room in ((20_000, True), (1_000, False)):
         counts, found, owners = launches.collect(mine, lo, hi, limit, shape)
         assert counts[:2].tolist() == [sum(int((k < lo).sum()) for k in keys), num_inside]
@@ -209,3 +210,12 @@ def test_a_sample_that_misleads_and_too_many_keys_cost_kernels_no_exactness(laun
         expected = torch.ones(len(magnitudes), dtype=torch.bool)
         expected[torch.sort(magnitudes, stable=True).indices[:num_pruned]] = False
         assert torch.equal(torch.cat([shard.mask.cpu() for shard in mine]), expected)
+
+
+def test_a_selection_reads_the_pointers_of_its_shards_once(launches, monkeypatch):
+    calls = []
+    original = launches.rows_of
+    monkeypatch.setattr(launches, "rows_of", lambda shards: calls.append(len(shards)) or original(shards))
+    mine = shards_on(DEVICE, tensors_of("normal", "float32"))
+    prune_smallest_(mine, 3_000)
+    assert calls == [5]

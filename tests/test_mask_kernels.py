@@ -16,6 +16,7 @@ from sparsity import Geometric, SparsityCallback, devices
 from sparsity.mask import mask_hash, zero_all_pruned_, zero_pruned_
 from sparsity.score import magnitude
 from sparsity.select.torch_passes import TorchPasses
+from sparsity.tables import Table
 from tests.interpreted_kernels import DEVICE, cases, use_kernels
 from tests.kernel_oracles import DTYPES, HostReads, same_bits, shards_on, small_model, tensors_of, zeroed
 
@@ -117,7 +118,7 @@ def host_reads(launches, monkeypatch, body) -> list[str]:
         return run
 
     with monkeypatch.context() as patched, reads:
-        patched.setattr(launches.Table, "launch", paused(launches.Table.launch))
+        patched.setattr(Table, "launch", paused(Table.launch))
         body()
     return reads.found
 

@@ -111,6 +111,21 @@ def test_the_hash_of_masks_is_made_on_the_device(gpu):
     assert mask_hash(callback.shards) != before
 
 
+def test_the_host_waits_until_the_weights_of_a_moved_or_converted_layer_are_written(gpu, monkeypatch):
+    """A product that starts early reads weights while the kernel launched before it may still write them."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    layer = SparseLinear.from_dense(weight_of(32, 64, 0.2))
+    assert waits == []
+    layer.to(gpu)
+    assert waits == [gpu]
+    layer.half()
+    assert waits == [gpu, gpu]
+    model = nn.Sequential(nn.Linear(64, 32)).to(gpu)
+    sparse_linears_(model, most_density=1.0)
+    assert waits == [gpu] * 3
+
+
 @torch.no_grad()
 def test_sparse_layers_are_packed_and_multiply_on_the_device(gpu):
     weight, x = weight_of(100, 256, 0.2), torch.randn(2, 256)

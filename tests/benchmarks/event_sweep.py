@@ -12,6 +12,7 @@ import torch
 from sparsity import devices
 from sparsity.mask import make_shards
 from sparsity.select import prune_smallest_
+from sparsity.tables import Shape
 from tests.benchmarks.event_model import SPARSITY, Model, best
 
 SWEPT = {
@@ -80,9 +81,7 @@ def sweep(model: Model, device: str, shapes: Shapes) -> dict[str, dict[str, floa
             # These passes change weights, so they come after those that read them.
             print("sweeping what writes zeros", file=sys.stderr, flush=True)
         found[name] = {
-            f"{block} x {num_warps} warps": best(
-                partial(body, shape=launches.Shape(block, num_warps)), device, before, rounds=2
-            )
+            f"{block} x {num_warps} warps": best(partial(body, shape=Shape(block, num_warps)), device, before, rounds=2)
             for block, num_warps in shapes[name]
         }
         fastest = min(found[name], key=found[name].__getitem__)
