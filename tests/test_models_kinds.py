@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     OlmoHybridConfig,
     PhimoeConfig,
     StableLmConfig,
@@ -33,11 +34,12 @@ from transformers import (
     set_seed,
 )
 
-from sparsity.prunable import own_linear_weights
+from conf.schema import ModelConfig, SparsityConfig
+from sparsity.prunable import own_linear_weights, prunable_parameters
 from tests.architectures import SIZES, by_path
 from tests.small_models import VOCABULARY, saved
 from train.checkpoints.read import CheckpointReader, load_buffers
-from train.checkpoints.write import Checkpoint, buffers_of, rank_tensors, write_checkpoint
+from train.checkpoints.write import Checkpoint, buffers_of, parameters_of, rank_tensors, write_checkpoint
 from train.distributed import World
 from train.model.build import build_skeleton
 from train.model.documents import check_keeps_documents_apart
@@ -47,6 +49,7 @@ from train.model.weights import allocate
 from train.plan.architecture import NO_LIMIT, describe, resolved
 from train.plan.config_json import hf_config
 from train.plan.counts import count_parameters
+from train.plan.names import planned_pools, prunable_shapes
 
 ALONE = World(0, 1, torch.device("cpu"))
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
@@ -215,3 +218,49 @@ def test_documents_are_refused_where_a_model_would_mix_them(name):
         ValueError, match=f"data.attention=document does not work with .*{reason}.* use data.attention=causal"
     ):
         check_keeps_documents_apart(config())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=2"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must not exceed the 4 experts"),
+    ],
+)
+def test_sizes_with_which_a_model_cannot_run_are_refused_in_the_plan(tmp_path, overrides, words):
+    MixtralConfig(**SIZES, **EXPERTS).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{words}\): change the overrides, or leave them out"):
+        resolved(by_path(tmp_path, overrides=overrides))
+
+
+def test_several_differences_are_taken_over_by_one_override(tmp_path):
+    folder = folder_of(
+        LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e5}), tmp_path / "model"
+    )
+    ours = {"num_hidden_layers": 1, "rope_parameters": {"rope_theta": 1e4}}
+    with pytest.raises(
+        ValueError,
+        match=r'set "model\.overrides=\{num_hidden_layers: 2, rope_parameters: \{rope_theta: 500000\.0\}\}"\.',
+    ):
+        initial_weights(build_skeleton(resolved(by_path(folder, overrides=ours))), str(folder), by_path=True)
+
+
+def test_a_tied_head_named_in_include_is_pruned_under_the_name_that_checkpoints_use(tmp_path):
+    folder = folder_of(Gemma3TextConfig(**SIZES, head_dim=8), tmp_path / "model")
+    sparsity = SparsityConfig(target=0.5, include=["lm_head.weight"])
+    (pool,) = planned_pools(resolved(by_path(folder)), sparsity)
+    assert pool.names == ("model.embed_tokens.weight",)
+    model = loaded(folder)
+    assert list(prunable_parameters(model, include=["lm_head.weight"])) == ["model.embed_tokens.weight"]
+    assert "model.embed_tokens.weight" in parameters_of(model)
+    llama = ModelConfig(
+        name="tied",
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    assert list(prunable_shapes(llama, sparsity)) == ["model.embed_tokens.weight"]
