@@ -23,7 +23,8 @@ def prunable_parameters(
 ) -> dict[str, Tensor]:
     """Return the prunable parameters by name, in the model's order.
 
-    A weight shared with an embedding stays dense, with a warning, unless `include` names it.
+    A weight shared with an embedding stays dense, with a warning, unless `include` names it. A weight with several names is
+    returned under the one that `named_parameters` gives, which checkpoints use.
 
     Args:
         model: Any module.
@@ -70,7 +71,8 @@ def prunable_parameters(
             )
     if not unique:
         raise ValueError("No parameter of the model is prunable: it has no trainable linear layer that may be pruned.")
-    return {name: chosen[name] for name in unique.values()}
+    first = {id(param): plain_name(name) for name, param in model.named_parameters()}
+    return {first.get(id(chosen[name]), name): chosen[name] for name in unique.values()}
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

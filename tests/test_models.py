@@ -201,7 +201,7 @@ def test_a_folder_without_a_tokenizer_needs_one(folders, tmp_path):
 
 def test_another_config_than_the_models_is_refused_with_the_override_that_takes_it_over(folders, tmp_path):
     folder = edit(shutil.copytree(folders["qwen3"], tmp_path / "qwen3"), rms_norm_eps=1e-3)
-    with pytest.raises(ValueError, match=r"set model\.overrides=\{rms_norm_eps: 0\.001\}"):
+    with pytest.raises(ValueError, match=r'set "model\.overrides=\{rms_norm_eps: 0\.001\}"\.'):
         initial_weights(build_skeleton(resolved(by_path(folders["qwen3"]))), str(folder), by_path=True)
 
 

@@ -55,6 +55,11 @@ class ModelConfig:
             self._check_by_path()
             return
         check(
+            self.name != AUTO_NAME,
+            "model=hf takes its architecture from a config.json, but model.path is not set: give a transformers folder or a "
+            "hub name, model.path=FOLDER_OR_HUB_NAME.",
+        )
+        check(
             not self.overrides,
             f"model.overrides={self.overrides} changes a config.json, but model.path names none: set the keys of the "
             "group model, or use model=hf model.path=FOLDER.",

@@ -40,17 +40,9 @@ class Difference:
         """The difference as part of an error message."""
         return f"{self.field} is {_yaml(self.theirs)} in the folder and {_yaml(self.ours)} in the config"
 
-    def override(self, by_path: bool = False) -> str | None:
-        """Return the override that takes over the folder's value; None if the group `model` has no such key.
-
-        Args:
-            by_path: Whether the model is given by `model.path`, so that any field of config.json can be set.
-        """
-        if by_path:
-            inner = f"{_yaml(self.theirs)}"
-            for part in reversed(self.field.split(".")):
-                inner = f"{{{part}: {inner}}}"
-            return f"model.overrides={inner}"
+    @property
+    def override(self) -> str | None:
+        """Return the override that takes over the folder's value; None if the group `model` has no such key."""
         key = OVERRIDES.get(self.field, self.field)
         is_key = key in {field.name for field in fields(ModelConfig)} and self.theirs is not None
         return f"model.{key}={_yaml(self.theirs)}" if is_key else None
@@ -116,15 +108,36 @@ def _derives_head_dim(config: Mapping[str, Any]) -> bool:
 
 
 def _sentence(folder: str, found: list[Difference], by_path: bool) -> str:
-    overrides = [override for difference in found if (override := difference.override(by_path))]
-    fixed = [f"{difference.field}={_yaml(difference.ours)}" for difference in found if not difference.override(by_path)]
+    differences = "; ".join(difference.words for difference in found)
+    what = f"init_from={folder} is not the configured model, {differences}"
+    if by_path:
+        return f'{what}: set "model.overrides={_table(found)}".'
+    overrides = [difference.override for difference in found if difference.override]
+    fixed = [f"{difference.field}={_yaml(difference.ours)}" for difference in found if not difference.override]
     remedy = f"set {' '.join(overrides)}" if overrides else ""
     if fixed:
         remedy = f"give a folder with {', '.join(fixed)}, which no key of the group model changes" + (
             f", and {remedy}" if remedy else ""
         )
-    differences = "; ".join(difference.words for difference in found)
-    return f"init_from={folder} is not the configured model, {differences}: {remedy}."
+    return f"{what}: {remedy}."
+
+
+def _table(found: list[Difference]) -> str:
+    """Return the folder's values as one nested table, as they are written in an override of `model.overrides`."""
+    tree: dict[str, Any] = {}
+    for difference in found:
+        *path, last = difference.field.split(".")
+        inner = tree
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = difference.theirs
+
+    def written(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key}: {written(inner)}" for key, inner in value.items()) + "}"
+        return _yaml(value)
+
+    return written(tree)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

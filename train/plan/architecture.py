@@ -67,6 +67,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
         return model
     config = hf_config(model.path, model.overrides)
     sizes: dict[str, Any] = {name: _size(config, name) for name in SIZES}
+    _check_sizes(model.path, model.overrides, sizes, _experts(config))
     sizes["tie_word_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
     for field in fields(ModelConfig):
         if field.name in OWN_KEYS:
@@ -75,7 +76,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
         if value not in (unset, sizes.get(field.name, unset)):
             raise ValueError(
                 f"model.{field.name}={value} has no effect with model.path={model.path}, whose {CONFIG} sets it: set "
-                f"model.overrides={{{field.name}: {value}}}."
+                f'"model.overrides={{{field.name}: {value}}}".'
             )
     return replace(model, **sizes)
 
@@ -212,7 +213,20 @@ def _size(config: Any, name: str) -> int:
     return largest(config, name)
 
 
+def _check_sizes(path: str, overrides: Mapping[str, Any], sizes: Mapping[str, int], experts: tuple[int, int]) -> None:
+    """Refuse sizes with which transformers builds a model that cannot run."""
+    heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    wrong = [
+        (sizes["num_hidden_layers"] < 1, f"num_hidden_layers={sizes['num_hidden_layers']} must be at least 1"),
+        (heads % shared != 0, f"num_key_value_heads={shared} must divide num_attention_heads={heads}"),
+        (experts[1] > experts[0], f"num_experts_per_tok={experts[1]} must not exceed the {experts[0]} experts"),
+    ]
+    for is_wrong, words in wrong:
+        if is_wrong:
+            raise refused(path, overrides, "does not describe a model that can be trained", ValueError(words))
+
+
 def _experts(config: Any) -> tuple[int, int]:
     """Return (experts of a layer, experts to which a token is routed); (1, 1) for a model without experts."""
     experts = next((found for key in EXPERTS if (found := largest(config, key))), 1)
-    return experts, min(experts, next((found for key in CHOSEN_EXPERTS if (found := largest(config, key))), experts))
+    return experts, next((found for key in CHOSEN_EXPERTS if (found := largest(config, key))), experts)

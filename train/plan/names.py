@@ -74,8 +74,10 @@ def prunable_shapes(model: ModelConfig, sparsity: SparsityConfig) -> dict[str, t
                     "'model.layers.0.mlp.up_proj.weight', * matches anything."
                 )
     chosen = [name for name in shapes if _is_chosen(name, model, sparsity)]
-    if model.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(chosen):
-        chosen.remove("lm_head.weight")
+    if model.tie_word_embeddings:
+        chosen = list(
+            dict.fromkeys("model.embed_tokens.weight" if name == "lm_head.weight" else name for name in chosen)
+        )
     return {name: shapes[name] for name in chosen}
 
 
