@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from conf.schema import DataConfig
 from tests.small_models import gpt2, saved
 from train.data import PreparedData, TokenStream, heldout_tokens, load_tokenizer, prepare, training_blocks
 from train.data.foreign import MEGATRON_MAGIC, find_spans
+from train.data.tokenizer import train_bpe
 
 LENGTH = 16
 DOCUMENTS = [[0] * 0 + list(range(5 + number % 90, 45 + number % 90)) + [0] for number in range(40)]
@@ -135,3 +137,109 @@ def test_a_file_that_changes_makes_another_folder(tmp_path, tokenizer):
     before = prepared(write_flat(tmp_path), tokenizer).folder
     np.array([*IDS[41:], *IDS], "<u2").tofile(tmp_path / "text.bin")
     assert prepared(tmp_path / "text.bin", tokenizer).folder != before
+
+
+def damage_index(folder: Path) -> Path:
+    path = write_megatron(folder)
+    index = folder / "text.idx"
+    index.write_bytes(index.read_bytes()[:-8] + struct.pack("<q", 99_999))
+    return path
+
+
+def write_saved(folder: Path, rows: Any, **options: Any) -> Path:
+    from datasets import Dataset
+
+    Dataset.from_dict({"input_ids": rows}, **options).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def write_splits(folder: Path) -> Path:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(train=Dataset.from_dict({"input_ids": DOCUMENTS})).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def write_selection(folder: Path) -> Path:
+    saved = write_saved(folder, DOCUMENTS)
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
+    return saved
+
+
+def write_array(folder: Path, array: Any, num_bytes: int | None = None) -> Path:
+    np.save(folder / "a.npy", array, allow_pickle=True)
+    (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes()[:num_bytes])
+    return folder / "a.npy"
+
+
+def write_nano(folder: Path) -> Path:
+    write_flat(folder, name="train.bin")
+    write_flat(folder, name="val.bin")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (damage_index, r"text\.idx names sequences that it does not have \(40 in all\): copy it again"),
+        (lambda folder: write_megatron(folder).with_suffix(""), r"does not exist: give data\.path=\S*text\.bin\."),
+        (lambda folder: write_saved(folder, [1, 2, 3]), "has a column input_ids of type int.*: give lists of ids"),
+        (lambda folder: write_saved(folder, [[1, 2], None]), "has nulls in the column input_ids: leave out those rows"),
+        (write_splits, r"holds the splits train: give one of them, data\.path=\S*saved/train"),
+        (write_selection, "is a selection of rows that an old version of datasets saved"),
+        (lambda folder: write_array(folder, np.ones((3, 3), np.uint16)), r"is an array uint16\[3, 3\]: give a one-dim"),
+        (lambda folder: write_array(folder, np.array([{}])), r"a\.npy is not a complete array of ids \(.*objects"),
+        (lambda folder: write_array(folder, np.array(IDS), 999), r"a\.npy is not a complete array of ids \(mmap"),
+        (lambda folder: write_array(folder, np.full(99, -1)), r"a\.npy holds the id -1, but the tokenizer has 300 ids"),
+        (write_nano, r"would train on the held-out tokens of \S*val\.bin: give data\.path=\S*train\.bin, and score"),
+    ],
+)
+def test_files_that_cannot_be_read_as_ids_are_refused_in_a_sentence(tmp_path, tokenizer, write, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        prepared(write(tmp_path), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_of_one_length_are_read_in_place(tmp_path, tokenizer):
+    from datasets import Features, List, Value
+
+    rows = [list(range(1 + number, 17 + number)) for number in range(60)]
+    data = prepared(write_saved(tmp_path, rows, features=Features({"input_ids": List(Value("int32"), 16)})), tokenizer)
+    train = TokenStream(data.folder, "train")
+    assert train[:].tolist() == [token for row in rows[:48] for token in row]
+    assert train.document_starts(0, len(train)).tolist() == list(range(0, 48 * 16, 16))
+
+
+def test_all_files_below_a_folder_are_read_and_empty_ones_hold_nothing(tmp_path, tokenizer):
+    for name in ("a", "b/c"):
+        (tmp_path / name).mkdir(parents=True)
+        write_flat(tmp_path / name)
+    (tmp_path / "a" / "empty.bin").touch()
+    data = prepared(tmp_path, tokenizer)
+    assert data.train.num_tokens + data.heldout.num_tokens == 2 * len(IDS)
+
+
+def test_bos_is_believed_only_if_every_document_begins_with_it(tmp_path, tokenizer):
+    for number, rows in enumerate(([[0, *document] for document in DOCUMENTS], [[0, 5], *DOCUMENTS])):
+        (tmp_path / str(number)).mkdir()
+        write_saved(tmp_path / str(number), rows)
+    assert prepared(tmp_path / "0" / "saved", tokenizer, bos=True).bos == 0
+    assert prepared(tmp_path / "1" / "saved", tokenizer).bos is None
+    with pytest.raises(ValueError, match=r"data\.bos=true, but not all documents of .* begin with the bos id 0: set"):
+        prepared(tmp_path / "1" / "saved", tokenizer, bos=True)
+
+
+def test_special_tokens_are_no_text_of_the_held_out_part(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    train_bpe(["some words to train on " * 20], 270, tmp_path / "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>", bos_token="<begin>"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    bos, word = tokenizer.bos_token_id, tokenizer.encode("word")
+    write_saved(tmp_path, [[bos, *word, 0]] * 60)
+    data = prepared(tmp_path / "saved", tmp_path / "tokenizer")
+    assert data.heldout.num_documents == 12
+    assert data.heldout.num_bytes == 12 * len("word")

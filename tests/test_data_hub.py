@@ -13,7 +13,7 @@ import pytest
 
 from conf.compose import composed
 from conf.schema import DataConfig
-from train.data import PreparedData, hub, prepare
+from train.data import PreparedData, dataset, hub, prepare
 
 README = """---
 configs:
@@ -112,3 +112,45 @@ def test_well_known_datasets_have_yamls_of_their_own(name):
     assert config.data.source == "hub"
     assert "/" in str(config.data.name)
     assert composed("train", [f"data={name}", "data.name=/a/copy"]).data.name == "/a/copy"
+
+
+def test_an_interrupted_stream_resumes_with_the_file_that_was_not_complete(c4, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "LINES_PER_FILE", 30)
+    write = dataset.write_atomically
+
+    def stop_at_two(path: Path, text: str) -> None:
+        if path.name == "part-00002.jsonl":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(dataset, "write_atomically", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(c4, tmp_path / "cache", subset="en", stream=True)
+    written: list[str] = []
+    monkeypatch.setattr(dataset, "write_atomically", lambda path, text: (written.append(path.name), write(path, text)))
+    data = prepared(c4, tmp_path / "cache", subset="en", stream=True)
+    assert [name for name in written if name.endswith("jsonl")] == ["part-00002.jsonl"]
+    (folder,) = (tmp_path / "cache" / "documents").glob("*/")
+    lines = [json.loads(line)["text"] for file in sorted(folder.iterdir()) for line in file.open()]
+    expected = [f"{words} {number} " * 9 for words in ("first", "second") for number in range(40)]
+    assert lines == expected
+    assert num_documents(data) == 80
+
+
+def test_rows_without_text_are_skipped_and_counted_while_streaming(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    (tmp_path / "own").mkdir()
+    lines = [json.dumps({"text": f"row {number} " * 9 if number != 7 else None}) for number in range(60)]
+    (tmp_path / "own" / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"data\.name=\S*own, row 7 has null as text: give a string"):
+        prepared(tmp_path / "own", tmp_path / "cache", stream=True)
+    assert num_documents(prepared(tmp_path / "own", tmp_path / "cache", stream=True, on_error="skip")) == 59
+    assert "data.on_error=skip left out 1 document of hub" in capsys.readouterr().err
+
+
+def test_a_split_that_is_missing_is_named_without_a_readme_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(ValueError, match=r"has no split test, only train: give one of its splits in data\.split"):
+        prepared(tmp_path / "own", tmp_path / "cache", split="test")

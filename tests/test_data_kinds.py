@@ -122,3 +122,50 @@ def test_skipping_is_asked_for_told_and_kept_in_the_index(tmp_path, capsys):
     words = capsys.readouterr().err
     assert "data.on_error=skip left out 1 document of text, the first:" in words
     assert "a.jsonl, line 61 is not JSON" in words
+
+
+def test_a_spoilt_row_of_csv_costs_only_itself(tmp_path):
+    rows = [b"a row with some words %d,1\n" % number for number in range(900)]
+    rows[700] = b"a \xff row,1\n"
+    rows[800] = b'"closed" too early,1\n'
+    (tmp_path / "a.csv").write_bytes(b"text,id\n" + b"".join(rows))
+    skipped = Skipped()
+    assert len(read(tmp_path / "a.csv", skipped=skipped)) == 898
+    assert [words.partition(".csv, ")[2][:25] for words in skipped.first] == [
+        "line 702 is not UTF-8: co",
+        "line 802 is not CSV (',' ",
+    ]
+    with pytest.raises(ValueError, match=r"a\.csv, line 702 is not UTF-8"):
+        read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("first_line", "words"),
+    [
+        (b"", "has no column text in its first line, because it is empty"),
+        (b"text,id,text\n", "has 2 columns called text: rename all but the one with the text"),
+        ("text\n".encode("utf-16"), "line 1 is not UTF-8 but UTF-16, as its byte order mark says"),
+        ("text\n".encode("utf-16-le"), "line 1 begins a run of many NUL bytes"),
+    ],
+)
+def test_a_first_line_that_names_no_column_is_refused_even_if_errors_are_skipped(tmp_path, first_line, words):
+    (tmp_path / "a.csv").write_bytes(first_line)
+    with pytest.raises(ValueError, match=words):
+        read(tmp_path / "a.csv")
+    skipped = Skipped()
+    assert read(tmp_path / "a.csv", skipped=skipped) == []
+    assert skipped.count == 1
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has 2 columns called text"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_piece_of_text_with_two_faults_counts_once(tmp_path):
+    (tmp_path / "a.txt").write_bytes("words".encode("utf-16"))
+    skipped = Skipped()
+    assert read(tmp_path / "a.txt", skipped=skipped) == []
+    assert skipped.count == 1

@@ -104,6 +104,9 @@ def test_held_out_text_is_that_of_all_sources_and_is_read_as_one(two):
         ([{"path": "a"}, {"path": "b/a.txt"}], "two sources called a: give one of them another name"),
         ([{"path": "a", "hub": "b"}], "path=a and hub=b, but needs exactly one"),
         ([{"path": "a", "weight": 0}], "weight=0 of the source a must be above 0"),
+        ([{"path": "a", "weight": float("inf")}], "weight=inf of the source a must be above 0 and finite"),
+        ([{"path": "a", "weight": float("nan")}], "weight=nan of the source a must be above 0 and finite"),
+        ([{"path": ".."}], r"The source \.\. has no name for the records: give it one with name=NAME"),
         ([{"path": "a", "name": "x/y"}], "name=x/y is part of the names of records"),
     ],
 )
@@ -131,3 +134,64 @@ def test_the_sources_of_a_run_are_told_to_eval_as_they_are_typed():
     ]
     config = composed("eval", ["folder=x", "data=mixture", f"data.sources={sources_text(sources)}"])
     assert config.data.sources == sources
+
+
+def test_a_source_may_be_too_small_to_hold_text_out_if_the_others_do(tmp_path):
+    files = [write(tmp_path / "long.jsonl", "red", 300), write(tmp_path / "few.jsonl", "blue", 3)]
+    data = prepared(tmp_path, {"path": str(files[0])}, {"path": str(files[1])}, heldout_share=0.05)
+    assert data.sources[1].heldout.num_tokens == 0
+    assert data.heldout.num_tokens >= LENGTH
+    write(files[1], "", 0)
+    with pytest.raises(ValueError, match="the source few gives 0 training tokens"):
+        prepared(tmp_path, {"path": str(files[0])}, {"path": str(files[1])}, heldout_share=0.05)
+
+
+def test_one_text_under_two_names_is_refused(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", "red", 60))
+    copy = str(write(tmp_path / "b.jsonl", "red", 60))
+    with pytest.raises(ValueError, match="a and b have the same content: give it once, with the sum of their weights"):
+        prepared(tmp_path, {"path": path}, {"path": copy})
+
+
+def test_a_folder_of_tokens_and_text_is_refused(tmp_path):
+    write(tmp_path / "a.jsonl", "red", 60)
+    (tmp_path / "b.bin").write_bytes(b"\1\0" * 99)
+    with pytest.raises(ValueError, match=r"holds tokens \(b\.bin\) and text \(a\.jsonl\): give them as two sources"):
+        prepared(tmp_path, {"path": str(tmp_path), "name": "both"})
+
+
+def test_a_missing_source_is_noticed_before_any_is_read(tmp_path):
+    first = str(write(tmp_path / "a.jsonl", "red", 60))
+    with pytest.raises(ValueError, match=r"gone\.jsonl does not exist"):
+        prepared(tmp_path, {"path": first}, {"path": str(tmp_path / "gone.jsonl")})
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_only_the_hub_sources_of_a_mixture_are_streamed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub" / "train.jsonl", "blue", 60)
+    path = str(write(tmp_path / "a.jsonl", "red", 60))
+    data = prepared(tmp_path, {"path": path}, {"hub": str(tmp_path / "hub")}, stream=True)
+    assert [source.train.num_documents + source.heldout.num_documents for source in data.sources] == [60, 60]
+    assert len(list((tmp_path / "cache" / "documents").glob("*/*.jsonl"))) == 1
+
+
+def test_tokens_that_are_not_cut_are_named(tmp_path, capsys):
+    from tests.small_models import gpt2, saved
+
+    tokenizer = saved(gpt2(), tmp_path / "m")
+    np.array([*range(1, 40), 0] * 30, "<u2").tofile(tmp_path / "t.bin")
+    sources = [
+        SourceConfig(path=str(tmp_path / "t.bin")),
+        SourceConfig(path=str(write(tmp_path / "a.jsonl", "red", 60))),
+    ]
+    settings = DataConfig(
+        source="mixture", sources=sources, max_document_tokens=8, num_workers=1, heldout_share=0.2,
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    prepare(settings, str(tokenizer), 300, LENGTH)
+    assert (
+        "data.max_document_tokens=8 does not cut the documents of t: tokens are read as they are"
+        in capsys.readouterr().err
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from train.data import hub
 from train.data.pack import encoder
-from train.data.tokenizer import check_vocabulary, load_tokenizer, separator_of, train_bpe, wrap_bpe
+from train.data.tokenizer import check_vocabulary, load_tokenizer, separator_of, train_bpe, without_long_runs, wrap_bpe
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "größe 你好 🙂"] * 20
@@ -130,3 +130,13 @@ def test_wikitext_has_341469_llama2_tokens() -> None:
     text = "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
     assert len(lines) == 4358
     assert 1 + len(tokenizer.encode(text, add_special_tokens=False)) == 341_469
+
+
+def test_long_runs_are_cut_so_that_training_ends(tmp_path: Path) -> None:
+    text = "a word " + "x" * 2500 + " then " + " " * 1500 + "end"
+    pieces = without_long_runs(text)
+    assert "".join(pieces) == text
+    assert [len(piece) for piece in pieces] == [1007, 1000, 1505, 504]
+    assert without_long_runs("some words, " * 999) == ["some words, " * 999]
+    # Uncut, this word alone would take longer than any test may.
+    train_bpe(["x" * 3_000_000, "words " * 99], 300, tmp_path / "tokenizer.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.small_models import llama, saved
 from tests.tiny_run import tiny, write_text
 from train.data import load_tokenizer
 from train.distributed import World
+from train.evaluation import check_evaluation
 from train.harness import run_tasks
 
 TASK = """task: {name}
@@ -105,3 +107,29 @@ def test_two_ranks_share_a_tasks_examples_and_agree_with_one(tmp_path):
 def test_what_cannot_be_evaluated_is_refused_in_a_sentence(overrides, words):
     with pytest.raises(ValueError, match=words):
         composed("train", overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("eval.sets=[{{path:{folder}/gone.jsonl}}]", "gone.jsonl does not exist"),
+        (
+            "eval.sets=[{{path:{folder}/text.jsonl,name:own}}]",
+            "eval.sets: own reads {folder}/text.jsonl, which the run trains",
+        ),
+    ],
+)
+def test_a_run_checks_its_sets_before_its_text_is_prepared(tmp_path, override, words):
+    write_text(tmp_path / "text.jsonl")
+    config = composed("train", tiny(tmp_path, override.format(folder=tmp_path)))
+    with pytest.raises(ValueError, match=re.escape(words.format(folder=tmp_path))):
+        check_evaluation(config)
+
+
+def test_a_task_that_does_not_exist_is_refused_by_name(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
+    write_text(tmp_path / "text.jsonl")
+    tasks = write_task(tmp_path / "tasks")
+    config = composed("train", tiny(tmp_path, "eval.tasks=[colors]", f"eval.task_path={tasks}"))
+    with pytest.raises(ValueError, match=r"eval\.tasks=\['colors'\] are not known to lm-evaluation-harness"):
+        check_evaluation(config)

@@ -70,3 +70,11 @@ def test_eval_of_the_model_gives_the_runs_own_figures(whole):
     figures = json.loads(done.stdout)
     for name in ("perplexity", "bits_per_byte"):
         assert figures[name] == pytest.approx(summary[name], rel=1e-5)
+
+
+def test_one_process_reads_the_blocks_that_two_do(folder, whole):
+    done = run_command(["launch", *command(folder, "alone", "launch.num_processes=1")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(records_of(folder / "runs" / "alone"), records_of(whole), strict=True):
+        assert one["train/tokens/few"] == two["train/tokens/few"]
+        assert one.get("train/loss") == pytest.approx(two.get("train/loss"), rel=1e-3)

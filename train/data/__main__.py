@@ -23,13 +23,13 @@ def main(arguments: Sequence[str]) -> None:
     """Prepare the tokens of a run, or one shard of them."""
     with user_errors():
         overrides = overrides_of("train.data", "Turn a run's text into tokens before it runs.", EXAMPLES, arguments)
-        if not overrides:
+        own = [override.partition("=")[2] for override in overrides if override.startswith("shard=")]
+        run = [override for override in overrides if not override.startswith("shard=")]
+        if not run:
             raise ValueError(
                 "python -m train.data prepares the text of a run, but no run was given: give experiment=NAME, or data=text "
                 "data.path=FILE, or --help."
             )
-        own = [override.partition("=")[2] for override in overrides if override.startswith("shard=")]
-        run = [override for override in overrides if not override.startswith("shard=")]
         shard = parse_shard(own[-1]) if own else Shard()
         config: Config = composed("train", run)
         plan = plan_run(config, 1)

@@ -76,7 +76,7 @@ def _files_of(builder: Any, asked: Asked) -> list[str]:
     splits = builder.config.data_files or {}
     if not splits.get(asked.split):
         raise ValueError(
-            f"{asked} has no split {asked.split}, only {', '.join(splits) or 'none'}: give one of its splits in "
+            f"{asked} has no split {asked.split}, only {', '.join(map(str, splits)) or 'none'}: give one of its splits in "
             "data.split."
         )
     return [str(file) for file in splits[asked.split]]
@@ -146,7 +146,7 @@ def _line(row: dict[str, Any], text_field: str, number: int, skips_errors: bool)
     except ValueError as error:
         if skips_errors:
             return json.dumps({"row": number}) + "\n"
-        raise ValueError(f"row {number} {error}") from None
+        raise _BadRow(f"row {number} {error}") from None
     return json.dumps({"text": text}) + "\n"
 
 
@@ -177,6 +177,10 @@ def _downloaded(file: str) -> Path:
     return Path(hf_hub_download(place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision))
 
 
+class _BadRow(ValueError):
+    """A row without text; its message is the end of a sentence about the dataset."""
+
+
 class _explained:
     """A context that turns errors of `datasets` and of the hub into one sentence."""
 
@@ -187,6 +191,8 @@ class _explained:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, _BadRow):
+            raise ValueError(f"{self.asked}, {error}") from None
         # A full or read-only disk of ours has nothing to do with the dataset.
         is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
         if isinstance(error, Exception) and not is_disk:

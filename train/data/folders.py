@@ -112,6 +112,7 @@ def tokenized(source: Source, corpus: Corpus, root: Path, storage: Storage) -> T
         _remove_leftovers(folder)
 
     def fill(num_workers: int | None) -> None:
+        _remove_leftovers(folder)
         pack_all(jobs(), num_workers)
         finish(jobs())
 
