@@ -105,7 +105,7 @@ def test_the_reader_in_the_document_reads_what_is_written(tmp_path):
 
 
 def blocks_of_the_document(language: str) -> list[str]:
-    text = (ROOT / "docs" / "compact.md").read_text()
+    text = (ROOT / "docs" / "format.md").read_text()
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 

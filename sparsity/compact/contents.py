@@ -1,4 +1,4 @@
-"""The contents of a compact file: its tensors, with their dense shapes and the positions of their parts (docs/compact.md)."""
+"""The contents of a compact file: its tensors, with their dense shapes and the positions of their parts (docs/format.md)."""
 
 from __future__ import annotations
 
