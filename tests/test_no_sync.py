@@ -67,6 +67,20 @@ def test_a_search_for_documents_would_ask_once_a_micro_batch(tmp_path):
     assert waits == {"aten::_local_scalar_dense": 4}
 
 
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_batches_are_copied_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch, has_gpu):
+    from conf.compose import composed
+    from train import arguments
+    from train.plan.run import plan_run
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(arguments, "TrainingArguments", lambda **options: options)
+    config = composed("train", ["experiment=demo"])
+    found = arguments.training_arguments(config, plan_run(config, 1), Path("nowhere"))
+    assert found["dataloader_pin_memory"] is has_gpu
+    assert found["accelerator_config"]["non_blocking"] is has_gpu
+
+
 def test_attention_over_whole_blocks_is_sdpa_to_the_last_bit():
     from tests.small_trainer import random_rows, small_llama
     from train.model.attention import attend_over_whole_blocks

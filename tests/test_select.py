@@ -7,12 +7,13 @@ from torch import Tensor
 from sparsity.schedule import Geometric
 from sparsity.score import Random, key_spacing_bits, magnitude, magnitude_of_key
 from sparsity.select import prune_smallest_
-from sparsity.select.histograms import find_bin
+from sparsity.select.histograms import find_bin, find_bins
 from sparsity.select.inside import Collected, Counted
 from sparsity.select.numpy_passes import NumpyPasses
 from sparsity.select.search import share_ties
 from sparsity.select.torch_passes import TorchPasses
 from sparsity.shards import ParameterShard
+from tests.kernel_oracles import HostReads
 
 
 def whole(tensors: list[Tensor]) -> list[ParameterShard]:
@@ -202,6 +203,12 @@ def test_counts_past_two_to_the_31_find_the_right_bin():
     assert find_bin(counts, 2**31 + 6) == (1, 2**31 + 5, 3)
     assert find_bin(counts, 2**31 + 2**33 + 8) == (2, 2**31 + 8, 2**33)
     assert find_bin(counts, 2**31 + 2**33 + 15) == (3, 2**31 + 2**33 + 8, 7)
+
+
+def test_the_bins_of_several_ranks_are_read_at_once():
+    with HostReads() as reads:
+        assert find_bins(torch.tensor([2, 0, 3, 1]), [1, 3, 6]) == [(0, 0, 2), (2, 2, 3), (3, 5, 1)]
+    assert reads.found == ["tolist"]
 
 
 def test_tie_quotas_past_two_to_the_31_are_shared_in_parameter_order():

@@ -1,4 +1,4 @@
-"""Run all benchmarks one after the other, each compared with its peers: `docs/speed.md` explains their figures.
+"""Run all benchmarks one after the other, each compared with its peers: `docs/findings.md` explains their figures.
 
         python -m tests.benchmarks             minutes, on any machine; also the figures of its GPU, if it has one
     python -m tests.benchmarks --all       the real models' sizes, many ranks, the memory model

@@ -22,7 +22,7 @@ from tests.benchmarks.common import PACKAGES, RESULTS
 Row = dict[str, Any]
 HEAD = """# Measured
 
-Made by `python -m tests.benchmarks.page` from the files of the benchmarks; [speed.md](speed.md) says what they mean. A
+Made by `python -m tests.benchmarks.page` from the files of the benchmarks; [findings.md](findings.md) says what they mean. A
 ratio is the peer's seconds over ours: above 1 we are faster.
 """
 ONE_RUN = ("name", "numel", "dtype", "device", "threads", "ranks")

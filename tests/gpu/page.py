@@ -22,7 +22,7 @@ from tests.benchmarks.throughput_variants import Variant, Workload
 HEAD = """# On a GPU
 
 Measured on one GPU by `make gpu-check` and `make gpu-bench`; the files are in [gpu/](gpu), and `python -m tests.gpu.page`
-makes this page of them. [speed.md](speed.md) says what the figures mean, what failed and what was done about it.
+makes this page of them. [devices.md](devices.md) says what the figures mean, what failed and what was done about it.
 """
 GIB = 2**30
 WHERE = ("gpu", "python", "torch", "triton", "transformers", "accelerate", "cuda", "cudnn")
@@ -127,7 +127,7 @@ def comparison_section(title: str) -> Callable[[list[Row]], str]:
 
 
 SECTIONS: dict[str, Callable[[Any], str]] = {
-    "check": lambda found: steps_section(found, "Everything right: `make gpu-check`"),
+    "check": lambda found: steps_section(found, "Correctness: `make gpu-check`"),
     "again": lambda found: steps_section(found, "Run again after changes, and new"),
     "throughput": throughput_section,
     "event": comparison_section("A prune event of the 1B"),

@@ -48,7 +48,9 @@ class Weighted(nn.Linear):
         return (self.weight * numbers).sum()
 
 
-class Layers(nn.ModuleList):
+class Layers(nn.Sequential):
+    """All layers on the numbers of one step. fully_shard of torch 2.11 refuses a ModuleList, even with a forward."""
+
     def forward(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         losses = []
@@ -68,7 +70,7 @@ def whole(tensor: Tensor, like: Tensor) -> Tensor:
 def history(case: str, device: torch.device, mesh: DeviceMesh | None) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Return masks and weights after every step."""
     torch.manual_seed(0)
-    model = Layers([Weighted(48, 64, bias=False), Weighted(64, 33, bias=False)]).to(device)
+    model = Layers(Weighted(48, 64, bias=False), Weighted(64, 33, bias=False)).to(device)
     if mesh is not None:
         for layer in model:
             fully_shard(layer, mesh=mesh)
