@@ -221,8 +221,8 @@ def _check_gradient(where: str, state: Mapping[str, Any], plan: RunPlan) -> None
         return
     if (step := int(state["step"])) in plan.schedule.base.events():
         raise ValueError(
-            f"{where} has not kept the gradient of step {step - 1}, which sparsity.score={name_of(plan.score)} needs for the event "
-            f"before step {step}: begin the window at step {step + 1} or later."
+            f"{where} has not kept the gradient of step {step - 1}, which sparsity.score={name_of(plan.score)} needs for the "
+            f"event before step {step}: begin the window at step {step + 1} or later."
         )
 
 

@@ -71,6 +71,8 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"data.path={path} does not exist: give a .bin or .npy file, or a folder with tokens.")
+    # An index names these files, and is not in the folder from which the run was started.
+    path = path.absolute()
     with explained(path):
         if path.is_dir() and _is_dataset(path):
             return list(_dataset_spans(path))
@@ -85,7 +87,7 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
 
 def files_of(path: str | Path) -> list[Path]:
     """Return all files whose contents determine the ids; a hash of them identifies the ids."""
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
     if path.is_dir():
         suffixes = (*FLAT_SUFFIXES, ".idx", ".arrow", ".json")
         return sorted(file for file in path.iterdir() if file.suffix in suffixes)
