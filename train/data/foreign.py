@@ -85,7 +85,8 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
         ValueError: There are no ids, or a file does not have the format that its name suggests.
     """
     path = Path(path).expanduser()
-    files = find_token_files(path)
+    # An index names these files, and is not in the folder from which the run was started.
+    files = [file.absolute() for file in find_token_files(path)]
     with explained(path):
         if path.is_dir() and _is_dataset(path):
             return [span for file in files for span in dataset_spans(file)]
@@ -95,7 +96,7 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
 
 def files_of(path: str | Path) -> list[Path]:
     """Return all files whose contents determine the ids; a hash of them identifies the ids."""
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
     files = find_token_files(path)
     if path.is_dir() and _is_dataset(path):
         return [*files, *(path / name for name in DATASET_FILES)]
