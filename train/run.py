@@ -42,7 +42,7 @@ from train.record.publish import push_to_hub, renew_card
 from train.record.snapshot import write_snapshot
 from train.record.summary import count_nonzero_linear, summarize
 from train.record.text import closing_words, opening_words
-from train.record.wandb_run import start_wandb
+from train.record.wandb_run import ID_FILE, start_wandb
 from train.speed.compiled import compile_by_blocks
 from train.speed.fp8 import check_fp8, convert_to_fp8
 from train.speed.profiler import StepProfiler
@@ -316,6 +316,7 @@ def make_recorder(
     """
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
+    is_wandb_new = not (directory.wandb / ID_FILE).exists()
     with user_errors():
         wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size}, initial_sparsity)
     return Recorder(
@@ -325,6 +326,7 @@ def make_recorder(
         wandb_run,
         clock,
         speedometer(plan, device, "fp8" if config.trainer.fp8 else "bf16"),
+        is_wandb_new,
     )
 
 
