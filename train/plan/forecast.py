@@ -100,9 +100,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "bytes_per_prune_event": sum(event_network_bytes(len(pool.names), plan.world_size) for pool in plan.pools),
         },
         "disk": {
-            "checkpoint_bytes": checkpoint_bytes(
-                plan.model, num_prunable, plan.update.state_bytes, setting.uses_muon
-            ),
+            "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable, plan.update.state_bytes, setting.uses_muon),
             "export_bytes": export_bytes(plan.model, config.export.dtype),
             "export_dtype": config.export.dtype,
         },
