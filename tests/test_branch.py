@@ -75,20 +75,23 @@ def test_a_branch_that_changes_nothing_equals_its_parent_to_the_last_bit(folder)
     assert contents(parent) == before
 
 
-MOVING = {
-    "rigl": ("sparsity=rigl", "sparsity.window.start=0", "sparsity.window.end=0", "sparsity.window.every=null"),
-    "ste": ("sparsity=ste",),
+SETTINGS = {
+    "rigl": (1, ("sparsity=rigl", "sparsity.window.start=0", "sparsity.window.end=0", "sparsity.window.every=null")),
+    "ste": (1, ("sparsity=ste",)),
+    "two-ranks": (2, ("optim=muon", "trainer.async_save=true")),
 }
 
 
-@pytest.mark.parametrize("update", MOVING)
-def test_a_branch_of_moving_masks_that_changes_nothing_equals_its_parent_to_the_last_bit(folder, update):
-    runs, changes = folder / "runs", (*MOVING[update], "sparsity.target=0.5", "sparsity.moves.every=3")
-    train_on_ranks(1, command(folder, update, *changes))
-    train_on_ranks(1, command(folder, f"{update}-same", *changes, f"branch_from={runs}/{update}@4"))
-    assert records_of(runs / f"{update}-same") == records_of(runs / update)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_branch_equals_its_parent_under_moving_masks_and_on_two_ranks(folder, name):
+    ranks, changes = SETTINGS[name]
+    runs, changes = folder / "runs", (*changes, "sparsity.target=0.5")
+    changes = changes if ranks > 1 else (*changes, "sparsity.moves.every=3")
+    train_on_ranks(ranks, command(folder, name, *changes))
+    train_on_ranks(ranks, command(folder, f"{name}-same", *changes, f"branch_from={runs}/{name}@4"))
+    assert records_of(runs / f"{name}-same") == records_of(runs / name)
     pattern = f"checkpoints/checkpoint-{PARENT_STEPS}/rank-*.safetensors"
-    assert tensors_of(runs / f"{update}-same", pattern) == tensors_of(runs / update, pattern)
+    assert tensors_of(runs / f"{name}-same", pattern) == tensors_of(runs / name, pattern)
 
 
 def test_a_branch_with_another_mixture_counts_the_tokens_that_both_took(folder):

@@ -7,15 +7,18 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from conf.compose import composed
 from conf.schema import Config
+from eval.runs.page.page import choices_of
+from eval.runs.run import Run
 from tests.ranks_of_a_run import train_on_ranks
 from tests.test_branch import command
-from tests.tiny_run import write_text
+from tests.tiny_run import tiny, write_text
 from train import branch as branches
 from train.branch import CheckpointGone, begin_branch, take_over_checkpoint, take_over_records
 from train.checkpoints import layout
@@ -25,8 +28,11 @@ from train.plan.branch import Branch, public_branch_words
 from train.plan.forecast import forecast
 from train.plan.run import RunPlan, plan_run
 from train.record.directory import RunDirectory
+from train.record.metrics import Recorder
+from train.speed.throughput import StepClock
 
 pytestmark = pytest.mark.timeout(600)
+CLOCK = StepClock(torch.device("cpu"), is_read=False)
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +194,30 @@ def test_a_card_shows_no_folders_of_this_machine():
     assert public_branch_words(branch) == "branched from a at step 8: data.path was web.jsonl, is b.jsonl"
     hub = replace(branch, changes=("data.name was allenai/c4, is HuggingFaceFW/fineweb",))
     assert public_branch_words(hub).endswith("data.name was allenai/c4, is HuggingFaceFW/fineweb")
+
+
+class FakeWandb:
+    """A wandb run that keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, int]] = []
+
+    def log(self, record: dict[str, Any], step: int, commit: bool) -> None:
+        self.logged.append((record["train/global_step"], step))
+
+
+def test_a_new_wandb_run_of_a_branch_gets_the_records_before_it(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"train/global_step": 4, "train/loss": 2.0}\n{"train/global_step": 8, "train/loss": 1.0}\n')
+    config = composed("train", tiny(tmp_path))
+    for is_new, expected in ((True, [(4, 0), (8, 1), (9, 2)]), (False, [(9, 2)])):
+        fake = FakeWandb()
+        recorder = Recorder(plan_run(config, 1), None, metrics, fake, CLOCK, cast(Any, None), is_new)
+        recorder.write({"train/global_step": 9, "train/loss": 0.5})
+        assert fake.logged == expected
+        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+
+
+def test_a_report_says_where_a_run_branched():
+    run = Run("a", Path("a"), (), {"choices": ["x"], "branch": {"run": "trunk", "step": 80}}, True, "finished")
+    assert choices_of(run) == ["branched from trunk at step 80", "x"]
