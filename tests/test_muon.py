@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, set_seed
 
 from conf.compose import composed
@@ -27,31 +29,27 @@ from train.plan.run import plan_run
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
-@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
-def test_in_one_process_it_is_torchs_muon_to_the_last_bit(shape):
+def check_steps(shape: tuple[int, ...], is_muons: bool, reference: Callable[[nn.Parameter], Optimizer]) -> None:
+    """Check that five steps on a parameter equal those of torch's optimizer to the last bit."""
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), torch.randn(5, *shape)
     mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    ours = MuonAdamW([{"params": [mine], "muon": True}], **OPTIONS)
-    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours, expected = MuonAdamW([{"params": [mine], "muon": is_muons}], **OPTIONS), reference(theirs)
     for gradient in gradients:
         mine.grad, theirs.grad = gradient.clone(), gradient.clone()
         ours.step()
-        reference.step()
+        expected.step()
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_in_one_process_it_is_torchs_muon_to_the_last_bit(shape):
+    check_steps(shape, True, lambda p: torch.optim.Muon([p], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
 
 
 def test_the_other_parameters_are_adamws_to_the_last_bit():
-    torch.manual_seed(0)
-    start, gradients = torch.randn(6), torch.randn(5, 6)
-    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    ours = MuonAdamW([{"params": [mine], "muon": False}], **OPTIONS)
-    reference = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    for gradient in gradients:
-        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
-        ours.step()
-        reference.step()
-        assert torch.equal(mine, theirs)
+    options = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    check_steps((6,), False, lambda p: torch.optim.AdamW([p], **options))
 
 
 def test_experts_are_orthogonalised_one_by_one():

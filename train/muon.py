@@ -82,6 +82,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the weights that have gradients; return the loss of `closure` if it is given."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             update = self._muon if group["muon"] else self._adamw

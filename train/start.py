@@ -12,7 +12,7 @@ from torch import nn
 from conf.cli import user_errors
 from conf.schema import Config
 from sparsity import prunable_parameters
-from sparsity.schedule import schedule_record
+from sparsity.mixed import schedule_record
 from train.branch import begin_branch
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
 from train.data import PreparedData

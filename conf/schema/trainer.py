@@ -7,6 +7,7 @@ from typing import Any
 
 from conf.schema.checks import check
 from conf.schema.choices import check_trainer
+from conf.schema.passed_on import check_extra, check_schedule_arguments
 
 OWN_KEYS = ("fp8", "profile_steps", "async_save", "decay_steps", "keep_steps")
 """Keys of the group `trainer` that TrainingArguments does not have."""
@@ -127,6 +128,8 @@ class TrainerConfig(OptimConfig):
         )
         check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
         check_trainer(self)
+        check_extra(self.extra, self.__dataclass_fields__)
+        check_schedule_arguments(self.lr_scheduler_type, self.lr_scheduler_kwargs)
 
     def _check_profile_steps(self) -> None:
         if self.profile_steps is None:

@@ -15,7 +15,7 @@ from train.data.sampler import InOrder, permute, round_keys
 from train.data.stream import Blocks, blocks_of
 
 if TYPE_CHECKING:
-    from train.data.pipeline import PreparedData
+    from train.data.prepared import PreparedData
 
 WINDOW = 1000
 """The number of blocks in a window. In each window every source has its share, to within one block."""

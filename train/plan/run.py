@@ -10,8 +10,9 @@ from pathlib import Path
 from conf.schema import Config, ModelConfig
 from conf.schema.trainer import TrainerConfig
 from sparsity.choices import Choices
+from sparsity.mixed import Mixed
 from sparsity.pattern import Blocks, Pattern, parse_pattern
-from sparsity.schedule import SCHEDULES, Mixed, Ramp
+from sparsity.schedule import SCHEDULES, Ramp
 from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
 from sparsity.score import SCORES, Score
 from sparsity.update import Update
@@ -65,10 +66,12 @@ class RunPlan:
 
     @property
     def batch_tokens(self) -> int:
+        """The number of tokens of a step, over all processes."""
         return self.batch_size * self.sequence_length
 
     @property
     def total_tokens(self) -> int:
+        """The number of tokens that the run trains on."""
         return self.num_steps * self.batch_tokens
 
     @property
@@ -102,6 +105,7 @@ class RunPlan:
 
     @property
     def num_prunable(self) -> int:
+        """The number of prunable weights."""
         if self.past is not None and not self.pools:
             return self.past.num_prunable
         return sum(pool.numel for pool in self.pools)

@@ -14,8 +14,9 @@ import torch
 
 from conf.schema import Config
 from sparsity.common.text import count_text, half_up
+from sparsity.mixed import Mixed
 from sparsity.registry import name_of
-from sparsity.schedule import Mixed, Ramp
+from sparsity.schedule import Ramp
 from train.data import PreparedData
 from train.plan.choices import choice_words
 from train.plan.run import RunPlan
