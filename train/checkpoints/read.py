@@ -33,6 +33,7 @@ class CheckpointReader:
 
     @property
     def step(self) -> int:
+        """The number of steps that were trained before it was written."""
         return int(self.state["step"])
 
     def tensor(self, name: str, rank: int) -> Tensor | None:

@@ -180,10 +180,12 @@ class Checkpoint:
 
     @property
     def aside(self) -> Path:
+        """The folder that it is written in until it is complete."""
         return layout.aside_of(self.root, self.step)
 
     @property
     def folder(self) -> Path:
+        """The folder that it is in once it is complete."""
         return layout.folder_of(self.root, self.step)
 
 

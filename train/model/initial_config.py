@@ -37,6 +37,7 @@ class Difference:
 
     @property
     def words(self) -> str:
+        """The difference as part of an error message."""
         return f"{self.field} is {_yaml(self.theirs)} in the folder and {_yaml(self.ours)} in the config"
 
     @property

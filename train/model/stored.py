@@ -31,6 +31,7 @@ class Source:
 
     @property
     def names(self) -> list[str]:
+        """The names of all stored tensors that make the weight."""
         return [self.name] if self.name is not None else [name for parts in self.experts for name in parts]
 
 

@@ -135,9 +135,9 @@ def check_layers_meta(model: ModelConfig, names: Iterable[str], sparsity: Sparsi
     """Refuse a pattern, scope or score that does not fit the layers of a model by `path`.
 
     Raises:
-        ValueError: See `sparsity.pruner.check_layers`.
+        ValueError: See `sparsity.layers.check_layers`.
     """
-    from sparsity.pruner import check_layers
+    from sparsity.layers import check_layers
 
     parameters = dict(meta_model(model).named_parameters())
     check_layers(
