@@ -56,6 +56,7 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
+        """The kept weights in the layout that the kernels read."""
         return Packed(
             self.values, self.offsets, self.bases, self.starts, self.in_features, self.num_chunks, self.shift, self.scales
         )  # fmt: skip
@@ -71,6 +72,7 @@ class SparseLinear(nn.Module):
         return dense if self.coded_dtype is None else dense.to(self.coded_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + bias, computed from the kept weights."""
         return multiply(x, self.packed, self.bias, self.tiles)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -85,6 +87,7 @@ class SparseLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
