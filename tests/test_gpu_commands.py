@@ -141,7 +141,7 @@ def test_every_test_file_with_the_mark_is_a_step_of_its_own(tmp_path):
         "tests/gpu/test_a_gpu.py", "tests/gpu/test_d_gpu.py", "tests/test_b.py"
     ]  # fmt: skip
     found = check.gpu_test_files()
-    assert {"tests/gpu/test_masks_gpu.py", "tests/test_pattern.py", "tests/test_failures.py"} <= set(found)
+    assert {"tests/gpu/test_masks_gpu.py", "tests/test_pattern.py", "tests/test_lost_ranks.py"} <= set(found)
     assert "tests/test_gpu_commands.py" not in found
 
 

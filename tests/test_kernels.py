@@ -1,7 +1,5 @@
 """Kernels that select the smallest keys, compared with numpy: in Triton's interpreter, or on a GPU if there is one."""
 
-import ast
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from sparsity.select import prune_smallest_, search
 from sparsity.select.inside import Tagged
 from sparsity.select.triton_passes import TritonPasses, radix_select
 from sparsity.tables import Shape
-from tests.commands import ROOT
 from tests.interpreted_kernels import DEVICE, cases, use_kernels
 from tests.kernel_oracles import DTYPES, keys_of, shards_on, tensors_of
 
@@ -222,26 +219,3 @@ def test_a_selection_reads_the_pointers_of_its_shards_once(launches, monkeypatch
     mine = shards_on(DEVICE, tensors_of("normal", "float32"))
     prune_smallest_(mine, 3_000)
     assert calls == [5]
-
-
-def test_no_number_that_differs_between_events_is_a_constant_of_a_kernel():
-    """Triton compiles a kernel anew for a 1 or a multiple of 16, unless do_not_specialize names the argument."""
-    numbers = {
-        "lo", "last", "key", "shift", "stride", "room", "numel", "num_segments", "num_bins", "num_bits", "num_copies",
-        "num_dropped",
-    }  # fmt: skip
-    found = {}
-    for name in ("kernels", "zero_kernels"):
-        for node in ast.parse((ROOT / "sparsity" / f"{name}.py").read_text()).body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                named = {
-                    constant.value
-                    for constant in ast.walk(node.decorator_list[0])
-                    if isinstance(constant, ast.Constant)
-                }
-                found[node.name] = {arg.arg for arg in node.args.args} & numbers - named
-    found = {
-        name: left for name, left in found.items() if not name.startswith(("block_of", "pointer_to", "load_block"))
-    }
-    assert {"collect", "count_bins", "count_digits", "sample", "keep_after_ties", "zero_one"} <= found.keys()
-    assert not any(found.values()), found

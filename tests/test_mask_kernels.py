@@ -1,5 +1,6 @@
 """Kernels that write zeros, hash masks and run whole events, compared with the CPU's operations to the last bit."""
 
+import ast
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from sparsity.mask import mask_hash, zero_all_pruned_, zero_pruned_
 from sparsity.score import magnitude
 from sparsity.select.torch_passes import TorchPasses
 from sparsity.tables import Table
+from tests.commands import ROOT
 from tests.interpreted_kernels import DEVICE, cases, use_kernels
 from tests.kernel_oracles import DTYPES, HostReads, same_bits, shards_on, small_model, tensors_of, zeroed
 
@@ -141,6 +143,26 @@ def test_a_pass_in_torch_waits_once_for_all_its_chunks(monkeypatch):
         passes.collect(1_000, 1 << 30, 10_000)
         passes.keep_after_ties_(0, 1_048_576_000, 5)
     assert reads.found == ["tolist"]
+
+
+def test_no_number_that_differs_between_events_is_a_constant_of_a_kernel():
+    """Triton compiles a kernel anew for a 1 or a multiple of 16, unless do_not_specialize names the argument."""
+    numbers = {
+        "lo", "last", "key", "shift", "stride", "room", "numel", "num_segments", "num_bins", "num_bits", "num_copies",
+        "num_dropped",
+    }  # fmt: skip
+    found = {}
+    for name in ("kernels", "zero_kernels"):
+        for node in ast.parse((ROOT / "sparsity" / f"{name}.py").read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                named = {
+                    constant.value
+                    for constant in ast.walk(node.decorator_list[0])
+                    if isinstance(constant, ast.Constant)
+                }
+                found[node.name] = {arg.arg for arg in node.args.args} & numbers - named
+    assert {"collect", "count_bins", "count_digits", "sample", "keep_after_ties", "zero_one"} <= found.keys()
+    assert not any(found.values()), found
 
 
 def test_every_kernel_compiles_for_compute_capability_9_0_without_a_device():
