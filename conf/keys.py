@@ -28,6 +28,7 @@ def check_argument(argument: str, *schemas: Any) -> None:
     name = key.lstrip("+~")
     if name.replace("/", ".").split(".")[0] == "hydra" or "@" in name:
         return
+    check(bool(name), f"{argument} names no key: write key=value{_example(name)}.")
     kind = next((found for schema in schemas if (found := kind_of(name, schema)) is not None), None)
     if kind is None and name not in CHOOSERS:
         check(

@@ -48,7 +48,21 @@ CONFIG_MISTAKES = [
     ("trainer.learning_rat=1", "did you mean trainer.learning_rate?"),
     ("trainer.max_steps=many", "trainer.max_steps"),
     ("trainer.max_steps=0", "trainer.max_steps=0 must be at least 1"),
-    ("model=nothing", "Could not find 'model/nothing'"),
+    ("trainer.max_steps=100000000000", "trainer.max_steps=100000000000 is more than 100,000,000 steps"),
+    ("sparsity.window.budget=1e12", "sparsity.window.budget=1000000000000.0 must be from 1 to 100,000,000"),
+    ("trainer.learning_rate=inf", "trainer.learning_rate=inf must be a number above 0"),
+    ("optim.weight_decay=inf", "optim.weight_decay=inf must be finite"),
+    ("model=llama_tin", "model=llama_tin is not known: did you mean llama_tiny? There are"),
+    ("experiment=dmo", "experiment=dmo is not known: did you mean demo? There are"),
+    ("sweep=nothing", "sweep=nothing is not known: choose one of methods,"),
+    ("sparsity.target=many", "sparsity.target=many has the wrong type: give a number."),
+    ("sparsity.target=null", "sparsity.target=null has the wrong type: give a value, because it cannot be null."),
+    ("batch_size=1e3", "batch_size=1e3 has the wrong type: give a whole number."),
+    ("overwrite=perhaps", "overwrite=perhaps has the wrong type: give true or false."),
+    ("sparsity.include=all", "sparsity.include=all has the wrong type: give a list, [a,b]."),
+    ("sparsity.window=late", "sparsity.window=late has the wrong type: give a group of keys, {a:1,b:2}."),
+    ("sparsity.factors=0.5", "sparsity.factors=0.5 has the wrong type: give a group of keys, {a:1,b:2}."),
+    ("=3", "=3 names no key: write key=value"),
     ("model.hidden_size=101", "model.hidden_size=101 must be"),
     ("data=text", "data=text needs data.path"),
     ("data.path=corpus", "data=pydocs reads the docstrings of this Python"),
@@ -115,9 +129,7 @@ def test_bad_data_is_named_by_one_rank_and_leaves_no_run(tmp_path):
 
 def test_what_only_the_ranks_can_find_is_said_once(tmp_path):
     done = run_command(["launch", *tiny(tmp_path, "+trainer.extra.hub_strategy=sometimes")])
-    assert "trainer.extra={'hub_strategy': 'sometimes'} is refused by transformers: sometimes is not" in the_error(
-        done
-    )
+    assert "trainer.extra={'hub_strategy': 'sometimes'} is refused by transformers: sometimes is not" in the_error(done)
 
 
 @pytest.mark.parametrize(
