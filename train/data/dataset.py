@@ -15,7 +15,6 @@ from train.data.files import build_once, digest
 from train.data.parts import KINDS, find_files, kind_of
 
 LINES_PER_FILE = 50_000
-REMOTE = "hf://datasets/"
 
 
 @dataclass(frozen=True)
