@@ -6,6 +6,7 @@ This needs only the standard library.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -47,3 +48,22 @@ def check_names(given: Collection[str], known: Collection[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}."
             raise TypeError(f"There is no argument {name!r}: {hint}")
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raise a ValueError unless `schedule` has the methods of a schedule, and gives steps and densities that can be."""
+    methods = ("density", "events", "average_density")
+    if inspect.isclass(schedule) or not all(callable(getattr(schedule, method, None)) for method in methods):
+        found = f"{schedule.__name__} is a class" if inspect.isclass(schedule) else f"{schedule!r} is no schedule"
+        raise ValueError(
+            f"schedule={found}: give an instance, such as Geometric(sparsity=0.8, start_step=100, end_step=900, "
+            "every_steps=100)."
+        )
+    for event in schedule.events():
+        check_whole(f"an event of schedule {type(schedule).__name__}", event, 0)
+        density = schedule.density(event)
+        if event < 0 or not 0 < density <= 1:
+            raise ValueError(
+                f"The schedule {type(schedule).__name__} keeps a share of {density} at step {event}: events must be at step 0 "
+                "or later, and shares in (0, 1]."
+            )

@@ -1,14 +1,10 @@
-"""How much text gives the activation norms that a score asks for. This needs only the standard library."""
+"""How much text gives the activation norms that a score asks for. Importing this needs no torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sparsity.arguments import check_whole
 from sparsity.registry import name_of
-
-if TYPE_CHECKING:
-    from sparsity.score import Score
+from sparsity.score import Score
 
 USUAL_SEQUENCES = 128
 """As many sequences as in Wanda's paper (arXiv 2306.11695)."""

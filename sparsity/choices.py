@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sparsity.arguments import check_patterns, check_whole
+from sparsity.arguments import check_patterns, check_schedule, check_whole
 from sparsity.calibration import USUAL_SEQUENCES, check_calibration
 from sparsity.factors import check_factors
 from sparsity.pattern import UNSTRUCTURED, NofM, Pattern, find_pattern
 from sparsity.registry import name_of
-from sparsity.schedule import Ramp, Schedule, check_schedule
+from sparsity.schedule import Ramp, Schedule
 from sparsity.scope import SCOPES, Group, Scope
 from sparsity.score import SCORES, Score, check_score
 from sparsity.update import UPDATES, Regrowing, Update

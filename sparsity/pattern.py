@@ -1,8 +1,8 @@
 """Patterns of pruned weights: anywhere, N:M, which keeps at most N of every M consecutive inputs of a neuron, or whole blocks.
 
 Hardware for sparse matrices reads N:M along the input dimension: 2:4 on NVIDIA's (arXiv 2104.08378). Kernels for block-sparse
-matrices keep or skip blocks of R outputs x C inputs. This needs only the standard library; `sparsity.event` and
-`sparsity.blocks` apply a pattern.
+matrices keep or skip blocks of R outputs x C inputs. This needs only the standard library; `sparsity.event`
+applies a pattern.
 """
 
 from __future__ import annotations
@@ -37,14 +37,17 @@ class NofM:
 
     @property
     def name(self) -> str:
+        """The pattern as settings give it, such as 2:4."""
         return str(self)
 
     @property
     def label(self) -> str:
+        """The pattern's description in cards and plots."""
         return f"{self} along the inputs"
 
     @property
     def sparsity(self) -> float:
+        """The share of pruned weights when the pattern is complete."""
         return 1 - self.kept / self.block
 
     def whole(self, count: int) -> int:
@@ -95,14 +98,17 @@ class Blocks:
 
     @property
     def name(self) -> str:
+        """The pattern as settings give it."""
         return str(self)
 
     @property
     def label(self) -> str:
+        """The pattern's description in cards and plots."""
         return f"in blocks of {self.rows} outputs x {self.columns} inputs"
 
     @property
     def numel(self) -> int:
+        """The number of weights of a block."""
         return self.rows * self.columns
 
     def whole(self, count: int) -> int:

@@ -14,8 +14,9 @@ from functools import lru_cache
 from typing import Any, cast
 
 from sparsity.arguments import check_number, check_patterns
+from sparsity.mixed import Mixed
 from sparsity.registry import Method, Registry
-from sparsity.schedule import Mixed, Ramp, Schedule
+from sparsity.schedule import Ramp, Schedule
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Group:
             )
 
     def matches(self, name: str) -> bool:
+        """Return whether a pattern of `include` matches a name."""
         return any(fnmatchcase(name, pattern) for pattern in self.include)
 
 
@@ -103,6 +105,7 @@ class Global(Scope):
     label = "one threshold for all"
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return one pool of all parameters."""
         return [tuple(names)]
 
 
@@ -114,6 +117,7 @@ class Uniform(Scope):
     compares_parameters = False
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return a pool for each parameter."""
         return [(name,) for name in names]
 
 
@@ -128,6 +132,7 @@ class Row(Uniform):
     is_by_row = True
 
     def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
+        """Return counts that are the same in each row of a parameter."""
         return [
             pool.numel // pool.shape[-1] * num_pruned(pool.shape[-1], density)
             for pool, density in zip(pools, densities, strict=True)
@@ -146,6 +151,7 @@ class Erk(Uniform):
     is_even = False
 
     def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
+        """Return counts by `erk_counts`, which depend on those before the event."""
         counts = [0] * len(pools)
         for group in dict.fromkeys(pool.group for pool in pools):
             members = [number for number, pool in enumerate(pools) if pool.group == group]
@@ -159,6 +165,7 @@ class Erk(Uniform):
         return counts
 
     def counts(self, pools: Sequence[Pool], schedule: Schedule, step: int) -> list[int]:
+        """Return the counts after all events up to `step`, each rounded on top of the one before."""
         done, hashable = [event for event in schedule.events() if event <= step], cast(Hashable, schedule)
         return list(_erk_table(self, tuple(pools), hashable)[done[-1]]) if done else [0] * len(pools)
 

@@ -50,7 +50,7 @@ def test_shares_in_any_order_come_to_what_one_process_makes(folder):
     first = prepare_shard(config(folder, "shared"), "train", 300, 32, Shard(2, 2))
     assert first.prepared is None
     assert (first.num_parts, first.num_waiting) == (5, 3)
-    assert report_text(first, Shard(2, 2), []).startswith(
+    assert report_text(first, Shard(2, 2), [], {}).startswith(
         "shard 2/2 is done, but 3 of 5 parts are not: run the other shards"
     )
     last = prepare_shard(config(folder, "shared"), "train", 300, 32, Shard(1, 2))

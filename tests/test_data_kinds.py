@@ -14,9 +14,10 @@ import pytest
 
 from conf.schema import DataConfig
 from train.data import prepare
-from train.data.documents import Skipped, read_documents
+from train.data.documents import read_documents
 from train.data.index import read_index
 from train.data.parts import cut_files, find_files
+from train.data.skipped import Skipped
 
 TEXTS = ["one, two", 'a "quoted"\nline', "größe 你好"]
 

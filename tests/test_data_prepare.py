@@ -116,7 +116,7 @@ def count_packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         done.append(job.index)
         packing.pack(job)
 
-    monkeypatch.setattr("train.data.pipeline.pack", pack)
+    monkeypatch.setattr("train.data.folders.pack", pack)
     return done
 
 
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         packing.pack(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.data.pipeline.pack", stop_at_two)
+        patch.setattr("train.data.folders.pack", stop_at_two)
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "cache")
     done = count_packs(monkeypatch)

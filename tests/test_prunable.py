@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from sparsity import Geometric, Scope, SparsityCallback, prunable_parameters
-from sparsity.collapse import all_zero_names
+from sparsity.event.collapse import all_zero_names
 from sparsity.notices import warn_on_rank_0
 from sparsity.prunable import linear_weights
 from sparsity.scope import SCOPES

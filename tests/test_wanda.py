@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from conf.schema import SparsityConfig
 from sparsity import Cubic, OneShot, SparsityCallback
-from sparsity.activations import Calibration, calibration_of, input_norms
+from sparsity.event.activations import Calibration, calibration_of, input_norms
 from sparsity.schedule import Schedule
 from tests.distributed import run_ranks
 from tests.small_trainer import random_rows, small_llama, small_trainer

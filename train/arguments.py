@@ -44,6 +44,7 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
         values["lr_scheduler_kwargs"].pop("min_lr_rate", None)
     if values["optim"] == MUON:
         # transformers does not know Muon; `PretrainingTrainer` makes the optimizer itself.
+        check_muon_arguments(extra)
         values["optim"] = "adamw_torch"
     if values["bf16"] is None:
         values["bf16"] = torch.cuda.is_available() and not values["fp16"]
@@ -83,6 +84,17 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
         raise ValueError(f"trainer.extra={extra} is refused by transformers: {_first_sentence(error)}") from error
     name_matmul_precision()
     return arguments
+
+
+def check_muon_arguments(extra: dict[str, object]) -> None:
+    """Check the keys of `trainer.extra` for Muon, which transformers does not configure.
+
+    Raises:
+        ValueError: A key would have no effect.
+    """
+    for name in ("optim_args", "optim_target_modules"):
+        if extra.get(name):
+            raise ValueError(f"trainer.extra.{name}={extra[name]} has no effect with optim.optim=muon: remove it.")
 
 
 def name_matmul_precision() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from conf.schema import Config
-from train.data.pipeline import PreparedData, prepare
-from train.data.sources import config_of
+from train.data.prepared import PreparedData
+from train.data.sets import check_sets
 from train.data.stream import heldout_tokens
 from train.distributed import World
 from train.harness import check_tasks, run_tasks
@@ -97,24 +97,14 @@ def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
     }
 
 
-def prepare_sets(config: Config, data: PreparedData) -> dict[str, PreparedData]:
-    """Tokenize the held-out sets in the same way as the run's own text, and check that the tasks exist.
+def check_evaluation(config: Config) -> None:
+    """Check that the held-out sets and tasks exist, before the run's text is prepared.
 
     One process calls it.
 
     Raises:
-        ValueError: A set cannot be read or is shorter than a window, or a task is unknown.
+        ValueError: A set cannot be found or is trained on, or a task is unknown.
     """
+    check_sets(config)
     if config.eval.tasks:
         check_tasks(config.eval.tasks, config.eval.task_path, prefix="eval.")
-    found = {}
-    for asked in config.eval.sets:
-        one = config_of(asked, config.data)
-        prepared = prepare(one, data.tokenizer, data.vocab_size, data.sequence_length, heldout_only=True)
-        if prepared.heldout.num_tokens < data.sequence_length:
-            raise ValueError(
-                f"eval.sets: {asked.stem} holds {prepared.heldout.num_tokens} tokens, less than one window of "
-                f"{data.sequence_length}: give more text, or leave it out."
-            )
-        found[asked.stem] = prepared
-    return found

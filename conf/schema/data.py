@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -36,12 +37,16 @@ class SourceConfig:
             f"a source has path={self.path} and hub={self.hub}, but needs exactly one of them: set one of the two.",
         )
         check(
-            self.weight > 0,
-            f"weight={self.weight} of the source {self.stem} must be above 0: it is a share of the tokens.",
+            0 < self.weight < math.inf,
+            f"weight={self.weight} of the source {self.stem} must be above 0 and finite: it is a share of the tokens.",
         )
         check(
-            not set(self.stem) & set("/.") and self.stem != "",
-            f"name={self.stem} is part of the names of records: give a name without / and dots.",
+            self.name is None or (not set(self.name) & set("/.") and self.name.strip() != ""),
+            f"name={self.name} is part of the names of records: give a name without / and dots.",
+        )
+        check(
+            self.stem != "",
+            f"The source {self.path or self.hub} has no name for the records: give it one with name=NAME.",
         )
 
     @property
@@ -72,7 +77,8 @@ class DataConfig:
     split: str = "train"
     """For `hub`: the dataset's split to read; held-out documents are taken from it too."""
     stream: bool = False
-    """For `hub`: read documents over the network and cache their text, instead of downloading the dataset's files."""
+    """For `hub`, and hub sources of a `mixture`: read documents over the network and cache their text, instead of
+    downloading the dataset's files."""
     sources: list[SourceConfig] = field(default_factory=list)
     """For `mixture`: [{path or hub, subset, split, field, weight, name}, ...]."""
     token_dtype: str | None = None
@@ -164,8 +170,12 @@ class DataConfig:
             "data=hub needs data.name: a dataset's name on the hub, or a local folder in the same layout.",
         )
         check(
-            self.source == "hub" or (self.name is None and not self.stream),
-            f"data.name={self.name} and data.stream={self.stream} are for data=hub: use data=hub, or remove them.",
+            self.source == "hub" or self.name is None,
+            f"data.name={self.name} is for data=hub: use data=hub, or remove it.",
+        )
+        check(
+            self.source in ("hub", "mixture") or not self.stream,
+            f"data.stream={self.stream} is for datasets on the hub: use data=hub, or remove it.",
         )
         check(
             self.source not in ("tokens", "mixture") or self.max_documents is None,

@@ -121,6 +121,12 @@ class TrainerConfig(OptimConfig):
             "optim.lr_scheduler_type=warmup_stable_decay does not say when it decays: set optim.decay_steps=0.2 for the last "
             "fifth of the run, or 0 for never.",
         )
+        kwargs = [key for key in ("num_decay_steps", "num_stable_steps") if key in self.lr_scheduler_kwargs]
+        check(
+            not kwargs or (self.decay_steps is None and kwargs == ["num_decay_steps"]),
+            f"optim.lr_scheduler_kwargs has {' and '.join(kwargs)}, but optim.decay_steps and the length of the run determine "
+            "them: set only optim.decay_steps.",
+        )
         check(
             self.decay_steps is None or self.decay_steps >= 0,
             f"optim.decay_steps={self.decay_steps} must be at least 0.",

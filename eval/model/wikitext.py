@@ -14,7 +14,8 @@ from pathlib import Path
 
 from conf.schema import DataConfig
 from train.data import hub
-from train.data.documents import BYTE_ORDER_MARK, MANY_NULS, checked_text, field_names, has_many_nuls, not_utf8
+from train.data.encoding import BYTE_ORDER_MARK, MANY_NULS, has_many_nuls, not_utf8
+from train.data.fields import checked_text, field_names
 from train.data.parts import explained
 
 REPOSITORY = "Salesforce/wikitext"
@@ -58,6 +59,7 @@ class WikiText:
 
     @cached_property
     def lines(self) -> list[str]:
+        """The lines of the text, each with its line break."""
         return _LINE.findall(self.source)
 
     @cached_property
@@ -89,9 +91,11 @@ class WikiText:
 
     @property
     def sha256(self) -> str:
+        """The hash of the text in UTF-8."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
     def first_pages(self, num_pages: int) -> WikiText:
+        """Return a text of only the first pages."""
         return WikiText("\n".join(self.pages[:num_pages]))
 
 

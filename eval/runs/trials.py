@@ -57,6 +57,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of the values of several seeds."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
@@ -83,7 +84,7 @@ def effective(settings: Mapping[str, Any], is_sparse: bool) -> dict[str, Any]:
 
     A dense run has none of the group `sparsity`, and a dense twin those that give its size.
     """
-    dropped = WITHOUT_EFFECT
+    dropped: tuple[str, ...] = WITHOUT_EFFECT
     if not is_sparse:
         dropped += WITHOUT_EFFECT_ON_TWINS if settings.get(MATCH) else (SPARSITY,)
     left = {key: value for key, value in settings.items() if not key.startswith(dropped)}

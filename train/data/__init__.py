@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.data.pipeline import PreparedData, SplitCounts, prepare
+    from train.data.pipeline import prepare
+    from train.data.prepared import PreparedData, SplitCounts
     from train.data.sampler import PermutationSampler
     from train.data.stream import Blocks, TokenStream, heldout_starts, heldout_tokens, training_blocks
     from train.data.tokenizer import load_tokenizer
@@ -32,8 +33,8 @@ __all__ = [
 _HOME = {
     "Blocks": "stream",
     "PermutationSampler": "sampler",
-    "PreparedData": "pipeline",
-    "SplitCounts": "pipeline",
+    "PreparedData": "prepared",
+    "SplitCounts": "prepared",
     "TokenStream": "stream",
     "heldout_starts": "stream",
     "heldout_tokens": "stream",

@@ -28,6 +28,7 @@ class Corpus:
     skips_errors: bool = False
 
     def parts(self) -> list[Part]:
+        """Return the parts to tokenize, cut off after `max_documents` documents."""
         parts = cut_files(self.files)
         if self.max_documents is None:
             return parts
@@ -50,7 +51,9 @@ def _key_and_files(config: DataConfig, cache: Path) -> tuple[str, Sequence[Path]
         assert config.name is not None
         asked = dataset.Asked(config.name, config.subset, config.split)
         if config.stream:
-            return *dataset.streamed(asked, config.text_field, config.max_documents, cache), "text"
+            return *dataset.streamed(
+                asked, config.text_field, config.max_documents, cache, config.on_error == "skip"
+            ), "text"
         key, files = dataset.data_files(asked)
         return key or content_key(files, cache), files, config.text_field
     if config.source == "fineweb_edu" and config.path is None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
-from train.data import hub
-from train.data.files import build_once, digest
+from train.data import dataset, hub
+from train.data.files import digest
 from train.data.parts import find_files
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
-LINES_PER_FILE = 50_000
 
 
 def subset_folder(subset: str | None) -> str:
@@ -52,7 +48,7 @@ def hub_files(subset: str | None, max_documents: int | None, cache: Path) -> tup
             raise ConnectionError("it does not answer")
         if max_documents is None:
             return _download(subset)
-        return _stream(subset, max_documents, cache)
+        return dataset.streamed(dataset.Asked(REPOSITORY, subset or "default", "train"), "text", max_documents, cache)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -69,26 +65,3 @@ def _download(subset: str | None) -> tuple[str, list[Path]]:
     snapshot = Path(snapshot_download(REPOSITORY, repo_type="dataset", allow_patterns=patterns))
     # The snapshot folder's name is the commit.
     return digest([REPOSITORY, snapshot.name, folder]), find_files(snapshot / folder)
-
-
-def _stream(subset: str | None, max_documents: int, cache: Path) -> tuple[str, list[Path]]:
-    from huggingface_hub import HfApi
-
-    revision = HfApi().dataset_info(REPOSITORY).sha
-    key = digest([REPOSITORY, revision, subset, max_documents])
-
-    def build(folder: Path) -> None:
-        from datasets import load_dataset
-
-        rows = load_dataset(REPOSITORY, subset or "default", split="train", revision=revision, streaming=True)
-        texts = (row["text"] for row in islice(rows, max_documents))
-        for index, lines in enumerate(_groups(texts, LINES_PER_FILE)):
-            file = folder / f"part-{index:05}.jsonl"
-            file.write_text("".join(f"{json.dumps({'text': text})}\n" for text in lines), encoding="utf-8")
-
-    return key, find_files(build_once(cache / "documents" / key, build))
-
-
-def _groups(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    while group := list(islice(texts, size)):
-        yield group

@@ -8,52 +8,68 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.parts import explained
+from train.data.parts import explained, walk
+from train.data.spans import Span, dataset_spans
 
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 NPY_MAGIC = b"\x93NUMPY"
 FLAT_SUFFIXES = (".bin", ".npy")
 DATASET_FILES = ("state.json", "dataset_info.json")
-COLUMN = "input_ids"
+DICT_FILE = "dataset_dict.json"
 TYPES = {"uint16": "<u2", "uint32": "<u4"}
 """The values of data.token_dtype, and numpy's names for them."""
 CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of consecutive ids in a file."""
-
-    file: str
-    offset: int
-    """The offset of the first id in bytes."""
-    dtype: str
-    num_tokens: int
-    starts: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
-    """The positions at which documents begin; None if only the separators between documents show them."""
-
-    def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Return the ids start..stop-1 as a view of the file."""
-        width = np.dtype(self.dtype).itemsize
-        data = np.memmap(self.file, np.uint8, mode="r", offset=0)
-        ids = data[self.offset : self.offset + self.num_tokens * width].view(self.dtype)
-        return ids[start : self.num_tokens if stop is None else stop]
 
 
 def holds_tokens(path: str | Path) -> bool:
     """Return whether a file or folder holds token ids, judged only by file names."""
     path = Path(path).expanduser()
     if path.is_dir():
-        return _is_dataset(path) or any(file.suffix in FLAT_SUFFIXES for file in path.iterdir())
+        is_saved = _is_dataset(path) or (path / DICT_FILE).is_file()
+        return is_saved or any(file.suffix in FLAT_SUFFIXES for file in walk(path))
     return path.suffix in FLAT_SUFFIXES
+
+
+def find_token_files(path: str | Path) -> list[Path]:
+    """Return a .bin or .npy file, all of them below a folder in the order of their names, or a saved dataset's files.
+
+    Raises:
+        ValueError: There are none.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        prefixed = f"{path}.bin"
+        remedy = (
+            f"give data.path={prefixed}" if Path(prefixed).exists() else "give a .bin or .npy file, or a folder of them"
+        )
+        raise ValueError(f"data.path={path} does not exist: {remedy}.")
+    with explained(path):
+        if path.is_dir() and _is_dataset(path):
+            return _dataset_files(path)
+        if (path / DICT_FILE).is_file():
+            splits = json.loads((path / DICT_FILE).read_text(encoding="utf-8"))["splits"]
+            raise ValueError(
+                f"data.path={path} holds the splits {', '.join(splits)}: give one of them, data.path={path}/{splits[0]}."
+            )
+        files = [file for file in walk(path) if file.suffix in FLAT_SUFFIXES] if path.is_dir() else [path]
+    if not files or files[0].suffix not in FLAT_SUFFIXES:
+        raise ValueError(
+            f"data.path={path} holds no tokens: give .bin or .npy files, or a folder that Dataset.save_to_disk wrote."
+        )
+    for file in files:
+        if file.name == "val.bin" and (train := file.with_name("train.bin")) in files:
+            raise ValueError(
+                f"data.path={path} would train on the held-out tokens of {file}: give data.path={train}, and score the "
+                f"others with eval.sets=[{{path: {file}}}]."
+            )
+    return files
 
 
 def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Span]:
@@ -69,16 +85,10 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
         ValueError: There are no ids, or a file does not have the format that its name suggests.
     """
     path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(f"data.path={path} does not exist: give a .bin or .npy file, or a folder with tokens.")
+    files = find_token_files(path)
     with explained(path):
         if path.is_dir() and _is_dataset(path):
-            return list(_dataset_spans(path))
-        files = sorted(file for file in path.iterdir() if file.suffix in FLAT_SUFFIXES) if path.is_dir() else [path]
-        if not files or files[0].suffix not in FLAT_SUFFIXES:
-            raise ValueError(
-                f"data.path={path} holds no tokens: give .bin or .npy files, or a folder that Dataset.save_to_disk wrote."
-            )
+            return [span for file in files for span in dataset_spans(file)]
         flat = TYPES[dtype] if dtype else ("<u2" if vocab_size <= 1 << 16 else "<u4")
         return [span for file in files for span in _file_spans(file, flat)]
 
@@ -86,15 +96,24 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
 def files_of(path: str | Path) -> list[Path]:
     """Return all files whose contents determine the ids; a hash of them identifies the ids."""
     path = Path(path).expanduser()
-    if path.is_dir():
-        suffixes = (*FLAT_SUFFIXES, ".idx", ".arrow", ".json")
-        return sorted(file for file in path.iterdir() if file.suffix in suffixes)
-    index = path.with_suffix(".idx")
-    return [path, index] if index.exists() else [path]
+    files = find_token_files(path)
+    if path.is_dir() and _is_dataset(path):
+        return [*files, *(path / name for name in DATASET_FILES)]
+    return sorted({*files, *(index for file in files if (index := file.with_suffix(".idx")).exists())})
 
 
 def _is_dataset(folder: Path) -> bool:
     return all((folder / name).is_file() for name in DATASET_FILES)
+
+
+def _dataset_files(folder: Path) -> list[Path]:
+    state = json.loads((folder / DATASET_FILES[0]).read_text(encoding="utf-8"))
+    if state.get("_indices_data_files"):
+        raise ValueError(
+            f"{folder} is a selection of rows that an old version of datasets saved: load it, and save it again with a "
+            "newer one."
+        )
+    return [folder / entry["filename"] for entry in state["_data_files"]]
 
 
 def _file_spans(file: Path, flat: str) -> Iterator[Span]:
@@ -105,7 +124,10 @@ def _file_spans(file: Path, flat: str) -> Iterator[Span]:
     with open(file, "rb") as opened:
         is_array = opened.read(len(NPY_MAGIC)) == NPY_MAGIC
     if is_array:
-        array: Any = np.load(file, mmap_mode="r", allow_pickle=False)
+        try:
+            array: Any = np.load(file, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{file} is not a complete array of ids ({error}): write it again.") from None
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ValueError(
                 f"{file} is an array {array.dtype}{list(array.shape)}: give a one-dimensional array of ids."
@@ -140,40 +162,12 @@ def _megatron(file: Path, index: Path) -> Span:
     places = np.frombuffer(data, "<i8", sequences, 34 + 4 * sequences)
     begins = np.frombuffer(data, "<i8", documents, 34 + 12 * sequences)
     ends = np.concatenate([[0], np.cumsum(lengths)])
+    if documents and not (int(begins.min()) >= 0 and int(begins.max()) <= sequences):
+        raise ValueError(f"{index} names sequences that it does not have ({sequences} in all): copy it again.")
     width = np.dtype(dtype).itemsize
     if int(ends[-1]) * width != file.stat().st_size or not np.array_equal(places, ends[:-1] * width):
         raise ValueError(f"{index} does not match {file.name}, which has {file.stat().st_size} bytes: copy both again.")
     return Span(str(file), 0, dtype, int(ends[-1]), ends[begins[:-1] if documents else []])
-
-
-def _dataset_spans(folder: Path) -> Iterator[Span]:
-    import pyarrow as pa
-
-    names = [
-        entry["filename"] for entry in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
-    ]
-    for name in names:
-        with pa.memory_map(str(folder / name)) as source:
-            base = source.read_buffer().address
-            source.seek(0)
-            reader = pa.ipc.open_stream(source)
-            if COLUMN not in reader.schema.names:
-                raise ValueError(
-                    f"{folder} has no column {COLUMN}, only {', '.join(reader.schema.names)}: save the ids in one."
-                )
-            for batch in reader:
-                column = batch.column(COLUMN)
-                ids = column.flatten()
-                if column.null_count or ids.null_count or not pa.types.is_integer(ids.type):
-                    raise ValueError(
-                        f"{folder} has a column {COLUMN} of type {column.type} or with nulls: give lists of ids."
-                    )
-                dtype = np.dtype(ids.type.to_pandas_dtype()).newbyteorder("<")
-                starts = np.asarray(column.offsets)[:-1].astype(np.int64)
-                offset = ids.buffers()[1].address + ids.offset * dtype.itemsize - base
-                yield Span(
-                    str(folder / name), offset, dtype.str, len(ids), starts - starts[0] if len(starts) else starts
-                )
 
 
 def checked_counts(span: Span, vocab_size: int) -> NDArray[np.int64]:
@@ -205,7 +199,7 @@ def checked_counts(span: Span, vocab_size: int) -> NDArray[np.int64]:
 def document_starts(span: Span, separator: int) -> NDArray[np.int64]:
     """Return the positions at which documents begin: from the file's index, or else after each separator."""
     if span.starts is not None:
-        return np.unique(span.starts)
+        return np.unique(span.starts[span.starts < span.num_tokens])
     pieces = [np.zeros(1, np.int64)]
     for start in range(0, span.num_tokens, CHUNK):
         ids = span.read(start, min(start + CHUNK, span.num_tokens))

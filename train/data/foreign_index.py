@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from train.data.files import aside, sha256_of
-from train.data.foreign import Span, checked_counts, document_starts
+from train.data.foreign import checked_counts, document_starts
 from train.data.index import COUNTS, INDEX
 from train.data.pack import STARTS_DTYPE, id_dtype
+from train.data.spans import Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_PIECE = 1 << 20
 
 
 def write_foreign_index(
@@ -23,7 +29,7 @@ def write_foreign_index(
     separator: int,
     heldout_share: float,
     tokenizer_key: str,
-    decode: Callable[[list[int]], str],
+    num_bytes_of: Callable[[Iterable[list[int]]], int],
     hashes: Mapping[str, str],
 ) -> None:
     """Write counts, starts of documents and index.json for ids that stay in their own files.
@@ -38,17 +44,20 @@ def write_foreign_index(
         separator: The id that ends a document.
         heldout_share: The share of each span to hold out.
         tokenizer_key: The hash of the tokenizer's files.
-        decode: Turns ids into text, to count the bytes of the held-out part.
+        num_bytes_of: Returns the number of bytes of documents' text, given their ids; used for the held-out part.
         hashes: The sha256 of each file of `spans`.
     """
     counts = np.zeros(vocab_size, np.int64)
     parts: list[dict[str, Any]] = []
+    first_ids: set[int] = set()
     for number, span in enumerate(spans):
         counts += checked_counts(span, vocab_size)
         starts = document_starts(span, separator)
         cut = heldout_cut(span.num_tokens, starts, heldout_share)
         held = span.read(cut)
         counts -= np.bincount(held, minlength=vocab_size)
+        num_bytes = num_bytes_of(documents_of(held, starts[starts > cut] - cut))
+        first_ids |= set(np.unique(span.read()[starts]).tolist())
         part: dict[str, Any] = {}
         for split, begin, end in (("train", 0, cut), ("heldout", cut, span.num_tokens)):
             own = starts[(starts >= begin) & (starts < end)] - begin
@@ -64,7 +73,7 @@ def write_foreign_index(
                 "starts_sha256": sha256_of(folder / name),
                 "num_documents": len(own),
                 "num_tokens": end - begin,
-                "num_bytes": len(decode(held[held != separator].tolist()).encode()) if split == "heldout" else 0,
+                "num_bytes": num_bytes if split == "heldout" else 0,
             }
         parts.append(part)
     with aside(folder / COUNTS) as partial, open(partial, "wb") as file:
@@ -80,10 +89,30 @@ def write_foreign_index(
         "tokenizer": tokenizer_key,
         "splits": totals,
         "skipped": {"count": 0, "first": []},
+        "first_id": first_ids.pop() if len(first_ids) == 1 else None,
         "parts": parts,
     }
     with aside(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def documents_of(ids: np.ndarray[Any, Any], starts: np.ndarray[Any, Any]) -> Iterator[list[int]]:
+    """Yield the ids of each document, given where all but the first begin; a very long one in several pieces."""
+    for piece in np.split(ids, starts):
+        for begin in range(0, len(piece), LONGEST_PIECE):
+            yield piece[begin : begin + LONGEST_PIECE].tolist()
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Iterable[list[int]]], int]:
+    """Return a function from documents' ids to the number of bytes of their text; special tokens are not text."""
+
+    def num_bytes(documents: Iterable[list[int]]) -> int:
+        texts = (
+            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in documents
+        )
+        return sum(len(str(text).encode(errors="replace")) for text in texts)
+
+    return num_bytes
 
 
 def heldout_cut(num_tokens: int, starts: np.ndarray[Any, Any], share: float) -> int:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from sparsity.common.files import aside
-from train.data.documents import MOST_PLACES
 from train.data.pack import SPLITS, STARTS_DTYPE, Job, id_dtype
+from train.data.skipped import MOST_PLACES
 
 INDEX = "index.json"
 COUNTS = "counts.npy"
 
 
-def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
+def write_index(folder: Path, jobs: Sequence[Job], vocab_size: int, separator: int, tokenizer_key: str) -> None:
     """Sum up the parts, which must all be done: write counts.npy (training tokens by id), then index.json.
 
     index.json has these keys:
@@ -29,10 +29,11 @@ def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
     Args:
         folder: The folder of tokens.
         jobs: The parts.
+        vocab_size: The tokenizer's vocabulary size.
+        separator: The id that ends a document if it has an eos.
         tokenizer_key: The hash of the tokenizer's files.
     """
     records = [json.loads(job.sidecar.read_text(encoding="utf-8")) for job in jobs]
-    vocab_size = jobs[0].vocab_size
     counts = np.zeros(vocab_size, np.int64)
     for job in jobs:
         counts += np.load(job.counts)
@@ -48,7 +49,7 @@ def write_index(folder: Path, jobs: Sequence[Job], tokenizer_key: str) -> None:
     index = {
         "dtype": id_dtype(vocab_size).str,
         "vocab_size": vocab_size,
-        "separator": jobs[0].separator,
+        "separator": separator,
         "tokenizer": tokenizer_key,
         "splits": totals,
         "skipped": {

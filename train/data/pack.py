@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from sparsity.common.files import aside
-from train.data.documents import Skipped, read_documents
+from train.data.documents import read_documents
 from train.data.parts import Part
+from train.data.skipped import Skipped
 from train.data.split import is_heldout
 
 Split = Literal["train", "heldout"]
@@ -61,8 +62,6 @@ class Job:
     heldout_share: float
     tokenizer: str
     """The tokenizer's folder."""
-    separator: int
-    """The id that ends a document if `frame` has an eos."""
     frame: Frame
     vocab_size: int
     skips_errors: bool = False
@@ -70,16 +69,20 @@ class Job:
 
     @property
     def sidecar(self) -> Path:
+        """The path of its figures, whose presence marks the part as done."""
         return Path(self.folder, f"part-{self.index:05}.json")
 
     @property
     def counts(self) -> Path:
+        """The path of its counts of each token."""
         return Path(self.folder, f"part-{self.index:05}.counts.npy")
 
     def tokens(self, split: str) -> Path:
+        """Return the path of its tokens of a split."""
         return Path(self.folder, f"part-{self.index:05}.{split}.bin")
 
     def starts(self, split: str) -> Path:
+        """Return the path of the starts of its documents of a split."""
         return Path(self.folder, f"part-{self.index:05}.{split}.starts.bin")
 
 

@@ -12,94 +12,23 @@ A key is a hash of everything that its folder's content depends on.
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.data.corpus import Corpus, find_corpus
-from train.data.documents import Skipped, read_documents
-from train.data.files import build_once, digest, lock, publish, sha256_of_all
-from train.data.foreign import files_of, find_spans
-from train.data.foreign_index import write_foreign_index
-from train.data.index import is_complete, read_index, write_index, write_mixture_index
-from train.data.pack import Frame, Job, is_done, pack
-from train.data.parts import Part
-from train.data.pool import Progress, parallel
-from train.data.sources import Source, sources_of
-from train.data.split import is_heldout
-from train.data.tokenizer import (
-    bos_of,
-    check_vocabulary,
-    load_tokenizer,
-    separator_of,
-    train_bpe,
-    vocabulary_of,
-    wrap_bpe,
-)
+from train.data.corpus import find_corpus
+from train.data.files import digest, lock
+from train.data.folders import TOKENS_FORMAT, Storage, TokenFolder, in_place, tokenized
+from train.data.index import is_complete, read_index, write_mixture_index
+from train.data.own_tokenizer import save_tokenizer, train_tokenizer
+from train.data.pack import Frame
+from train.data.prepared import PreparedData, PreparedSource, SplitCounts
+from train.data.sources import check_sources, sources_of, tell_uncut
+from train.data.tokenizer import bos_of, check_vocabulary, load_tokenizer, separator_of, vocabulary_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from conf.schema import DataConfig
-
-FORMAT = 2
-"""A part of a trained tokenizer's key. Increase it when a change of code makes other bytes from the same input."""
-TOKENS_FORMAT = 4
-"""The same for the key of tokens."""
-BPE_BYTES = 50_000_000
-BPE_PARTS = 256
-
-
-@dataclass(frozen=True)
-class SplitCounts:
-    """The size of the training or the held-out split."""
-
-    num_documents: int
-    num_tokens: int
-    """The number of tokens, including bos and eos."""
-    num_bytes: int
-    """The UTF-8 bytes of the text whose tokens were kept; 0 for training tokens that another tool wrote."""
-
-
-@dataclass(frozen=True)
-class PreparedSource:
-    """One source of a mixture, or a run's only source."""
-
-    name: str
-    weight: float
-    folder: str
-    train: SplitCounts
-    heldout: SplitCounts
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """The place of the tokens and their counts, as plain data that can be sent to other ranks."""
-
-    folder: str
-    tokenizer: str
-    """The tokenizer's transformers folder."""
-    vocab_size: int
-    """One more than the tokenizer's largest id."""
-    separator: int
-    """The id that ends a document. A text is scored as if one came before it."""
-    sequence_length: int
-    train: SplitCounts
-    heldout: SplitCounts
-    bos: int | None = None
-    """The id that begins every document, or None."""
-    by_document: bool = False
-    """Whether a document is read and scored without the documents before it in its block: data.attention=document."""
-    sources: tuple[PreparedSource, ...] = ()
-    """The sources of a mixture; empty for a single source."""
-
-    @property
-    def num_blocks(self) -> int:
-        """The number of training blocks of `sequence_length` tokens."""
-        return self.train.num_tokens // self.sequence_length
 
 
 def prepare(
@@ -129,62 +58,38 @@ def prepare(
     plan = plan_preparation(
         config, tokenizer, vocab_size, 1.0 if heldout_only else config.heldout_share, sequence_length
     )
-    made = [one.make(config.num_workers) for one in plan.streams]
-    for one, source in zip(plan.streams, made, strict=True):
+    # Tokens that are read in place are checked first, because tokenizing the other sources may take hours.
+    in_order = sorted(plan.streams, key=lambda one: one.jobs is not None)
+    found = {one.folder: one.make(config.num_workers) for one in in_order}
+    made = [found[one.folder] for one in plan.streams]
+    is_mixture = config.source == "mixture"
+    for one in plan.streams:
         _tell_skipped(one, config)
-        if not heldout_only:
-            _check_enough(source, one.source.config, sequence_length, length_key)
-    folder = made[0].folder if len(plan.sources) == 1 and config.source != "mixture" else _mix(plan, made)
+    if not heldout_only:
+        _check_enough(made, config, sequence_length, length_key)
+    folder = _mix(plan, made) if is_mixture else made[0].folder
     splits = read_index(folder)["splits"]
     return PreparedData(
         folder=folder,
-        tokenizer=str(plan.tokenizer_folder),
-        vocab_size=plan.vocab_size,
-        separator=plan.separator,
+        tokenizer=str(plan.storage.tokenizer_folder),
+        vocab_size=plan.storage.vocab_size,
+        separator=plan.storage.separator,
         sequence_length=sequence_length,
         train=SplitCounts(**splits["train"]),
         heldout=SplitCounts(**splits["heldout"]),
-        bos=plan.frame.bos,
+        bos=plan.storage.frame.bos,
         by_document=config.attention == "document",
-        sources=tuple(made) if config.source == "mixture" else (),
+        sources=tuple(made) if is_mixture else (),
     )
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """The folders to make for each source, with the tokenizer that all sources share."""
+    """The folders to make for each source, and how all of them are stored."""
 
-    sources: tuple[Source, ...]
     streams: tuple[TokenFolder, ...]
     root: Path
-    tokenizer_folder: Path
-    vocab_size: int
-    separator: int
-    frame: Frame
-
-
-@dataclass(frozen=True)
-class TokenFolder:
-    """The folder of tokens made from a source."""
-
-    source: Source
-    folder: Path
-    fill: Callable[[int | None], None]
-    """Makes the missing files of the folder, with the given number of workers; the caller holds the folder's lock."""
-    jobs: Callable[[], list[Job]] | None = None
-    """Returns the parts to tokenize; None for tokens that are read in place."""
-    finish: Callable[[list[Job]], None] | None = None
-    """Writes the index once all parts are done."""
-
-    def make(self, num_workers: int | None) -> PreparedSource:
-        """Fill the folder unless it is complete, and return its content."""
-        with lock(self.folder):
-            if not is_complete(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.fill(num_workers)
-        splits = read_index(self.folder)["splits"]
-        train, heldout = (SplitCounts(**splits[split]) for split in ("train", "heldout"))
-        return PreparedSource(self.source.name, self.source.weight, str(self.folder), train, heldout)
+    storage: Storage
 
 
 def plan_preparation(
@@ -202,111 +107,54 @@ def plan_preparation(
     Raises:
         ValueError: The input cannot be used.
     """
-    root = Path(config.cache_dir).expanduser().resolve()
+    root = _cache_folder(config.cache_dir)
     tokenizer = tokenizer or "train"
     sources = sources_of(config)
+    check_sources(sources)
+    tell_uncut(config)
     corpora = [None if source.config.source == "tokens" else find_corpus(source.config, root) for source in sources]
     if tokenizer == "train":
-        loaded = _train_tokenizer(root, sources, corpora, heldout_share, vocab_size, max_length)
+        loaded = train_tokenizer(root, sources, corpora, heldout_share, vocab_size, max_length)
     else:
         loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, vocab_size, tokenizer)
-    separator, size = separator_of(loaded, tokenizer), vocabulary_of(loaded)
+    separator = separator_of(loaded, tokenizer)
     frame = Frame(
         bos=bos_of(loaded, tokenizer) if config.bos else None,
         eos=separator if config.eos else None,
         max_tokens=config.max_document_tokens,
     )
-    saved, tokenizer_key = _save_tokenizer(loaded, root)
-    streams = []
-    for source, corpus in zip(sources, corpora, strict=True):
-        if corpus is None:
-            streams.append(_in_place(source, root, loaded, tokenizer_key, size, separator, heldout_share))
-            continue
-        key = digest([TOKENS_FORMAT, corpus.key, heldout_share, tokenizer_key, separator, astuple(frame)])
-        streams.append(_tokenized(source, corpus, root / "tokens" / key, saved, tokenizer_key, size, separator, frame,
-                                  heldout_share))  # fmt: skip
-    return Preparation(tuple(sources), tuple(streams), root, saved, size, separator, frame)
+    saved, tokenizer_key = save_tokenizer(loaded, root)
+    storage = Storage(saved, tokenizer_key, vocabulary_of(loaded), separator, frame, heldout_share)
+    streams = tuple(
+        in_place(source, root, storage, loaded) if corpus is None else tokenized(source, corpus, root, storage)
+        for source, corpus in zip(sources, corpora, strict=True)
+    )
+    _check_different(streams)
+    return Preparation(streams, root, storage)
 
 
-def _tokenized(
-    source: Source,
-    corpus: Corpus,
-    folder: Path,
-    tokenizer_folder: Path,
-    tokenizer_key: str,
-    vocab_size: int,
-    separator: int,
-    frame: Frame,
-    heldout_share: float,
-) -> TokenFolder:
-    @cache
-    def jobs() -> list[Job]:
-        return [
-            Job(
-                part=part,
-                index=index,
-                folder=str(folder),
-                text_field=corpus.text_field,
-                heldout_share=heldout_share,
-                tokenizer=str(tokenizer_folder),
-                separator=separator,
-                frame=frame,
-                vocab_size=vocab_size,
-                skips_errors=corpus.skips_errors,
+def _cache_folder(cache_dir: str) -> Path:
+    """Return the folder of prepared tokens; make it now, because writing begins only after the text was read."""
+    root = Path(cache_dir).expanduser().resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={cache_dir} cannot be made ({error.strerror}): give a folder that this user may write to."
+        ) from None
+    return root
+
+
+def _check_different(streams: Sequence[TokenFolder]) -> None:
+    """Raise if two sources of a mixture are the same text, whose held-out part would count twice."""
+    names: dict[Path, str] = {}
+    for one in streams:
+        if (first := names.setdefault(one.folder, one.source.name)) != one.source.name:
+            raise ValueError(
+                f"data.sources: {first} and {one.source.name} have the same content: give it once, with the sum of their "
+                "weights."
             )
-            for index, part in enumerate(corpus.parts())
-        ]
-
-    def finish(done: list[Job]) -> None:
-        write_index(folder, done, tokenizer_key)
-
-    def fill(num_workers: int | None) -> None:
-        for leftover in folder.glob(".*.partial"):
-            leftover.unlink(missing_ok=True)
-        pack_all(jobs(), num_workers)
-        finish(jobs())
-
-    return TokenFolder(source, folder, fill, jobs, finish)
-
-
-def _in_place(
-    source: Source,
-    root: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    tokenizer_key: str,
-    vocab_size: int,
-    separator: int,
-    heldout_share: float,
-) -> TokenFolder:
-    config = source.config
-    assert config.path is not None
-    spans = find_spans(config.path, vocab_size, config.token_dtype)
-    files = files_of(config.path)
-    hashes = dict(zip(map(str, files), sha256_of_all(files, memo=root / "sha256.json"), strict=True))
-    places = [[span.file, span.offset, span.dtype, span.num_tokens] for span in spans]
-    key = digest([TOKENS_FORMAT, "in place", hashes, places, heldout_share, tokenizer_key, separator])
-    folder = root / "tokens" / key
-
-    def fill(_: int | None) -> None:
-        write_foreign_index(
-            folder,
-            spans,
-            vocab_size=vocab_size,
-            separator=separator,
-            heldout_share=heldout_share,
-            tokenizer_key=tokenizer_key,
-            decode=lambda ids: str(tokenizer.decode(ids)),
-            hashes=hashes,
-        )
-
-    return TokenFolder(source, folder, fill)
-
-
-def pack_all(jobs: Sequence[Job], num_workers: int | None) -> None:
-    """Tokenize the parts that are not done yet."""
-    waiting = [job for job in jobs if not is_done(job)]
-    parallel(pack, waiting, label="tokenize", num_workers=num_workers, sizes=[job.part.num_bytes for job in waiting])
 
 
 def _mix(plan: Preparation, made: Sequence[PreparedSource]) -> str:
@@ -317,54 +165,6 @@ def _mix(plan: Preparation, made: Sequence[PreparedSource]) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             write_mixture_index(folder, [(one.folder, one.weight) for one in made])
     return str(folder)
-
-
-def _train_tokenizer(
-    root: Path,
-    sources: Sequence[Source],
-    corpora: Sequence[Corpus | None],
-    heldout_share: float,
-    vocab_size: int,
-    max_length: int,
-) -> PreTrainedTokenizerBase:
-    texts = [(source.weight, corpus) for source, corpus in zip(sources, corpora, strict=True) if corpus is not None]
-    if len(texts) < len(sources):
-        raise ValueError("data=tokens needs the tokenizer that wrote the tokens: give its folder or name in tokenizer.")
-    total = sum(weight for weight, _ in texts)
-
-    def build(folder: Path) -> None:
-        with Progress("train tokenizer", 0) as progress:
-            shares = (_training_texts(one, heldout_share, weight / total, progress) for weight, one in texts)
-            train_bpe((text for share in shares for text in share), vocab_size, folder / "tokenizer.json")
-
-    keys = [[weight / total, corpus.key] for weight, corpus in texts]
-    key = digest([FORMAT, keys if len(keys) > 1 else texts[0][1].key, heldout_share, vocab_size])
-    return wrap_bpe(build_once(root / "bpe" / key, build) / "tokenizer.json", max_length)
-
-
-def _training_texts(corpus: Corpus, heldout_share: float, weight: float, progress: Progress) -> Iterator[str]:
-    """Yield training documents for the tokenizer: the first of each part, about 50 MB from all sources together."""
-    parts: list[Part] = corpus.parts()
-    parts = parts[:: -(-len(parts) // BPE_PARTS)]
-    for part in parts:
-        left = int(weight * BPE_BYTES) // len(parts)
-        for text in read_documents(part, corpus.text_field, Skipped() if corpus.skips_errors else None):
-            if not is_heldout(encoded := text.encode(), heldout_share):
-                yield text
-                progress.add(len(encoded))
-                left -= len(encoded)
-                if left <= 0:
-                    break
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, root: Path) -> tuple[Path, str]:
-    """Return (transformers folder, key); the key depends only on settings that change the ids."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
-        hashes = dict(zip((file.name for file in files), sha256_of_all(files), strict=True))
-        saved = publish(Path(folder), root / "tokenizers" / digest(hashes))
-    return saved, hashes.get("tokenizer.json") or digest(hashes)
 
 
 def _tell_skipped(stream: TokenFolder, config: DataConfig) -> None:
@@ -381,17 +181,24 @@ def _tell_skipped(stream: TokenFolder, config: DataConfig) -> None:
         )
 
 
-def _check_enough(source: PreparedSource, config: DataConfig, length: int, length_key: str) -> None:
-    train, heldout = source.train, source.heldout
-    named = f"data.source={config.source}" if source.name == config.source else f"the source {source.name}"
-    if train.num_tokens < length:
-        raise ValueError(
-            f"{named} gives {train.num_tokens} training tokens ({train.num_documents} documents), "
-            f"less than one block of {length}: give more text or a shorter {length_key}."
+def _check_enough(made: Sequence[PreparedSource], config: DataConfig, length: int, length_key: str) -> None:
+    """Raise if a source has less than a block to train on, or all of them less than a window of held-out text."""
+    for one in made:
+        if one.train.num_tokens < length:
+            named = f"the source {one.name}" if config.source == "mixture" else f"data.source={config.source}"
+            raise ValueError(
+                f"{named} gives {one.train.num_tokens} training tokens ({one.train.num_documents} documents), "
+                f"less than one block of {length}: give more text or a shorter {length_key}."
+            )
+    num_tokens, num_held, num_trained = (
+        sum(counts)
+        for counts in zip(
+            *((one.heldout.num_tokens, one.heldout.num_documents, one.train.num_documents) for one in made), strict=True
         )
-    if heldout.num_tokens < length:
+    )
+    if num_tokens < length:
         raise ValueError(
-            f"data.heldout_share={config.heldout_share} holds out {heldout.num_tokens} tokens "
-            f"({heldout.num_documents} of {train.num_documents + heldout.num_documents} documents), less than one "
+            f"data.heldout_share={config.heldout_share} holds out {num_tokens} tokens "
+            f"({num_held} of {num_trained + num_held} documents), less than one "
             f"window of {length}: raise data.heldout_share, give more text or a shorter {length_key}."
         )

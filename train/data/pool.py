@@ -124,10 +124,11 @@ class Progress:
             self._line(f"{time.monotonic() - self.started:.1f} s")
 
     def add(self, size: int) -> None:
+        """Show that `size` more of `total` is done."""
         self.done += size
         self.bar.update(size)
         if not self.is_terminal and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self._line(f"{100 * self.done / max(self.total, 1):.0f} %")
+            self._line(f"{100 * self.done / self.total:.0f} %" if self.total else f"{self.done:,}")
 
     def _line(self, text: str) -> None:
         self.last_line = time.monotonic()

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from conf.schema import DataConfig
 from train.data.files import lock
+from train.data.folders import TokenFolder, pack_all
 from train.data.index import is_complete
 from train.data.pack import is_done
-from train.data.pipeline import PreparedData, TokenFolder, pack_all, plan_preparation, prepare
+from train.data.pipeline import plan_preparation, prepare
+from train.data.prepared import PreparedData
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from train.data.pack import STARTS_DTYPE
 
 if TYPE_CHECKING:
     from train.data.pack import Split
-    from train.data.pipeline import PreparedData
+    from train.data.prepared import PreparedData
 
 
 NOT_PREDICTED = -100

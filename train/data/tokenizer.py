@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_TRAINED_VOCABULARY = 257
 PROBE = "A  probe, 1234:\n\t    déjà vu ﬁ 你好 🙂 "
 SENTENCEPIECE_NAME = "tokenizer.model"
+LONGEST_RUN = 1000
+LONG_RUN = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN + 1},}}|(?<!\s)\s{{{LONGEST_RUN + 1},}}")
+# The lookbehinds make the search linear: without them, it would try each character of a run.
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
@@ -48,8 +52,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in without_long_runs(text)), trainer)
     tokenizer.save(str(file))
+
+
+def without_long_runs(text: str) -> list[str]:
+    """Cut `text` inside runs of more than `LONGEST_RUN` characters without, or of only, white space.
+
+    Training takes time with the square of a word's length: a line of a million letters would never end.
+    """
+    pieces, start = [], 0
+    for run in LONG_RUN.finditer(text):
+        for stop in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            pieces.append(text[start:stop])
+            start = stop
+    return [*pieces, text[start:]]
 
 
 def wrap_bpe(file: Path, max_length: int) -> PreTrainedTokenizerBase:

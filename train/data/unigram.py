@@ -12,7 +12,7 @@ from train.data.index import COUNTS
 from train.data.stream import TokenStream
 
 if TYPE_CHECKING:
-    from train.data.pipeline import PreparedData
+    from train.data.prepared import PreparedData
 
 CHUNK = 1 << 24
 

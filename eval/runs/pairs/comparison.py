@@ -40,6 +40,7 @@ class Comparison:
 
     @property
     def curve_gap(self) -> float | None:
+        """The mean loss minus that of the dense curve at the same size; None without a curve."""
         return None if self.curve_loss is None else self.loss.mean - self.curve_loss
 
 

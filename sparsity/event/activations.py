@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from sparsity.prunable import plain_name
+from sparsity.layers import linear_layers
 
 FRACTION_BITS = 40
 """A sequence's sum of squares is rounded to a multiple of 2^-40; 2^22 sequences fit in int64."""
@@ -58,17 +58,6 @@ def calibration_of(loader: Any, num_sequences: int) -> Calibration:
     length = len(data)
     num_sequences = min(num_sequences, length)
     return Calibration(num_sequences, lambda index: collate([data[(2 * index + 1) * length // (2 * num_sequences)]]))
-
-
-def check_inputs(model: nn.Module, parameters: Mapping[str, Tensor], score: str) -> None:
-    """Raise a ValueError if a parameter is not the weight of an nn.Linear, whose inputs can be seen."""
-    linear = _linear_layers(model)
-    for name in parameters:
-        if name not in linear:
-            raise ValueError(
-                f"score={score} needs the inputs of each layer, and {name} is not the weight of an nn.Linear, which shows "
-                "them: name it in requires_dense, or take score=magnitude."
-            )
 
 
 @torch.no_grad()
@@ -150,19 +139,10 @@ class _Sums:
         return torch.cat([self._counts, self._squares.view(-1)])
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers by the names of their weights."""
-    return {
-        plain_name(f"{path}.weight" if path else "weight"): module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-
-
 @contextmanager
 def _watching(model: nn.Module, sums: Mapping[str, _Sums]) -> Iterator[None]:
     """Add each call's inputs of the layers in `sums`."""
-    layers = _linear_layers(model)
+    layers = linear_layers(model)
 
     def see(own: _Sums, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         own.add(args[0] if args else kwargs["input"])
