@@ -33,7 +33,7 @@ test-cluster: $(READY)
 # The GPU kernels on a CPU, in Triton's interpreter. torch for GPUs includes Triton; torch for CPUs does not.
 test-kernels: $(READY)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.6.0
-	$(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_sparse_linear.py
+	$(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_mask_kernels.py tests/test_sparse_linear.py
 
 check: $(READY)
 	$(BIN)/ruff check .

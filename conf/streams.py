@@ -12,6 +12,7 @@ class SteadyFile(io.FileIO):
     """A file that drops what cannot be written to it."""
 
     def write(self, data: Any) -> int:
+        """Write data and return its size; report data that cannot be written as written too."""
         try:
             return super().write(data) or 0
         except OSError:

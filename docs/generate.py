@@ -135,7 +135,7 @@ def api_page() -> str:
     parts += [f"::: {sparsity._HOMES[name]}.{name}" for name in sparsity.__all__]
     parts += [
         "## Compact folders",
-        "What `from sparsity.compact import ...` gives; [the format](compact.md) has a page of its own.",
+        "What `from sparsity.compact import ...` gives; [the format](format.md) has a page of its own.",
     ]
     parts += [
         f"::: sparsity.compact.{home}"

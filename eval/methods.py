@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import MethodsConfig
+from eval.output import write_figure
 
 EXAMPLES = """python -m eval.methods runs=runs/methods           a table with a line for each method, and methods.png
     ... figure=FILE                                 the figure elsewhere; null draws none
@@ -28,10 +28,7 @@ def main(arguments: Sequence[str]) -> None:
         from eval.runs.trials import read_trials
 
         entries = entries_of(read_trials(config.runs))
-        if config.figure:
-            Path(config.figure).parent.mkdir(parents=True, exist_ok=True)
-            draw_methods(entries, Path(config.figure))
-            print(f"wrote {config.figure}", file=sys.stderr)
+        write_figure(config.figure, lambda file: draw_methods(entries, file))
         print(json.dumps(as_json(entries), indent=2) if config.format == "json" else markdown(entries))
 
 

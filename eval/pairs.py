@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import PairsConfig
+from eval.output import write_figure
 
 EXAMPLES = """python -m eval.pairs runs=runs/SWEEP                   a table, and its figure pairs.png
     ... figure=FILE                                    the figure elsewhere; null draws none
@@ -29,10 +29,7 @@ def main(arguments: Sequence[str]) -> None:
 
         runs = read_trials(config.runs)
         comparisons = compare(runs)
-        if config.figure:
-            Path(config.figure).parent.mkdir(parents=True, exist_ok=True)
-            draw_pairs(runs, comparisons, Path(config.figure))
-            print(f"wrote {config.figure}", file=sys.stderr)
+        write_figure(config.figure, lambda file: draw_pairs(runs, comparisons, file))
         print(json.dumps(as_json(comparisons), indent=2) if config.format == "json" else markdown(comparisons))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from conf.cli import overrides_of, user_errors
 from conf.compose import composed
 from conf.schema import ScalingLawConfig
+from eval.output import write_figure
 
 EXAMPLES = """python -m eval.scaling_law runs=runs/SWEEP                     fit L = E + A / N^alpha + B / D^beta
 python -m eval.scaling_law runs=[runs/a,runs/b*,points.csv] form=n  runs on equally many tokens: L = E + A / N^alpha
@@ -33,10 +33,7 @@ def main(arguments: Sequence[str]) -> None:
 
         points = read_points(config.runs, config.loss)
         figures, fits = report(config, points)
-        if config.figure:
-            Path(config.figure).parent.mkdir(parents=True, exist_ok=True)
-            draw_laws(points, figures, fits, Path(config.figure))
-            print(f"wrote {config.figure}", file=sys.stderr)
+        write_figure(config.figure, lambda file: draw_laws(points, figures, fits, file))
         print(json.dumps(figures, indent=2) if config.format == "json" else report_text(figures))
 
 

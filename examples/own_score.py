@@ -18,6 +18,7 @@ class Momentum(Score):
     is_zero_first = True
 
     def values(self, shard, part):
+        """Return |w| sqrt(v) of a slice of the weights."""
         return shard.values[part].abs() * shard.state["exp_avg_sq"][part].sqrt()
 
 
@@ -29,6 +30,7 @@ class Model(torch.nn.Module):
         self.up, self.down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 1)
 
     def forward(self, inputs, labels):
+        """Return the loss as transformers' models do, in a dictionary."""
         return {"loss": (self.down(self.up(inputs).relu()) - labels).square().mean()}
 
 

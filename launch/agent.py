@@ -60,6 +60,7 @@ class PassingAgent(LocalElasticAgent):
         return result
 
     def pids(self) -> list[int]:
+        """Return the process ids of the ranks on this machine; none before they are started."""
         return list(self._pcontext.pids().values()) if self._pcontext is not None else []
 
 

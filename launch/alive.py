@@ -7,13 +7,13 @@ same command is run again, it waits for them and then runs the unfinished jobs, 
 from __future__ import annotations
 
 import getpass
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.local import PlannedJob
 from launch.sweep import Sweep
+from sparsity.common.programs import run_program
 from train.record.directory import RunDirectory
 
 POLL_S = 5.0
@@ -41,9 +41,7 @@ def queued(numbers: Sequence[str]) -> list[str]:
         return []
     command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=60, check=False
-        )
+        done = run_program(command)
     except OSError:
         # There is no SLURM on this machine; submitit reports that later.
         return []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from conf.compose import CHECKED
 from conf.schema import Config
 from launch.machines import Machines
+from sparsity.common.programs import run_program
 from train.plan.gathering import run_setting
 from train.plan.run import plan_run
 
@@ -28,15 +28,7 @@ def gpu_names(environment: Mapping[str, str]) -> list[str]:
         return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(
-        ["nvidia-smi", "--list-gpus"],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=60,
-        check=False,
-    )
+    listed = run_program(["nvidia-smi", "--list-gpus"])
     lines = listed.stdout.splitlines() if listed.returncode == 0 else []
     return [str(number) for number in range(sum(line.startswith("GPU ") for line in lines))]
 
@@ -51,7 +43,7 @@ def gpu_bytes(environment: Mapping[str, str]) -> int | None:
     if not gpu_names(environment) or shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    said = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=60, check=False)
+    said = run_program(query)
     mebibytes = [int(line) for line in said.stdout.split() if line.isdecimal()] if said.returncode == 0 else []
     return min(mebibytes) << 20 if mebibytes else None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from conf.schema import LaunchConfig
+from sparsity.common.programs import run_program
 
 FIRST_PORT, NUM_PORTS = 20_000, 10_000
 """The range of ports for SLURM jobs. A job's number chooses its port, so that two jobs on one node seldom share one."""
@@ -74,13 +74,4 @@ def slurm_machines(environment: Mapping[str, str]) -> Machines | None:
 
 def host_names(node_list: str) -> list[str]:
     """Expand a node list such as `node[1-3,7]` to host names, with SLURM's own command."""
-    listed = subprocess.run(
-        ["scontrol", "show", "hostnames", node_list],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=60,
-        check=True,
-    )
-    return listed.stdout.split()
+    return run_program(["scontrol", "show", "hostnames", node_list], check=True).stdout.split()

@@ -30,6 +30,7 @@ class Task:
     log: Path | None = None
 
     def start(self, changes: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Start the command in a session of its own, with `changes` to its environment."""
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") if self.log is not None else contextlib.nullcontext() as words:
@@ -50,6 +51,7 @@ class WaitingTask(Task):
     agent: AgentAhead | None = None
 
     def start(self, changes: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Give the command to the waiting process, with `changes` to its environment."""
         assert self.agent is not None
         return self.agent.start(self.command, {**self.environment, **changes})
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from conf.schema import Config
 from launch.ahead import AgentAhead
 from launch.command import accelerate_command, child_environment, gpu_bytes, num_gpus, num_processes, printable
+from launch.commands import COMMANDS
 from launch.machines import find_machines
 from launch.process import run_child
 from train.model.initial_check import check_start
@@ -35,13 +36,10 @@ def start_run(config: Config, overrides: Sequence[str], agent: AgentAhead | None
     check_wandb(config.logger, os.environ)
     command = accelerate_command(config, overrides, gpus, machines, gpu_bytes(os.environ))
     check_start(config, plan, overrides)
+    for note in notes_on_files(Path.cwd()):
+        print(note, file=sys.stderr)
     if config.dry_run:
         print(printable(command))
-        if file := file_in_the_way(Path.cwd()):
-            print(
-                f"note: typed in this folder, the command would run {file} instead of sparsellm's.",
-                file=sys.stderr,
-            )
         return 0
     if not config.overwrite:
         # The ranks also refuse a folder with another config, but only seconds later.
@@ -50,15 +48,23 @@ def start_run(config: Config, overrides: Sequence[str], agent: AgentAhead | None
     return run_child(command, child_environment(os.environ, gpus), agent)
 
 
-def file_in_the_way(folder: Path) -> Path | None:
-    """Return a file of the user's in `folder` that `python -m train` would run instead of ours, or None.
+def notes_on_files(folder: Path) -> list[str]:
+    """Return a note for each file of the user's in `folder` that `python -m` would run instead of one of our commands.
 
-    `python -m launch` protects its own processes from such files, but not a command that the user types.
+    The script `sparsellm` and the processes that it and `python -m launch` start do not see such files, and a conf.py or
+    sparsity.py is in nobody's way (`sparsity.common.own_first`).
     """
-    own = Path(__file__).resolve().parents[1]
-    names = ("train", "conf", "sparsity", "eval", "launch")
-    files = [folder / f"{name}{ending}" for name in names for ending in (".py", "/__init__.py")]
-    return next((file for file in files if file.exists() and folder.resolve() != own), None)
+    if folder.resolve() == Path(__file__).resolve().parents[1]:
+        return []
+    notes = []
+    for name in dict.fromkeys(command.module.partition(".")[0] for command in COMMANDS.values()):
+        files = [folder / f"{name}.py", folder / name / "__init__.py"]
+        if file := next((file for file in files if file.exists()), None):
+            notes.append(
+                f"note: in this folder `-m {name}` runs {file} instead of sparsellm's: set PYTHONSAFEPATH=1, or type "
+                "`sparsellm COMMAND` instead of `python -m`."
+            )
+    return notes
 
 
 def exit_code(code: int) -> int:

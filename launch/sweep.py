@@ -40,10 +40,12 @@ class Job:
 
     @property
     def name(self) -> str:
+        """The run_name of the job, for messages."""
         return str(self.config.run_name or "the run")
 
     @property
     def command(self) -> str:
+        """The command line that runs this job alone."""
         return shlex.join(["python", "-m", "launch", *self.overrides])
 
 
@@ -65,6 +67,7 @@ class Sweep:
 
     @property
     def is_local(self) -> bool:
+        """Whether there are jobs and they run on this machine."""
         return self.launcher["name"] == "basic" and bool(self.jobs)
 
 

@@ -1,13 +1,10 @@
-"""How much text gives the activation norms that a score asks for. This needs only the standard library."""
+"""How much text gives the activation norms that a score asks for. Importing this needs no torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from sparsity.arguments import check_whole
 from sparsity.registry import name_of
-
-if TYPE_CHECKING:
-    from sparsity.score import Score
+from sparsity.score import Score
 
 USUAL_SEQUENCES = 128
 """As many sequences as in Wanda's paper (arXiv 2306.11695)."""
@@ -15,6 +12,7 @@ USUAL_SEQUENCES = 128
 
 def check_calibration(num_sequences: int, score: Score) -> None:
     """Raise a ValueError for a number of sequences that cannot be, or that has no effect."""
+    check_whole("calibration", num_sequences, USUAL_SEQUENCES)
     if num_sequences < 1:
         raise ValueError(f"calibration={num_sequences} must be at least 1 sequence of the training data.")
     if num_sequences != USUAL_SEQUENCES and "activations" not in score.needs:

@@ -10,17 +10,18 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from sparsity.activations import calibration_of
+from sparsity.arguments import check_flag
+from sparsity.event.activations import calibration_of
 from sparsity.order import move_to_the_end
 from sparsity.pruner import Pruner
-from sparsity.resume import STATE_KEY, check_masks, check_zeros, mask_state, restore_from_weights, state_for_trainer
+from sparsity.resume import STATE_KEY, check_masks, check_zeros, restore_from_weights, state_for_trainer
 from sparsity.rules import rule_for
 from sparsity.schedule import Schedule
-from sparsity.shards import ParameterShard
-from sparsity.wrappers import check_weights_are_in_reach
+from sparsity.tracked import TrackedPruner
+from sparsity.wrappers import check_run, check_weights_are_in_reach
 
 
-class SparsityCallback(TrainerCallback):
+class SparsityCallback(TrackedPruner, TrainerCallback):
     """A Trainer callback that prunes the smallest weights before the steps of a schedule and keeps them at exactly 0.
 
     Its `pruner` holds the masks; the callback decides when the pruner acts. It uses no global random generator and does not
@@ -41,72 +42,34 @@ class SparsityCallback(TrainerCallback):
         ValueError: Some choices cannot be combined; the message names them.
     """
 
+    way_on = "resume from the checkpoint of step {step} with that change"
+    """How a run continues that stopped because its calibration failed."""
+
     def __init__(self, schedule: Schedule, *, report: bool = True, keep_zeros: bool = False, **choices: Any) -> None:
-        self.pruner = Pruner(schedule, **choices)
+        check_flag("report", report)
+        check_flag("keep_zeros", keep_zeros)
+        super().__init__(Pruner(schedule, **choices))
         self.rule = rule_for(self.pruner)
         self.report = report
         self.keep_zeros = keep_zeros or not self.pruner.events
-        self._density_sum = 0.0
-        self._num_steps = 0
         self._is_loaded = False
+        self._is_new = True
+        """Whether training begins, rather than resumes."""
+        self._calibrated_step = -1
+        self._refusal: ValueError | None = None
+        """Why the calibration before the next event failed."""
         if keep_zeros and self.pruner.choices.update.lets_return:
             raise ValueError(
                 f"keep_zeros=True keeps the zeros of a sparse model, but update={self.pruner.choices.update.name} lets "
                 "pruned weights return: start from a dense model, or use update=shrink."
             )
 
-    # --- figures ---
-
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule that the callback was given."""
-        return self.pruner.schedule
-
-    @property
-    def shards(self) -> list[ParameterShard]:
-        """The pruner's shards with their masks, once training has begun."""
-        return self.pruner.shards
-
-    @property
-    def kept(self) -> dict[str, int]:
-        """The number of kept weights of each prunable parameter, over all ranks."""
-        return self.pruner.kept
-
-    @property
-    def num_prunable(self) -> int:
-        """The number of weights of all prunable parameters."""
-        return self.pruner.num_prunable
-
-    @property
-    def threshold(self) -> float | None:
-        """The pruner's threshold."""
-        return self.pruner.threshold
-
-    @property
-    def density(self) -> float:
-        """The share of the prunable weights that is kept now."""
-        return self.pruner.density
-
-    @property
-    def average_density(self) -> float:
-        """The mean density over the steps run so far."""
-        return self._density_sum / self._num_steps if self._num_steps else 1.0
-
-    def metrics(self, step: int) -> dict[str, float]:
-        """Return the figures to log after `step` has run."""
-        figures = {
-            "sparsity/density": self.density,
-            "sparsity/target_density": self.pruner.target_density(step),
-            "sparsity/average_density": self.average_density,
-            "sparsity/nonzero_linear_params": float(sum(self.kept.values())),
-        }
-        return figures if self.threshold is None else {**figures, "sparsity/threshold": self.threshold}
-
     # --- a run ---
 
     def bind(self, model: nn.Module) -> None:
         """Bind the pruner to a prepared model and count steps from 0."""
         self.pruner.bind(model)
+        self._is_new, self._calibrated_step = True, -1
         self._density_sum, self._num_steps = 0.0, 0
 
     def prune_at(self, step: int, optimizer: Any = None) -> None:
@@ -123,6 +86,12 @@ class SparsityCallback(TrainerCallback):
         """
         self.pruner.calibrate(model, calibration_of(loader, self.pruner.choices.calibration), device)
 
+    def _calibrate_once(self, step: int, model: nn.Module, loader: Any, args: Any) -> None:
+        """Calibrate before `step`, unless that was done already. Every rank calls it."""
+        if step != self._calibrated_step:
+            self.calibrate(model, loader, getattr(args, "device", None))
+            self._calibrated_step = step
+
     @property
     def _needs_activations(self) -> bool:
         return "activations" in self.pruner.choices.score.needs
@@ -135,6 +104,7 @@ class SparsityCallback(TrainerCallback):
         self.rule.move(step, optimizer)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Bind the pruner to the model, and restore or inherit its masks."""
         if getattr(state, "_has_sparsity_callback", False):
             raise ValueError(
                 "This Trainer has two SparsityCallbacks, which would share one state and one density: use one for "
@@ -150,18 +120,9 @@ class SparsityCallback(TrainerCallback):
         if self._is_loaded:
             self._is_loaded = False
             self.rule.check_restored(kwargs.get("optimizer"))
+            self._try_calibration(args, state, model, kwargs.get("train_dataloader"))
             return
-        events = self.pruner.events
-        if events and max(events) > state.max_steps - 1:
-            raise ValueError(
-                f"The prune window ends at step {max(events)}, outside a run of {state.max_steps} steps: end the "
-                "window earlier or train longer."
-            )
-        if events and args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end=True would bring back the weights of a checkpoint before the last prune event: "
-                "set it to False and load the checkpoint you want yourself."
-            )
+        check_run(self.pruner.events, args, state.max_steps)
         self.bind(model)
         if state.global_step > 0:
             self.restore(state.global_step, state.stateful_callbacks.get(STATE_KEY))  # type: ignore[union-attr]
@@ -170,6 +131,12 @@ class SparsityCallback(TrainerCallback):
         self.pruner.check_adapters()
         if self.keep_zeros:
             self.pruner.inherit()
+        self._try_calibration(args, state, model, kwargs.get("train_dataloader"))
+
+    def _try_calibration(self, args: Any, state: TrainerState, model: nn.Module, loader: Any) -> None:
+        """Find out before the first step of a run whether each layer sees the calibration text. Every rank calls it."""
+        if self._is_new and self._needs_activations:
+            self._calibrate_once(state.global_step, model, loader, args)
 
     def on_step_begin(
         self,
@@ -181,8 +148,9 @@ class SparsityCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Run the event before this step, if there is one, and add the step to the average density."""
         if self._needs_activations and self.rule.chooses_at(state.global_step):
-            self.calibrate(model, train_dataloader, getattr(args, "device", None))
+            self._calibrate_once(state.global_step, model, train_dataloader, args)
         if self.rule.acts_before(state.global_step):
             self.prune_at(state.global_step, optimizer)
         self.rule.begin_step(state.global_step)
@@ -192,6 +160,7 @@ class SparsityCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        """Move masks by the gradients of this step, if the update does so; such a step updates no weights."""
         if self.rule.moves_after_backward(state.global_step):
             self.move_at(state.global_step, optimizer)
             # Without gradients an optimizer updates neither weights nor its step counts.
@@ -202,12 +171,22 @@ class SparsityCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        """Zero the weights that the optimizer's update has changed although they are pruned."""
         self.rule.after_update(optimizer)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Zero pruned weights again before evaluating, saving or stopping, in case other code wrote to them."""
+        """Calibrate for an event before the next step, and save and stop if that fails. Zero pruned weights again before
+        evaluating, saving or stopping, in case other code wrote to them."""
+        step = state.global_step
+        if self._needs_activations and not control.should_training_stop and self.rule.chooses_at(step):
+            try:
+                self._calibrate_once(step, model, kwargs.get("train_dataloader"), args)
+            except ValueError as error:
+                way_on = self.way_on.format(step=step)
+                self._refusal = ValueError(f"Before step {step}, {str(error).removesuffix('.')}, and {way_on}.")
+                control.should_save = control.should_training_stop = True
         if control.should_evaluate or control.should_save or control.should_training_stop:
             self._zero_again(model)
         if control.should_save:
@@ -218,10 +197,15 @@ class SparsityCallback(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Zero pruned weights a last time and stop masking gradients."""
         self._zero_again(model)
         self.pruner.unbind()
+        if self._refusal is not None:
+            refusal, self._refusal = self._refusal, None
+            raise refusal
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Add the sparsity's figures to the Trainer's log and to an open wandb run, if `report` is set."""
         if not self.report or not self._num_steps:
             return
         figures = self.metrics(max(0, state.global_step - 1))
@@ -238,10 +222,6 @@ class SparsityCallback(TrainerCallback):
 
     # --- checkpoints ---
 
-    def state(self) -> dict[str, Any]:
-        """Return the state to save besides the masks of `shards`: plain numbers, the same on every rank."""
-        return {"density_sum": self._density_sum, "num_steps": self._num_steps, **mask_state(self.pruner)}
-
     def load_state(self, state: Mapping[str, Any], global_step: int) -> None:
         """Resume at `global_step` from `state`, after `bind` and after the saved masks were written into `shards`.
 
@@ -254,7 +234,7 @@ class SparsityCallback(TrainerCallback):
         """
         check_masks(self.pruner, state, global_step)
         self._density_sum, self._num_steps = state["density_sum"], state["num_steps"]
-        self._is_loaded = True
+        self._is_loaded, self._is_new = True, False
 
     def restore(self, global_step: int, saved: Mapping[str, Any] | None) -> None:
         """Resume at `global_step` from a checkpoint that holds only weights, after `bind`.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sparsity.arguments import check_patterns, check_schedule, check_whole
 from sparsity.calibration import USUAL_SEQUENCES, check_calibration
 from sparsity.factors import check_factors
-from sparsity.pattern import UNSTRUCTURED, NofM, Pattern, parse_pattern
+from sparsity.pattern import UNSTRUCTURED, NofM, Pattern, find_pattern
 from sparsity.registry import name_of
 from sparsity.schedule import Ramp, Schedule
 from sparsity.scope import SCOPES, Group, Scope
-from sparsity.score import SCORES, Score
+from sparsity.score import SCORES, Score, check_score
 from sparsity.update import UPDATES, Regrowing, Update
 
 
@@ -53,10 +54,13 @@ class Choices:
     events: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+        self._check_types()
         self.score = SCORES.find(self.score).seeded(self.seed)
+        check_score(self.score)
         self.factors = dict(self.factors or {})
         self.scope = SCOPES.find(self.scope)
-        self.pattern = parse_pattern(self.pattern) if isinstance(self.pattern, str) else self.pattern
+        self.pattern = find_pattern(self.pattern)
         self.update = UPDATES.find(self.update)
         self.events = frozenset(self.schedule.events())
         check_factors(self.factors, self.score, self.scope, self.normalize)
@@ -93,6 +97,21 @@ class Choices:
         if self.pattern is not None:
             for sparsity in (1 - self.schedule.density(max(self.events)), *(group.sparsity for group in self.groups)):
                 self.pattern.check_sparsity(sparsity)
+
+    def _check_types(self) -> None:
+        """Raise a ValueError for an argument of the wrong type that no other check names."""
+        if self.include is not None:
+            check_patterns("include", self.include)
+        check_patterns("requires_dense", self.requires_dense)
+        check_whole("seed", self.seed, 0)
+        if self.factors is not None and not isinstance(self.factors, Mapping):
+            raise ValueError(
+                f"factors={self.factors!r} is no mapping: give name patterns and their factors, such as {{'*q_proj*': 0.0625}}."
+            )
+        if not isinstance(self.groups, Sequence) or not all(isinstance(group, Group) for group in self.groups):
+            raise ValueError(
+                f"groups={self.groups!r} is no list of groups: give one, such as [Group(include=['*mlp*'], sparsity=0.9)]."
+            )
 
     def _check_nothing_else_is_chosen(self) -> None:
         """Raise a ValueError for a choice that has no effect without events."""

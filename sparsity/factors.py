@@ -1,6 +1,6 @@
 """Factors on scores: a weight is ranked by its score times the factor of its parameter.
 
-Factors are given by name pattern. This needs only the standard library, so that a plan and a run make the same checks.
+Factors are given by name pattern. Importing this needs no torch, so that a plan and a run make the same checks.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from sparsity.arguments import check_number
 from sparsity.registry import name_of
+from sparsity.scope import Scope
+from sparsity.score import Score
 
 if TYPE_CHECKING:
-    from sparsity.scope import Scope
-    from sparsity.score import Score
+    from torch import Tensor
+
+    from sparsity.shards import ParameterShard
 
 NORMS = ("none", "l2", "rms")
 
@@ -23,6 +27,35 @@ NORMS = ("none", "l2", "rms")
 def factor_of(name: str, factors: Mapping[str, float]) -> float:
     """Return the factor of a parameter, rounded to float32; 1 if no pattern matches its name."""
     return next((_as_float32(factor) for pattern, factor in factors.items() if fnmatchcase(name, pattern)), 1.0)
+
+
+class Scaled(Score):
+    """Another score, multiplied by a factor for each parameter."""
+
+    def __init__(self, score: Score, factors: Mapping[str, float]) -> None:
+        self.score, self.factors = score, dict(factors)
+        self.name, self.label, self.needs = score.name, score.label, score.needs
+        self.is_zero_first, self.is_placeless = score.is_zero_first, score.is_placeless
+
+    def keys(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return the other score's keys, read as float32 and multiplied by the factor."""
+        import torch
+
+        found, factor = self.score(shard, part), factor_of(shard.name, self.factors)
+        return found if factor == 1 else (found.view(torch.float32) * factor).view(torch.int32)
+
+
+def scaled(score: Score, factors: Mapping[str, float]) -> Score:
+    """Return `score` with each parameter's keys, read as float32, multiplied by the factor of its name.
+
+    A product is rounded once, to float32, and its bits are the key. A factor that is a power of two is exact unless the
+    product is a denormal. Products that round to 0 or to infinity are ties. Keys do not depend on the world size.
+
+    Args:
+        score: A score whose keys are the bits of float32 numbers, such as `magnitude`.
+        factors: Name patterns and their factors. If empty, `score` itself is returned.
+    """
+    return Scaled(score, factors) if factors else score
 
 
 def check_factors(factors: Mapping[str, float], score: Score, scope: Scope, normalize: str = "none") -> None:
@@ -34,6 +67,7 @@ def check_factors(factors: Mapping[str, float], score: Score, scope: Scope, norm
     if normalize not in NORMS:
         raise ValueError(f"normalize={normalize} is not known: choose one of {', '.join(NORMS)}.")
     for pattern, factor in factors.items():
+        check_number(f"factors[{pattern!r}]", factor, 0.0625)
         rounded = _as_float32(factor)
         if not (math.isfinite(rounded) and rounded > 0):
             raise ValueError(

@@ -1,6 +1,7 @@
 """Triton kernels of a prune event: one launch visits the blocks of all shards. Importing this needs Triton.
 
-A kernel finds its block through a table (`sparsity.launches`): `owners` [blocks] gives the row of each block in `rows`
+Kernels here select weights and set masks; those that write zeros are in `sparsity.zero_kernels`. A kernel finds its block
+through a table (`sparsity.tables`): `owners` [blocks] gives the row of each block in `rows`
 [rows, WIDTH]. A row has the columns NUMEL (elements), FIRST (its first block), NUMBER (the caller's number for it), MASK and
 the pointers. `TRITON_INTERPRET=1` runs the kernels on a CPU, where the tests compare them with plain torch.
 """
@@ -18,7 +19,7 @@ POINTERS = tl.constexpr(4)
 
 
 @triton.jit
-def _block(rows, owners, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def block_of(rows, owners, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return this program's row, where its block begins in it, and how many elements the block has."""
     row = rows + tl.load(owners + tl.program_id(0)).to(tl.int64) * WIDTH
     start = (tl.program_id(0) - tl.load(row + FIRST)) * BLOCK
@@ -27,7 +28,7 @@ def _block(rows, owners, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _pointer(row, column, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def pointer_to(row, column, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the address of the block in a column's tensor; ALIGNED promises that the tensor is aligned to 16 bytes."""
     pointer = tl.load(row + column).to(tl.pointer_type(DTYPE))
     if ALIGNED:
@@ -36,7 +37,7 @@ def _pointer(row, column, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  #
 
 
 @triton.jit
-def _load(pointer, left, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_block(pointer, left, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Load a block's elements, 0 after the last. A whole block needs no mask, so its loads are vectorized."""
     index = tl.arange(0, BLOCK)
     if FULL:
@@ -62,14 +63,14 @@ def _collect_block(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     num_below = tl.zeros([PIECE], tl.int32)
-    values = _load(pointer, left, PIECE, FULL)
+    values = load_block(pointer, left, PIECE, FULL)
     for first in range(0, BLOCK, PIECE):
         found, following = _as_keys(values), first + PIECE
         # Load the next piece now, so that it arrives during the atomics of this one.
         if FULL:
             values = tl.load(pointer + following + tl.arange(0, PIECE), mask=following < BLOCK, other=0)
         else:
-            values = _load(pointer + following, left - following, PIECE, False)
+            values = load_block(pointer + following, left - following, PIECE, False)
         is_below, is_within = found < lo, (found >= lo) & (found <= last)
         if not FULL:
             there = tl.arange(0, PIECE) < left - first
@@ -92,8 +93,8 @@ def collect(  # type: ignore[no-untyped-def]
     Blocks are spread over the segments in turn. Each key reserves its place with an atomic: keys are so few that this is
     cheaper than a prefix sum over the block. Keys beyond `room` are counted but not stored. A block is read in pieces.
     """
-    row, start, left = _block(rows, owners, WIDTH, BLOCK)
-    pointer, shard = _pointer(row, POINTERS, start, DTYPE, ALIGNED), tl.load(row + NUMBER).to(tl.int32)
+    row, start, left = block_of(rows, owners, WIDTH, BLOCK)
+    pointer, shard = pointer_to(row, POINTERS, start, DTYPE, ALIGNED), tl.load(row + NUMBER).to(tl.int32)
     segment = (tl.program_id(0) % num_segments).to(tl.int64)
     keys, shards, cursor = keys + segment * room, shards + segment * room, cursors + segment
     if left == BLOCK:
@@ -104,7 +105,7 @@ def collect(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _count_bins_block(pointer, left, lo, last, shift, counts, below, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    found = _as_keys(_load(pointer, left, BLOCK, FULL))
+    found = _as_keys(load_block(pointer, left, BLOCK, FULL))
     is_below, is_within = found < lo, (found >= lo) & (found <= last)
     if not FULL:
         there = tl.arange(0, BLOCK) < left
@@ -122,8 +123,8 @@ def count_bins(  # type: ignore[no-untyped-def]
 
     Blocks are spread over the copies in turn, so that atomics on the same bin do not all wait for one address.
     """
-    row, start, left = _block(rows, owners, WIDTH, BLOCK)
-    pointer = _pointer(row, POINTERS, start, DTYPE, ALIGNED)
+    row, start, left = block_of(rows, owners, WIDTH, BLOCK)
+    pointer = pointer_to(row, POINTERS, start, DTYPE, ALIGNED)
     histogram = tl.load(row + NUMBER) if num_copies == 0 else (tl.program_id(0) % num_copies).to(tl.int64)
     counts += histogram * num_bins
     if left == BLOCK:
@@ -143,7 +144,7 @@ def count_digits(  # type: ignore[no-untyped-def]
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = tl.minimum(numel - start, BLOCK).to(tl.int32)
-    found = _load(keys + start, left, BLOCK, False)
+    found = load_block(keys + start, left, BLOCK, False)
     is_within = (tl.arange(0, BLOCK) < left) & (found >= lo) & (found <= last)
     digit = ((found - lo) >> shift) & ((1 << num_bits) - 1)
     counts += (((tl.program_id(0) % num_copies) * NUM) << num_bits).to(tl.int64)
@@ -157,9 +158,9 @@ def sample(  # type: ignore[no-untyped-def]
     rows, owners, stride, keys, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Write the keys of every `stride`-th weight to `keys`, starting at NUMBER."""
-    row, start, left = _block(rows, owners, WIDTH, BLOCK)
+    row, start, left = block_of(rows, owners, WIDTH, BLOCK)
     index = tl.arange(0, BLOCK)
-    pointer = _pointer(row, POINTERS, start * stride, DTYPE, False)
+    pointer = pointer_to(row, POINTERS, start * stride, DTYPE, False)
     found = _as_keys(tl.load(pointer + index.to(tl.int64) * stride, mask=index < left, other=0))
     tl.store(keys + tl.load(row + NUMBER) + start + index, found, mask=index < left)
 
@@ -169,14 +170,14 @@ def keep_above(  # type: ignore[no-untyped-def]
     rows, owners, bounds, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Set masks that keep keys above `bounds`[NUMBER]."""
-    row, start, left = _block(rows, owners, WIDTH, BLOCK)
-    pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
+    row, start, left = block_of(rows, owners, WIDTH, BLOCK)
+    pointer, mask = pointer_to(row, POINTERS, start, DTYPE, ALIGNED), pointer_to(row, MASK, start, tl.int8, ALIGNED)
     bound, index = tl.load(bounds + tl.load(row + NUMBER)), tl.arange(0, BLOCK)
     if left == BLOCK:
-        found = _as_keys(_load(pointer, left, BLOCK, True))
+        found = _as_keys(load_block(pointer, left, BLOCK, True))
         tl.store(mask + index, (found > bound).to(tl.int8))
     else:
-        found = _as_keys(_load(pointer, left, BLOCK, False))
+        found = _as_keys(load_block(pointer, left, BLOCK, False))
         tl.store(mask + index, (found > bound).to(tl.int8), mask=index < left)
 
 
@@ -185,10 +186,10 @@ def count_ties(  # type: ignore[no-untyped-def]
     rows, owners, key, ties, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Count the kept weights of each block that have this key."""
-    row, start, left = _block(rows, owners, WIDTH, BLOCK)
-    pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
+    row, start, left = block_of(rows, owners, WIDTH, BLOCK)
+    pointer, mask = pointer_to(row, POINTERS, start, DTYPE, ALIGNED), pointer_to(row, MASK, start, tl.int8, ALIGNED)
     # After the last weight, the mask is loaded as 0.
-    is_tie = (_as_keys(_load(pointer, left, BLOCK, False)) == key) & (_load(mask, left, BLOCK, False) != 0)
+    is_tie = (_as_keys(load_block(pointer, left, BLOCK, False)) == key) & (load_block(mask, left, BLOCK, False) != 0)
     tl.store(ties + tl.program_id(0), tl.sum(is_tie.to(tl.int32), 0))
 
 
@@ -198,10 +199,10 @@ def keep_after_ties(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Set masks that keep keys above `key`, and of the kept weights with this key all but the first `num_dropped`."""
-    row, start, left = _block(rows, owners, WIDTH, BLOCK)
-    pointer, mask = _pointer(row, POINTERS, start, DTYPE, ALIGNED), _pointer(row, MASK, start, tl.int8, ALIGNED)
-    found, index = _as_keys(_load(pointer, left, BLOCK, False)), tl.arange(0, BLOCK)
-    is_tie = (found == key) & (_load(mask, left, BLOCK, False) != 0)
+    row, start, left = block_of(rows, owners, WIDTH, BLOCK)
+    pointer, mask = pointer_to(row, POINTERS, start, DTYPE, ALIGNED), pointer_to(row, MASK, start, tl.int8, ALIGNED)
+    found, index = _as_keys(load_block(pointer, left, BLOCK, False)), tl.arange(0, BLOCK)
+    is_tie = (found == key) & (load_block(mask, left, BLOCK, False) != 0)
     place = tl.load(ties_before + tl.program_id(0)) + tl.cumsum(is_tie.to(tl.int32), 0)
     keep = (found > key) | (is_tie & (place > num_dropped))
     tl.store(mask + index, keep.to(tl.int8), mask=index < left)
@@ -210,12 +211,12 @@ def keep_after_ties(  # type: ignore[no-untyped-def]
 @triton.jit
 def count_kept(rows, owners, counts, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add the number of kept weights of each block to `counts`[NUMBER], with one atomic for each block."""
-    row, start, left = _block(rows, owners, WIDTH, BLOCK)
-    mask = _pointer(row, MASK, start, tl.int8, ALIGNED)
+    row, start, left = block_of(rows, owners, WIDTH, BLOCK)
+    mask = pointer_to(row, MASK, start, tl.int8, ALIGNED)
     if left == BLOCK:
-        num_kept = tl.sum(_load(mask, left, BLOCK, True).to(tl.int32), 0)
+        num_kept = tl.sum(load_block(mask, left, BLOCK, True).to(tl.int32), 0)
     else:
-        num_kept = tl.sum(_load(mask, left, BLOCK, False).to(tl.int32), 0)
+        num_kept = tl.sum(load_block(mask, left, BLOCK, False).to(tl.int32), 0)
     tl.atomic_add(counts + tl.load(row + NUMBER), num_kept, sem="relaxed")
 
 
@@ -224,88 +225,7 @@ def hash_masks(  # type: ignore[no-untyped-def]
     rows, owners, factors, digests, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Sum `factors`, int64 [BLOCK], over the kept weights of each block."""
-    row, start, left = _block(rows, owners, WIDTH, BLOCK)
-    kept = _load(_pointer(row, MASK, start, tl.int8, ALIGNED), left, BLOCK, False)
+    row, start, left = block_of(rows, owners, WIDTH, BLOCK)
+    kept = load_block(pointer_to(row, MASK, start, tl.int8, ALIGNED), left, BLOCK, False)
     factor = tl.load(factors + tl.arange(0, BLOCK))
     tl.store(digests + tl.program_id(0), tl.sum(tl.where(kept != 0, factor, 0), 0))
-
-
-@triton.jit
-def _zero_block(pointer, values, kept, left, MODE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write 0 wherever `kept` is 0, in the way that MODE says, see `zero`. Mode "store" does not read `values`."""
-    index = tl.arange(0, BLOCK)
-    is_pruned = kept == 0
-    if not FULL:
-        is_pruned = is_pruned & (index < left)
-    if MODE == "store":
-        tl.store(pointer + index, tl.zeros([BLOCK], pointer.dtype.element_ty), mask=is_pruned)
-    elif MODE == "change":
-        tl.store(pointer + index, tl.zeros_like(values), mask=is_pruned & (values != 0))
-    elif FULL:
-        tl.store(pointer + index, tl.where(is_pruned, 0, values))
-    else:
-        tl.store(pointer + index, tl.where(is_pruned, 0, values), mask=index < left)
-
-
-@triton.jit
-def _zero_columns(  # type: ignore[no-untyped-def]
-    row, start, kept, left,
-    WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
-    FULL: tl.constexpr,
-):  # fmt: skip
-    """Apply `_zero_block` to every tensor of a row; each tensor is read before the previous one is written."""
-    pointer, values = _pointer(row, POINTERS, start, DTYPE, ALIGNED), kept
-    if MODE != "store":
-        values = _load(pointer, left, BLOCK, FULL)
-    for column in tl.static_range(POINTERS, WIDTH):
-        here, found = pointer, values
-        if column + 1 < WIDTH:
-            pointer = _pointer(row, column + 1, start, DTYPE, ALIGNED)
-            if MODE != "store":
-                values = _load(pointer, left, BLOCK, FULL)
-        _zero_block(here, found, kept, left, MODE, BLOCK, FULL)
-
-
-@triton.jit
-def zero(  # type: ignore[no-untyped-def]
-    rows, owners, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    MODE: tl.constexpr,
-):  # fmt: skip
-    """Write 0 into all tensors of a row wherever its mask is 0, reading the mask once. Tensors are viewed as integers.
-
-    MODE "store" reads no values and writes every pruned element; "change" reads the values and writes only pruned elements
-    that are not 0 yet; "rewrite" reads and writes all elements, in vectors.
-    """
-    row, start, left = _block(rows, owners, WIDTH, BLOCK)
-    mask = _pointer(row, MASK, start, tl.int8, ALIGNED)
-    if left == BLOCK:
-        kept = _load(mask, left, BLOCK, True)
-        _zero_columns(row, start, kept, left, WIDTH, DTYPE, ALIGNED, BLOCK, MODE, True)
-    else:
-        kept = _load(mask, left, BLOCK, False)
-        _zero_columns(row, start, kept, left, WIDTH, DTYPE, ALIGNED, BLOCK, MODE, False)
-
-
-@triton.jit
-def _zero_alone(tensor, mask, left, MODE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    kept = _load(mask, left, BLOCK, FULL)
-    values = kept
-    if MODE != "store":
-        values = _load(tensor, left, BLOCK, FULL)
-    _zero_block(tensor, values, kept, left, MODE, BLOCK, FULL)
-
-
-@triton.jit(do_not_specialize=["numel"], do_not_specialize_on_alignment=["tensor", "mask"])
-def zero_one(tensor, mask, numel, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Apply `zero` to one tensor, a gradient, without a table. ALIGNED promises that both are aligned to 16 bytes."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
-    tensor += start
-    mask += start
-    if ALIGNED:
-        tensor = tl.multiple_of(tensor, [16])
-        mask = tl.multiple_of(mask, [16])
-    if left == BLOCK:
-        _zero_alone(tensor, mask, left, MODE, BLOCK, True)
-    else:
-        _zero_alone(tensor, mask, left, MODE, BLOCK, False)

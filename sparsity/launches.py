@@ -1,16 +1,13 @@
 """The passes of a prune event on a GPU: one launch each over all shards of a type. Importing this needs Triton.
 
-A launch finds the shards through a table of pointers. Tables are cached by the pointers that they hold, so a parameter that
-FSDP2 moved between events gets a new table. Nothing here waits for the device.
+A launch finds the shards through a table (`sparsity.tables`). The passes of a selection take its `rows` (`rows_of`), because
+making them takes longer than a small kernel; None makes them. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsity import kernels
+from sparsity import kernels, zero_kernels
 from sparsity.shards import ParameterShard
+from sparsity.tables import Row, Rows, Shape, Table, copied_to, make_tables, rows_of, rows_of_masks
 
 NUM_COPIES = 32
 """The number of copies of a histogram; they are counted separately and then summed."""
@@ -28,15 +26,6 @@ MOST_SEGMENTS, LEAST_ROOM = 1 << 10, 1 << 12
 _READ_AS = {torch.float32: tl.int32, torch.int32: tl.int32, torch.bfloat16: tl.int16, torch.float16: tl.float16}
 _AS_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _WRITTEN_AS = {torch.int32: tl.int32, torch.int16: tl.int16}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Elements of a block and warps of a program; `python -m tests.benchmarks.event` measures the best values."""
-
-    block: int
-    num_warps: int
-
 
 COLLECT = Shape(1 << 13, 4)
 PIECE = 1 << 8
@@ -54,94 +43,34 @@ ZERO_GRADIENT, ZERO_GRADIENT_MODE = Shape(1 << 10, 8), "rewrite"
 """Most pruned gradients are not 0: writing whole vectors moves fewer bytes than scattered writes."""
 
 
-class Row(NamedTuple):
-    """Pointers of tensors of one type and size that share a mask, with a number for the kernel."""
-
-    dtype: torch.dtype
-    numel: int
-    number: int
-    mask: int
-    pointers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of one launch. They agree in type, number of pointers, and alignment to 16 bytes."""
-
-    rows: Tensor
-    owners: Tensor
-    dtype: torch.dtype
-    is_aligned: bool
-
-    def launch(self, kernel: Any, *args: Any, shape: Shape, **constants: Any) -> None:
-        """Run a kernel with one program for each block of the table."""
-        is_cuda = self.rows.is_cuda
-        with torch.cuda.device(self.rows.device) if is_cuda else contextlib.nullcontext():
-            kernel[(len(self.owners),)](
-                self.rows,
-                self.owners,
-                *args,
-                WIDTH=self.rows.shape[1],
-                ALIGNED=self.is_aligned,
-                BLOCK=shape.block,
-                num_warps=shape.num_warps,
-                **constants,
-            )
-
-
-@lru_cache(maxsize=16)
-def make_tables(rows: tuple[Row, ...], block: int, device: torch.device, may_align: bool = True) -> list[Table]:
-    """Return the tables of these rows, in blocks of `block` elements; `may_align` gives aligned rows their own tables."""
-    groups: dict[tuple[torch.dtype, int, bool], list[Row]] = {}
-    for row in rows:
-        is_aligned = may_align and all(pointer % 16 == 0 for pointer in (row.mask, *row.pointers))
-        if row.numel:
-            groups.setdefault((row.dtype, len(row.pointers), is_aligned), []).append(row)
-    found = []
-    for (dtype, _, is_aligned), group in groups.items():
-        num_blocks = np.array([-(-row.numel // block) for row in group])
-        first = np.cumsum(num_blocks) - num_blocks
-        columns = [
-            (row.numel, begin, row.number, row.mask, *row.pointers) for row, begin in zip(group, first, strict=True)
-        ]
-        on_device = _to_device(np.array(columns, dtype=np.int64), device)
-        numbers = torch.arange(len(group), dtype=torch.int32, device=device)
-        owners = torch.repeat_interleave(numbers, _to_device(num_blocks, device), output_size=int(num_blocks.sum()))
-        found.append(Table(on_device, owners, dtype, is_aligned))
-    return found
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy without waiting: the driver has already read pageable memory when the call returns."""
-    return torch.from_numpy(array).to(device, non_blocking=True)
-
-
-def _shard_tables(shards: Sequence[ParameterShard], block: int) -> list[Table]:
-    rows = tuple(
-        Row(shard.values.dtype, shard.values.numel(), number, shard.mask.data_ptr(), (shard.values.data_ptr(),))
-        for number, shard in enumerate(shards)
-    )
-    return make_tables(rows, block, shards[0].values.device)
-
-
 def sample(
-    shards: Sequence[ParameterShard], starts: Sequence[int], sizes: Sequence[int], stride: int, shape: Shape = SAMPLE
+    shards: Sequence[ParameterShard],
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    stride: int,
+    shape: Shape = SAMPLE,
+    rows: Rows | None = None,
 ) -> Tensor:
     """Return keys int32 [sum of sizes]: for each shard `sizes` weights, `stride` apart, beginning at `starts`."""
     device = shards[0].values.device
     keys = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     filled = np.cumsum([0, *sizes]).tolist()
-    rows = tuple(
-        Row(shard.values.dtype, size, number, 0, (shard.values.data_ptr() + start * shard.values.itemsize,))
-        for shard, start, size, number in zip(shards, starts, sizes, filled[:-1], strict=True)
+    few = tuple(
+        Row(row.dtype, size, number, 0, (row.pointers[0] + start * row.dtype.itemsize,))
+        for row, start, size, number in zip(rows or rows_of(shards), starts, sizes, filled[:-1], strict=True)
     )
-    for table in make_tables(rows, shape.block, device):
+    for table in make_tables(few, shape.block, device):
         table.launch(kernels.sample, stride, keys, DTYPE=_READ_AS[table.dtype], shape=shape)
     return keys
 
 
 def collect(
-    shards: Sequence[ParameterShard], lo: int, hi: int, limit: int, shape: Shape = COLLECT
+    shards: Sequence[ParameterShard],
+    lo: int,
+    hi: int,
+    limit: int,
+    shape: Shape = COLLECT,
+    rows: Rows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Collect the keys lo .. hi - 1 of all shards.
 
@@ -157,7 +86,7 @@ def collect(
     owners = torch.zeros(limit, dtype=torch.int16 if len(shards) < 1 << 15 else torch.int32, device=device)
     cursors = torch.zeros(num_segments, dtype=torch.int32, device=device)
     below = torch.zeros(1, dtype=torch.int64, device=device)
-    for table in _shard_tables(shards, shape.block):
+    for table in make_tables(rows or rows_of(shards), shape.block, device):
         partial = torch.empty_like(table.owners)
         table.launch(
             kernels.collect,
@@ -179,13 +108,18 @@ def collect(
 
 
 def count_by_shard(
-    shards: Sequence[ParameterShard], lo: int, hi: int, shift: int, shape: Shape = COUNT_BINS
+    shards: Sequence[ParameterShard],
+    lo: int,
+    hi: int,
+    shift: int,
+    shape: Shape = COUNT_BINS,
+    rows: Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Count the keys below `lo`, int64 [1], and the keys lo .. hi - 1 in bins of 2^shift keys, int32 [shards, bins]."""
     device, num_bins = shards[0].values.device, ((hi - lo - 1) >> shift) + 1
     counts = torch.zeros((len(shards), num_bins), dtype=torch.int32, device=device)
     below = torch.zeros(1, dtype=torch.int64, device=device)
-    for table in _shard_tables(shards, shape.block):
+    for table in make_tables(rows or rows_of(shards), shape.block, device):
         below += _count_bins(table, lo, hi, shift, counts, 0, shape).sum()
     return below, counts
 
@@ -200,9 +134,12 @@ def histogram(
     return counts.sum(dim=0)
 
 
-def histogram_of_shards(shards: Sequence[ParameterShard], lo: int, hi: int, shift: int) -> Tensor:
+def histogram_of_shards(
+    shards: Sequence[ParameterShard], lo: int, hi: int, shift: int, rows: Rows | None = None
+) -> Tensor:
     """Return the `histogram` of all weights."""
-    return histogram(_shard_tables(shards, COUNT_BINS.block), lo, hi, shift, shards[0].values.device)
+    device = shards[0].values.device
+    return histogram(make_tables(rows or rows_of(shards), COUNT_BINS.block, device), lo, hi, shift, device)
 
 
 def histogram_of_keys(keys: Tensor, lo: int, hi: int, shift: int) -> Tensor:
@@ -248,31 +185,29 @@ def _count_bins(table: Table, lo: int, hi: int, shift: int, counts: Tensor, num_
     return below
 
 
-def keep_above_(shards: Sequence[ParameterShard], keys: Sequence[int], shape: Shape = KEEP) -> None:
+def keep_above_(
+    shards: Sequence[ParameterShard], keys: Sequence[int], shape: Shape = KEEP, rows: Rows | None = None
+) -> None:
     """Set the masks: keep in each shard the weights above its key."""
-    bounds = _to_device(np.array(keys, dtype=np.int32), shards[0].values.device)
-    for table in _shard_tables(shards, shape.block):
+    device = shards[0].values.device
+    bounds = copied_to(np.array(keys, dtype=np.int32), device)
+    for table in make_tables(rows or rows_of(shards), shape.block, device):
         table.launch(kernels.keep_above, bounds, DTYPE=_READ_AS[table.dtype], shape=shape)
 
 
 def keep_after_ties_(shard: ParameterShard, key: int, num_dropped: int, shape: Shape = KEEP_TIES) -> None:
     """Set the mask: keep weights above `key`, and of the kept weights with this key all but the first `num_dropped`."""
-    for table in _shard_tables([shard], shape.block):
+    for table in make_tables(rows_of([shard]), shape.block, shard.values.device):
         ties = torch.empty_like(table.owners)
         table.launch(kernels.count_ties, key, ties, DTYPE=_READ_AS[table.dtype], shape=shape)
         before = torch.cumsum(ties, 0, dtype=torch.int32) - ties
         table.launch(kernels.keep_after_ties, key, before, num_dropped, DTYPE=_READ_AS[table.dtype], shape=shape)
 
 
-def _mask_tables(shards: Sequence[ParameterShard], block: int, may_align: bool = True) -> list[Table]:
-    rows = tuple(Row(s.mask.dtype, s.mask.numel(), number, s.mask.data_ptr(), ()) for number, s in enumerate(shards))
-    return make_tables(rows, block, shards[0].mask.device, may_align)
-
-
 def count_kept(shards: Sequence[ParameterShard], shape: Shape = COUNT_KEPT) -> Tensor:
     """Count the kept weights of each local shard, int64 [shards]."""
     counts = torch.zeros(len(shards), dtype=torch.int32, device=shards[0].mask.device)
-    for table in _mask_tables(shards, shape.block):
+    for table in make_tables(rows_of_masks(shards), shape.block, counts.device):
         table.launch(kernels.count_kept, counts, shape=shape)
     return counts.long()
 
@@ -281,7 +216,7 @@ def digests(shards: Sequence[ParameterShard], factors: Tensor, shape: Shape = HA
     """Return a digest of each block of the masks, int64 [blocks]: the sum of `factors`, int64 [block], over kept weights."""
     found = [torch.empty(0, dtype=torch.int64, device=factors.device)]
     # All rows are in one table, so that replicas with differently aligned memory have the blocks in the same order.
-    for table in _mask_tables(shards, shape.block, may_align=False):
+    for table in make_tables(rows_of_masks(shards), shape.block, factors.device, may_align=False):
         found.append(torch.empty(len(table.owners), dtype=torch.int64, device=factors.device))
         table.launch(kernels.hash_masks, factors, found[-1], shape=shape)
     return torch.cat(found)
@@ -304,7 +239,7 @@ def zero_all_(masked: Sequence[tuple[Tensor, Sequence[Tensor]]], shape: Shape = 
         for table in make_tables(tuple(rows), shape.block, masked[0][0].device):
             # Without alignment, neighbouring threads take neighbouring elements, so that a warp's writes stay close together.
             plain = table if mode == "rewrite" else Table(table.rows, table.owners, table.dtype, False)
-            plain.launch(kernels.zero, DTYPE=_WRITTEN_AS[table.dtype], MODE=mode, shape=shape)
+            plain.launch(zero_kernels.zero, DTYPE=_WRITTEN_AS[table.dtype], MODE=mode, shape=shape)
 
 
 def zero_(tensor: Tensor, mask: Tensor, shape: Shape = ZERO_GRADIENT, mode: str = ZERO_GRADIENT_MODE) -> None:
@@ -313,7 +248,7 @@ def zero_(tensor: Tensor, mask: Tensor, shape: Shape = ZERO_GRADIENT, mode: str 
         return
     bits, kept = tensor.view(_AS_BITS[tensor.dtype]), mask.view(torch.int8)
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-        kernels.zero_one[(triton.cdiv(bits.numel(), shape.block),)](
+        zero_kernels.zero_one[(triton.cdiv(bits.numel(), shape.block),)](
             bits, kept, bits.numel(),
             ALIGNED=bits.data_ptr() % 16 == 0 and kept.data_ptr() % 16 == 0, BLOCK=shape.block, MODE=mode,
             num_warps=shape.num_warps,

@@ -1,4 +1,4 @@
-"""Warnings at the start of training: which weights stay dense, and which are frozen."""
+"""Warnings: which weights stay dense, which are frozen, and which layers have lost all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from collections.abc import Mapping, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from sparsity.scope import Scope
+
 
 def warn_on_rank_0(message: str) -> None:
     """Warn on the first process only, because the message is the same on all."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         warnings.warn(message, stacklevel=3)
+
+
+def collapse_notice(name: str, scope: Scope) -> str:
+    """Return a notice that a parameter has lost its last weight, with a remedy that the scope allows."""
+    remedy = "use scope=uniform" if scope.compares_parameters else "lower its sparsity, which leaves it no whole weight"
+    return f"{name} has lost its last weight; name it in requires_dense, or {remedy}."
 
 
 def left_out_notice(names: Sequence[str]) -> str | None:

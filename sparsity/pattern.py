@@ -1,8 +1,8 @@
 """Patterns of pruned weights: anywhere, N:M, which keeps at most N of every M consecutive inputs of a neuron, or whole blocks.
 
 Hardware for sparse matrices reads N:M along the input dimension: 2:4 on NVIDIA's (arXiv 2104.08378). Kernels for block-sparse
-matrices keep or skip blocks of R outputs x C inputs. This needs only the standard library; `sparsity.event` and
-`sparsity.blocks` apply a pattern.
+matrices keep or skip blocks of R outputs x C inputs. This needs only the standard library; `sparsity.event`
+applies a pattern.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from sparsity.arguments import check_whole
 
 UNSTRUCTURED = "unstructured"
 
@@ -22,19 +24,30 @@ class NofM:
     kept: int
     block: int
 
+    def __post_init__(self) -> None:
+        for name, example in (("kept", 2), ("block", 4)):
+            check_whole(name, getattr(self, name), example)
+        if not 1 <= self.kept < self.block:
+            raise ValueError(
+                f"NofM({self.kept}, {self.block}) keeps no part of a block: give N:M with N below M, NofM(2, 4)."
+            )
+
     def __str__(self) -> str:
         return f"{self.kept}:{self.block}"
 
     @property
     def name(self) -> str:
+        """The pattern as settings give it, such as 2:4."""
         return str(self)
 
     @property
     def label(self) -> str:
+        """The pattern's description in cards and plots."""
         return f"{self} along the inputs"
 
     @property
     def sparsity(self) -> float:
+        """The share of pruned weights when the pattern is complete."""
         return 1 - self.kept / self.block
 
     def whole(self, count: int) -> int:
@@ -72,19 +85,30 @@ class Blocks:
     rows: int
     columns: int
 
+    def __post_init__(self) -> None:
+        for name, example in (("rows", 4), ("columns", 1)):
+            check_whole(name, getattr(self, name), example)
+        if min(self.rows, self.columns) < 1 or self.numel < 2:
+            raise ValueError(
+                f"Blocks({self.rows}, {self.columns}) has no two weights: give outputs and inputs, Blocks(4, 1)."
+            )
+
     def __str__(self) -> str:
         return f"{self.rows}x{self.columns}"
 
     @property
     def name(self) -> str:
+        """The pattern as settings give it."""
         return str(self)
 
     @property
     def label(self) -> str:
+        """The pattern's description in cards and plots."""
         return f"in blocks of {self.rows} outputs x {self.columns} inputs"
 
     @property
     def numel(self) -> int:
+        """The number of weights of a block."""
         return self.rows * self.columns
 
     def whole(self, count: int) -> int:
@@ -120,6 +144,21 @@ class Blocks:
 
 
 Pattern = NofM | Blocks
+
+
+def find_pattern(choice: str | Pattern | None) -> Pattern | None:
+    """Return the pattern that `choice` names, or `choice` itself if it is one; None is unstructured.
+
+    Raises:
+        ValueError: The name is unknown, or `choice` is neither a name nor a pattern.
+    """
+    if choice is None or isinstance(choice, NofM | Blocks):
+        return choice
+    if not isinstance(choice, str):
+        raise ValueError(
+            f"pattern={choice!r} is no pattern: give its name, such as '2:4' or '4x1', or an instance, NofM(2, 4)."
+        )
+    return parse_pattern(choice)
 
 
 def parse_pattern(text: str) -> Pattern | None:

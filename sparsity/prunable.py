@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from sparsity.arguments import check_patterns
 from sparsity.notices import warn_on_rank_0
 from sparsity.pattern import Pattern
 
@@ -33,6 +34,9 @@ def prunable_parameters(
         ValueError: A pattern matches no parameter, `include` names a frozen one, a chosen weight is computed from other
             parameters (weight_norm, torch.nn.utils.prune), or nothing is left to prune.
     """
+    check_patterns("requires_dense", requires_dense)
+    if include is not None:
+        check_patterns("include", include)
     parameters = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
     linear = linear_weights(model)
     computed = {name: weight for name, weight in linear.items() if name not in parameters}

@@ -94,13 +94,15 @@ class Registry(Mapping[str, T], Generic[T]):
         return [f"{name:{width}}  {_first_sentence(member)}" for name, member in self.items()]
 
     def _checked(self, method: Any, key: str) -> T:
-        is_one = inspect.isclass(method) and issubclass(method, self._base) if self._holds_classes else False
-        if not is_one and not (isinstance(method, self._base) and not self._holds_classes):
-            raise ValueError(
-                f"{key}={name_of(method)} is no {self._base.__name__}: extend sparsity's {self._base.__name__}."
-            )
-        found: T = method
-        return found
+        base, is_class = self._base.__name__, inspect.isclass(method)
+        is_one = issubclass(method, self._base) if is_class else isinstance(method, self._base)
+        if is_one and is_class == self._holds_classes:
+            found: T = method
+            return found
+        if is_one and is_class:
+            raise ValueError(f"{key}={method.__name__} is a class: give an instance, {method.__name__}().")
+        shown = name_of(method) if is_class or isinstance(method, Method) else repr(method)
+        raise ValueError(f"{key}={shown} is no {base}: extend sparsity's {base}, or choose one of {', '.join(self)}.")
 
 
 def _first_sentence(member: Any) -> str:

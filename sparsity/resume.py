@@ -44,7 +44,10 @@ def check_masks(pruner: Pruner, state: Mapping[str, Any], global_step: int) -> N
     """
     kept, inherited = state["kept"], state["inherited"]
     pruner.recount()
-    for name in dict.fromkeys([*pruner.kept, *kept]):
+    scheduled_before = pruner.scheduled(global_step - 1)
+    # Before the first event nothing is masked, and another choice of parameters does no harm.
+    has_masks = any(scheduled_before) or any(inherited.values())
+    for name in dict.fromkeys([*pruner.kept, *(kept if has_masks else ())]):
         found, saved = pruner.kept.get(name), kept.get(name)
         if found != saved:
             raise ValueError(
@@ -58,7 +61,7 @@ def check_masks(pruner: Pruner, state: Mapping[str, Any], global_step: int) -> N
             f"The checkpoint has {alive:,} weights that its masks prune but that are not 0: it is damaged or was "
             "edited; resume from another checkpoint."
         )
-    for pool, count in zip(pruner.pools, pruner.scheduled(global_step - 1), strict=True):
+    for pool, count in zip(pruner.pools, scheduled_before, strict=True):
         scheduled = max(count, sum(inherited.get(name, 0) for name in pool.names))
         if pruner.num_pruned(pool) != scheduled:
             raise ValueError(

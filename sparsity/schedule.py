@@ -10,12 +10,13 @@ when a given share of the events is done.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, field
+from typing import Protocol, Self
 
-from sparsity.registry import Method, Registry, name_of
+from sparsity.arguments import check_number, check_whole
+from sparsity.registry import Method, Registry
+from sparsity.staircase import Staircase
 
 DEFAULT_EVERY_STEPS = 100
 
@@ -23,65 +24,14 @@ DEFAULT_EVERY_STEPS = 100
 class Schedule(Protocol):
     """The interface of a schedule that the callback uses."""
 
-    def density(self, step: int) -> float: ...
-
-    def events(self) -> Sequence[int]: ...
-
-    def average_density(self, num_steps: int) -> float: ...
-
-
-class Staircase:
-    """Density falls at start_step, start_step + every_steps, ..., end_step, each time before that step runs."""
-
-    start_step: int
-    end_step: int
-    every_steps: int
-    sparsity: float
-    """The share of the prunable weights that is pruned after the last event."""
-
-    def density_after(self, event: int) -> float:
-        """Return the share of the prunable weights kept after event number `event`, counted from 0."""
-        raise NotImplementedError
-
-    @property
-    def num_events(self) -> int:
-        return (self.end_step - self.start_step) // self.every_steps + 1
-
-    def events(self) -> range:
-        """Return the steps before which weights are pruned."""
-        return range(self.start_step, self.end_step + 1, self.every_steps)
-
     def density(self, step: int) -> float:
-        """Return the share of the prunable weights kept while `step` runs, in (0, 1]."""
-        if step < self.start_step:
-            return 1.0
-        return self.density_after(min((step - self.start_step) // self.every_steps, self.num_events - 1))
+        """Return the share of weights kept while `step` runs."""
+
+    def events(self) -> Sequence[int]:
+        """Return the steps before which weights are pruned."""
 
     def average_density(self, num_steps: int) -> float:
-        """Return the mean of density(step) over steps 0 .. num_steps - 1."""
-        return self.dense_equivalent_steps(num_steps) / num_steps
-
-    def dense_equivalent_steps(self, num_steps: int) -> float:
-        """Return the sum of density(step) over steps 0 .. num_steps - 1: the run's compute in steps of the dense model.
-
-        Raises:
-            ValueError: `num_steps` is below 1.
-        """
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps} must be at least 1.")
-        edges = [0, *self.events(), num_steps]
-        densities = [1.0, *(self.density_after(event) for event in range(self.num_events))]
-        return math.fsum(
-            density * max(0, min(edges[i + 1], num_steps) - edges[i]) for i, density in enumerate(densities)
-        )
-
-    def check_fits(self, num_steps: int) -> None:
-        """Raise a ValueError if the run is too short for the last event."""
-        if self.end_step > num_steps - 1:
-            raise ValueError(
-                f"The prune window ends at step {self.end_step}, outside a run of {num_steps} steps: its last event must "
-                f"come before step {num_steps - 1} trains; end the window earlier or train longer."
-            )
+        """Return the mean density over the first `num_steps` steps."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +76,25 @@ class Ramp(Staircase, Method):
 
     @property
     def base(self) -> Ramp:
+        """The schedule itself; that of all groups if they have their own targets, see `sparsity.mixed`."""
         return self
 
     def __post_init__(self) -> None:
+        kinds = type(self).__mro__
+        if not {"kept", "kept_after", "density_after"} & {
+            name for kind in kinds[: kinds.index(Ramp)] for name in vars(kind)
+        }:
+            raise ValueError(
+                f"{type(self).__name__} has no curve: take Geometric, or another schedule of sparsity.schedule, or define "
+                "`kept` in a class that extends Ramp."
+            )
+        check_number("sparsity", self.sparsity, 0.8)
+        for name, example in (("start_step", 0), ("end_step", 1000), ("every_steps", DEFAULT_EVERY_STEPS)):
+            check_whole(name, getattr(self, name), example)
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity} is outside [0, 1): give the share of weights to remove.")
+            raise ValueError(
+                f"sparsity={self.sparsity} is outside [0, 1): give the share of weights to remove, 0.8 for 80 %."
+            )
         if self.every_steps < 1:
             raise ValueError(f"every_steps={self.every_steps} must be at least 1 step.")
         if self.start_step < 0:
@@ -146,6 +110,7 @@ class Ramp(Staircase, Method):
             )
 
     def density_after(self, event: int) -> float:
+        """Return the density that `kept_after` gives at this schedule's sparsity."""
         return self.kept_after(self.sparsity, event, self.num_events)
 
 
@@ -161,6 +126,7 @@ class Geometric(Ramp):
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
+        """Return (1 - sparsity)^progress."""
         return float((1.0 - sparsity) ** progress)
 
 
@@ -176,6 +142,7 @@ class Cubic(Ramp):
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
+        """Return 1 - sparsity (1 - (1 - progress)^3)."""
         return 1.0 - sparsity * (1.0 - (1.0 - progress) ** 3)
 
 
@@ -188,6 +155,7 @@ class Linear(Ramp):
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
+        """Return 1 - sparsity progress."""
         return 1.0 - sparsity * progress
 
 
@@ -203,10 +171,12 @@ class OneShot(Ramp):
 
     @staticmethod
     def kept(sparsity: float, progress: float) -> float:
+        """Return 1 - sparsity: the only event is the last one."""
         return 1.0 - sparsity
 
     @classmethod
     def over(cls, sparsity: float, start_step: int, end_step: int, every_steps: int) -> Self:
+        """Return the schedule with its event at `start_step`."""
         return cls(sparsity, start_step)
 
     def __post_init__(self) -> None:
@@ -225,6 +195,7 @@ class Constant(OneShot):
 
     @classmethod
     def over(cls, sparsity: float, start_step: int, end_step: int, every_steps: int) -> Self:
+        """Return the schedule with its event at step 0, whatever the window."""
         return cls(sparsity)
 
 
@@ -242,6 +213,7 @@ class Alternating(Ramp):
 
     @classmethod
     def kept_after(cls, sparsity: float, event: int, num_events: int) -> float:
+        """Return 1 - sparsity after even events and 1 after odd ones."""
         return 1.0 if event % 2 else 1.0 - sparsity
 
     def __post_init__(self) -> None:
@@ -254,47 +226,19 @@ class Alternating(Ramp):
 
 
 @dataclass(frozen=True)
-class Mixed(Staircase):
-    """The density of several groups of weights together; each group follows `base` to its own sparsity.
-
-    `shares` holds (share of the prunable weights, sparsity) for each group; the shares add up to 1.
-    """
-
-    base: Ramp
-    shares: tuple[tuple[float, float], ...]
-
-    def __post_init__(self) -> None:
-        for name in ("start_step", "end_step", "every_steps"):
-            object.__setattr__(self, name, getattr(self.base, name))
-        object.__setattr__(self, "sparsity", math.fsum(share * sparsity for share, sparsity in self.shares))
-
-    @property
-    def name(self) -> str:
-        return self.base.name
-
-    @property
-    def label(self) -> str:
-        return self.base.label
-
-    def density_after(self, event: int) -> float:
-        if event == self.num_events - 1:
-            return 1.0 - self.sparsity
-        return math.fsum(
-            share * self.base.kept_after(sparsity, event, self.num_events) for share, sparsity in self.shares
-        )
-
-
-@dataclass(frozen=True)
 class Fixed:
     """A schedule without events: weights that are zero when the run begins stay zero, and no others are pruned."""
 
     def density(self, step: int) -> float:
+        """Return 1: the schedule itself prunes nothing."""
         return 1.0
 
     def events(self) -> Sequence[int]:
+        """Return no steps."""
         return ()
 
     def average_density(self, num_steps: int) -> float:
+        """Return 1, whatever zeros the model has."""
         return 1.0
 
 
@@ -303,11 +247,6 @@ SCHEDULES: Registry[type[Ramp]] = Registry(
     {schedule.name: schedule for schedule in (Geometric, Cubic, Linear, OneShot, Constant, Alternating)},
     Ramp,
 )
-
-
-def schedule_record(schedule: Ramp | Mixed) -> dict[str, Any]:
-    """Return the schedule as plain data: its kind and its fields."""
-    return {"kind": name_of(schedule), **asdict(schedule)}
 
 
 def _divisor_hint(schedule: Ramp) -> str:

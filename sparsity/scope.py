@@ -13,8 +13,10 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, cast
 
+from sparsity.arguments import check_number, check_patterns
+from sparsity.mixed import Mixed
 from sparsity.registry import Method, Registry
-from sparsity.schedule import Mixed, Ramp, Schedule
+from sparsity.schedule import Ramp, Schedule
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,17 @@ class Group:
     include: tuple[str, ...]
     sparsity: float
 
+    def __post_init__(self) -> None:
+        check_patterns("include", self.include)
+        check_number("sparsity", self.sparsity, 0.8)
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"The group {', '.join(self.include)} has a target of {self.sparsity}, outside [0, 1): give the share of "
+                "weights to remove, 0.8 for 80 %."
+            )
+
     def matches(self, name: str) -> bool:
+        """Return whether a pattern of `include` matches a name."""
         return any(fnmatchcase(name, pattern) for pattern in self.include)
 
 
@@ -97,6 +109,7 @@ class Global(Scope):
     label = "one threshold for all"
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return one pool of all parameters."""
         return [tuple(names)]
 
 
@@ -108,6 +121,7 @@ class Uniform(Scope):
     compares_parameters = False
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return a pool for each parameter."""
         return [(name,) for name in names]
 
 
@@ -122,6 +136,7 @@ class Row(Uniform):
     is_by_row = True
 
     def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
+        """Return counts that are the same in each row of a parameter."""
         return [
             pool.numel // pool.shape[-1] * num_pruned(pool.shape[-1], density)
             for pool, density in zip(pools, densities, strict=True)
@@ -140,6 +155,7 @@ class Erk(Uniform):
     is_even = False
 
     def allocate(self, pools: Sequence[Pool], densities: Sequence[float], before: Sequence[int]) -> list[int]:
+        """Return counts by `erk_counts`, which depend on those before the event."""
         counts = [0] * len(pools)
         for group in dict.fromkeys(pool.group for pool in pools):
             members = [number for number, pool in enumerate(pools) if pool.group == group]
@@ -153,6 +169,7 @@ class Erk(Uniform):
         return counts
 
     def counts(self, pools: Sequence[Pool], schedule: Schedule, step: int) -> list[int]:
+        """Return the counts after all events up to `step`, each rounded on top of the one before."""
         done, hashable = [event for event in schedule.events() if event <= step], cast(Hashable, schedule)
         return list(_erk_table(self, tuple(pools), hashable)[done[-1]]) if done else [0] * len(pools)
 
@@ -260,11 +277,6 @@ def seen_together(schedule: Ramp, pools: Sequence[Pool]) -> Ramp | Mixed:
 
 def _check_groups(names: Mapping[str, object], groups: Sequence[Group]) -> None:
     for group in groups:
-        if not 0 <= group.sparsity < 1:
-            raise ValueError(
-                f"The group {', '.join(group.include)} has a target of {group.sparsity}, outside [0, 1): give the share of "
-                "weights to remove."
-            )
         for pattern in group.include:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(

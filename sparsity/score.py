@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
 
-from sparsity.factors import factor_of
+from sparsity.arguments import check_whole
 from sparsity.registry import Method, Registry, name_of
 from sparsity.update import WEIGHT_GRADIENT_SHARE
 
@@ -69,6 +69,7 @@ class Score(Method):
         return WEIGHT_GRADIENT_SHARE * math.fsum(1 - schedule.density(step) for step in before)
 
     def __call__(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return the `keys`."""
         return self.keys(shard, part)
 
 
@@ -108,6 +109,7 @@ class Saliency(Score):
     is_zero_first = True
 
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return |w g|, with the gradient of the step before the event."""
         assert shard.gradient is not None
         return (shard.values[part].float() * shard.gradient[part]).abs()
 
@@ -124,6 +126,7 @@ class Wanda(Score):
     is_zero_first = True
 
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return |w| times the norm of the input in the weight's column."""
         assert shard.input_norms is not None
         return shard.values[part].float().abs() * shard.input_norms[shard.index(part) % shard.shape[-1]]
 
@@ -137,12 +140,16 @@ class Random(Score):
     is_placeless = True
 
     def __init__(self, seed: int | str | None = None) -> None:
+        if seed is not None and not isinstance(seed, str):
+            check_whole("seed", seed, 0)
         self.seed = seed
 
     def seeded(self, seed: int) -> Random:
+        """Return a score with the run's seed, unless this one has its own."""
         return Random(seed) if self.seed is None else self
 
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return hashes of the weights' places, at least 1 for kept weights."""
         import torch
 
         digest = hashlib.blake2b(
@@ -153,40 +160,13 @@ class Random(Score):
         return kept.masked_fill_(~shard.mask[part], 0).to(torch.int32)
 
 
-class Scaled(Score):
-    """Another score, multiplied by a factor for each parameter."""
-
-    def __init__(self, score: Score, factors: Mapping[str, float]) -> None:
-        self.score, self.factors = score, dict(factors)
-        self.name, self.label, self.needs = score.name, score.label, score.needs
-        self.is_zero_first, self.is_placeless = score.is_zero_first, score.is_placeless
-
-    def keys(self, shard: ParameterShard, part: slice) -> Tensor:
-        import torch
-
-        found, factor = self.score(shard, part), factor_of(shard.name, self.factors)
-        return found if factor == 1 else (found.view(torch.float32) * factor).view(torch.int32)
-
-
-def scaled(score: Score, factors: Mapping[str, float]) -> Score:
-    """Return `score` with each parameter's keys, read as float32, multiplied by the factor of its name.
-
-    A product is rounded once, to float32, and its bits are the key. A factor that is a power of two is exact unless the
-    product is a denormal. Products that round to 0 or to infinity are ties. Keys do not depend on the world size.
-
-    Args:
-        score: A score whose keys are the bits of float32 numbers, such as `magnitude`.
-        factors: Name patterns and their factors, see `sparsity.factors`. If empty, `score` itself is returned.
-    """
-    return Scaled(score, factors) if factors else score
-
-
 class Given(Score):
     """Keys that were computed earlier and are stored as the shard's values."""
 
     is_placeless = True
 
     def keys(self, shard: ParameterShard, part: slice) -> Tensor:
+        """Return the values, which are keys already."""
         return shard.values[part]
 
 
@@ -215,6 +195,20 @@ def is_magnitude(score: Score) -> bool:
 def magnitude_of_key(key: int) -> float:
     """Return the |w| that has this key."""
     return float(struct.unpack("<f", struct.pack("<I", key))[0])
+
+
+def check_score(score: Score) -> None:
+    """Raise a ValueError if a score does not say how it ranks weights, or needs something that no pruner lends."""
+    if type(score).values is Score.values and type(score).keys is Score.keys:
+        raise ValueError(
+            f"score={name_of(score)} does not rank weights: define `values` in a class that extends Score."
+        )
+    known = get_args(Need)
+    if isinstance(score.needs, str) or not {*score.needs} <= {*known}:
+        raise ValueError(
+            f"score={name_of(score)} has needs={score.needs!r}: give a tuple of {', '.join(map(repr, known))}, such as "
+            "('gradient',)."
+        )
 
 
 def score_name(score: str | Score) -> str:

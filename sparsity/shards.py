@@ -64,6 +64,7 @@ class RankLayout:
 
     @property
     def shard_rank(self) -> int:
+        """This rank's number in the shard group."""
         return 0 if self.shard_group is None else dist.get_rank(self.shard_group)
 
     def sum_counts(self, counts: Tensor) -> Tensor:

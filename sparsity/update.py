@@ -2,7 +2,7 @@
 
 The schedule says how many weights are kept. An update says which of the others may return: none (`Shrink`, the default), some
 at regular steps (`Set`, `Rigl`), any whenever masks are chosen (`Ste`), or all in dense phases (`AcDc`). Importing this needs
-no torch; `sparsity.rules` applies an update with `sparsity.moves` and `sparsity.latent`.
+no torch; `sparsity.rules` applies an update.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from sparsity.arguments import check_number, check_whole
 from sparsity.registry import Method, Registry
 from sparsity.schedule import Alternating, Schedule
 
@@ -76,6 +77,10 @@ class Moving(Update):
     end: float = 0.75
 
     def __post_init__(self) -> None:
+        check_number("moves.share", self.share, 0.3)
+        check_number("moves.end", self.end, 0.75)
+        if self.every_steps is not None:
+            check_whole("moves.every", self.every_steps, 100)
         if not 0 < self.share < 1:
             raise ValueError(
                 f"moves.share={self.share} is outside (0, 1): give the share of the kept weights to replace, such as 0.3."
@@ -88,6 +93,7 @@ class Moving(Update):
             )
 
     def moves(self, schedule: Schedule, num_steps: int) -> frozenset[int]:
+        """Return every `every_steps`-th step after the first event until the share `end` of the run is done."""
         first = min(schedule.events(), default=num_steps)
         last = min(num_steps, math.ceil(self.end * num_steps))
         every = self.every_steps or max(1, min(100, num_steps // 40))
@@ -98,6 +104,7 @@ class Moving(Update):
         return self.share / 2 * (1 + math.cos(math.pi * step / (self.end * num_steps)))
 
     def check(self, schedule: Schedule, pattern: object) -> None:
+        """Raise a ValueError also for a schedule without events, which makes no masks to move."""
         super().check(schedule, pattern)
         if not list(schedule.events()):
             raise ValueError(
@@ -113,6 +120,7 @@ class Regrowing(Moving):
     grows_by: Literal["gradient", "random"] = "random"
 
     def check(self, schedule: Schedule, pattern: object) -> None:
+        """Raise a ValueError also for a pattern, because weights grow anywhere."""
         super().check(schedule, pattern)
         if pattern is not None:
             raise ValueError(
@@ -174,6 +182,7 @@ class AcDc(Update):
     lets_return = True
 
     def check(self, schedule: Schedule, pattern: object) -> None:
+        """Raise a ValueError for any schedule but `Alternating`, whose dense phases the update needs."""
         if not isinstance(schedule, Alternating):
             raise ValueError(
                 f"update=acdc needs dense phases, and schedule {type(schedule).__name__} has none: take schedule=alternating."

@@ -1,7 +1,8 @@
-"""Checks for wrappers that hide a model's weights, under which pruning would not last."""
+"""Checks of a Trainer: no wrapper hides the model's weights, and no event is lost at the end of the run."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -56,3 +57,17 @@ def fsdp2_groups(module: nn.Module) -> list[Any]:
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return list(groups) if groups is not None else [group for group in [state._fsdp_param_group] if group is not None]
+
+
+def check_run(events: Collection[int], args: TrainingArguments, num_steps: int) -> None:
+    """Raise a ValueError if the run ends before the last event, or would then load weights from before it."""
+    if events and max(events) > num_steps - 1:
+        raise ValueError(
+            f"The prune window ends at step {max(events)}, outside a run of {num_steps} steps: end the "
+            "window earlier or train longer."
+        )
+    if events and args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end=True would bring back the weights of a checkpoint before the last prune event: "
+            "set it to False and load the checkpoint you want yourself."
+        )

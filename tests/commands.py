@@ -39,3 +39,8 @@ def quiet_environment(changes: Mapping[str, str]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         **changes,
     }
+
+
+def errors_in(stderr: str) -> list[str]:
+    """Return the lines of errors that a user sees."""
+    return [line for line in stderr.splitlines() if line.startswith("error:")]

@@ -19,8 +19,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsity import kernels, launches
+from sparsity import kernels, launches, zero_kernels
 from sparsity.compact import spmv
+from sparsity.tables import Shape
 
 TARGET = GPUTarget("cuda", 90, 32)
 TABLE = {"rows": "*i64", "owners": "*i32"}
@@ -28,7 +29,7 @@ READ = {"float32": tl.int32, "bfloat16": tl.int16, "float16": tl.float16}
 WRITTEN = {"32 bits": tl.int32, "16 bits": tl.int16}
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launches.Shape]]:
+def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], Shape]]:
     """Yield name, kernel, argument types, constants and launch shape of each kernel that an event or a hook launches."""
     readers = {
         kernels.collect: (
@@ -81,8 +82,8 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launc
     ):  # fmt: skip
         constants = {"DTYPE": WRITTEN[name], "ALIGNED": aligned, "BLOCK": launches.ZERO.block, "MODE": mode}
         yield (
-            _name(kernels.zero, f"{name} {mode}", aligned),
-            kernels.zero,
+            _name(zero_kernels.zero, f"{name} {mode}", aligned),
+            zero_kernels.zero,
             TABLE,
             constants | {"WIDTH": 7},
             launches.ZERO,
@@ -90,8 +91,8 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], launc
         own = {"tensor": "*i32" if name == "32 bits" else "*i16", "mask": "*i8", "numel": "i32"}
         del constants["DTYPE"]
         yield (
-            _name(kernels.zero_one, f"{name} {mode}", aligned),
-            kernels.zero_one,
+            _name(zero_kernels.zero_one, f"{name} {mode}", aligned),
+            zero_kernels.zero_one,
             own,
             constants,
             launches.ZERO_GRADIENT,

@@ -8,13 +8,17 @@ import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 
 def run_ranks(
@@ -112,3 +116,22 @@ def _rank_main(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def shard_by_layers(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Shard a model over all ranks with FSDP2, each of its layers as a unit of its own."""
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+@contextmanager
+def mesh_of_one(device: torch.device) -> Iterator[DeviceMesh]:
+    """Make a mesh of this process alone."""
+    if device.type == "cuda":
+        torch.cuda.set_device(0)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh(device.type, (1,))
+    finally:
+        dist.destroy_process_group()

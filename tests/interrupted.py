@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from tests.commands import run_command
+from tests.commands import errors_in, run_command
 from tests.tiny_run import tiny
 
 STEPS = 60
@@ -63,7 +63,7 @@ def unfinished(folder: Path, whole: Path, name: str) -> Path:
 def one_error(command: list[str], **options: Any) -> str:
     """Return the single error line that `python -m launch` prints."""
     done = run_command(["launch", *command, *[f"{key}={value}" for key, value in options.items()]])
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    errors = errors_in(done.stderr)
     assert done.returncode != 0
     assert len(errors) == 1, done.stderr[-3000:]
     assert "Traceback" not in done.stderr

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import sparsity.event as event
-import sparsity.pruner as pruner
+import sparsity.event.pool as event
+import sparsity.masked as masked
 
 PAUSE_S = 0.05
 
@@ -43,5 +43,5 @@ def slowly(zero_pruned: Any) -> Any:
 
 if __name__ == "__main__":
     event.prune_smallest_ = announced(event.prune_smallest_)
-    pruner.zero_all_pruned_ = slowly(pruner.zero_all_pruned_)
+    masked.zero_all_pruned_ = slowly(masked.zero_all_pruned_)
     runpy.run_module("train", run_name="__main__", alter_sys=True)

@@ -96,3 +96,12 @@ def small_trainer(
         uses_muon=uses_muon,
         by_document=by_document,
     )
+
+
+def three_steps(folder: Path | str, compiled: bool) -> TrainingArguments:
+    """Return arguments of a plain Trainer for three steps on the CPU, which saves nothing."""
+    return TrainingArguments(
+        str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, logging_steps=1, torch_compile=compiled,
+        torch_compile_backend="aot_eager" if compiled else None, accelerator_config={"use_configured_state": True},
+    )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import re
@@ -10,10 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import SchedulerType, TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from conf.cli import sentence
 from conf.compose import composed
 from conf.schema import tokenizer_of
+from conf.schema.passed_on import SCHEDULE_ARGUMENTS, training_argument_types
 from launch.command import accelerate_command, num_processes
 from tests.commands import run_command
 from tests.test_run import tiny, write_text
@@ -109,8 +114,62 @@ def test_bad_data_is_named_by_one_rank_and_leaves_no_run(tmp_path):
 
 
 def test_what_only_the_ranks_can_find_is_said_once(tmp_path):
-    done = run_command(["launch", *tiny(tmp_path, "+trainer.extra.neftune_noise_alph=1")])
-    assert "did you mean neftune_noise_alpha?" in the_error(done)
+    done = run_command(["launch", *tiny(tmp_path, "+trainer.extra.hub_strategy=sometimes")])
+    assert "trainer.extra={'hub_strategy': 'sometimes'} is refused by transformers: sometimes is not" in the_error(done)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.extra.neftune_noise_alph=1", "did you mean neftune_noise_alpha?"),
+        ("trainer.extra.neftune_noise_alpha=abc", 'neftune_noise_alpha="abc" has the wrong type: give float | null.'),
+        ("trainer.extra.neftune_noise_alpha=true", "neftune_noise_alpha=true has the wrong type: give float | null."),
+        (
+            "trainer.extra.torch_empty_cache_steps=2.5",
+            "torch_empty_cache_steps=2.5 has the wrong type: give int | null.",
+        ),
+        ("trainer.extra.ignore_data_skip=1", "trainer.extra.ignore_data_skip=1 has the wrong type: give bool."),
+        ("trainer.extra.include_for_metrics=loss", 'include_for_metrics="loss" has the wrong type: give list[str].'),
+        ("trainer.extra.hub_strategy=3", "trainer.extra.hub_strategy=3 has the wrong type: give HubStrategy | str."),
+        (
+            "trainer.extra.liger_kernel_config=[]",
+            "liger_kernel_config=[] has the wrong type: give dict[str, bool] | null.",
+        ),
+        ("trainer.extra.output_dir=x", "trainer.extra.output_dir is set by the framework itself: remove it."),
+        ("optim.lr_scheduler_kwargs.min_lr_rat=1", "lr_scheduler_type=cosine_with_min_lr: did you mean min_lr_rate?"),
+        (
+            "optim.lr_scheduler_kwargs.wave=1",
+            "lr_scheduler_kwargs.wave does not fit optim.lr_scheduler_type=cosine_with_min_lr",
+        ),
+        ("optim.lr_scheduler_kwargs.num_cycles=many", 'num_cycles="many" has the wrong type: give float.'),
+    ],
+)
+def test_what_is_passed_on_to_transformers_is_checked_while_composing(override, words):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 - the words say which
+        composed("train", [f"+{override}"])
+    assert words in sentence(refusal.value)
+
+
+def test_what_transformers_takes_is_passed_on():
+    settings = [
+        "torch_empty_cache_steps=2",
+        "ddp_bucket_cap_mb=null",
+        "neftune_noise_alpha=5",
+        "debug=underflow_overflow",
+    ]
+    extra = composed("train", [f"+trainer.extra.{setting}" for setting in settings]).trainer.extra
+    assert extra == {
+        "torch_empty_cache_steps": 2, "ddp_bucket_cap_mb": None, "neftune_noise_alpha": 5, "debug": "underflow_overflow",
+    }  # fmt: skip
+
+
+def test_the_names_and_types_of_what_is_passed_on_are_those_of_transformers():
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(training_argument_types()) == fields
+    for schedule, expected in SCHEDULE_ARGUMENTS.items():
+        found = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(schedule)]).parameters
+        own = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+        assert {*found} - own == {*expected}, schedule
 
 
 def test_a_batch_that_is_more_than_the_text_is_said_once_by_rank_0(tmp_path):
@@ -157,10 +216,8 @@ def test_errors_of_the_file_system_name_path_and_remedy(number, remedy):
 
 @pytest.mark.parametrize(("name", "message"), [("max_steps", "set trainer.max_steps"), ("output_dir", "remove it")])
 def test_an_extra_name_cannot_undo_what_the_plan_says(name, message):
-    from train.arguments import check_extra
-
     with pytest.raises(ValueError, match=message):
-        check_extra({name: 1})
+        composed("train", [f"+trainer.extra.{name}=1"])
 
 
 def test_a_process_that_belongs_to_no_world_is_refused(tmp_path):

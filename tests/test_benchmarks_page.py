@@ -1,10 +1,11 @@
 """The page of measured figures, made from the files of the benchmarks."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.page import SECTIONS, figure, page
+from tests.benchmarks.page import SECTIONS, figure, page, renewed
 
 WHERE = {
     "command": "python -m tests.benchmarks.x",
@@ -73,3 +74,43 @@ def test_every_file_that_the_benchmarks_write_has_a_section():
     from tests.benchmarks.__main__ import LONG, ON_GPU, QUICK
 
     assert {benchmark.name for benchmark in (*QUICK, *LONG, *ON_GPU)} == SECTIONS.keys()
+
+
+MEASURED = Path(__file__).resolve().parents[1] / "docs" / "measured.md"
+
+
+def test_one_section_is_made_anew_and_the_others_keep_every_character(tmp_path):
+    row = {
+        "name": "start to the first step",
+        "seconds": 9.1,
+        "baseline": "torchrun",
+        "baseline_seconds": 8.4,
+        "ratio": 0.923,
+    }
+    write(tmp_path, "around", [row])
+    before = MEASURED.read_text()
+    after = renewed(before, [tmp_path], "around")
+    start, end = before.index("## Around a step"), before.index("## The compact format")
+    assert after.startswith(before[:start])
+    assert after.endswith(before[end:])
+    assert after[start : len(after) - len(before[end:])].endswith(
+        "| start to the first step | 9.10 | torchrun | 8.40 | 0.923 |  |  |  |  |  |\n\n"
+    )
+    assert renewed(after, [tmp_path], "around") == after
+
+
+def test_a_new_section_takes_its_place_and_one_of_two_machines_is_not_lost(tmp_path):
+    row = {"name": "a", "seconds": 2.0, "baseline": "b", "baseline_seconds": 1.0, "ratio": 0.5}
+    write(tmp_path, "around", [row])
+    write(tmp_path, "masking", [row])
+    write(tmp_path, "demo", [row])
+    without = page([tmp_path]).replace("## The demo beside a plain loop", "## Around a step")
+    assert renewed(page([tmp_path]), [tmp_path], "demo") == page([tmp_path])
+    with pytest.raises(ValueError, match="has 2 sections 'Around a step' for 1 files: give all folders"):
+        renewed(without, [tmp_path], "around")
+    with pytest.raises(ValueError, match=r"scale\.json is in none of .*: run the benchmark first"):
+        renewed(without, [tmp_path], "scale")
+    (tmp_path / "demo.json").unlink()
+    short = page([tmp_path])
+    write(tmp_path, "demo", [row])
+    assert renewed(short, [tmp_path], "demo") == page([tmp_path])

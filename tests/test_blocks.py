@@ -11,8 +11,9 @@ from transformers import TrainerState
 from conf.compose import composed
 from sparsity import Constant, Cubic, OneShot, SparsityCallback, Ste
 from sparsity.event import prune_pool_
+from sparsity.factors import scaled
 from sparsity.pattern import Blocks, parse_pattern
-from sparsity.score import Random, magnitude, scaled
+from sparsity.score import Random, magnitude
 from sparsity.shards import ParameterShard
 from tests.distributed import run_ranks
 from tests.test_distributed import full_masks

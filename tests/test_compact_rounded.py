@@ -15,8 +15,9 @@ from sparsity.compact import compact_folder, expand_folder
 from sparsity.compact.files import check_file, compact_file, expand_file
 from sparsity.compact.pieces import How
 from sparsity.compact.rounding import Rounding, read_codes, restore_values, round_values, row_counts, stored_codes
+from tests.compact_models import check_equal, same_bits, sparse_model
 from tests.hostile import all_tensors, join_file, split_file, write_plain
-from tests.test_compact import blocks_of_the_document, check_equal, same_bits, sparse_model
+from tests.test_compact import blocks_of_the_document
 
 INT8, INT4 = Rounding(8), Rounding(4, 64)
 ROUNDINGS = [INT8, INT4, Rounding(8, 32, "absmax"), Rounding(4, 0, "absmax")]

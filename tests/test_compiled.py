@@ -23,9 +23,10 @@ def train(folder: Path, fsdp: bool, compiled: bool) -> dict[str, Any]:
     }  # fmt: skip
     import torch
     from torch._dynamo.utils import counters
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
     from sparsity.prunable import linear_weights
+    from tests.small_trainer import three_steps
     from train.distributed import join_world
     from train.speed.compiled import compile_by_blocks
 
@@ -37,11 +38,7 @@ def train(folder: Path, fsdp: bool, compiled: bool) -> dict[str, Any]:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     rows = [{"input_ids": row, "labels": row} for row in torch.arange(64).view(2, 32)] * 8
-    arguments = TrainingArguments(
-        str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to="none",
-        save_strategy="no", disable_tqdm=True, logging_steps=1, torch_compile=compiled,
-        torch_compile_backend="aot_eager" if compiled else None, accelerator_config={"use_configured_state": True},
-    )  # fmt: skip
+    arguments = three_steps(folder, compiled)
     compile_by_blocks(model, arguments)
     trainer = Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
     trainer.train()

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from sparsity import SparsityCallback
 from sparsity.mask import check_replicas_agree
 from sparsity.schedule import Geometric
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, shard_by_layers
 
 SHAPES = [(7, 5), (1, 3), (2, 64), (16, 16)]
 """Shapes with odd numbers of rows, and with fewer rows than ranks, so that some shards are empty."""
@@ -50,9 +50,7 @@ def prune_through(kind: str, layout: str, score: str = "magnitude") -> list[list
     """Return the full masks after each event, for a model that is spread over all ranks."""
     model = make_model(kind)
     if layout == "fsdp2":
-        for layer in model:
-            fully_shard(layer)
-        fully_shard(model)
+        shard_by_layers(model, model)
     elif layout == "hsdp":
         mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
         for layer in model:
@@ -101,9 +99,7 @@ def globally_smallest() -> bool:
     """Compare the weights pruned on FSDP2 shards with a sort of the whole weights."""
     model = make_model("normal")
     before = torch.cat([param.detach().abs().view(-1).clone() for param in model.parameters()])
-    for layer in model:
-        fully_shard(layer)
-    fully_shard(model)
+    shard_by_layers(model, model)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(model)
     callback.pruner.prune(0.3)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from launch.agent import first_failure, show_error
-from tests.commands import ROOT, run_command
+from tests.commands import ROOT, errors_in, run_command
 from tests.test_run import tiny, write_text
 from train.faults.error import hand_over
 from train.faults.preempt import start_unheeding
@@ -41,7 +41,7 @@ def test_a_mistake_of_the_program_is_one_traceback_and_one_line_with_the_rank(ra
     done = run_command(["launch", *tiny(tmp_path, "logger=none")], PYTHONPATH=path, WRONG_RANKS=ranks)
     assert done.returncode == 1
     assert done.stderr.count("Traceback (most recent call last)") == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    errors = errors_in(done.stderr)
     assert len(errors) == 1, done.stderr
     rank = "0" if "0" in ranks else "1"
     assert errors[0].startswith(f"error: rank {rank} on ")

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +32,7 @@ from sparsity import Geometric, SparsityCallback
 from sparsity.compact.folder import compact_folder, expand_folder
 from sparsity.compact.rounding import Rounding
 from sparsity.prunable import linear_weights, prunable_parameters
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, shard_by_layers
 from tests.test_distributed import full_masks
 
 SIZES = {
@@ -128,9 +127,7 @@ def prune_experts(sharded: bool) -> list[torch.Tensor]:
     """Return the masks of a Mixtral with 4 experts after two events, on all ranks."""
     model = made("Mixtral")
     if sharded:
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+        shard_by_layers(model, model.model.layers)
     callback = SparsityCallback(Geometric(0.8, 0, 0, 1))
     callback.bind(model)
     callback.pruner.prune(0.5)
@@ -153,9 +150,7 @@ def test_ranks_prune_the_experts_that_one_does(world_size):
 def resume_experts(folder: str) -> list[torch.Tensor]:
     """Check that a new callback restores the masks from weights and saved state, under FSDP2, and return the masks."""
     model = made("Mixtral")
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    shard_by_layers(model, model.model.layers)
     callback = SparsityCallback(Geometric(0.8, 0, 0, 1))
     callback.bind(model)
     callback.pruner.prune(0.2)

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conf.schema import ModelConfig
 from sparsity import Geometric, SparsityCallback
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, shard_by_layers
 from train.data.tokenizer import train_bpe, wrap_bpe
 from train.distributed import World
 from train.model.build import build_model
@@ -37,9 +36,7 @@ def export_shards(folder: str, dtype: str, tied: bool) -> tuple[torch.Tensor, in
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=tied,
     )  # fmt: skip
     model = build_model(config, tokenizer, seed=0)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    shard_by_layers(model, model.model.layers)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
     callback.bind(model)
     callback.pruner.prune(0.3)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from conf.compose import composed
 from launch.plan.request import read_request
 from sparsity import Geometric, SparsityCallback
-from sparsity.factors import factor_of
+from sparsity.factors import factor_of, scaled
 from sparsity.schedule import Fixed
-from sparsity.score import magnitude, scaled
+from sparsity.score import magnitude
 from sparsity.select import prune_smallest_
 from sparsity.shards import ParameterShard
+from tests.cards import compose_run, make_card
 from tests.distributed import run_ranks
-from tests.test_card import compose_run, make_card
 from train.plan.choices import choice_words
 from train.plan.forecast import forecast
 from train.plan.run import plan_run

@@ -19,16 +19,14 @@ from sparsity import resume as sparsity_resume
 from sparsity.resume import STATE_KEY, surviving_zeros
 from sparsity.shards import ParameterShard, RankLayout
 from sparsity.wrappers import check_weights_are_in_reach
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, shard_by_layers
 from tests.test_distributed import full_masks
 
 
 def sharded_model() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 7, bias=False), nn.Linear(7, 4, bias=False))
-    for layer in model:
-        fully_shard(layer)
-    fully_shard(model)
+    shard_by_layers(model, model)
     return model
 
 

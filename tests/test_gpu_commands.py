@@ -155,6 +155,12 @@ def test_what_the_steps_are_expected_to_take_fits_into_five_minutes(tmp_path, ma
     assert len({one.name for one in steps}) == len(steps)
 
 
+@pytest.mark.parametrize("make", [check.steps, bench.steps], ids=["check", "bench"])
+def test_no_step_that_is_alone_waits_for_the_slowest_of_those_that_run_together(tmp_path, make):
+    is_alone = [one.alone for one in make(tmp_path / "work", tmp_path / "out", False)]
+    assert is_alone == sorted(is_alone, reverse=True)
+
+
 def test_only_commands_that_train_runs_of_their_own_choice_take_overrides(capsys):
     assert parse(["claim", "--budget", "9", "optim.learning_rate=0.004"]).overrides == ["optim.learning_rate=0.004"]
     with pytest.raises(SystemExit):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, quiet_environment
+from tests.commands import ROOT, errors_in, quiet_environment
 from tests.distributed import free_port
 from tests.hosts import CABLE, Host, missing_for_hosts, plug, two_hosts
 from tests.interrupted import interrupted, records_of, tensors_of
@@ -75,10 +75,6 @@ class Pair:
 
     def words(self) -> str:
         return "\n".join(file.read_text()[-2000:] for file in self.errors)
-
-
-def errors_in(words: str) -> list[str]:
-    return [line for line in words.splitlines() if line.startswith("error:")]
 
 
 def test_two_hosts_train_as_one_and_go_on_after_a_pulled_cable(hosts, folder, whole):

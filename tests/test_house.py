@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ("sparsity", "conf", "train", "eval", "launch")
 HOUSE = (
-    "sparsity.common", "sparsity", "sparsity.compact", "conf",
+    "sparsity.common", "sparsity", "sparsity.select", "sparsity.event", "sparsity.masked", "sparsity.pruner", "sparsity.rules",
+    "sparsity.resume", "sparsity.tracked", "sparsity.callback", "sparsity.compact", "conf",
     "train.plan", "train.distributed", "train.faults", "train.data", "train.checkpoints", "train.speed", "train.scoring",
     "train.model", "train.record", "train",
     "eval.model", "eval.runs", "eval",

@@ -19,7 +19,7 @@ from tests.interrupted import interrupted
 from tests.test_run import tiny
 from tests.wandb_file import read_records
 from train.model.initial import load_initial_weights
-from train.plan.architecture import COMPACT
+from train.plan.config_json import COMPACT
 
 
 def small(hidden_size: int = 16) -> LlamaForCausalLM:

@@ -1,82 +1,22 @@
-"""Kernels compared with numpy on CPU copies: in Triton's interpreter, or on a GPU if there is one."""
-
-import importlib
-import json
-import os
-import subprocess
-import sys
-from functools import cache, partial
-from types import ModuleType
-from unittest import mock
+"""Kernels that select the smallest keys, compared with numpy: in Triton's interpreter, or on a GPU if there is one."""
 
 import numpy as np
 import pytest
 import torch
 
-import sparsity
-from sparsity import Geometric, SparsityCallback, devices
-from sparsity.mask import mask_hash, zero_all_pruned_, zero_pruned_
+from sparsity import devices
 from sparsity.score import magnitude
 from sparsity.select import prune_smallest_, search
 from sparsity.select.inside import Tagged
-from sparsity.select.torch_passes import TorchPasses
 from sparsity.select.triton_passes import TritonPasses, radix_select
-from tests.kernel_oracles import (
-    DTYPES,
-    KINDS,
-    HostReads,
-    keys_of,
-    same_bits,
-    shards_on,
-    small_model,
-    tensors_of,
-    zeroed,
-)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from sparsity.tables import Shape
+from tests.interpreted_kernels import DEVICE, cases, use_kernels
+from tests.kernel_oracles import DTYPES, keys_of, shards_on, tensors_of
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Make every pass on `DEVICE` use the kernels, and return the module that launches them."""
-    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
-    if DEVICE == "cpu":
-        monkeypatch.setattr(devices, "_is_gpu", lambda device: True)
-        monkeypatch.setattr(devices, "_launches", lambda device: interpreted_launches())
-    return devices.kernels_for(torch.device(DEVICE))
-
-
-@cache
-def interpreted_launches() -> ModuleType:
-    """Return `sparsity.launches` on Triton's interpreter.
-
-    Triton chooses the interpreter when it is imported, so this imports Triton again, and then restores the first one.
-    """
-    ours = ("sparsity.kernels", "sparsity.launches")
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "triton" or name in ours}
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        for name in before:
-            if not name.startswith("triton._C"):
-                del sys.modules[name]
-        # If they stayed attributes of the package, they would be found without an import.
-        for name in ("kernels", "launches"):
-            vars(sparsity).pop(name, None)
-        found = importlib.import_module("sparsity.launches")
-    sys.modules.update(before)
-    return found
-
-
-def cases() -> list[tuple[str, str, int]]:
-    """Return (kind, type, storage offset) to test: all on a GPU, a few in the interpreter, which is slow.
-
-    An offset of 3 elements is no multiple of 16 bytes.
-    """
-    if DEVICE == "cuda":
-        return [(kind, dtype, offset) for kind in KINDS for dtype in DTYPES for offset in (0, 3)]
-    return [
-        ("normal", "float32", 3), ("normal", "bfloat16", 0), ("ties", "bfloat16", 3), ("denormal", "float32", 0),
-        ("denormal", "float16", 0), ("mostly zeros", "float32", 0), ("mixed", "float16", 0),
-    ]  # fmt: skip
+    return use_kernels(monkeypatch)
 
 
 def ranges(tensors) -> list[tuple[int, int]]:
@@ -116,7 +56,7 @@ def test_keys_in_many_segments_are_stored_once_and_those_without_room_are_counte
     lo, hi = 1 << 29, int(np.quantile(np.concatenate(keys), 0.1))
     inside = [k[(k >= lo) & (k < hi)] for k in keys]
     num_inside = sum(map(len, inside))
-    shape = launches.Shape(1 << 10, 1)
+    shape = Shape(1 << 10, 1)
     for limit, has_room in ((20_000, True), (1_000, False)):
         counts, found, owners = launches.collect(mine, lo, hi, limit, shape)
         assert counts[:2].tolist() == [sum(int((k < lo).sum()) for k in keys), num_inside]
@@ -236,22 +176,6 @@ def test_the_sample_is_every_nth_weight(launches, dtype, offset):
         assert TritonPasses(mine, magnitude, launches).sample(stride).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("mode", ["store", "change", "rewrite"])
-@pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
-def test_zeros_replace_what_is_pruned_and_nothing_else_changes(launches, kind, dtype, offset, mode):
-    tensors = tensors_of(kind, dtype)
-    mine, one_by_one = shards_on(DEVICE, tensors, offset), shards_on(DEVICE, tensors, offset)
-    moments = [
-        [torch.full_like(s.values, float("nan")), torch.full_like(s.values, -2, dtype=torch.float32)] for s in mine
-    ]
-    expected = [[zeroed(t, s.mask) for t in (s.values, *few)] for s, few in zip(mine, moments, strict=True)]
-    launches.zero_all_([(s.mask, [s.values, *few]) for s, few in zip(mine, moments, strict=True)], mode=mode)
-    for shard, alone, few, wanted in zip(mine, one_by_one, moments, expected, strict=True):
-        launches.zero_(alone.values, alone.mask, mode=mode)
-        for found, right in zip([shard.values, *few, alone.values], [*wanted, wanted[0]], strict=True):
-            assert same_bits(found, right)
-
-
 @pytest.mark.parametrize(("kind", "dtype", "offset"), cases())
 def test_kernels_prune_what_the_cpu_prunes(launches, monkeypatch, kind, dtype, offset):
     tensors = [tensor.nan_to_num(nan=1.0) for tensor in tensors_of(kind, dtype)]
@@ -288,124 +212,10 @@ def test_a_sample_that_misleads_and_too_many_keys_cost_kernels_no_exactness(laun
         assert torch.equal(torch.cat([shard.mask.cpu() for shard in mine]), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_event_on_kernels_is_the_cpus_to_the_last_bit(launches, monkeypatch, dtype):
-    shapes = ((24, 40), (1, 8), (64, 40), (24, 104))
-    (mine, of_mine), (theirs, of_theirs) = (small_model(dtype, device, shapes) for device in (DEVICE, "cpu"))
-    events = [SparsityCallback(Geometric(0.8, 0, 0, 1), report=False) for _ in range(2)]
-    events[0].bind(mine)
-    events[1].bind(theirs)
-    for density in (0.9, 0.2):
-        with monkeypatch.context() as patched:
-            patched.setattr(devices, "_is_gpu", lambda device: False)
-            events[1].pruner.prune(density, of_theirs)
-        events[0].pruner.prune(density, of_mine)
-        assert events[0].kept == events[1].kept
-        assert events[0].threshold == events[1].threshold
-        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-            assert same_bits(a, b)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                assert same_bits(of_mine.state[a][moment], of_theirs.state[b][moment])
-
-
-def test_masks_of_replicas_that_differ_in_one_weight_have_other_hashes(launches):
-    mine = shards_on(DEVICE, tensors_of("normal", "float32", (5_000, 3, 0, 4_096)), offset=1)
-    hashes = [mask_hash(mine)]
-    for number, index in ((0, 0), (0, 4_999), (1, 2), (3, 0), (3, 4_095)):
-        mine[number].mask[index] ^= True
-        hashes.append(mask_hash(mine))
-        mine[number].mask[index] ^= True
-    assert mask_hash(mine) == hashes[0]
-    assert len(set(hashes)) == 6
-
-
-def test_a_gradients_pruned_nan_vanishes_and_kept_values_stay(launches):
-    gradient = torch.tensor([[-1.0, float("nan"), 2.0], [float("inf"), -0.0, float("nan")]], device=DEVICE)
-    mask = torch.tensor([True, False, False, False, True, True], device=DEVICE)
-    zero_pruned_(gradient, mask)
-    assert same_bits(gradient, torch.tensor([[-1.0, 0.0, 0.0], [0.0, -0.0, float("nan")]]))
-
-
-def test_where_triton_cannot_run_masks_take_torchs_operations_with_a_warning(monkeypatch):
-    broken = ModuleType("sparsity.launches")
-    broken.zero_ = mock.Mock(side_effect=RuntimeError("Failed to find C compiler"))
-    monkeypatch.setitem(sys.modules, "sparsity.launches", broken)
-    monkeypatch.setattr(sparsity, "launches", broken, raising=False)
-    monkeypatch.setattr(devices, "_is_gpu", lambda device: True)
-    monkeypatch.setattr(devices, "_launches", cache(devices._launches.__wrapped__))
-    with pytest.warns(UserWarning, match="Triton cannot run here.*: Failed to find C compiler"):
-        assert devices.kernels_for(torch.device("cpu")) is None
-    gradient = torch.tensor([1.0, float("nan")])
-    zero_pruned_(gradient, torch.tensor([True, False]))
-    assert gradient.tolist() == [1.0, 0.0]
-
-
-def test_what_kernels_do_not_take_is_zeroed_all_the_same(launches):
-    mask = torch.arange(12, device=DEVICE) % 5 != 0
-    values = torch.arange(1.0, 13.0, device=DEVICE).view(3, 4)
-    tensors = [values.double(), values.clone(), values.t().contiguous().t()]
-    zero_all_pruned_([(mask, tensors)])
-    for tensor in tensors:
-        assert torch.equal(tensor, (values * mask.view(3, 4)).to(tensor.dtype))
-
-
-def host_reads(launches, monkeypatch, body) -> list[str]:
-    """Return what the host reads from the device during a call; reads by the interpreter do not count."""
-    reads = HostReads()
-
-    def paused(original):
-        def run(*args, **kwargs):
-            reads.is_paused = True
-            try:
-                return original(*args, **kwargs)
-            finally:
-                reads.is_paused = False
-
-        return run
-
-    with monkeypatch.context() as patched, reads:
-        patched.setattr(launches.Table, "launch", paused(launches.Table.launch))
-        body()
-    return reads.found
-
-
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 4), ("bfloat16", 8)])
-def test_the_host_waits_as_often_in_an_event_of_many_parameters_as_in_one_of_few(launches, monkeypatch, dtype, most):
-    for num_layers in (2, 20):
-        model, optimizer = small_model(dtype, DEVICE, ((40, 50),) * num_layers)
-        event = SparsityCallback(Geometric(0.8, 0, 0, 1), report=False)
-        event.bind(model)
-        for density in (0.9, 0.5):
-            reads = host_reads(launches, monkeypatch, partial(event.pruner.prune, density, optimizer))
-            assert 3 <= len(reads) <= most
-
-
-def test_a_pass_in_torch_waits_once_for_all_its_chunks(monkeypatch):
-    mine = shards_on(DEVICE, tensors_of("ties", "float32"))
-    with HostReads() as reads:
-        passes = TorchPasses(mine, magnitude)
-        passes.collect(1_000, 1 << 30, 10_000)
-        passes.keep_after_ties_(0, 1_048_576_000, 5)
-    assert reads.found == ["tolist"]
-
-
-def test_every_kernel_compiles_for_compute_capability_9_0_without_a_device():
-    pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for GPUs")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compiled_kernels"], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {row["kernel"]: row for row in map(json.loads, done.stdout.splitlines())}
-    assert len(found) > 40
-    for name in ("collect", "count_bins", "keep_above"):
-        for dtype in DTYPES:
-            assert found[f"{name}, {dtype}, aligned"]["accesses"]["ld.global.v4.b32"] >= 2
-            assert "ld.global.v4.b32" not in found[f"{name}, {dtype}, unaligned"]["accesses"]
-    for chunks in (2, 7):
-        accesses = found[f"multiply, bf16, {chunks} chunks, bytes"]["accesses"]
-        # A warp reads a chunk in two steps: 8 values of 2 bytes, and 8 distances and 8 bases of a byte, for each lane.
-        assert sum(count for name, count in accesses.items() if name.endswith("v4.b32")) == 2
-        assert sum(count for name, count in accesses.items() if name.endswith("evict_first.L2::cache_hint.v2.b32")) == 2
-        assert accesses["ld.global.v2.b32"] == 2
-    assert all("LOCAL:0" in row["usage"] and "STACK:0" in row["usage"] for row in found.values())
+def test_a_selection_reads_the_pointers_of_its_shards_once(launches, monkeypatch):
+    calls = []
+    original = launches.rows_of
+    monkeypatch.setattr(launches, "rows_of", lambda shards: calls.append(len(shards)) or original(shards))
+    mine = shards_on(DEVICE, tensors_of("normal", "float32"))
+    prune_smallest_(mine, 3_000)
+    assert calls == [5]

@@ -163,7 +163,7 @@ def test_adam_leaves_zeros_by_itself_once_its_states_are_zero(kind, options, dty
             callback.pruner.prune(0.5)
         if step == 5:
             callback.pruner.prune(0.25, optimizer)
-        with mock.patch("sparsity.pruner.zero_all_pruned_") as zero:
+        with mock.patch("sparsity.masked.zero_all_pruned_") as zero:
             zero.side_effect = zero_all_pruned_
             callback.on_optimizer_step(None, None, None, optimizer=optimizer)
             masked.append(zero.called)

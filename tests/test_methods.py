@@ -39,7 +39,7 @@ from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer,
 from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
 from train.distributed import World
 from train.model.export import export_model, full_tensor
-from train.trainer import row_size
+from train.resumable import row_size
 
 CUT = 4
 """The step before which runs are saved; it is between two events of a gradual schedule."""

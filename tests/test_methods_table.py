@@ -60,6 +60,27 @@ def test_one_line_a_method_has_mean_and_deviation_over_seeds(sweep):
     assert as_json(entries)[0]["flops_average"] == 3e12
 
 
+def test_dense_runs_that_differ_in_keys_without_effect_are_one_line(sweep):
+    write_run(sweep / "dense-0", 3.7, "sparsity=rigl", "sparsity.target=0")
+    write_run(sweep / "dense-1", 3.9, "sparsity.target=0", "sparsity.window.end=0.5", "trainer.seed=1", "eval.every=10")
+    write_run(sweep / "rigl-2", 4.2, "sparsity=rigl", "trainer.seed=2", "export.dtype=bfloat16")
+    entries = entries_of(read_trials([str(sweep)]))
+    assert [(entry.name, entry.loss.num) for entry in entries] == [("dense", 2), ("rigl", 3), ("constant", 2)]
+    assert entries[0].loss.mean == pytest.approx(3.75), "two runs of the first seed count once"
+    assert entries[2].dense_gap is not None
+    assert entries[2].dense_gap.num == 2
+
+
+def test_dense_runs_of_two_sizes_are_two_lines_and_equal_twins_one(sweep):
+    for group, size in (("cubic", 2e5), ("rigl", 1e5), ("set", 1e5)):
+        figures = {"avg_linear_params": size, "sparsity": 0.0}
+        write_run(sweep / f"{group}-twin", 3.4, f"sparsity={group}", "model.match=average", **figures)
+    entries = [entry for entry in entries_of(read_trials([str(sweep)])) if not entry.is_sparse]
+    assert [(entry.name, entry.loss.num) for entry in entries] == [
+        ("dense, model.match=average, 200.00K", 1), ("dense, model.match=average, 100.00K", 1), ("dense, model.match=None", 1),
+    ]  # fmt: skip
+
+
 def test_older_runs_without_flops_get_them_from_their_config(sweep):
     rigl, constant = entries_of(read_trials([str(sweep)]))[1:]
     attention = 12 * 4 * 64 * 256

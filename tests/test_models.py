@@ -24,7 +24,8 @@ from train.model.initial import initial_weights
 from train.model.initial_check import check_tokenizer_of_path
 from train.model.stored import stored_form
 from train.model.weights import draw_weights, shard_and_allocate
-from train.plan.architecture import describe, hf_config, resolved
+from train.plan.architecture import describe, resolved
+from train.plan.config_json import hf_config
 from train.plan.counts import count_parameters, flops_per_token
 from train.plan.names import dense_words, prunable_shapes
 from train.plan.run import plan_run

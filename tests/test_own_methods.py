@@ -15,14 +15,14 @@ from transformers import TrainerState
 
 from examples.own_score import Momentum, main
 from sparsity import Constant, Cubic, Geometric, Ramp, Score, SparsityCallback
+from sparsity.event.norms import inverse_norms
 from sparsity.factors import factor_of
-from sparsity.norms import inverse_norms
 from sparsity.registry import label_of, name_of
 from sparsity.scope import Erk, Pool, make_pools, num_pruned
 from sparsity.score import SCORES, Random, magnitude
 from sparsity.shards import ParameterShard, RankLayout
-from tests.distributed import run_ranks
-from tests.test_card import make_card
+from tests.cards import make_card
+from tests.distributed import run_ranks, shard_by_layers
 from tests.test_distributed import full_masks
 
 
@@ -143,9 +143,7 @@ class Uneven(nn.Sequential):
 def normalized_masks(normalize: str) -> tuple[list[Tensor], dict[str, float]]:
     model = Uneven()
     if torch.distributed.is_initialized():
-        for layer in model:
-            fully_shard(layer)
-        fully_shard(model)
+        shard_by_layers(model, model)
     callback = SparsityCallback(Geometric(0.5, 0, 0, 1), normalize=normalize, factors={"2.*": 3.0})
     callback.bind(model)
     for density in (0.7, 0.4):

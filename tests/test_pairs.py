@@ -58,6 +58,13 @@ def test_gap_to_the_twin_is_the_mean_of_each_seeds_difference(sweep):
     assert most.loss.mean == pytest.approx((3.10 + 3.16 + 3.11) / 3)
 
 
+def test_a_twin_fits_all_sparse_runs_that_have_its_average_whatever_ranks_their_weights(sweep):
+    write_run(sweep / "random", 3.5, 100.0, "sparsity.target=0.8", "sparsity.score=random", "eval.every=10")
+    found = {comparison.settings["sparsity.score"]: comparison for comparison in compare(read_trials([str(sweep)]))}
+    assert found["random"].twin_gap is not None
+    assert found["random"].twin_gap.mean == pytest.approx(0.5)
+
+
 def test_a_single_seed_has_no_spread(sweep):
     least = compare(read_trials([str(sweep)]))[0]
     assert least.settings == {"sparsity.target": 0.4}

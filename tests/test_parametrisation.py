@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from conf.compose import composed
 from conf.schema import ModelConfig
 from sparsity import Geometric, SparsityCallback
+from tests.cards import compose_run, line_of, make_card
 from tests.commands import run_command
 from tests.distributed import run_ranks
 from tests.interrupted import interrupted, one_error, records_of, tensors_of
 from tests.processes import launched
-from tests.test_card import compose_run, line_of, make_card
 from tests.test_export import tokenizer_in
 from train.distributed import World
 from train.model.build import build_model, build_skeleton

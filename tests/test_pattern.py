@@ -13,7 +13,8 @@ from torch.sparse._semi_structured_conversions import (
 from transformers.pytorch_utils import Conv1D
 
 from sparsity import Constant, Geometric, OneShot, SparsityCallback
-from sparsity.event import _take_by_block, candidates, prune_pool_
+from sparsity.event import prune_pool_
+from sparsity.event.nofm import _take_by_block, candidates
 from sparsity.pattern import NofM, parse_pattern
 from sparsity.score import Random, magnitude
 from sparsity.shards import ParameterShard

@@ -9,7 +9,8 @@ import pytest
 from transformers import GPT2Config
 
 from launch.plan.request import read_request
-from sparsity.schedule import SCHEDULES, Constant, Geometric, Mixed, OneShot
+from sparsity.mixed import Mixed
+from sparsity.schedule import SCHEDULES, Constant, Geometric, OneShot
 from sparsity.scope import Group, make_pools, seen_together
 from sparsity.window import compute_window, schedule_of_window
 from train.plan.disk import checkpoint_bytes

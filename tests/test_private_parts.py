@@ -79,11 +79,13 @@ OVERRIDDEN = (
         "self, model, epoch, *",
         "train.trainer: a run resumed after its last step",
     ),
-    Part("transformers", "Trainer._save_checkpoint", "self, model, trial", "train.trainer: our checkpoints"),
-    Part("transformers", "Trainer._load_from_checkpoint", "self, resume_from_checkpoint, model", "train.trainer"),
-    Part("transformers", "Trainer._load_optimizer_and_scheduler", "self, checkpoint", "train.trainer: our checkpoints"),
-    Part("transformers", "Trainer._load_scaler", "self, checkpoint", "train.trainer: our checkpoints"),
-    Part("transformers", "Trainer._load_rng_state", "self, checkpoint", "train.trainer: our checkpoints"),
+    Part("transformers", "Trainer._save_checkpoint", "self, model, trial", "train.resumable: our checkpoints"),
+    Part("transformers", "Trainer._load_from_checkpoint", "self, resume_from_checkpoint, model", "train.resumable"),
+    Part(
+        "transformers", "Trainer._load_optimizer_and_scheduler", "self, checkpoint", "train.resumable: our checkpoints"
+    ),
+    Part("transformers", "Trainer._load_scaler", "self, checkpoint", "train.resumable: our checkpoints"),
+    Part("transformers", "Trainer._load_rng_state", "self, checkpoint", "train.resumable: our checkpoints"),
 )
 
 

@@ -10,10 +10,11 @@ import torch.nn.utils.prune
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from sparsity import Geometric, SparsityCallback, prunable_parameters
-from sparsity.collapse import all_zero_names
+from sparsity import Geometric, Scope, SparsityCallback, prunable_parameters
+from sparsity.event.collapse import all_zero_names
 from sparsity.notices import warn_on_rank_0
 from sparsity.prunable import linear_weights
+from sparsity.scope import SCOPES
 from sparsity.shards import RankLayout
 from tests.distributed import run_ranks
 
@@ -221,6 +222,22 @@ def test_a_layer_that_loses_its_last_weight_is_named():
     pruner = callback()
     pruner.bind(model)
     with pytest.warns(UserWarning, match=r"^0.weight has lost its last weight"):
+        pruner.prune_at(0)
+
+
+class Whole(Scope):
+    """A user's own scope, in which all parameters compete."""
+
+    def split(self, names):
+        return [tuple(names)]
+
+
+@pytest.mark.parametrize("scope", [*SCOPES, Whole()])
+def test_the_remedy_of_a_lost_layer_fits_the_scope(scope):
+    pruner = SparsityCallback(Geometric(0.8, 0, 0, 1), scope=scope)
+    pruner.bind(nn.Linear(1, 1, bias=False))
+    remedy = "or use scope=uniform" if scope == "global" or isinstance(scope, Whole) else "or lower its sparsity"
+    with pytest.warns(UserWarning, match=f"^weight has lost its last weight; name it in requires_dense, {remedy}"):
         pruner.prune_at(0)
 
 

@@ -63,7 +63,15 @@ def test_recipes_that_can_be_are_taken(settings):
             ["optim.lr_scheduler_type=warmup_stable_decay"],
             r"lr_scheduler_type=warmup_stable_decay does not say when it decays: set optim\.decay_steps=0\.2",
         ),
-        (["+optim.lr_scheduler_kwargs.foo=1"], r"does not fit optim\.lr_scheduler_type=cosine_with_min_lr: .*'foo'"),
+        (
+            [
+                "trainer.eval_strategy=steps",
+                "trainer.eval_steps=4",
+                "optim.lr_scheduler_type=reduce_lr_on_plateau",
+                "+optim.lr_scheduler_kwargs.foo=1",
+            ],
+            r"does not fit optim\.lr_scheduler_type=reduce_lr_on_plateau: .*'foo'",
+        ),
         (["model.attn_implementation=flash"], r"model\.attn_implementation=flash cannot be used"),
         (
             ["trainer.torch_compile=true", "trainer.torch_compile_backend=foo"],

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval.runs.page.panels import PANELS, TABLE
 from sparsity.prunable import linear_weights
 from sparsity.schedule import Geometric
-from tests.commands import run_command
+from tests.commands import errors_in, run_command
 from tests.tiny_run import STEPS, tiny, write_text
 from tests.wandb_file import read_config, read_history, read_labels, read_summary, step_metrics
 
@@ -183,7 +183,7 @@ def test_a_finished_run_prints_its_line_again_and_exits_0(run):
 def test_another_config_in_the_same_folder_is_refused_by_name(run):
     done = run_command(["launch", *tiny(run["folder"], *EVALUATED, "optim.weight_decay=0.2")])
     assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    errors = errors_in(done.stderr)
     assert len(errors) == 1
     assert "trainer.weight_decay was 0.1, is 0.2" in errors[0]
     assert "overwrite=true" in errors[0]

@@ -25,7 +25,7 @@ from sparsity.compact import SparseLinear, sparse_linears_
 from sparsity.compact.groups import MOST_UNUSED, GroupedLinear, group_linears_
 from sparsity.compact.packed import pack, rounded
 from sparsity.prunable import own_linear_weights
-from tests.test_compact import IDS, same_bits
+from tests.compact_models import IDS, same_bits
 from tests.test_sparse_linear import weight_of
 
 SIZES: dict[str, Any] = {

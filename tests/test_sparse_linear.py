@@ -24,7 +24,7 @@ from sparsity.compact.packed import coded, concatenate, pack, rounded, rows_of, 
 from sparsity.compact.replacement import share_storage_
 from sparsity.compact.rounding import Rounding, round_values
 from tests.commands import run_command
-from tests.test_compact import IDS, same_bits, sparse_model
+from tests.compact_models import IDS, same_bits, sparse_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -149,22 +149,53 @@ def test_the_modes_are_wandbs_own():
     assert set(MODES) == set(get_args(get_type_hints(settings)["mode"]))
 
 
-def users_files(folder: Path) -> None:
+def users_files(folder: Path, without: str = "launch") -> None:
     """Write files that a user may have in their own project."""
-    for name in ("train", "eval", "sparsity", "conf/__init__"):
+    for name in {"launch", "train", "eval", "sparsity", "conf/__init__"} - {without}:
         file = folder / f"{name}.py"
         file.parent.mkdir(exist_ok=True)
         file.write_text("raise SystemExit('the file of the user was executed')\n")
 
 
-@pytest.mark.parametrize("command", [["launch", "experiment=demo", "dry_run=true"], ["launch.plan", "-h"]])
+DRY_RUN = ["experiment=demo", "dry_run=true"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["launch", *DRY_RUN], ["launch.plan", "-h"], ["train", "-h"], ["train.data", "-h"], ["eval.compact", "-h"]],
+)
 def test_files_of_the_current_folder_are_not_taken_for_ours(command, tmp_path):
-    users_files(tmp_path)
+    users_files(tmp_path, without=command[0].partition(".")[0])
     done = run_command(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "of the user" not in done.stdout + done.stderr
     if "dry_run=true" in command:
-        assert f"the command would run {tmp_path}/train.py instead of sparsellm's" in done.stderr
+        assert f"note: in this folder `-m train` runs {tmp_path}/train.py instead of sparsellm's: set" in done.stderr
+        assert f"`-m eval` runs {tmp_path}/eval.py" in done.stderr
+        assert "conf" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["launch", *DRY_RUN], ["plan", "-h"], ["train", "-h"], ["eval", "-h"], ["report", "-h"]]
+)
+def test_the_script_sparsellm_sees_no_file_of_the_current_folder(command, tmp_path):
+    script = tmp_path / "bin" / "sparsellm"
+    script.parent.mkdir()
+    script.write_text("from launch.console import main\nmain()\n")
+    users_files(tmp_path, without="")
+    done = subprocess.run(
+        [sys.executable, str(script), *command], cwd=tmp_path, env=quiet_environment({}), capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "of the user" not in done.stdout + done.stderr
+    assert done.stderr.count("instead of sparsellm's") == (3 if "dry_run=true" in command else 0)
+
+
+def test_a_safe_path_hides_a_file_named_like_the_command_itself(tmp_path):
+    users_files(tmp_path, without="")
+    assert "of the user" in run_command(["launch", *DRY_RUN], cwd=tmp_path).stderr
+    assert run_command(["launch", *DRY_RUN], cwd=tmp_path, PYTHONSAFEPATH="1").returncode == 0
 
 
 @pytest.mark.slow

@@ -162,8 +162,9 @@ def train(folder: Path, early: bool, compiled: bool = False, width: int = 24) ->
         "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "false",
     }  # fmt: skip
     from torch._dynamo.utils import counters
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
+    from tests.small_trainer import three_steps
     from train.distributed import join_world
     from train.model.weights import draw_weights, shard_and_allocate, skeleton
     from train.speed.compiled import compile_by_blocks
@@ -182,11 +183,7 @@ def train(folder: Path, early: bool, compiled: bool = False, width: int = 24) ->
     join_world(60)
     model = skeleton(build) if early else whole(**sizes, use_cache=False)
     rows = [{"input_ids": row, "labels": row} for row in torch.arange(32).view(2, 16)] * 16
-    arguments = TrainingArguments(
-        str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to="none",
-        save_strategy="no", disable_tqdm=True, logging_steps=1, torch_compile=compiled,
-        torch_compile_backend="aot_eager" if compiled else None, accelerator_config={"use_configured_state": True},
-    )  # fmt: skip
+    arguments = three_steps(folder, compiled)
     compile_by_blocks(model, arguments)
     trainer = (Late if early else Trainer)(model, arguments, train_dataset=rows)
     trainer.train()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
-from conf.schema import Config, TrainerConfig
+from conf.schema import Config
 from conf.schema.trainer import OWN_KEYS
 from train.plan.run import RunPlan, decay_length
 
 MUON = "muon"
-SET_HERE = {
-    "output_dir", "overwrite_output_dir", "report_to", "fsdp", "fsdp_config", "deepspeed", "use_cpu",
-    "accelerator_config", "remove_unused_columns", "dataloader_drop_last", "num_train_epochs", "label_names",
-    "average_tokens_across_devices", "logging_nan_inf_filter", "push_to_hub", "resume_from_checkpoint", "run_name",
-    "load_best_model_at_end",
-}  # fmt: skip
 
 
 def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> TrainingArguments:
@@ -36,7 +29,7 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
         output_dir: The folder of the checkpoints.
 
     Raises:
-        ValueError: `trainer.extra` has a key that TrainingArguments does not have or that another key sets.
+        ValueError: transformers refuses a value of `trainer.extra`.
     """
     values = asdict(config.trainer)
     extra = values.pop("extra")
@@ -46,12 +39,12 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
         }  # fmt: skip
     for name in OWN_KEYS:
         del values[name]
-    check_extra(extra)
     if "min_lr" not in values["lr_scheduler_type"]:
         # `min_lr_rate` is set for the default schedule; schedules that end at 0 do not accept it.
         values["lr_scheduler_kwargs"].pop("min_lr_rate", None)
     if values["optim"] == MUON:
         # transformers does not know Muon; `PretrainingTrainer` makes the optimizer itself.
+        check_muon_arguments(extra)
         values["optim"] = "adamw_torch"
     if values["bf16"] is None:
         values["bf16"] = torch.cuda.is_available() and not values["fp16"]
@@ -67,25 +60,41 @@ def training_arguments(config: Config, plan: RunPlan, output_dir: Path) -> Train
     # transformers' own deterministic mode makes the host wait for each kernel; `train.determinism` has set ours instead.
     values["full_determinism"] = False
     values["dataloader_pin_memory"] &= torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(output_dir),
-        use_cpu=not torch.cuda.is_available(),
-        accelerator_config={
-            "use_configured_state": True,
-            "use_seedable_sampler": False,
-            # From pinned memory a copy to the GPU does not make the host wait.
-            "non_blocking": values["dataloader_pin_memory"],
-        },
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_drop_last=True,
-        # Packed blocks all have the same number of tokens, so the plain mean is exact and costs no host sync.
-        average_tokens_across_devices=False,
-        logging_nan_inf_filter=False,
-        **{**values, **extra},
-    )
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(output_dir),
+            use_cpu=not torch.cuda.is_available(),
+            accelerator_config={
+                "use_configured_state": True,
+                "use_seedable_sampler": False,
+                # From pinned memory a copy to the GPU does not make the host wait.
+                "non_blocking": values["dataloader_pin_memory"],
+            },
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_drop_last=True,
+            # Packed blocks all have the same number of tokens, so the plain mean is exact and costs no host sync.
+            average_tokens_across_devices=False,
+            logging_nan_inf_filter=False,
+            **{**values, **extra},
+        )
+    except (ValueError, TypeError) as error:
+        if not extra:
+            raise
+        raise ValueError(f"trainer.extra={extra} is refused by transformers: {_first_sentence(error)}") from error
     name_matmul_precision()
     return arguments
+
+
+def check_muon_arguments(extra: dict[str, object]) -> None:
+    """Check the keys of `trainer.extra` for Muon, which transformers does not configure.
+
+    Raises:
+        ValueError: A key would have no effect.
+    """
+    for name in ("optim_args", "optim_target_modules"):
+        if extra.get(name):
+            raise ValueError(f"trainer.extra.{name}={extra[name]} has no effect with optim.optim=muon: remove it.")
 
 
 def name_matmul_precision() -> None:
@@ -137,21 +146,3 @@ def check_recipe(arguments: TrainingArguments, model: PreTrainedModel) -> None:
 
 def _first_sentence(error: Exception) -> str:
     return " ".join(str(error).split()).partition(". ")[0].rstrip(".") + "."
-
-
-def check_extra(extra: dict[str, object]) -> None:
-    """Check the keys of `trainer.extra`.
-
-    Raises:
-        ValueError: A key is unknown, or is set elsewhere.
-    """
-    known = {field.name for field in fields(TrainingArguments)}
-    for name in extra:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see transformers' documentation for the available names."
-            raise ValueError(f"trainer.extra.{name} is not an argument of transformers.TrainingArguments: {hint}")
-        if name in SET_HERE:
-            raise ValueError(f"trainer.extra.{name} is set by the framework itself: remove it.")
-        if name in TrainerConfig.__dataclass_fields__:
-            raise ValueError(f"trainer.extra.{name} has its own key: set trainer.{name}.")

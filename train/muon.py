@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from sparsity.prunable import linear_weights, own_linear_weights, plain_name
-from sparsity.shards import local_tensor
+from sparsity.shards import local_tensor, shard_dim
 from train.checkpoints.write import local_rows
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -81,6 +82,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the weights that have gradients; return the loss of `closure` if it is given."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             update = self._muon if group["muon"] else self._adamw
@@ -95,10 +97,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(param)
             gradient, momentum = param.grad, state["momentum_buffer"]
             momentum.lerp_(gradient, 1 - group["momentum"])
-            looked_ahead = gradient.lerp(momentum, group["momentum"])
-            full = looked_ahead.full_tensor() if isinstance(looked_ahead, DTensor) else looked_ahead
-            start, stop = local_rows(param)
-            rows = _rows_of_update(full, start, stop)
+            rows = _update_of_rows(gradient.lerp(momentum, group["momentum"]))
             local = local_tensor(param)
             local.mul_(1 - group["lr"] * group["weight_decay"])
             local.add_(rows.to(local.dtype), alpha=-group["lr"] * update_scale(param.shape))
@@ -127,9 +126,28 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def _rows_of_update(full: Tensor, start: int, stop: int) -> Tensor:
-    """Return the rows start .. stop of the orthogonalised matrix; for experts, only these are computed."""
-    return orthogonalised(full)[start:stop] if full.dim() == 2 else orthogonalised(full[start:stop])
+def _update_of_rows(momentum: Tensor) -> Tensor:
+    """Return this rank's rows of the orthogonalised matrix. Whole experts on a rank are not gathered."""
+    if not isinstance(momentum, DTensor):
+        return orthogonalised(momentum)
+    if momentum.dim() == 3 and shard_dim(momentum) is not None:
+        return orthogonalised(local_tensor(momentum))
+    start, stop = local_rows(momentum)
+    return orthogonalised(momentum.full_tensor())[start:stop]
+
+
+def check_not_offloaded(accelerator: Any) -> None:
+    """Refuse parameters that FSDP2 keeps in host memory: their momentum cannot be gathered between GPUs.
+
+    Raises:
+        ValueError: The accelerate config offloads them.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "optim=muon gathers momenta between GPUs, but the accelerate config keeps them in host memory "
+            "(fsdp_offload_params: true): set it to false, or use optim=adamw."
+        )
 
 
 def muon_names(model: nn.Module) -> list[str]:

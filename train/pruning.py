@@ -25,19 +25,23 @@ class RunSparsity(SparsityCallback):
     """
 
     clock = StepClock(torch.device("cpu"), is_read=False)
+    way_on = "begin another run with branch_from=RUN@{step} and that change"
 
     def prune_at(self, *args: Any, **kwargs: Any) -> Any:
+        """Change the masks before a step while the clock pauses."""
         with self.clock.pause():
             return super().prune_at(*args, **kwargs)
 
     def calibrate(self, *args: Any, **kwargs: Any) -> Any:
+        """Collect activation norms while the clock pauses."""
         with self.clock.pause():
             return super().calibrate(*args, **kwargs)
 
     def carry_over(self, saved: dict[str, Any] | None, step: int) -> None:
         """Take over the masks and the average density of another run at `step`.
 
-        If this run's schedule would have pruned fewer weights by then, the additional zeros are kept too.
+        If this run's schedule would have pruned fewer weights by then, the additional zeros are kept too. Parameters that
+        only the other run pruned are trained densely from here on.
 
         Collective: every rank calls it.
 
@@ -48,23 +52,35 @@ class RunSparsity(SparsityCallback):
         numels = {shard.name: shard.full_numel for shard in self.shards}
         if saved is None:
             saved = {"density_sum": float(step), "num_steps": step, "threshold": None, "inherited": {}, "kept": numels}
+        kept = {name: saved["kept"][name] for name in numels}
         try:
-            self.load_state(saved, step)
+            self.load_state({**saved, "kept": kept}, step)
         except ValueError:
-            zeros = {name: numel - saved["kept"][name] for name, numel in numels.items()}
-            self.load_state({**saved, "inherited": zeros}, step)
+            if self.pruner.choices.update.lets_return:
+                raise
+            zeros = {name: numel - kept[name] for name, numel in numels.items()}
+            self.load_state({**saved, "kept": kept, "inherited": zeros}, step)
+        self._is_new = True
 
     def move_at(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the masks while the clock pauses."""
         with self.clock.pause():
             return super().move_at(*args, **kwargs)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Bind the pruner; end the run on all ranks if it does not fit the model or checkpoint."""
         with _stopping():
             super().on_train_begin(*args, **kwargs)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Run the event before a step; end the run on all ranks if it cannot be done."""
         with _stopping():
             super().on_step_begin(*args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Zero pruned weights a last time; end the run on all ranks if its calibration was refused."""
+        with _stopping():
+            super().on_train_end(*args, **kwargs)
 
 
 @contextmanager
@@ -86,10 +102,11 @@ def sparsity_callback(config: Config, plan: RunPlan, branch: Branch | None = Non
         branch: The point at which the run branched, if it did.
     """
     sparsity = config.sparsity
-    keep_zeros = config.init_from is not None or (branch is not None and branch.is_sparse)
+    keep_zeros = config.init_from is not None
     patterns: Any = {"include": sparsity.include, "requires_dense": sparsity.requires_dense}
     if plan.schedule is None:
-        return RunSparsity(Fixed(), report=False, **patterns) if keep_zeros else None
+        has_masks = keep_zeros or (branch is not None and branch.is_sparse)
+        return RunSparsity(Fixed(), report=False, **patterns) if has_masks else None
     return RunSparsity(
         plan.schedule.base,
         keep_zeros=keep_zeros,

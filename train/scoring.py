@@ -38,6 +38,7 @@ class Window:
 
     @property
     def num_inputs(self) -> int:
+        """The number of tokens that the model reads."""
         return self.stop - self.start - 1
 
     @property
@@ -90,6 +91,7 @@ class Score:
         return self.window_nats / self.num_window_tokens
 
     def bits_per_byte(self, num_bytes: int) -> float:
+        """Return all tokens' information in bits over the bytes of their text."""
         return self.nats / math.log(2) / num_bytes
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from conf.cli import user_errors
 from conf.schema import Config
 from sparsity import prunable_parameters
-from sparsity.schedule import schedule_record
+from sparsity.mixed import schedule_record
 from train.branch import begin_branch
 from train.checkpoints.resume import checkpoint_to_resume, data_fingerprint
 from train.data import PreparedData
@@ -63,7 +63,7 @@ def find_start(
     with user_errors(quiet=not world.is_main):
         prunable = tuple(prunable_parameters(model, config.sparsity.include, config.sparsity.requires_dense))
     fingerprint = world.on_main(data_fingerprint, data.folder)
-    branch = world.on_main(begin_branch, config, plan, directory, identity(plan), data.folder, data.tokenizer)
+    branch = world.on_main(begin_branch, config, plan, directory, data.folder, data.tokenizer)
     branch_step = None if branch is None else branch.step
     checkpoint = checkpoint_to_resume(directory.checkpoints, identity(plan), data.folder, world, branch_step)
     with user_errors(quiet=not world.is_main):

@@ -7,6 +7,7 @@ from typing import Any
 
 from conf.schema.checks import check
 from conf.schema.choices import check_trainer
+from conf.schema.passed_on import check_extra, check_schedule_arguments
 
 OWN_KEYS = ("fp8", "profile_steps", "async_save", "decay_steps", "keep_steps")
 """Keys of the group `trainer` that TrainingArguments does not have."""
@@ -115,12 +116,20 @@ class TrainerConfig(OptimConfig):
             "optim.lr_scheduler_type=warmup_stable_decay does not say when it decays: set optim.decay_steps=0.2 for the last "
             "fifth of the run, or 0 for never.",
         )
+        kwargs = [key for key in ("num_decay_steps", "num_stable_steps") if key in self.lr_scheduler_kwargs]
+        check(
+            not kwargs or (self.decay_steps is None and kwargs == ["num_decay_steps"]),
+            f"optim.lr_scheduler_kwargs has {' and '.join(kwargs)}, but optim.decay_steps and the length of the run determine "
+            "them: set only optim.decay_steps.",
+        )
         check(
             self.decay_steps is None or self.decay_steps >= 0,
             f"optim.decay_steps={self.decay_steps} must be at least 0.",
         )
         check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
         check_trainer(self)
+        check_extra(self.extra, self.__dataclass_fields__)
+        check_schedule_arguments(self.lr_scheduler_type, self.lr_scheduler_kwargs)
 
     def _check_profile_steps(self) -> None:
         if self.profile_steps is None:

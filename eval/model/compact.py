@@ -23,7 +23,7 @@ python -m eval.compact model=DIR out=DIR2 values=int8      kept values rounded t
 python -m eval.compact model=DIR2 out=DIR3 expand=true     a plain folder again, for those who load it without sparsellm
     ... text=FILE                                          perplexity before and after, in the figures and the card
     ... format=json                                        the figures for a script
-Load DIR2 with transformers after `import sparsity.compact`. The format: docs/compact.md. Keys: CompactConfig in
+Load DIR2 with transformers after `import sparsity.compact`. The format: docs/format.md. Keys: CompactConfig in
 conf/schema/compact.py."""
 
 

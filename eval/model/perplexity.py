@@ -26,6 +26,7 @@ from train.data import PreparedData, heldout_tokens, load_tokenizer, prepare, un
 from train.data.tokenizer import vocabulary_of
 from train.distributed import World
 from train.model.attention import attend_within_documents
+from train.model.documents import check_keeps_documents_apart
 from train.scoring import heldout_documents, perplexity, score_stream, token_nats
 
 USUAL_WINDOW = 2048
@@ -232,6 +233,7 @@ def wikitext_figures(model: nn.Module, text: WikiTokens, request: Request, strid
 def heldout_figures(model: nn.Module, data: PreparedData, request: Request, world: World) -> dict[str, Any]:
     """Return the figures on a held-out split that a run reports at its end, and a unigram model's. Collective: all ranks."""
     if data.by_document:
+        check_keeps_documents_apart(cast(PreTrainedModel, model).config)
         attend_within_documents(cast(PreTrainedModel, model))
     score = score_stream(
         model,

@@ -59,6 +59,7 @@ class WikiText:
 
     @cached_property
     def lines(self) -> list[str]:
+        """The lines of the text, each with its line break."""
         return _LINE.findall(self.source)
 
     @cached_property
@@ -90,9 +91,11 @@ class WikiText:
 
     @property
     def sha256(self) -> str:
+        """The hash of the text in UTF-8."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
     def first_pages(self, num_pages: int) -> WikiText:
+        """Return a text of only the first pages."""
         return WikiText("\n".join(self.pages[:num_pages]))
 
 

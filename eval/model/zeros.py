@@ -20,6 +20,7 @@ class ZeroCount:
 
     @property
     def sparsity(self) -> float:
+        """The share of zeros; 0 if there are no weights."""
         return self.num_zeros / self.num_weights if self.num_weights else 0.0
 
 

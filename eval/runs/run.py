@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.runs.folders import named_places, run_folders
+from train.plan.branch import branch_figures, read_branch
 from train.plan.choices import choice_words
 from train.plan.run import plan_run
 from train.record.read import CONFIG, METRICS, SAMPLE, SUMMARY, is_number, read_config, read_records, read_summary
@@ -31,6 +32,7 @@ class Run:
 
     @property
     def is_sparse(self) -> bool:
+        """Whether its weights have zeros from a mask, or will have if the run is not finished."""
         return has_sparse_weights(self.figures) or any("sparsity/density" in r for r in self.records)
 
 
@@ -78,7 +80,7 @@ def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[s
     try:
         config = read_config(folder / CONFIG)
         # The number of processes is not recorded; if the batch depends on it, the records tell the batch.
-        plan = plan_run(config, 1)
+        plan, branch = plan_run(config, 1), read_branch(folder)
     except (OSError, ValueError):
         return {}
     last = steps[-1] if steps else {"train/tokens": plan.batch_tokens, "train/global_step": 1}
@@ -97,6 +99,7 @@ def figures_so_far(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[s
         "total_tokens": plan.num_steps * batch_tokens,
         "steps": plan.num_steps,
         "prune_start_step": schedule.start_step if schedule else None,
+        **({"branch": branch_figures(branch)} if branch else {}),
     }
 
 

@@ -20,11 +20,20 @@ from train.record.siblings import has_sparse_weights
 
 SEEDS = ("trainer.seed", "trainer.data_seed")
 NAMES = ("run_name", "sweep_name")
+WITHOUT_EFFECT = (
+    "eval.", "export.", "trainer.logging_", "trainer.eval_", "trainer.save_", "trainer.disable_", "trainer.dataloader_",
+)  # fmt: skip
+"""Beginnings of keys on which neither the trained weights nor the held-out loss depend."""
+SPARSITY, MATCH = "sparsity.", "model.match"
+WITHOUT_EFFECT_ON_TWINS = tuple(
+    f"{SPARSITY}{key}" for key in ("score", "factors", "normalize", "moves.", "calibration")
+)
+"""Beginnings of keys of the group `sparsity` that do not change N-bar, the only thing that a dense twin takes from it."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One finished run: its settings by dotted key, without seeds and names, and its figures; loss in nats per token."""
+    """One finished run: its settings by dotted key, those of `effective`, and its figures; loss in nats per token."""
 
     settings: Mapping[str, Any]
     seed: int
@@ -48,6 +57,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of the values of several seeds."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
@@ -69,6 +79,18 @@ def read_trials(patterns: Sequence[str]) -> list[Trial]:
     return [_trial(Path(where), row) for where, row in rows.items()]
 
 
+def effective(settings: Mapping[str, Any], is_sparse: bool) -> dict[str, Any]:
+    """Return the settings on which a run's figures depend, without seeds and names.
+
+    A dense run has none of the group `sparsity`, and a dense twin those that give its size.
+    """
+    dropped: tuple[str, ...] = WITHOUT_EFFECT
+    if not is_sparse:
+        dropped += WITHOUT_EFFECT_ON_TWINS if settings.get(MATCH) else (SPARSITY,)
+    left = {key: value for key, value in settings.items() if not key.startswith(dropped)}
+    return {key: value for key, value in left.items() if key not in (*SEEDS, *NAMES)}
+
+
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the keys whose values differ."""
     keys = dict.fromkeys(key for one in settings for key in one)
@@ -87,11 +109,11 @@ def _trial(summary_file: Path, row: Mapping[str, Any]) -> Trial:
             f"{summary_file} has no config.yaml beside it: give run folders, whose settings can be compared."
         )
     config, where = read_config(config_file), str(summary_file)
-    settings = _settings(config_file, config)
+    settings, is_sparse = _settings(config_file, config), has_sparse_weights(row)
     return Trial(
-        settings={key: value for key, value in settings.items() if key not in (*SEEDS, *NAMES)},
+        settings=effective(settings, is_sparse),
         seed=settings["trainer.seed"],
-        is_sparse=has_sparse_weights(row),
+        is_sparse=is_sparse,
         avg_linear_params=positive(where, row, "avg_linear_params"),
         final_linear_params=positive(where, row, "nonzero_linear_params"),
         total_tokens=positive(where, row, "total_tokens"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from conf.cli import overrides_of, user_errors
+from eval.output import write_figure
 from launch.plan.request import read_request
+from train.checkpoints.branch import with_past
 from train.model.initial_check import check_start
 from train.plan.figure import draw_density
 from train.plan.forecast import forecast
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         planned = [(config, plan_run(config, plan.devices)) for config in request.runs]
         for config, run_plan in planned:
             check_start(config, run_plan, overrides)
+        planned = [(config, with_past(config, run_plan)) for config, run_plan in planned]
         if request.is_series:
             answer = [{**table_row(*run), **measured_loss(run[1])} for run in planned]
             text = "" if plan.format == "json" else series_text(answer)
@@ -39,10 +41,7 @@ def main(arguments: Sequence[str]) -> None:
             text = "" if plan.format == "json" else run_text(one)
         print(json.dumps(answer if request.is_series else one, indent=2) if plan.format == "json" else text)
         figure = ("" if request.is_series else "plan.png") if plan.figure == "auto" else plan.figure
-        if figure:
-            Path(figure).parent.mkdir(parents=True, exist_ok=True)
-            draw_density([run for _, run in planned], Path(figure))
-            print(f"wrote {figure}", file=sys.stderr)
+        write_figure(figure, lambda file: draw_density([run for _, run in planned], file))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Entry:
 
     @property
     def numel(self) -> int:
+        """The number of elements, by the shape."""
         return math.prod(self.shape)
 
     @property

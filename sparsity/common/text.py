@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 
 
@@ -51,6 +51,11 @@ def bytes_text(num_bytes: float) -> str:
         if num_bytes >= scale:
             return f"{half_up(num_bytes / scale, 2)} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def markdown_list(lines: Mapping[str, str]) -> str:
+    """Return a Markdown list with an item `**name:** text` for each line."""
+    return "\n".join(f"- **{name}:** {text}" for name, text in lines.items())
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Compact checkpoints: a sparse model stored as its kept weights and one bit for each weight (docs/compact.md).
+"""Compact checkpoints: a sparse model stored as its kept weights and one bit for each weight (docs/format.md).
 
     import sparsity.compact
     model = AutoModelForCausalLM.from_pretrained("compact-folder")

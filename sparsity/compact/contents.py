@@ -1,4 +1,4 @@
-"""The contents of a compact file: its tensors, with their dense shapes and the positions of their parts (docs/compact.md)."""
+"""The contents of a compact file: its tensors, with their dense shapes and the positions of their parts (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -44,18 +44,22 @@ class Stored:
 
     @property
     def dtype(self) -> str:
+        """The type of the dense tensor: that of the scales if values are stored as codes."""
         return (self.scales or self.values).dtype
 
     @property
     def numel(self) -> int:
+        """The number of weights of the dense tensor."""
         return math.prod(self.shape)
 
     @property
     def num_kept(self) -> int:
+        """The number of weights whose values are stored."""
         return self.values.numel if self.kept is None else self.kept
 
     @property
     def dense_bytes(self) -> int:
+        """The size of the dense tensor."""
         return self.values.num_bytes if self.bitmask is None else self.numel * (self.scales or self.values).item_bytes
 
     @property
@@ -69,6 +73,7 @@ class Stored:
 
     @property
     def stored_bytes(self) -> int:
+        """The size of all stored parts together."""
         return sum(entry.num_bytes for entry in self.parts.values())
 
 

@@ -28,6 +28,7 @@ class ExpandExperts(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, list[Tensor]]:
+        """Return the dense matrix of each expert for each part of the stacked parameter."""
         param = kwargs["model"].get_parameter_or_buffer(kwargs["full_layer_name"])
         _, rows, columns = param.shape
         parts = [pattern for pattern in source_patterns if not pattern.endswith((BITMASK, SCALES))]

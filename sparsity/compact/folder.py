@@ -49,10 +49,12 @@ class WeightFiles:
 
     @property
     def paths(self) -> list[Path]:
+        """The paths of the files, in the order of their names."""
         return [self.folder / name for name in self.names]
 
     @property
     def num_bytes(self) -> int:
+        """The size of all files together, without the index."""
         return sum(path.stat().st_size for path in self.paths)
 
 

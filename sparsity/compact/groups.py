@@ -121,12 +121,15 @@ class GroupedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """This layer's part of the group's bias."""
         return self.group.part_bias(self.number)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return this layer's product with x; the group may compute those of its other layers along with it."""
         return self.group.part(self.number, x)
 
     def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 

@@ -56,6 +56,7 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
+        """The kept weights in the layout that the kernels read."""
         return Packed(
             self.values, self.offsets, self.bases, self.starts, self.in_features, self.num_chunks, self.shift, self.scales
         )  # fmt: skip
@@ -71,20 +72,29 @@ class SparseLinear(nn.Module):
         return dense if self.coded_dtype is None else dense.to(self.coded_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + bias, computed from the kept weights."""
         return multiply(x, self.packed, self.bias, self.tiles)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """Keep scales in float32 if the module's type changes; the weight has the new type."""
+        """Convert or move the layer. Keep scales in float32 if its type changes; the weight has the new type."""
         scales = self.scales
         super()._apply(fn, recurse)
         if scales is not None and self.scales is not None:
             self.coded_dtype = fn(torch.empty(0, dtype=self.coded_dtype, device=scales.device)).dtype
             if self.scales.dtype != scales.dtype:
                 self.scales = scales.to(self.scales.device)
+        wait_until_written(self.values)
         return self
 
     def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def wait_until_written(weights: Tensor) -> None:
+    """Wait until a GPU has written `weights`, because a product may read them before the kernel launched before it ends."""
+    if weights.is_cuda:
+        torch.cuda.synchronize(weights.device)
 
 
 def replace_(model: nn.Module, name: str, layer: nn.Module) -> None:

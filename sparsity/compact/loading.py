@@ -82,10 +82,12 @@ class CompactLoader(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}
 
     def is_serializable(self) -> bool:
+        """Whether transformers may save the model: only if it is loaded dense."""
         return bool(self.quantization_config.dequantize)
 
     @property
     def is_trainable(self) -> bool:
+        """Whether the model can be trained: only if it is loaded dense."""
         return bool(self.quantization_config.dequantize)
 
     @property
@@ -112,6 +114,7 @@ class CompactLoader(HfQuantizer):
                     self.sparse.append(tensor)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Return the model's conversions with those that expand sparse tensors."""
         names = [tensor.name for tensor in self.sparse]
         renamed = {name: _renamed(name, deepcopy(list(weight_conversions))) for name in names}
         stacked = {name for name in renamed.values() if any(stacks(c, name) for c in weight_conversions)}
@@ -153,6 +156,7 @@ class ExpandBitmask(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
+        """Return the dense tensor by its name; the error for damaged parts names it."""
         name, scales = kwargs["full_layer_name"], None
         bitmask, values = (_only(input_dict.get(pattern), name) for pattern in (_part(BITMASK), source_patterns[-1]))
         if _part(SCALES) in input_dict:

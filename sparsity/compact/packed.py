@@ -47,6 +47,7 @@ class Packed:
 
     @property
     def rows(self) -> int:
+        """The number of output features."""
         return self.starts.numel() - 1
 
     @property

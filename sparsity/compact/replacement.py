@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.compact.groups import group_linears_
-from sparsity.compact.linear import SparseLinear, replace_
+from sparsity.compact.linear import SparseLinear, replace_, wait_until_written
 from sparsity.devices import kernels_for
 
 MOST_DENSITY, MOST_DENSITY_EARLY, MOST_DENSITY_ON_CPU = 0.35, 0.5, 0.25
@@ -91,3 +91,4 @@ def share_storage_(layers: Sequence[SparseLinear]) -> None:
         for part, (layer, name, buffer) in zip(storage.split(sizes), buffers, strict=True):
             found = part[: buffer.nbytes].view(buffer.dtype).view(buffer.shape)
             layer._buffers[name] = found.copy_(buffer)
+        wait_until_written(storage)

@@ -29,21 +29,22 @@ class TritonPasses(Passes):
     def __init__(self, shards: Sequence[ParameterShard], score: Score, launches: ModuleType) -> None:
         super().__init__(shards, score)
         self._launches = launches
+        self._rows = launches.rows_of(shards)
 
     def sample(self, stride: int) -> Tensor:
         starts, sizes = places_of_sample(self.shards, stride)
-        keys: Tensor = self._launches.sample(self.shards, starts, sizes, stride)
+        keys: Tensor = self._launches.sample(self.shards, starts, sizes, stride, rows=self._rows)
         return keys
 
     def collect(self, lo: int, hi: int, limit: int) -> tuple[int, int, Inside]:
         """Collect with one host sync: all kernels are queued before their counts are read."""
         num_keys = num_bins(lo, hi, self.spacing_bits)
         if num_keys <= MOST_COUNTED:
-            num_below, by_shard = self._launches.count_by_shard(self.shards, lo, hi, self.spacing_bits)
+            num_below, by_shard = self._launches.count_by_shard(self.shards, lo, hi, self.spacing_bits, rows=self._rows)
             below, *flat = torch.cat([num_below, by_shard.view(-1)]).tolist()
             counts = np.array(flat, dtype=np.int64).reshape(len(self.shards), num_keys)
             return below, int(counts.sum()), Counted(counts, lo, self.spacing_bits, by_shard.device)
-        found, keys, owners = self._launches.collect(self.shards, lo, hi, limit)
+        found, keys, owners = self._launches.collect(self.shards, lo, hi, limit, rows=self._rows)
         below, inside, lost = found.tolist()
         return below, inside, self if lost else self._tagged(keys, owners)
 
@@ -52,16 +53,18 @@ class TritonPasses(Passes):
         return counts
 
     def histogram(self, lo: int, hi: int, shift: int) -> Tensor:
-        counts: Tensor = self._launches.histogram_of_shards(self.shards, lo, hi, shift)
+        counts: Tensor = self._launches.histogram_of_shards(self.shards, lo, hi, shift, rows=self._rows)
         return counts
 
     def num_equal(self, key: int) -> list[int]:
-        counts: list[int] = self._launches.count_by_shard(self.shards, key, key + 1, 0)[1].view(-1).tolist()
+        _, by_shard = self._launches.count_by_shard(self.shards, key, key + 1, 0, rows=self._rows)
+        counts: list[int] = by_shard.view(-1).tolist()
         return counts
 
     def keep_above_(self, keys: Mapping[int, int]) -> None:
         if keys:
-            self._launches.keep_above_([self.shards[number] for number in keys], list(keys.values()))
+            shards, is_all = [self.shards[number] for number in keys], list(keys) == list(range(len(self.shards)))
+            self._launches.keep_above_(shards, list(keys.values()), rows=self._rows if is_all else None)
 
     def keep_after_ties_(self, number: int, key: int, num_dropped: int) -> None:
         self._launches.keep_after_ties_(self.shards[number], key, num_dropped)
@@ -77,7 +80,7 @@ class TritonPasses(Passes):
     ) -> tuple[int, int, tuple[int, int, int] | None, Inside] | None:
         if num_bins(lo, hi, self.spacing_bits) <= MOST_COUNTED:
             return None
-        counts, keys, owners = self._launches.collect(self.shards, lo, hi, limit)
+        counts, keys, owners = self._launches.collect(self.shards, lo, hi, limit, rows=self._rows)
         found, _ = radix_select(self._launches, keys, lo, hi, k - counts[:1], self.spacing_bits)
         below, num_inside, lost, offset, before, held = torch.cat([counts, found.view(-1)]).tolist()
         if lost:
@@ -116,12 +119,14 @@ def radix_select(
         bins' width.
     """
     shift = max((hi - lo - 1).bit_length(), spacing_bits)
-    ranks = ranks.view(-1, 1)
+    ranks, is_first = ranks.view(-1, 1), True
     prefixes = below = torch.zeros_like(ranks)
     while True:
         num_bits = min(DIGIT_BITS, shift - spacing_bits)
         shift -= num_bits
-        counts = launches.count_digits(keys, lo, hi, shift, num_bits, prefixes)
+        # Before the first digit all ranks have the same prefix and need one histogram.
+        counts = launches.count_digits(keys, lo, hi, shift, num_bits, prefixes[:1] if is_first else prefixes)
+        counts, is_first = counts.expand(len(ranks), -1), False
         upto = counts.cumsum(dim=1)
         digits = torch.searchsorted(upto, ranks - below).clamp_(max=(1 << num_bits) - 1)
         held = counts.gather(1, digits)

@@ -42,6 +42,8 @@ def llama(size: Size, head: int, device: str) -> LlamaForCausalLM:
 def sparse(model: nn.Module, group: bool = True, int8: bool = False) -> nn.Module:
     """Return a copy whose layers are sparse in memory, whatever their density."""
     found = copy.deepcopy(model)
+    # transformers keeps the compiled step of a static cache in the model, and a copy would call the step of the original.
+    found.__dict__.pop("_compiled_call", None)
     sparse_linears_(found, most_density=1.0, group=False)
     if int8:
         round_layers_(found)

@@ -21,22 +21,20 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsity import Geometric, devices
-from sparsity.mask import make_shards
-from sparsity.pruner import Pruner
+from sparsity import devices
 from sparsity.select import prune_smallest_
 from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
+from tests.benchmarks.event_model import NUM_EVENTS, ONE_B, TINY, Model, Size, copy_bandwidth, peak, synchronize, timer
+from tests.benchmarks.event_sweep import REHEARSED, SWEPT, Shapes, sweep
 
-SPARSITY, NUM_EVENTS = 0.8, 20
 NUM_REHEARSED = 2
 IDEAL_BYTES = 4 + 5 + 3 * 8 + 3 + 1
 """The bytes that an event moves for each weight: collect, keep, zero three tensors each by its mask, count."""
@@ -48,105 +46,8 @@ PASSES = {
 MOST_OF_IDEAL, MOST_READ_PASSES, MOST_EXTRA_SHARE = 1.3, 3.0, 0.01
 MOST_MASKING_SECONDS = 0.01 * 0.230
 """A hundredth of a dense step of the 1B on an H100."""
-SWEPT = {
-    "collect": ((4096, 4), (8192, 4), (8192, 8)),
-    "keep_above_": ((2048, 4), (8192, 8), (16384, 4)),
-    "count_kept": ((8192, 8), (16384, 4), (16384, 8)),
-    "zero_all_ change": ((1024, 4), (2048, 4), (2048, 8)),
-    "gradients rewrite": ((1024, 8), (2048, 8)),
-    "gradients store": ((4096, 4),),
-}
-"""The blocks and warps to try for each pass, with a compilation each; zeros are written in the ways fastest on an H200."""
-REHEARSED = dict.fromkeys(SWEPT, ((4096, 8),))
 KTHVALUE_BYTES = 12
 """The bytes that `kthvalue` takes for each weight in addition to weights, moments and masks."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Sizes of a model, from which the shapes of its linear layers follow."""
-
-    hidden: int
-    mlp: int
-    layers: int
-    vocabulary: int
-
-    def shapes(self) -> list[tuple[int, int]]:
-        layer = [(self.hidden, self.hidden)] * 4 + [(self.mlp, self.hidden)] * 2 + [(self.hidden, self.mlp)]
-        return [*layer * self.layers, (self.vocabulary, self.hidden)]
-
-
-ONE_B, TINY = Size(2048, 8192, 16, 32_000), Size(16, 48, 1, 64)
-
-
-def timer(device: str) -> Callable[[], Callable[[], float]]:
-    """Return a function that starts a timer on the device, and returns a function that stops it and gives its seconds."""
-
-    def begin() -> Callable[[], float]:
-        if device == "cpu":
-            started = time.perf_counter()
-            return lambda: time.perf_counter() - started
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-
-        def end() -> float:
-            last.record()
-            last.synchronize()
-            return float(first.elapsed_time(last)) / 1000
-
-        return end
-
-    return begin
-
-
-def best(body: Callable[[], Any], device: str, before: Callable[[], Any] = lambda: None, rounds: int = 4) -> float:
-    """Return the minimum of a call's seconds on the device, after a warm-up; `before` is called first and not timed."""
-    seconds = []
-    for _ in range(rounds + 1):
-        before()
-        end = timer(device)()
-        body()
-        seconds.append(end())
-    return min(seconds[1:])
-
-
-def copy_bandwidth(device: str, numel: int) -> float:
-    """Return the bandwidth of a copy: the bytes per second that it reads and writes together."""
-    source = torch.ones(numel, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / best(lambda: target.copy_(source), device, rounds=8)
-
-
-class Model:
-    """Weights, moments and a pruner over them."""
-
-    def __init__(self, size: Size, device: str, num_events: int) -> None:
-        layers = []
-        for rows, columns in size.shapes():
-            layer = nn.Linear(1, 1, bias=False)
-            layer.weight = nn.Parameter(torch.empty(rows, columns, device=device))
-            layers.append(layer)
-        self.module = nn.ModuleList(layers)
-        self.weights: list[Tensor] = [layer.weight.detach() for layer in layers]
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
-        self.moments: list[Tensor] = []
-        for param in self.module.parameters():
-            moments = {name: torch.ones_like(param) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[param] = moments
-            self.moments += moments.values()
-        self.numel = sum(weight.numel() for weight in self.weights)
-        self.pruner = Pruner(Geometric(SPARSITY, 0, num_events - 1, 1))
-        self.start_anew()
-
-    def start_anew(self) -> None:
-        """Reset weights, moments and masks to dense ones."""
-        for number, weight in enumerate(self.weights):
-            generator = torch.Generator(weight.device).manual_seed(number)
-            weight.normal_(0, 0.02, generator=generator)
-        for moment in self.moments:
-            moment.fill_(1.0)
-        self.pruner.bind(self.module)
-        self.pruner.unbind()
 
 
 @contextlib.contextmanager
@@ -219,7 +120,7 @@ def run_events(model: Model, device: str) -> list[Event]:
             return threshold
 
         before = peak(device, reset=True)
-        with timed_passes(device, pending), mock.patch("sparsity.event.prune_smallest_", select):
+        with timed_passes(device, pending), mock.patch("sparsity.event.pool.prune_smallest_", select):
             synchronize(device)
             started = time.perf_counter()
             model.pruner.prune(density, model.optimizer)
@@ -247,93 +148,6 @@ def check_masks(model: Model) -> None:
         differ = kept.view(-1) != shard.mask.cpu()
         assert bool((old.view(-1)[differ].abs() == model.pruner.threshold).all()), f"{shard.name} has another mask"
         assert torch.equal(weight.cpu(), old * shard.mask.cpu().view(old.shape)), f"{shard.name} has other weights"
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak(device: str, reset: bool = False) -> int:
-    if device == "cpu":
-        return 0
-    if reset:
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return torch.cuda.max_memory_allocated()
-
-
-Shapes = dict[str, tuple[tuple[int, int], ...]]
-
-
-def sweep(model: Model, device: str, shapes: Shapes) -> dict[str, dict[str, float]]:
-    """Time each large pass with several blocks and warps, from the same state each time."""
-    launches = devices.kernels_for(torch.device(device))
-    if launches is None:
-        return {}
-    model.start_anew()
-    ours = model.pruner.shards
-    model.pruner.prune(0.5)
-    threshold = int(torch.tensor(model.pruner.threshold, dtype=torch.float32).view(torch.int32))
-    earlier = [shard.mask.clone() for shard in ours]
-    later = make_shards({shard.name: shard.values for shard in ours})
-    prune_smallest_(later, round(0.54 * model.numel))
-    final = make_shards({shard.name: shard.values for shard in ours})
-    prune_smallest_(final, round(SPARSITY * model.numel))
-    triples = [[w, *model.moments[2 * i : 2 * i + 2]] for i, w in enumerate(model.weights)]
-
-    def as_before() -> None:
-        for tensors, mask in zip(triples, earlier, strict=True):
-            for tensor in tensors:
-                tensor.fill_(1.0)
-                torch.where(mask.view(tensor.shape), tensor, tensor.new_zeros(()), out=tensor)
-
-    def as_gradients() -> None:
-        for tensors in triples:
-            tensors[1].fill_(1.0)
-
-    limit = model.numel // 100 + 4096
-    lo, hi = threshold, threshold + (1 << 15)
-    bodies: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
-        "collect": (partial(launches.collect, ours, lo, hi, limit), lambda: None),
-        "keep_above_": (partial(launches.keep_above_, ours, [threshold] * len(ours)), lambda: None),
-        "count_kept": (partial(launches.count_kept, ours), lambda: None),
-    }
-    masked = [(shard.mask, tensors) for shard, tensors in zip(later, triples, strict=True)]
-
-    def gradients(mode: str, **options: Any) -> None:
-        for tensors, shard in zip(triples, final, strict=True):
-            launches.zero_(tensors[1], shard.mask, mode=mode, **options)
-
-    for name in shapes:
-        kind, _, mode = name.partition(" ")
-        if kind == "zero_all_":
-            bodies[name] = partial(launches.zero_all_, masked, mode=mode), as_before
-        elif kind == "gradients":
-            bodies[name] = partial(gradients, mode), as_gradients
-    found: dict[str, dict[str, float]] = {}
-    for name, (body, before) in bodies.items():
-        if name == "zero_all_ change":
-            # These passes change weights, so they come after those that read them.
-            print("sweeping what writes zeros", file=sys.stderr, flush=True)
-        found[name] = {
-            f"{block} x {num_warps} warps": best(
-                partial(body, shape=launches.Shape(block, num_warps)), device, before, rounds=2
-            )
-            for block, num_warps in shapes[name]
-        }
-        fastest = min(found[name], key=found[name].__getitem__)
-        print(f"best {name:<18} {fastest:<18} {found[name][fastest] * 1000:8.3f} ms", flush=True)
-    found["gradients torch.where"] = {
-        "": best(
-            lambda: [
-                torch.where(s.mask.view(t[1].shape), t[1], t[1].new_zeros(()), out=t[1])
-                for t, s in zip(triples, final, strict=True)
-            ],
-            device, as_gradients, rounds=2,
-        )
-    }  # fmt: skip
-    return found
 
 
 def by_kthvalue(model: Model, device: str) -> float | None:

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from tests.benchmarks.common import laps_between, mark
 
 if TYPE_CHECKING:
-    from tests.benchmarks.throughput import Variant, Workload
+    from tests.benchmarks.throughput_variants import Variant, Workload
 
 
 def run_trainer(work: Workload, device: str, variant: Variant, warm_up: int) -> tuple[list[float], float]:

@@ -18,7 +18,7 @@ from train.data.collate import document_ends
 from train.model.attention import attend_within_documents
 
 if TYPE_CHECKING:
-    from tests.benchmarks.throughput import Variant, Workload
+    from tests.benchmarks.throughput_variants import Variant, Workload
 
 CHUNK_TOKENS = 4096
 DENSITY = 0.2

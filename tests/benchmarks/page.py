@@ -1,6 +1,7 @@
 """Write the measured figures as a page: the tables of `docs/measured.md`, from the files that the benchmarks wrote.
 
     python -m tests.benchmarks.page [runs/bench ...] [--output docs/measured.md]
+    python -m tests.benchmarks.page --only around          makes one section anew and leaves the others as they are
 
 Give one folder for each machine, or for each way to call a command. Each file makes a section, with its command, machine,
 versions and rows.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,12 +150,39 @@ def page(folders: Sequence[Path]) -> str:
     return "\n".join(parts)
 
 
+def renewed(text: str, folders: Sequence[Path], name: str) -> str:
+    """Return the page `text` with the sections of one file's name made anew; all others keep every character.
+
+    Raises:
+        ValueError: No folder has the file, or the page has a section of it for more machines than there are files.
+    """
+    files = [file for folder in folders if (file := folder / f"{name}.json").exists()]
+    if not files:
+        raise ValueError(f"{name}.json is in none of {', '.join(map(str, folders))}: run the benchmark first.")
+    head, *parts = re.split(r"(?m)^(?=## )", text)
+    titles = [part.partition("\n")[0].removeprefix("## ") for part in parts]
+    title = SECTIONS[name][0]
+    if titles.count(title) > len(files):
+        raise ValueError(
+            f"The page has {titles.count(title)} sections {title!r} for {len(files)} files: give all folders."
+        )
+    order = [known for known, _ in SECTIONS.values()]
+    before = [part for part, own in zip(parts, titles, strict=True) if order.index(own) < order.index(title)]
+    after = [part for part, own in zip(parts, titles, strict=True) if order.index(own) > order.index(title)]
+    made = [section(name, json.loads(file.read_text())) for file in files]
+    return "\n".join(part.rstrip("\n") + "\n" for part in [head, *before, *made, *after])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", default=[RESULTS])
     parser.add_argument("--output", type=Path, default=Path("docs/measured.md"))
+    parser.add_argument("--only", choices=SECTIONS, help="make only this file's section anew in the output")
     options = parser.parse_args()
-    options.output.write_text(page(options.folders))
+    if options.only:
+        options.output.write_text(renewed(options.output.read_text(), options.folders, options.only))
+    else:
+        options.output.write_text(page(options.folders))
     print(options.output)
 
 

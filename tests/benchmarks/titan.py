@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 if TYPE_CHECKING:
-    from tests.benchmarks.throughput import Workload
+    from tests.benchmarks.throughput_variants import Workload
 
 
 def make_step(work: Workload, device: str) -> Callable[[Tensor], Tensor]:

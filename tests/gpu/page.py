@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.benchmarks.own_steps import predicted_bytes
 from tests.benchmarks.page import Row, figure, table
-from tests.benchmarks.throughput import Variant, Workload
+from tests.benchmarks.throughput_variants import Variant, Workload
 
 HEAD = """# On a GPU
 

@@ -11,7 +11,7 @@ from sparsity.compact import CompactWeights, SparseLinear, compact_folder, spars
 from sparsity.compact.packed import pack, rounded, unpack
 from sparsity.compact.product import MOST_VECTORS
 from sparsity.compact.rounding import Rounding
-from tests.test_compact import IDS, same_bits, sparse_model
+from tests.compact_models import IDS, same_bits, sparse_model
 from tests.test_sparse_groups import sparse_model as grouped_model
 from tests.test_sparse_linear import DTYPES, check_product, weight_of
 

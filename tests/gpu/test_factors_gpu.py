@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conf.schema import ModelConfig
-from sparsity.score import magnitude, scaled
+from sparsity.factors import scaled
+from sparsity.score import magnitude
 from sparsity.select import prune_smallest_
 from sparsity.shards import ParameterShard
 from tests.test_export import tokenizer_in

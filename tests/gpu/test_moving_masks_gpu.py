@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerState
@@ -19,6 +18,7 @@ from sparsity import Constant, Cubic, Geometric, SparsityCallback
 from sparsity.schedule import Alternating
 from sparsity.shards import local_tensor
 from sparsity.update import AcDc, Rigl, Set, Ste
+from tests.distributed import mesh_of_one
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,12 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """Make a mesh of this process alone."""
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(0)
-    dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh(DEVICE.type, (1,))
-    dist.destroy_process_group()
+    with mesh_of_one(DEVICE) as mesh:
+        yield mesh
 
 
 class Weighted(nn.Linear):

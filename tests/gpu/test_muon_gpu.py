@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from sparsity import Geometric, SparsityCallback
+from tests.distributed import mesh_of_one
 from train.muon import MuonAdamW, muon_names
 
 pytestmark = pytest.mark.gpu
@@ -23,12 +23,8 @@ OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """Make a mesh of this process alone."""
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(0)
-    dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh(DEVICE.type, (1,))
-    dist.destroy_process_group()
+    with mesh_of_one(DEVICE) as mesh:
+        yield mesh
 
 
 def mixture() -> MixtralForCausalLM:

@@ -1,7 +1,8 @@
 """Checkpoints on disk: a folder gets its final name only when complete, and is used only if its checksums agree.
 
 checkpoints/checkpoint-<step>/
-    rank-00000.safetensors ...  each rank's rows: model/NAME, optim.STATE/NAME, mask/NAME (one bit per weight), rng/...
+    rank-00000.safetensors ...  each rank's rows: model/NAME, optim.STATE/NAME, mask/NAME (one bit per weight), rng/...;
+                                rank 0's holds the model's buffers too, whole: buffer/NAME
     state.json                  step, world size, which rank holds which rows, figures, scalars, identity, versions
     trainer_state.json          as transformers writes it
     SHA256SUMS                  checksums of all these files, for `sha256sum -c`

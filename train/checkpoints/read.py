@@ -33,6 +33,7 @@ class CheckpointReader:
 
     @property
     def step(self) -> int:
+        """The number of steps that were trained before it was written."""
         return int(self.state["step"])
 
     def tensor(self, name: str, rank: int) -> Tensor | None:
@@ -112,6 +113,14 @@ def load_weights(reader: CheckpointReader, parameters: Mapping[str, Tensor]) -> 
                 "another model; resume with the model that wrote it, or set overwrite=true to start over."
             )
         _fill(reader, "model", name, param, param)
+
+
+@torch.no_grad()
+def load_buffers(reader: CheckpointReader, buffers: Mapping[str, Tensor]) -> None:
+    """Copy the model's buffers; those that an older checkpoint lacks keep the values of a new model, as in its run."""
+    for name, buffer in buffers.items():
+        if (found := reader.tensor(f"buffer/{name}", 0)) is not None:
+            buffer.copy_(found)
 
 
 @torch.no_grad()

@@ -80,6 +80,19 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): param for name, param in model.named_parameters()}
 
 
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong to a model's weights, by their transformers names: those that files store.
+
+    Training does not change them: an example is the bias with which a router balances its experts.
+    """
+    return {
+        plain_name(f"{path}.{name}").removeprefix("."): buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
 def optimizer_state(
     optimizer: Any, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -136,6 +149,8 @@ def rank_tensors(
     tensors = {f"model/{name}": local_tensor(parameters[name].detach()) for name in written}
     for key, by_name in moments.items():
         tensors |= {f"optim.{key}/{name}": local_tensor(value) for name, value in by_name.items() if name in written}
+    if rank == 0:
+        tensors |= {f"buffer/{name}": buffer for name, buffer in buffers_of(model).items()}
     tensors |= {f"mask/{shard.name}": pack_mask(shard.mask) for shard in shards if shard.name in written}
     tensors |= {f"rng/{name}": value for name, value in rng.items()}
     return tensors, pieces, scalars
@@ -165,10 +180,12 @@ class Checkpoint:
 
     @property
     def aside(self) -> Path:
+        """The folder that it is written in until it is complete."""
         return layout.aside_of(self.root, self.step)
 
     @property
     def folder(self) -> Path:
+        """The folder that it is in once it is complete."""
         return layout.folder_of(self.root, self.step)
 
 

@@ -28,6 +28,7 @@ class Corpus:
     skips_errors: bool = False
 
     def parts(self) -> list[Part]:
+        """Return the parts to tokenize, cut off after `max_documents` documents."""
         parts = cut_files(self.files)
         if self.max_documents is None:
             return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,25 @@ class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
         self.blocks = [blocks for _, _, blocks in sources]
         self.seed = seed
         self.order = MixedOrder([weight for _, weight, _ in sources], num_blocks, seed)
+        self._keys = list(range(len(sources)))
+        """The number of each source in the keys of its order."""
+        self._offsets = np.zeros(len(sources), dtype=np.int64)
+        """The number that each source's first block in this order would have, as its blocks are counted over all runs."""
+        self._others: dict[str, int] = {}
+        """The blocks of sources that an earlier part of the run has used and this one does not."""
+
+    def continue_from(self, place: int, taken: Mapping[str, int]) -> None:
+        """Let each source continue after the blocks that a run has already taken from it by a place, as in a branch.
+
+        Args:
+            place: The number of blocks that the run has taken by then.
+            taken: The number of blocks from each source by name, in the order of the sources' numbers.
+        """
+        numbers = {name: number for number, name in enumerate([*taken, *(n for n in self.names if n not in taken)])}
+        self._keys = [numbers[name] for name in self.names]
+        before = np.array([taken.get(name, 0) for name in self.names], dtype=np.int64)
+        self._offsets = before - self.order.counts_before(place)
+        self._others = {name: count for name, count in taken.items() if name not in self.names}
 
     def __len__(self) -> int:
         return self.order.num_blocks
@@ -108,13 +127,13 @@ class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} is outside 0..{len(self) - 1}")
         source, number = self.order.source_at(index)
-        return self.blocks[source][self.block_of(source, number)]
+        return self.blocks[source][self.block_of(source, number + int(self._offsets[source]))]
 
     def block_of(self, source: int, number: int) -> int:
-        """Return the index, in a source, of the `number`-th block that the run takes from it."""
+        """Return the index, in a source, of the block that is the `number`-th of all that are taken from it, from 0."""
         epoch, place = divmod(number, len(self.blocks[source]))
         # Sources of equal length must not be shuffled alike.
-        keys = round_keys(self.seed, (epoch << 16) + source + 1)
+        keys = round_keys(self.seed, (epoch << 16) + self._keys[source] + 1)
         return int(permute([place], len(self.blocks[source]), keys)[0])
 
     def sampler(self, batch_size: int) -> InOrder:
@@ -123,10 +142,11 @@ class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
 
     def figures(self, num_blocks: int) -> dict[str, Any]:
         """Return tokens and epochs of each source after `num_blocks` blocks, under the names used in the records."""
-        counts = self.order.counts_before(num_blocks).tolist()
-        found: dict[str, Any] = {}
+        counts = (self.order.counts_before(num_blocks) + self._offsets).tolist()
+        length = self.blocks[0].sequence_length
+        found: dict[str, Any] = {f"tokens/{name}": count * length for name, count in self._others.items()}
         for name, blocks, count in zip(self.names, self.blocks, counts, strict=True):
-            found[f"tokens/{name}"] = count * blocks.sequence_length
+            found[f"tokens/{name}"] = count * length
             found[f"epochs/{name}"] = count / len(blocks)
         return found
 

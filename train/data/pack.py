@@ -69,16 +69,20 @@ class Job:
 
     @property
     def sidecar(self) -> Path:
+        """The path of its figures, whose presence marks the part as done."""
         return Path(self.folder, f"part-{self.index:05}.json")
 
     @property
     def counts(self) -> Path:
+        """The path of its counts of each token."""
         return Path(self.folder, f"part-{self.index:05}.counts.npy")
 
     def tokens(self, split: str) -> Path:
+        """Return the path of its tokens of a split."""
         return Path(self.folder, f"part-{self.index:05}.{split}.bin")
 
     def starts(self, split: str) -> Path:
+        """Return the path of the starts of its documents of a split."""
         return Path(self.folder, f"part-{self.index:05}.{split}.starts.bin")
 
 

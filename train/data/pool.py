@@ -124,6 +124,7 @@ class Progress:
             self._line(f"{time.monotonic() - self.started:.1f} s")
 
     def add(self, size: int) -> None:
+        """Show that `size` more of `total` is done."""
         self.done += size
         self.bar.update(size)
         if not self.is_terminal and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:

@@ -87,6 +87,7 @@ class PermutationSampler(Sampler[int]):
         self.num_taken = num_blocks // batch_size * batch_size
 
     def set_epoch(self, epoch: int) -> None:
+        """Begin another epoch, in its own order; leave the position alone if it is the same one."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
@@ -108,6 +109,7 @@ class InOrder(PermutationSampler):
     """The blocks 0..num_blocks-1 in order, for a dataset that is already in the order of the run."""
 
     def permute(self, position: int) -> int:
+        """Return the position itself."""
         return position
 
     def __iter__(self) -> Iterator[int]:

@@ -17,6 +17,7 @@ class Skipped:
     """The errors of the first few, each with its place."""
 
     def add(self, words: str) -> None:
+        """Count a document; keep the words about it if it is one of the first."""
         self.count += 1
         if len(self.first) < MOST_PLACES:
             self.first.append(words)

@@ -141,6 +141,7 @@ class StepGuard(TrainerCallback):
         return None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the Trainer to save and stop if the run must end, or if the ranks agree that it was asked to."""
         if state.global_step >= state.max_steps:
             # There is no later step that would read them.
             self.read_late_flags()

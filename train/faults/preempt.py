@@ -44,6 +44,7 @@ class Preemption:
                     self.receive(number)
 
     def receive(self, number: int) -> None:
+        """Note a request to stop; exit at once if there is nothing to save, or at a second request."""
         if not self.is_requested:
             self.is_requested, self._first_s = True, time.monotonic()
             if not self.at_step_ends:

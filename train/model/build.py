@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from conf.schema import ModelConfig
 from train.model.parametrisation import fold_queries
 from train.model.weights import allocate, draw_weights, skeleton
-from train.plan.architecture import causal_class, hf_config
+from train.plan.config_json import causal_class, hf_config
 
 
 def transformers_config(model: ModelConfig, **token_ids: Any) -> Any:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from sparsity.common.files import publish_folder, write_atomically
 from sparsity.prunable import plain_name
 from train.checkpoints.tensorfile import write_tensors
+from train.checkpoints.write import buffers_of
 from train.distributed import World
 from train.model.parametrisation import query_folds, unfolded
 from train.model.portable import make_portable
@@ -27,8 +28,8 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
     """Write config, generation config, tokenizer and safetensors; the folder appears only when it is complete.
 
     Folded query weights are multiplied back, so that a plain transformers LLaMA gives the model's logits. Experts are
-    stored one by one, as transformers' save_pretrained does. Weights are gathered tensor by tensor, and rank 0 holds
-    the weights of one file at a time.
+    stored one by one, as transformers' save_pretrained does, and buffers in their own type. Weights are gathered tensor
+    by tensor, and rank 0 holds the weights of one file at a time.
 
     Collective: every rank calls it.
 
@@ -44,7 +45,8 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
     if world.is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    tensors, folds = full_names(model), query_folds(model)
+    buffers, folds = buffers_of(model), query_folds(model)
+    tensors = {**full_names(model), **buffers}
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.numel() * DTYPES[dtype].itemsize,
@@ -58,7 +60,8 @@ def export_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, max_sh
         for name in names:
             full = full_tensor(tensors[name])
             if world.is_main:
-                full = unfolded(full, folds.get(name, 1.0)).to("cpu", DTYPES[dtype])
+                kept = full.dtype if name in buffers else DTYPES[dtype]
+                full = unfolded(full, folds.get(name, 1.0)).to("cpu", kept)
                 held |= {stored: part.contiguous() for stored, part in stored_form(model, name, full).items()}
             del full
         stored_in |= dict.fromkeys(held, filename)

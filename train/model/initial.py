@@ -16,7 +16,7 @@ from conf.schema import ModelConfig
 from sparsity.compact.contents import METHOD
 from sparsity.prunable import plain_name
 from sparsity.shards import local_tensor
-from train.checkpoints.write import local_rows
+from train.checkpoints.write import buffers_of, local_rows
 from train.model.export import full_names
 from train.model.initial_config import check_config
 from train.model.parametrisation import folded, query_folds
@@ -62,12 +62,16 @@ class InitialWeights:
         """Compare the folder's weights with a model's.
 
         Args:
-            shapes: The shapes of the model's parameters by their transformers names, each tied one once.
+            shapes: The shapes of the model's parameters and buffers by their transformers names, each tied one once.
             aliases: Other names of tied parameters, each with the name it has in `shapes`.
 
         Raises:
             ValueError: A weight is missing, left over, or of another shape.
         """
+        for name, first in aliases.items():
+            # Some folders store a tied weight only under another of its names.
+            if first not in self._sources and name in self._sources:
+                self._sources[first] = self._sources.pop(name)
         for name, shape in shapes.items():
             if name not in self._sources:
                 raise ValueError(
@@ -79,6 +83,11 @@ class InitialWeights:
                     "the folder's model in the group model."
                 )
         self._check_left_over(shapes, aliases)
+
+    def whole(self, name: str) -> Tensor:
+        """Read a whole buffer, which may be a single number."""
+        stored = self._sources[name].names[0]
+        return self._file(self._files[stored]).get_tensor(stored)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read only some rows of a weight; for experts, a row is an expert.
@@ -100,6 +109,8 @@ class InitialWeights:
         folds = query_folds(model)
         for name, tensor in full_names(model).items():
             local_tensor(tensor).copy_(folded(self.rows(name, *local_rows(tensor)), folds.get(name, 1.0)))
+        for name, buffer in buffers_of(model).items():
+            buffer.copy_(self.whole(name))
 
     def zero_share(self, names: Iterable[str], rows_at_once: int = 1024) -> float:
         """Return the share of exact zeros in the named weights, read piece by piece."""
@@ -182,7 +193,9 @@ def initial_weights(model: Any, folder: str, by_path: bool = False) -> InitialWe
     names = {id(param): plain_name(name) for name, param in model.named_parameters()}
     spellings = {plain_name(name): names[id(param)] for name, param in model.named_parameters(remove_duplicate=False)}
     aliases = {name: first for name, first in spellings.items() if name != first}
-    weights.check({name: tuple(tensor.shape) for name, tensor in full_names(model).items()}, aliases)
+    weights.check(
+        {name: tuple(tensor.shape) for name, tensor in {**full_names(model), **buffers_of(model)}.items()}, aliases
+    )
     return weights
 
 

@@ -15,7 +15,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None:
-    """Check that `init_from` or `branch_from` fits the run and that there is a tokenizer; read only configs and headers.
+    """Check that `init_from` or `branch_from` fits the run, that there is a tokenizer, and that documents can be kept apart.
+
+    Only configs and headers are read.
 
     A run that has already started is not checked: its weights come from its checkpoints.
 
@@ -29,6 +31,12 @@ def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None
     """
     if not config.overwrite and (plan.run_dir / "config.yaml").exists():
         return
+    if plan.model.path is not None and config.data.attention == "document":
+        # The import loads torch; a launch of one of our LLaMAs saves that time.
+        from train.model.build import transformers_config
+        from train.model.documents import check_keeps_documents_apart
+
+        check_keeps_documents_apart(transformers_config(plan.model))
     if config.branch_from is not None:
         if run_folder(config).resolve() == plan.run_dir.resolve():
             raise ValueError(f"branch_from={config.branch_from} is this run's own folder: give another run_name.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from conf.schema import ModelConfig
-from train.plan.architecture import check_plain, read_config
+from train.plan.config_json import check_plain, read_config
 from train.plan.folders import CONFIG, model_folder
 
 ADAPTER = "adapter_config.json"
@@ -37,6 +37,7 @@ class Difference:
 
     @property
     def words(self) -> str:
+        """The difference as part of an error message."""
         return f"{self.field} is {_yaml(self.theirs)} in the folder and {_yaml(self.ours)} in the config"
 
     def override(self, by_path: bool = False) -> str | None:

@@ -1,7 +1,8 @@
 """The mapping from stored weights to a model's weights, by transformers' own conversions between files and models.
 
 The experts of a mixture of experts are one parameter [expert, out, in] in the model, but one or two tensors for each
-expert in its files. Other stored names may be old spellings, or may lack the model's prefix.
+expert in its files. Other stored names may be old spellings, or may lack the model's prefix. Persistent buffers, such as
+the bias of a router that balances its experts, are stored like weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from sparsity.prunable import plain_name
+from train.checkpoints.write import buffers_of
+
+STACKS = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+"""The conversions that stack experts along dim 0, after concatenating the parts of each along its rows."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Source:
 
     @property
     def names(self) -> list[str]:
+        """The names of all stored tensors that make the weight."""
         return [self.name] if self.name is not None else [name for parts in self.experts for name in parts]
 
 
@@ -43,7 +51,7 @@ def sources(model: Any, stored: Iterable[str]) -> dict[str, Source]:
     transforms = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    own = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)} | set(buffers_of(model))
     prefix = f"{model.base_model_prefix}."
     found: dict[str, Source] = {}
     stacked: dict[str, tuple[Any, dict[tuple[int, int], str]]] = {}
@@ -68,13 +76,22 @@ def sources(model: Any, stored: Iterable[str]) -> dict[str, Source]:
 def stored_form(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Return a weight of the model in the form in which files store it: experts one by one, as every reader expects.
 
+    A weight that transformers itself would join with others, or split, keeps its name and shape in the model, which
+    transformers reads too: it cannot be joined here, where weights are written one at a time.
+
     Args:
         model: The model, for its architecture.
         name: The weight's name in the model.
         tensor: The whole weight, on any device.
     """
-    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
+    for converter in get_model_conversion_mapping(model, add_legacy=False):
+        if isinstance(converter, WeightConverter) and _kinds(converter) not in STACKS:
+            _, pattern = converter.reverse_transform().rename_source_key(name)
+            if pattern is not None:
+                return {name: tensor}
     return dict(revert_weight_conversion(model, {name: tensor}))
 
 
@@ -100,12 +117,15 @@ def _expert_of(name: str) -> int:
     return int(found[1]) if found else 0
 
 
+def _kinds(converter: Any) -> list[tuple[str, Any]]:
+    return [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+
+
 def _stacked(target: str, converter: Any, parts: Mapping[tuple[int, int], str]) -> Source:
     """Return the source of experts stacked along dim 0, whose parts are concatenated along dim 1."""
-    kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
     num_experts, num_parts = 1 + max(expert for expert, _ in parts), len(converter.source_patterns)
     whole = {(expert, part) for expert in range(num_experts) for part in range(num_parts)} == set(parts)
-    if kinds not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]) or not whole:
+    if _kinds(converter) not in STACKS or not whole:
         raise ValueError(
             f"{target} is combined from stored weights in a way that is not supported, or some of them are missing: load "
             "the folder with transformers and write it again by save_pretrained(..., save_original_format=False)."

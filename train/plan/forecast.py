@@ -19,7 +19,7 @@ from train.plan.compute import (
 from train.plan.disk import checkpoint_bytes, export_bytes
 from train.plan.gathering import run_setting
 from train.plan.memory import GpuMemory, HostMemory, Setting, gpu_memory, host_memory, largest_micro_batch, parse_bytes
-from train.plan.run import RunPlan
+from train.plan.run import RunPlan, decay_start, warmup_length
 from train.plan.series import table_row
 
 
@@ -37,11 +37,22 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
     flops = run_flops(plan, row["avg_linear_params"])
     days = training_days(flops.dense, plan.world_size, peak_of(request), request.mfu)
     twin = plan.twin
+    own_steps = plan.num_steps - (plan.past.step if plan.past else 0)
     return {
         **row,
         "run_dir": str(plan.run_dir),
         "choices": choice_words(config, prunes=plan.schedule is not None),
-        "schedule": _schedule(config, plan),
+        "schedule": {**_schedule(config, plan), "learning_rate": _rate(config, plan)},
+        "branch": None
+        if plan.past is None
+        else {
+            "from": config.branch_from,
+            "step": plan.past.step,
+            "density": plan.past.density,
+            "steps": own_steps,
+            "tokens": own_steps * plan.batch_tokens,
+            "training_flops_dense": flops.dense * own_steps / plan.num_steps,
+        },
         "twin": None
         if twin is None
         else {
@@ -67,7 +78,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "device": None if request.peak_tflops else request.device,
             "peak_tflops": peak_of(request),
             "seconds_per_step": days * 86_400 / plan.num_steps,
-            "days": days,
+            "days": days * own_steps / plan.num_steps,
         },
         "memory": {
             **_memory(gpu_memory(plan.model, num_prunable, setting)),
@@ -116,6 +127,15 @@ def _schedule(config: Config, plan: RunPlan) -> dict[str, Any]:
         "compute_share_at_start": schedule.start_step / schedule.dense_equivalent_steps(plan.num_steps),
         "compute_share_at_end": schedule.dense_equivalent_steps(max(1, schedule.end_step))
         / schedule.dense_equivalent_steps(plan.num_steps),
+    }
+
+
+def _rate(config: Config, plan: RunPlan) -> dict[str, Any]:
+    trainer = config.trainer
+    return {
+        "kind": trainer.lr_scheduler_type,
+        "warmup_steps": warmup_length(trainer, plan.num_steps),
+        "decay_start_step": decay_start(trainer, plan.num_steps),
     }
 
 

@@ -63,6 +63,7 @@ class Setting:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens of a micro-batch."""
         return self.micro_batch_size * self.sequence_length
 
 
@@ -87,6 +88,7 @@ class GpuMemory:
 
     @property
     def peak_phase(self) -> str:
+        """The phase of a step with the highest sum of held and transient bytes."""
         return max(self.transients, key=lambda phase: self.transients[phase] + self.held[phase])
 
     @property
@@ -96,6 +98,7 @@ class GpuMemory:
 
     @property
     def peak(self) -> int:
+        """The bytes in use at the highest point of a step."""
         state = self.weights + self.moments + self.masks
         return state + self.held[self.peak_phase] + self.transients[self.peak_phase]
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import Config, ModelConfig
+from conf.schema.trainer import TrainerConfig
 from sparsity.choices import Choices
+from sparsity.mixed import Mixed
 from sparsity.pattern import Blocks, Pattern, parse_pattern
-from sparsity.schedule import SCHEDULES, Mixed, Ramp
+from sparsity.schedule import SCHEDULES, Ramp
 from sparsity.scope import SCOPES, Pool, Scope, seen_together, target_shares
 from sparsity.score import SCORES, Score
 from sparsity.update import Update
 from sparsity.window import compute_window, schedule_of_window
 from train.plan.architecture import default_length, describe, resolved
-from train.plan.branch import planned_steps
+from train.plan.branch import Past, planned_steps
 from train.plan.counts import ParameterCounts, count_parameters
 from train.plan.names import planned_pools, prunable_shapes, pruned_groups
 from train.plan.twin import DenseTwin, dense_twin
@@ -53,6 +56,8 @@ class RunPlan:
     """The final sparsity of all prunable weights together. A twin has that of its sparse run, a dense run None."""
     twin: DenseTwin | None = None
     """The dense twin and its difference from the size it should have; None if model.match is null."""
+    past: Past | None = None
+    """The steps of another run from which this one branches, if they are known."""
 
     @property
     def architecture(self) -> str:
@@ -61,16 +66,25 @@ class RunPlan:
 
     @property
     def batch_tokens(self) -> int:
+        """The number of tokens of a step, over all processes."""
         return self.batch_size * self.sequence_length
 
     @property
     def total_tokens(self) -> int:
+        """The number of tokens that the run trains on."""
         return self.num_steps * self.batch_tokens
 
     @property
     def average_density(self) -> float:
-        """The mean density of the prunable weights over the run's steps."""
+        """The mean density of the prunable weights over the run's steps, with those before a branch."""
+        if self.past is not None:
+            return self.past.average_density(self.density_at, self.num_steps)
         return self.schedule.average_density(self.num_steps) if self.schedule else 1.0
+
+    def density_at(self, step: int) -> float:
+        """Return the density of the prunable weights while a step runs; weights pruned before a branch stay pruned."""
+        density = self.schedule.density(step) if self.schedule else 1.0
+        return density if self.past is None or self.update.lets_return else min(density, self.past.density)
 
     @property
     def extra_linear(self) -> float:
@@ -91,16 +105,20 @@ class RunPlan:
 
     @property
     def num_prunable(self) -> int:
+        """The number of prunable weights."""
+        if self.past is not None and not self.pools:
+            return self.past.num_prunable
         return sum(pool.numel for pool in self.pools)
 
     @property
     def num_pruned(self) -> int:
         """The number of weights that are pruned at the end."""
+        inherited = 0 if self.past is None or self.update.lets_return else self.past.num_pruned
         if self.schedule is None:
-            return 0
+            return inherited
         base = self.schedule.base
         counts = self.scope.counts(self.pools, base, base.end_step)
-        return sum(counts if self.pattern is None else map(self.pattern.whole, counts))
+        return max(inherited, sum(counts if self.pattern is None else map(self.pattern.whole, counts)))
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
@@ -124,6 +142,8 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     batch_size, micro, accumulation = _split_batch(config, world_size)
     _check_shards(model, config, world_size)
     schedule, num_steps = _schedule_and_steps(config, pools, batch_size * sequence_length)
+    _check_decay(config, num_steps)
+    _check_keep_steps(config, num_steps)
     target_sparsity = schedule.sparsity if schedule else None
     twin = None
     if model.match == "average":
@@ -221,13 +241,60 @@ def decay_length(decay_steps: float, num_steps: int) -> int:
     return round(decay_steps * num_steps) if decay_steps < 1 else round(decay_steps)
 
 
+def warmup_length(trainer: TrainerConfig, num_steps: int) -> int:
+    """Return the number of steps that optim.warmup_steps stands for, as transformers computes it."""
+    steps = trainer.warmup_steps
+    return math.ceil(steps * num_steps) if steps < 1 else int(steps)
+
+
+def decay_start(trainer: TrainerConfig, num_steps: int) -> int | None:
+    """Return the step before which the decay of optim=wsd begins; None if the run has no such decay.
+
+    Raises:
+        ValueError: The decay is longer than the run.
+    """
+    decay = trainer.lr_scheduler_kwargs.get("num_decay_steps") if trainer.decay_steps is None else trainer.decay_steps
+    length = decay_length(decay or 0, num_steps)
+    if length > num_steps:
+        raise ValueError(
+            f"{decay_words(trainer)} is longer than the run of {num_steps} steps: give fewer steps, or a share below 1."
+        )
+    return num_steps - length if length else None
+
+
+def decay_words(trainer: TrainerConfig) -> str:
+    """Return the setting that gives the decay its length, with its value."""
+    if trainer.decay_steps is None:
+        return f"optim.lr_scheduler_kwargs.num_decay_steps={trainer.lr_scheduler_kwargs.get('num_decay_steps')}"
+    return f"optim.decay_steps={trainer.decay_steps:g}"
+
+
+def _check_decay(config: Config, num_steps: int) -> None:
+    """Refuse a warm-up and a decay that overlap: the rate would never reach its peak."""
+    begin, warmup = decay_start(config.trainer, num_steps), warmup_length(config.trainer, num_steps)
+    if begin is not None and warmup > begin:
+        raise ValueError(
+            f"optim.warmup_steps={config.trainer.warmup_steps:g} ends at step {warmup}, after the decay of "
+            f"{decay_words(config.trainer)} begins at step {begin} of {num_steps}: shorten one of them, or train longer."
+        )
+
+
 def _check_window_and_decay(config: Config, schedule: Ramp, num_steps: int) -> None:
     """Refuse to prune while the learning rate decays: the model would have no time to recover."""
-    decay = config.trainer.decay_steps
-    if decay and schedule.end_step > (begin := num_steps - decay_length(decay, num_steps)):
+    begin = decay_start(config.trainer, num_steps)
+    if begin is not None and schedule.end_step > begin:
         raise ValueError(
-            f"The prune window ends at step {schedule.end_step}, after the decay of optim.decay_steps={decay:g} begins at "
+            f"The prune window ends at step {schedule.end_step}, after the decay of {decay_words(config.trainer)} begins at "
             f"step {begin}: end the window earlier (sparsity.window.end), or decay later."
+        )
+
+
+def _check_keep_steps(config: Config, num_steps: int) -> None:
+    """Refuse to keep checkpoints of steps that the run does not have."""
+    if late := [step for step in config.trainer.keep_steps if step > num_steps]:
+        raise ValueError(
+            f"trainer.keep_steps has {late[0]}, but the run has only {num_steps} steps, so there would be no such checkpoint: "
+            "give earlier steps, or train longer."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from conf.schema import Config
 from sparsity.common.text import count_text, half_up, percent_text, power_text
-from sparsity.schedule import Staircase
+from sparsity.staircase import Staircase
 from train.plan.run import RunPlan
 
 COLUMNS = (

@@ -77,6 +77,8 @@ def run_text(plan: dict[str, Any]) -> str:
     ]
     if plan["choices"]:
         sections.insert(1, _section("Choices", [("", words) for words in plan["choices"]]))
+    if plan["branch"]:
+        sections.insert(1, _section("Branch", _branch(plan["branch"])))
     if plan["twin"]:
         sections.insert(1, _section("Dense twin", _twin(plan["twin"])))
     return "\n\n".join(sections)
@@ -96,6 +98,15 @@ def align(rows: Sequence[tuple[str, ...]], gap: int = 2) -> list[str]:
     ]
 
 
+def _branch(branch: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("from", f"{branch['from']} at step {branch['step']:,}, density {half_up(branch['density'], 4)}"),
+        ("own steps", f"{branch['steps']:,}, {count_text(branch['tokens'])} tokens"),
+        ("FLOPs of these", f"{power_text(_round(branch['training_flops_dense']))} dense"),
+        ("", "table, schedule and FLOPs below are those of the whole run"),
+    ]
+
+
 def _twin(twin: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("width", f"{twin['hidden_size']}, MLP {twin['intermediate_size']}"),
@@ -108,7 +119,8 @@ def _schedule(plan: dict[str, Any]) -> list[tuple[str, str]]:
     schedule = plan["schedule"]
     lines = [("steps", f"{schedule['steps']:,}")]
     if schedule["prune_start_step"] is None:
-        lines.append(("pruning", "none, the run stays dense"))
+        is_sparse = plan["branch"] and plan["branch"]["density"] < 1
+        lines.append(("pruning", f"none, {'pruned weights stay pruned' if is_sparse else 'the run stays dense'}"))
     else:
         start, end = 100 * schedule["compute_share_at_start"], 100 * schedule["compute_share_at_end"]
         lines += [
@@ -118,6 +130,9 @@ def _schedule(plan: dict[str, Any]) -> list[tuple[str, str]]:
             ("", _method(schedule)),
             *(("", f"{' '.join(group['include'])} to {group['target']:g}") for group in schedule["groups"]),
         ]
+    rate = schedule["learning_rate"]
+    decay = "" if rate["decay_start_step"] is None else f", decay from step {rate['decay_start_step']:,}"
+    lines.append(("learning rate", f"{rate['kind']}, warm-up to step {rate['warmup_steps']:,}{decay}"))
     lines.append(("compute", f"{plan['dense_equivalent_steps']:,.1f} dense-equivalent steps"))
     return lines
 
@@ -160,11 +175,12 @@ def _batch(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _compute(plan: dict[str, Any]) -> list[tuple[str, str]]:
     compute = plan["compute"]
+    of_own = f" for the {plan['branch']['steps']:,} steps after the branch" if plan["branch"] else ""
     return [
         ("training FLOPs", f"{power_text(_round(compute['training_flops_dense']))} dense"),
         ("", f"= {compute['formula']}"),
         ("", f"{power_text(_round(compute['training_flops_average']))} by average density"),
-        ("time", f"{compute['days']:.3g} days, {compute['seconds_per_step']:.3g} s a step"),
+        ("time", f"{compute['days']:.3g} days{of_own}, {compute['seconds_per_step']:.3g} s a step"),
         ("", f"at mfu={compute['mfu']:g}, assumed, of {_peak(compute)}"),
         ("", "GPUs compute masked weights too, so the time follows the dense FLOPs"),
     ]  # fmt: skip

@@ -35,6 +35,7 @@ class DenseTwin:
 
     @property
     def relative_error(self) -> float:
+        """The difference from N-bar as a share of it."""
         return self.linear_params / self.target_linear_params - 1
 
 

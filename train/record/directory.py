@@ -82,6 +82,9 @@ class RunDirectory:
                     f"{self.path} holds an unfinished run, but resume=never: set overwrite=true to start it over, or "
                     "resume=auto to resume it."
                 )
+        elif self.branch.exists():
+            # The start of a branch was interrupted before its files were complete.
+            self._empty()
         elif any(entry.name != ".lock" and entry.suffix != ".partial" for entry in self.path.iterdir()):
             raise ValueError(
                 f"{self.path} holds files that do not belong to a run: use another run_name, or set overwrite=true."

@@ -53,6 +53,7 @@ class Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Start the clock, and take over the layers' densities from the last record before this step."""
         self._last = (state.global_step, time.monotonic())
         self.clock.start()
         for record in self._earlier:
@@ -78,6 +79,7 @@ class Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Write a record of a log that holds a training loss or held-out figures."""
         figures = {name: value for name, value in (logs or {}).items() if not name.startswith("train_")}
         if "loss" in figures or any(name.startswith("eval_") for name in figures):
             self.write(self._record(state.global_step, figures))
@@ -134,6 +136,7 @@ class Recorder(TrainerCallback):
             self.wandb_run.finish(exit_code=1)
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Close the records of a finished run and store its summary in wandb."""
         self._flush()
         self._file.close()
         if self.wandb_run is not None:
@@ -186,6 +189,7 @@ class ProgressBar(ProgressCallback):
         self.sparsity = sparsity
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Open the bar; elsewhere than on a terminal, draw it every 15 seconds at most."""
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description("training")
@@ -195,6 +199,7 @@ class ProgressBar(ProgressCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
+        """Show the loss and the density at the bar's end."""
         if self.training_bar is not None and "loss" in (logs or {}):
             density = self.sparsity.density if self.sparsity else 1.0
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", density=f"{density:.3f}", refresh=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.common.files import write_atomically
+from sparsity.common.programs import run_program
 from train.distributed import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,15 +101,7 @@ def code_version(root: Path) -> dict[str, Any]:
 def git(root: Path, *words: str) -> str | None:
     """Return the output of a git command in `root`; None if it fails."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words],
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=30,
-            check=False,
-        )
+        done = run_program(["git", "-C", str(root), *words], timeout_s=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -14,8 +14,9 @@ import torch
 
 from conf.schema import Config
 from sparsity.common.text import count_text, half_up
+from sparsity.mixed import Mixed
 from sparsity.registry import name_of
-from sparsity.schedule import Mixed, Ramp
+from sparsity.schedule import Ramp
 from train.data import PreparedData
 from train.plan.choices import choice_words
 from train.plan.run import RunPlan
@@ -45,6 +46,9 @@ def opening_words(
         *([f"  with {', '.join(choices)}"] if choices else []),
     ]
     if plan.schedule is None:
+        if plan.past is not None and plan.past.num_pruned:
+            kept = f"{100 * (1 - plan.past.density):.4g} %, which were pruned before the branch, stay pruned"
+            return "\n".join([*lines, f"  {kept}; average density {half_up(plan.average_density, 4)}"])
         return "\n".join([*lines, "  dense: nothing is pruned"])
     schedule = plan.schedule
     return "\n".join(

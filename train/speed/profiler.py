@@ -43,18 +43,21 @@ class StepProfiler(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Start the profile before the first step that is asked for."""
         step = state.global_step + 1
         if self._profile is None and self.first <= step <= self.last:
             self._begun = step
             self._profile = start_profile()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the profile after the last step that is asked for."""
         if state.global_step >= self.last:
             self._write(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Write the profile of a run that ends before the last step."""
         self._write(state.global_step)
 
     def _write(self, step: int) -> None:

@@ -50,6 +50,7 @@ class Problem:
 
     @classmethod
     def of(cls, params: Array, tokens: Array, loss: Array, form: Form) -> Problem:
+        """Return the problem of points N, D and L, with features of mean 0 and deviation 1."""
         logs = np.log(np.stack([params, tokens] if form == "nd" else [params], axis=-1))
         scale = logs.std(0)
         scale = np.where(scale > 0, scale, 1.0)
@@ -57,6 +58,7 @@ class Problem:
 
     @property
     def has_floor(self) -> bool:
+        """Whether the form has an irreducible loss as its constant term."""
         return self.form != "power"
 
 

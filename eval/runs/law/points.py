@@ -47,6 +47,7 @@ class Points:
     loss_name: str
 
     def column(self, name: str) -> Array:
+        """Return one attribute of every point, [points]."""
         return np.array([getattr(point, name) for point in self.points], dtype=float)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,10 +157,19 @@ def row(number: int, run: Run) -> dict[str, Any]:
         "is_sparse": run.is_sparse,
         "is_finished": run.is_finished,
         "state": run.state,
-        "choices": ", ".join(map(str, choices)) if isinstance(choices := run.figures.get("choices"), list) else "",
+        "choices": ", ".join(choices_of(run)),
         "cells": [line[column] for column in COLUMNS if column != "model"],
         "sample": run.sample,
     }
+
+
+def choices_of(run: Run) -> list[str]:
+    """Return the choices that a run states, and where it branched from another run."""
+    choices, branch = run.figures.get("choices"), run.figures.get("branch")
+    words = list(map(str, choices)) if isinstance(choices, list) else []
+    if isinstance(branch, Mapping):
+        words.insert(0, f"branched from {branch.get('run')} at step {branch.get('step')}")
+    return words
 
 
 def counted(runs: Sequence[Run]) -> str:

@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.runs.trials import Spread, Trial, differing, key_of
-
-TWIN = "model.match"
+from eval.runs.trials import MATCH, Spread, Trial, differing, effective, key_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Comparison:
 
     @property
     def curve_gap(self) -> float | None:
+        """The mean loss minus that of the dense curve at the same size; None without a curve."""
         return None if self.curve_loss is None else self.loss.mean - self.curve_loss
 
 
@@ -63,7 +62,7 @@ def compare(runs: Sequence[Trial]) -> list[Comparison]:
     names = differing([group[0].settings for group in sparse])
     found = []
     for group in sparse:
-        twins = groups.get(key_of({**group[0].settings, TWIN: "average"}), [])
+        twins = groups.get(key_of(effective({**group[0].settings, MATCH: "average"}, is_sparse=False)), [])
         found.append(_comparison(group, twins, _rivals(group[0], runs), names))
     return sorted(found, key=lambda comparison: -comparison.avg_linear_params)
 

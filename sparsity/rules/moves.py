@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sparsity.mask import count_mask
 from sparsity.score import Magnitude, Score
 from sparsity.select import prune_smallest_
 from sparsity.shards import ParameterShard, RankLayout
@@ -42,7 +43,7 @@ def move_(
     if not num_moved:
         return
     numel = sum(shard.full_numel for shard in shards)
-    kept = layout.sum_ints([sum(int(shard.mask.sum()) for shard in shards)], shards[0].mask.device)[0]
+    kept = int(layout.sum_counts(count_mask(shards)).sum())
     prune_smallest_(shards, numel - kept + num_moved, score=drop_by, layout=layout)
     # Select in reverse: the candidates are the pruned weights, and those that selection keeps are the ones that grow.
     candidates = [replace(shard, values=_growth_values(shard, gradients), mask=~shard.mask) for shard in shards]

@@ -62,6 +62,7 @@ def _sum_of_squares(shard: ParameterShard, score: Score, exponent: int) -> Tenso
     for part in chunks(shard.values.numel(), shard.values.device):
         keys = score(shard, part)
         values = torch.where(keys < 0x7F800000, keys, 0).view(torch.float32).double()
-        squares = torch.ldexp(values, torch.tensor(BITS - exponent, device=values.device)).round().long().square()
+        # torch.ldexp takes a tensor, and the host would wait while it is copied to a GPU.
+        squares = (values * math.ldexp(1.0, BITS - exponent)).round().long().square()
         sums += torch.stack([(squares >> BITS).sum(), (squares & (HALF - 1)).sum()])
     return sums

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from sparsity.prunable import plain_name
+from sparsity.layers import linear_layers
 
 FRACTION_BITS = 40
 """A sequence's sum of squares is rounded to a multiple of 2^-40; 2^22 sequences fit in int64."""
@@ -60,17 +60,6 @@ def calibration_of(loader: Any, num_sequences: int) -> Calibration:
     return Calibration(num_sequences, lambda index: collate([data[(2 * index + 1) * length // (2 * num_sequences)]]))
 
 
-def check_inputs(model: nn.Module, parameters: Mapping[str, Tensor], score: str) -> None:
-    """Raise a ValueError if a parameter is not the weight of an nn.Linear, whose inputs can be seen."""
-    linear = _linear_layers(model)
-    for name in parameters:
-        if name not in linear:
-            raise ValueError(
-                f"score={score} needs the inputs of each layer, and {name} is not the weight of an nn.Linear, which shows "
-                "them: name it in requires_dense, or take score=magnitude."
-            )
-
-
 @torch.no_grad()
 def input_norms(
     model: nn.Module, parameters: Mapping[str, Tensor], calibration: Calibration, device: torch.device
@@ -108,13 +97,10 @@ def input_norms(
     # One copy to the host for all layers.
     for name, (num_tokens, num_bad) in zip(sums, torch.stack([part[:2] for part in parts]).tolist(), strict=True):
         if not num_tokens or num_bad:
-            saw = (
-                "an input that is not finite"
-                if num_bad
-                else "no input, because no token reaches its layer or nothing calls it"
-            )
+            saw = "an input that is not finite" if num_bad else "no input"
+            why = "" if num_bad else ", because no token reaches its layer or nothing calls it"
             raise ValueError(
-                f"{name} saw {saw} on the calibration text: name it in requires_dense, or take score=magnitude."
+                f"{name} saw {saw} on the calibration text{why}: name it in requires_dense, or take score=magnitude."
             )
     return {name: _norms(part[2:].view(2, -1)) for name, part in zip(sums, parts, strict=True)}
 
@@ -153,19 +139,10 @@ class _Sums:
         return torch.cat([self._counts, self._squares.view(-1)])
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers by the names of their weights."""
-    return {
-        plain_name(f"{path}.weight" if path else "weight"): module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-
-
 @contextmanager
 def _watching(model: nn.Module, sums: Mapping[str, _Sums]) -> Iterator[None]:
     """Add each call's inputs of the layers in `sums`."""
-    layers = _linear_layers(model)
+    layers = linear_layers(model)
 
     def see(own: _Sums, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         own.add(args[0] if args else kwargs["input"])

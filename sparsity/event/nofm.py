@@ -1,4 +1,7 @@
-"""One prune event on one pool: the weights with the smallest keys are pruned, within the pattern if there is one, or by row."""
+"""N:M patterns: only the M - N smallest weights of each block of M consecutive weights may be pruned.
+
+A block is always on one rank, because FSDP2 shards whole rows.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +10,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsity.blocks import prune_blocks_
-from sparsity.pattern import Blocks, NofM, Pattern
-from sparsity.rows import prune_rows_
-from sparsity.score import Given, Score, magnitude
+from sparsity.pattern import NofM
+from sparsity.score import Given, Score
 from sparsity.select import Threshold, prune_smallest_
 from sparsity.shards import ParameterShard, RankLayout, chunks
 
 
 @torch.no_grad()
-def prune_pool_(
+def prune_nofm_(
     shards: Sequence[ParameterShard],
     num_pruned: int,
     *,
-    pattern: Pattern | None = None,
-    by_row: bool = False,
-    score: Score = magnitude,
+    pattern: NofM,
+    score: Score,
     layout: RankLayout | None = None,
-) -> int | None:
-    """Set the masks so that exactly `num_pruned` weights of all shards are pruned; see `prune_smallest_`.
+) -> Threshold | None:
+    """Set the masks so that exactly `num_pruned` weights of all shards are pruned, the smallest of the `candidates`.
 
-    With an N:M pattern, only the M - N smallest weights of each block are candidates; of equal weights, those with the lower
-    index. No block ever loses more weights than these, and the pattern is complete when all candidates are pruned. A block is
-    M consecutive weights of a row. It is always on one rank, because FSDP2 shards whole rows. During the call, memory holds
-    the candidates twice.
+    No block ever loses more weights than its candidates, and the pattern is complete when all candidates are pruned. During
+    the call, memory holds the candidates twice.
 
     Collective: over the shard group.
 
     Args:
         shards: This rank's shards of the parameters in the pool.
         num_pruned: The number of weights of the full parameters that are pruned afterwards.
-        pattern: N:M or blocks; None if weights may be pruned anywhere.
-        by_row: Whether to prune the same number of weights in each row, see `sparsity.rows`.
+        pattern: The pattern.
         score: The score that ranks weights.
         layout: The ranks that hold the other shards; None if this rank holds all of them.
 
-    Returns:
-        The largest key that is pruned, or None if nothing is to be pruned.
-
     Raises:
-        ValueError: `num_pruned` is more than the pattern allows, or more than the pool has.
+        ValueError: `num_pruned` is more than the pattern allows.
     """
-    if by_row:
-        return prune_rows_(shards, num_pruned, score=score, layout=layout)
-    if isinstance(pattern, Blocks):
-        return _key(prune_blocks_(shards, num_pruned, pattern=pattern, score=score, layout=layout))
-    if pattern is None:
-        return _key(prune_smallest_(shards, num_pruned, score=score, layout=layout))
     most = sum(pattern.num_candidates(shard.full_numel) for shard in shards)
     if num_pruned > most:
         raise ValueError(f"pattern={pattern} lets {most:,} weights go, not {num_pruned:,}: prune less.")
@@ -74,11 +62,7 @@ def prune_pool_(
     threshold = prune_smallest_(compact, num_pruned, score=score if score.is_placeless else Given(), layout=layout)
     for shard, chosen, few in zip(shards, allowed, compact, strict=True):
         shard.mask.masked_scatter_(chosen, few.mask)
-    return _key(threshold)
-
-
-def _key(threshold: Threshold | None) -> int | None:
-    return None if threshold is None else threshold.key
+    return threshold
 
 
 def candidates(shard: ParameterShard, pattern: NofM, score: Score) -> Tensor:
