@@ -14,19 +14,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from conf.compose import composed
 from conf.schema import ModelConfig, SparsityConfig
+from eval.model.zeros import count_zeros
+from sparsity import Geometric, SparsityCallback
+from sparsity.compact.folder import compact_folder
 from tests.architectures import CONFIGS, by_path, folder_of
 from tests.distributed import run_ranks
 from tests.ranks_of_a_run import FSDP2
-from train.distributed import join_world
+from train.distributed import World, join_world
 from train.model.build import build_model, build_skeleton
-from train.model.export import full_names, full_tensor
-from train.model.initial import initial_weights
+from train.model.export import export_model, full_names, full_tensor
+from train.model.initial import initial_weights, load_initial_weights
 from train.model.initial_check import check_tokenizer_of_path
 from train.model.stored import stored_form
-from train.model.weights import draw_weights, shard_and_allocate
+from train.model.weights import allocate, draw_weights, shard_and_allocate
 from train.plan.architecture import describe, resolved
 from train.plan.config_json import hf_config
 from train.plan.counts import count_parameters, flops_per_token
+from train.plan.memory import host_memory
 from train.plan.names import dense_words, prunable_shapes
 from train.plan.run import plan_run
 from train.plan.twin import dense_twin
@@ -245,6 +249,43 @@ def test_a_twin_of_an_unknown_architecture_is_refused_with_those_that_have_one(t
     )
     with pytest.raises(ValueError, match=r"not defined for model_type=gpt_neox.*gpt2.*qwen3"):
         dense_twin(resolved(by_path(tmp_path)), 0.5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_rank_draws_no_more_at_once_than_the_plan_says(folders, name, monkeypatch):
+    model = resolved(by_path(folders[name]))
+    taken = []
+    monkeypatch.setattr(
+        "train.model.weights._materialise", lambda unit, recurse, scratch: taken.append(len(scratch)) or 1 / 0
+    )
+    built = build_skeleton(model)
+    allocate(built, torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError):
+        draw_weights(built, build_skeleton(model), 0)
+    planned = host_memory(model, 2, "float32", "5GB").layer
+    # Each parameter begins at a cache line of 64 bytes.
+    assert planned <= taken[0] < planned + 64 * 20
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_half_of_the_weights_stay_zero_in_the_exported_and_the_compact_folder(folders, tmp_path, name):
+    model = build_skeleton(resolved(by_path(folders[name])))
+    allocate(model, torch.device("cpu"))
+    load_initial_weights(model, str(folders[name]))
+    callback = SparsityCallback(Geometric(0.5, 0, 0, 1))
+    callback.bind(model)
+    callback.pruner.prune(0.5)
+    zeros = count_zeros(model)
+    assert (zeros.num_weights, zeros.num_zeros) == (callback.num_prunable, round(0.5 * callback.num_prunable))
+    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    world = World(0, 1, torch.device("cpu"))
+    export_model(model, tokenizer, tmp_path / "plain", dtype="float32", max_shard_size="20KB", world=world)
+    compact_folder(tmp_path / "plain", tmp_path / "compact")
+    tokens = torch.arange(48)[None]
+    for folder in ("plain", "compact"):
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+        assert count_zeros(found) == zeros
+        assert torch.equal(found(tokens).logits, model.eval()(tokens).logits)
 
 
 def sharded(path: str) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -50,6 +50,8 @@ class Description:
     linear: int
     linear_per_block: int
     """The linear weights of the largest block."""
+    largest_unit: int
+    """The parameters of the largest block, or of the largest parameter outside the blocks if that is larger."""
     active_share: float
     """The share of the linear weights that one token uses; it uses only the experts to which it is routed."""
     attention_width: int
@@ -174,6 +176,9 @@ def _describe(path: str, overrides: str) -> Description:
     linear = {name: weight.numel() for name, weight in own_linear_weights(model).items()}
     blocks = [name for name, module in model.named_modules() if type(module).__name__ in block_names(model)]
     per_block = [sum(size for name, size in linear.items() if name.startswith(f"{block}.")) for block in blocks]
+    sizes = {name: param.numel() for name, param in parameters.items()}
+    outside = [size for name, size in sizes.items() if not name.startswith(tuple(f"{block}." for block in blocks))]
+    units = [sum(size for name, size in sizes.items() if name.startswith(f"{block}.")) for block in blocks]
     experts, chosen = _experts(config)
     idle = sum(linear[name] for name in linear if parameters[name].dim() == 3) * (1 - chosen / experts)
     heads = largest(config, "num_attention_heads") or 0
@@ -186,15 +191,28 @@ def _describe(path: str, overrides: str) -> Description:
         total=sum(param.numel() for param in parameters.values()),
         linear=total,
         linear_per_block=max(per_block, default=total),
+        largest_unit=max([*units, *outside]),
         active_share=(total - idle) / total,
         attention_width=heads * head_dim,
     )
 
 
 def block_names(model: Any) -> set[str]:
-    """Return the class names of a model's blocks: those in `_no_split_modules` that some module of the model has."""
+    """Return the class names of a model's blocks: those in `_no_split_modules` that some module of the model has.
+
+    A model that names none has the members of its ModuleLists for blocks.
+    """
+    from torch.nn import ModuleList
+
     present = {type(module).__name__ for module in model.modules()}
-    return present & set(getattr(model, "_no_split_modules", None) or ())
+    named = present & set(getattr(model, "_no_split_modules", None) or ())
+    return named or {type(block).__name__ for block in _members(model, ModuleList)}
+
+
+def _members(module: Any, kind: type) -> Iterator[Any]:
+    """Yield the members of the outermost modules of a kind."""
+    for child in module.children():
+        yield from child.children() if isinstance(child, kind) else _members(child, kind)
 
 
 def _size(config: Any, name: str) -> int:

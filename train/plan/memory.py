@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from conf.schema import ModelConfig
+from train.plan.architecture import describe
 from train.plan.counts import count_parameters
 
 FLOAT32_BYTES = 4
@@ -129,10 +130,12 @@ def host_memory(model: ModelConfig, world_size: int, export_dtype: str, max_shar
         max_shard_size: The largest size of an exported file, such as 5GB.
     """
     counts = count_parameters(model)
-    block = counts.linear_per_layer + 2 * model.hidden_size
+    layer = max(counts.linear_per_layer + 2 * model.hidden_size, model.vocab_size * model.hidden_size)
+    if model.path is not None:
+        layer = describe(model).largest_unit
     exported = counts.total * (2 if export_dtype == "bfloat16" else FLOAT32_BYTES)
     return HostMemory(
-        layer=FLOAT32_BYTES * max(block, model.vocab_size * model.hidden_size),
+        layer=FLOAT32_BYTES * layer,
         shard=FLOAT32_BYTES * -(-counts.total // world_size),
         export=min(exported, parse_bytes(max_shard_size)),
     )
