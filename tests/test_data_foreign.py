@@ -243,3 +243,16 @@ def test_special_tokens_are_no_text_of_the_held_out_part(tmp_path):
     data = prepared(tmp_path / "saved", tmp_path / "tokenizer")
     assert data.heldout.num_documents == 12
     assert data.heldout.num_bytes == 12 * len("word")
+
+
+def test_rows_of_several_batches_keep_their_order_and_their_documents(tmp_path, tokenizer):
+    rows = [[1 + number % 250, *range(2, 2 + number % 5), 0] for number in range(2_300)]
+    data = prepared(write_saved(tmp_path, rows), tokenizer, heldout_share=0.1)
+    train = TokenStream(data.folder, "train")
+    # datasets writes batches of 1,000 rows, and the end of each is held out.
+    starts = train.document_starts(0, len(train))
+    documents = [part.tolist() for part in np.split(train[:], starts[1:])]
+    assert documents[:800] == rows[:800]
+    assert all(document in rows for document in documents[::50])
+    assert data.train.num_documents + data.heldout.num_documents == 2_300
+    assert data.train.num_tokens + data.heldout.num_tokens == sum(map(len, rows))

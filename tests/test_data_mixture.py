@@ -13,6 +13,7 @@ from conf.schema import DataConfig
 from conf.schema.data import SourceConfig
 from train.data import PreparedData, prepare
 from train.data.mixture import WINDOW, MixedOrder, mixture_blocks, window_counts
+from train.data.sources import sources_of
 
 LENGTH = 16
 
@@ -195,3 +196,14 @@ def test_tokens_that_are_not_cut_are_named(tmp_path, capsys):
         "data.max_document_tokens=8 does not cut the documents of t: tokens are read as they are"
         in capsys.readouterr().err
     )
+
+
+def test_a_source_without_a_field_of_its_own_reads_the_one_of_the_run(tmp_path):
+    lines = [json.dumps({"text": "wrong", "body": f"body {number}", "title": f"title {number}"}) for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    path = str(tmp_path / "a.jsonl")
+    data = DataConfig(
+        source="mixture", text_field="body", cache_dir=str(tmp_path),
+        sources=[SourceConfig(path=path), SourceConfig(path=path, field="title", name="t")],
+    )  # fmt: skip
+    assert [source.config.text_field for source in sources_of(data)] == ["body", "title"]

@@ -22,8 +22,8 @@ class SourceConfig:
     """The dataset's subset."""
     split: str = "train"
     """The dataset's split to read."""
-    field: str = "text"
-    """The field of a record that holds its text, like data.text_field."""
+    field: str | None = None
+    """The field of a record that holds its text; null takes data.text_field."""
     weight: float = 1.0
     """The source's share of the tokens, in any unit."""
     name: str | None = None

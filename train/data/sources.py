@@ -43,7 +43,7 @@ def config_of(source: SourceConfig, data: DataConfig) -> DataConfig:
         subset=source.subset,
         split=source.split,
         stream=data.stream and source.hub is not None,
-        text_field=source.field,
+        text_field=source.field or data.text_field,
         max_documents=source.max_documents,
         max_document_tokens=None if is_tokens else data.max_document_tokens,
         token_dtype=data.token_dtype if is_tokens else None,
