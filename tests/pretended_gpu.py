@@ -48,6 +48,9 @@ class OnGpu(Tensor):
     def is_cpu(self) -> bool:  # type: ignore[override]
         return False
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"OnGpu({self.held!r})"
+
     def cpu(self, *_: Any) -> Tensor:
         return self.to(CPU)
 
