@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,41 @@ def composed(config_name: str, overrides: Sequence[str]) -> Any:
             return checked(compose(config_name, overrides=prepared(config_name, overrides)))
     except (HydraException, OSError) as error:
         raise ValueError(composition_sentence(error, *schemas)) from error
+
+
+WANTED = {
+    "Float": "a number", "Integer": "a whole number", "bool": "true or false", "ListConfig": "a list, [a,b]",
+    "DictConfig": "a group of keys, {a:1,b:2}", "null": "a value, because it cannot be null",
+}  # fmt: skip
+"""What to give instead of a value that OmegaConf cannot convert, by a word of its message."""
+
+
+def choice_sentence(said: str) -> str | None:
+    """Return the sentence about an unknown choice of a group; None if Hydra's message `said` is about something else."""
+    found = re.search(r"Could not find '([\w/]+)/([^'/]+)' Available options in '[^']*': (.*)", said)
+    if found is None:
+        return None
+    group, value, options = found[1], found[2], found[3].split()
+    near = difflib.get_close_matches(value, options, n=1)
+    hint = f"did you mean {near[0]}? There are" if near else "choose one of"
+    return f"{group}={value} is not known: {hint} {', '.join(options)}."
+
+
+def type_sentence(said: str) -> str | None:
+    """Return the sentence about a value of the wrong type; None if Hydra's message `said` is about something else."""
+    if found := re.search(r"An item is already at '([\w.]+)'.*? prefix: '([^']*)'", said):
+        return f"{found[2]} has the wrong type: give {WANTED['DictConfig']}."
+    found = re.match(r"Error merging override \+*(\S+?=.*?) (Value |Invalid |Cannot merge|field )(.*)", said)
+    if found is None:
+        return None
+    ends = {
+        r"converted to (Float|Integer)": None, r"not a valid (bool)": None, r"not a (ListConfig)": None,
+        r"with (ListConfig)": None, r"subclass of \w+Config": "DictConfig", r"not Optional": "null",
+    }  # fmt: skip
+    for pattern, word in ends.items():
+        if match := re.search(pattern, found[3]):
+            return f"{found[1]} has the wrong type: give {WANTED[word or match[1]]}."
+    return None
 
 
 def prepared(config_name: str, arguments: Sequence[str], is_sweep: bool = False) -> list[str]:
@@ -76,6 +112,8 @@ def composition_sentence(error: Exception, *schemas: Any) -> str:
     lines = [line.strip() for part in (error, cause) for line in str(part).split("Config search path")[0].splitlines()]
     idle = ("See https", "full_key", "object_type", "reference_type", "To append")
     said = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(idle)))
+    if sentence := choice_sentence(said) or type_sentence(said):
+        return sentence
     path, key = re.search(r"Could not override '([\w.]+)'", said), re.search(r"Key '(\w+)' (?:is )?not in", said)
     if path is None and key is None:
         return said

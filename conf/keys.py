@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from conf.values import NAME_LISTS, TEXT_LISTS, kind_of, split_at_commas
 CONF = Path(__file__).parent
 CHOOSERS = ("experiment", "sweep")
 """Config groups without a key in the config: their files set keys of other groups."""
-
+NO_NAME = re.compile(r"true|false|[-+]?[\d.]+(e[-+]?\d+)?", re.IGNORECASE)
+"""Values that Hydra reads as something other than text."""
 MAX_CHOICES = 12
 """The most choices that an error message lists."""
 
@@ -28,6 +30,7 @@ def check_argument(argument: str, *schemas: Any) -> None:
     name = key.lstrip("+~")
     if name.replace("/", ".").split(".")[0] == "hydra" or "@" in name:
         return
+    check(bool(name), f"{argument} names no key: write key=value{_example(name)}.")
     kind = next((found for schema in schemas if (found := kind_of(name, schema)) is not None), None)
     if kind is None and name not in CHOOSERS:
         check(
@@ -44,7 +47,12 @@ def check_argument(argument: str, *schemas: Any) -> None:
     if equals and not is_empty and (kind in TEXT_LISTS or name in NAME_LISTS):
         inner = value.strip().removeprefix("[").removesuffix("]")
         is_empty = bool(inner.strip()) and not all(piece.strip() for piece in split_at_commas(inner))
-    check(value.strip() != "null" or not is_dataclass(kind), missing_value(name))
+    is_group = is_dataclass(kind) or name in CHOOSERS
+    check(value.strip() != "null" or not is_group, missing_value(name))
+    check(
+        not is_group or NO_NAME.fullmatch(value.strip()) is None,
+        f"{argument} names no choice: give {name}={_choices(name) or 'NAME'}.",
+    )
     check(not is_empty or key.startswith("~"), empty_value(name, value))
 
 

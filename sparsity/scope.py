@@ -56,10 +56,6 @@ class Pool:
         """Return the share of the group's weights that the schedule keeps at a training step; step -1 is before the run."""
         return self.own(schedule).density(step) if step >= 0 else 1.0
 
-    def final_sparsity(self, schedule: Ramp) -> float:
-        """Return the pool's own sparsity, or the schedule's if it has none."""
-        return schedule.sparsity if self.sparsity is None else self.sparsity
-
     def own(self, schedule: Schedule) -> Schedule:
         """Return the schedule to this pool's own target."""
         if self.sparsity is None:

@@ -211,11 +211,6 @@ def check_score(score: Score) -> None:
         )
 
 
-def score_name(score: str | Score) -> str:
-    """Return the name of a score; a string is already one."""
-    return score if isinstance(score, str) else name_of(score)
-
-
 def _mix(x: Tensor) -> Tensor:
     """Apply the finalizer of SplitMix64 (Steele et al. 2014) to int64, which wraps around."""
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47

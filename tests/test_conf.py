@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,6 +26,12 @@ NEEDS = {
     ("model", "hf"): ["model.path=somewhere"],
 }
 """The overrides that a choice needs."""
+FOREIGN = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "attn_implementation",
+    "project", "entity", "group", "job_type", "tags",
+}  # fmt: skip
+"""Keys with the names and the meaning that transformers' configs and wandb.init give them."""
 GROUPS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
 
 
@@ -126,3 +133,18 @@ def test_all_packages_and_yaml_ship_with_the_distribution():
         for path in (ROOT / room).rglob("__init__.py")
     }
     assert folders == set(listed)
+
+
+def test_every_key_that_is_no_other_librarys_has_a_sentence():
+    known = FOREIGN | {field.name for field in fields(TrainingArguments)}
+    silent = []
+    for file in sorted((CONF / "schema").glob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                for key, after in zip(node.body, [*node.body[1:], None], strict=True):
+                    if isinstance(key, ast.AnnAssign) and not ast.unparse(key.annotation).startswith("ClassVar"):
+                        is_group = ast.unparse(key.annotation).endswith("Config")
+                        has_sentence = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                        if not (has_sentence or is_group or ast.unparse(key.target) in known):
+                            silent.append(f"{node.name}.{ast.unparse(key.target)}")
+    assert not silent

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MAX_STEPS = 100_000_000
+"""The most steps of a run: its schedule's events are held in memory."""
+
 
 def check(condition: bool, message: str) -> None:
     """Check a rule.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 from conf.schema.checks import check
@@ -54,6 +55,8 @@ def check_trainer(trainer: Any) -> None:
     for key in ("weight_decay", "warmup_steps", "adam_epsilon", "max_grad_norm"):
         value = getattr(trainer, key)
         check(value >= 0, f"optim.{key}={value} must be at least 0.")
+    for key in ("weight_decay", "warmup_steps", "adam_epsilon"):
+        check(math.isfinite(getattr(trainer, key)), f"optim.{key}={getattr(trainer, key)} must be finite.")
     for key in ("adam_beta1", "adam_beta2"):
         value = getattr(trainer, key)
         check(0 <= value < 1, f"optim.{key}={value} is outside [0, 1).")

@@ -32,6 +32,7 @@ class CompactConfig:
     text: str | None = None
     """A text file; the perplexity on it before and after is added to the figures and the card."""
     format: str = "text"
+    """`text`, or `json` for scripts."""
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, ("text", "json"))

@@ -29,6 +29,7 @@ class SourceConfig:
     name: str | None = None
     """Name in the records; null takes the name of the file or dataset without its folder and ending."""
     max_documents: int | None = None
+    """Read only this many documents; null reads all."""
 
     def __post_init__(self) -> None:
         check(

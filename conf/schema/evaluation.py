@@ -20,6 +20,7 @@ class EvalConfig:
     folder: str = MISSING
     """A transformers folder or a hub name; `python -m eval` takes it as model=DIR."""
     data: DataConfig = MISSING
+    """The text to score."""
     tokenizer: str | None = None
     """A folder, a SentencePiece .model file or a hub name; null takes the model's own."""
     window: int | None = None

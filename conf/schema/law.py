@@ -65,6 +65,7 @@ class ScalingLawConfig:
     seed: int = 0
     """Seed of the resamples and of random folds."""
     predict: PredictConfig = field(default_factory=PredictConfig)
+    """A run whose loss to predict; nothing is predicted if it is left out."""
     target_loss: float | None = None
     """A loss for which to compute the cheapest N and D."""
     format: str = "text"

@@ -15,7 +15,9 @@ class MethodsConfig:
     runs: Any = field(default_factory=list)
     """Run folders, folders of runs, or patterns of them: one, or a list."""
     format: str = "text"
+    """`text`, or `json` for scripts."""
     figure: str | None = "methods.png"
+    """File for the figure; null draws none."""
 
     def __post_init__(self) -> None:
         self.runs = names_of(self.runs)

@@ -13,6 +13,7 @@ class LoggerConfig:
     """Settings of wandb, by the names of `wandb.init`; metrics.jsonl is always written."""
 
     wandb: bool = True
+    """Record the run in wandb too."""
     mode: str = "auto"
     """`auto` is online if an API key is configured, else offline."""
     project: str = "sparsellm"

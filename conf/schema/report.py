@@ -45,6 +45,7 @@ class DashboardConfig:
     kind: str = "workspace"
     """`workspace`, a live view of the project, or `report`, a page to share."""
     title: str | None = None
+    """Title of the dashboard; null takes the sweep's name, or the runs'."""
     project: str | None = None
     """The wandb project; null takes that of the run folders, or sparsellm."""
     entity: str | None = None

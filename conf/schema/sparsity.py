@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from conf.schema.checks import check, check_choice
+from conf.schema.checks import MAX_STEPS, check, check_choice
 from sparsity.calibration import USUAL_SEQUENCES, check_calibration
 from sparsity.factors import check_factors
 from sparsity.pattern import parse_pattern
@@ -37,8 +37,8 @@ class WindowConfig:
             f"sparsity.window.every={self.every} must be at least 1 step: set it to null to derive it from the window.",
         )
         check(
-            self.budget is None or self.budget >= 1,
-            f"sparsity.window.budget={self.budget} must be at least 1 dense-equivalent step.",
+            self.budget is None or 1 <= self.budget <= MAX_STEPS,
+            f"sparsity.window.budget={self.budget} must be from 1 to {MAX_STEPS:,} dense-equivalent steps.",
         )
         check(
             self.budget is None or (self.of in ("auto", "compute") and max(self.start, self.end) <= 1),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.schema.checks import check
+from conf.schema.checks import MAX_STEPS, check
 from conf.schema.choices import check_trainer
 from conf.schema.passed_on import check_extra, check_schedule_arguments
 
@@ -87,6 +88,10 @@ class TrainerConfig(OptimConfig):
 
     def __post_init__(self) -> None:
         check(self.max_steps is None or self.max_steps >= 1, f"trainer.max_steps={self.max_steps} must be at least 1.")
+        check(
+            self.max_steps is None or self.max_steps <= MAX_STEPS,
+            f"trainer.max_steps={self.max_steps} is more than {MAX_STEPS:,} steps: give fewer, and a larger batch_size.",
+        )
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"trainer.{key}={value} must be at least 1.")
@@ -126,7 +131,9 @@ class TrainerConfig(OptimConfig):
             self.decay_steps is None or self.decay_steps >= 0,
             f"optim.decay_steps={self.decay_steps} must be at least 0.",
         )
-        check(self.learning_rate > 0, f"trainer.learning_rate={self.learning_rate} must be above 0.")
+        check(
+            0 < self.learning_rate < math.inf, f"trainer.learning_rate={self.learning_rate} must be a number above 0."
+        )
         check_trainer(self)
         check_extra(self.extra, self.__dataclass_fields__)
         check_schedule_arguments(self.lr_scheduler_type, self.lr_scheduler_kwargs)

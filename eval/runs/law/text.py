@@ -73,11 +73,6 @@ def _table(figures: dict[str, Any]) -> str:
     return _aligned(rows)
 
 
-def _estimate(side: dict[str, Any], name: str) -> str:
-    low, high = map(number_text, side["intervals"][name])
-    return f"{number_text(side[name])}  [{low}, {high}]"
-
-
 def _errors(mean: float | None, most: float | None) -> str:
     return "not available" if mean is None else f"{mean:.4f} on average, {most:.4f} at most"
 
