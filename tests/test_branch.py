@@ -6,14 +6,19 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from conf.compose import composed
 from tests.interrupted import records_of, tensors_of
 from tests.ranks_of_a_run import train_on_ranks
 from tests.tiny_run import tiny, write_text
+from train.arguments import training_arguments
 from train.branch import check_same_tokenizer
+from train.checkpoints.rates import keeps_rates, load_rates
 from train.model.initial_check import check_start
 from train.plan.branch import parse_branch, planned_steps, read_branch
 from train.plan.run import plan_run
@@ -43,9 +48,15 @@ def summary_of(run: Path) -> dict:
     return json.loads((run / "summary.json").read_text())
 
 
-def contents(folder: Path) -> dict[str, str]:
+def contents(folder: Path) -> dict[str, tuple[str, int, int]]:
+    """Return the hash, the time of the last change and the inode of each file, since a branch shares files by hard links."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): (
+            hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns, path.stat().st_ino
+        )
+        for path in files
+    }  # fmt: skip
 
 
 def test_a_branch_that_changes_nothing_equals_its_parent_to_the_last_bit(folder):
@@ -62,6 +73,48 @@ def test_a_branch_that_changes_nothing_equals_its_parent_to_the_last_bit(folder)
     for key in theirs.keys() - {"run_name", "seconds", "train_seconds", "tokens_per_second"}:
         assert mine[key] == theirs[key], key
     assert contents(parent) == before
+
+
+SETTINGS = {
+    "rigl": (1, ("sparsity=rigl", "sparsity.window.start=0", "sparsity.window.end=0", "sparsity.window.every=null")),
+    "ste": (1, ("sparsity=ste",)),
+    "two-ranks": (2, ("optim=muon", "trainer.async_save=true")),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_branch_equals_its_parent_under_moving_masks_and_on_two_ranks(folder, name):
+    ranks, changes = SETTINGS[name]
+    runs, changes = folder / "runs", (*changes, "sparsity.target=0.5")
+    changes = changes if ranks > 1 else (*changes, "sparsity.moves.every=3")
+    train_on_ranks(ranks, command(folder, name, *changes))
+    train_on_ranks(ranks, command(folder, f"{name}-same", *changes, f"branch_from={runs}/{name}@4"))
+    assert records_of(runs / f"{name}-same") == records_of(runs / name)
+    pattern = f"checkpoints/checkpoint-{PARENT_STEPS}/rank-*.safetensors"
+    assert tensors_of(runs / f"{name}-same", pattern) == tensors_of(runs / name, pattern)
+
+
+def test_a_branch_with_another_mixture_counts_the_tokens_that_both_took(folder):
+    runs, few = folder / "runs", folder / "few.jsonl"
+    few.write_text("".join((folder / "text.jsonl").read_text().splitlines(keepends=True)[:300]))
+
+    def mixture(name: str, weights: tuple[int, int], *more: str) -> list[str]:
+        sources = f"[{{path:{folder}/text.jsonl,weight:{weights[0]}}},{{path:{few},weight:{weights[1]}}}]"
+        own = [item for item in command(folder, name, *more) if not item.startswith(("data=", "data.path"))]
+        return [*own, "data=mixture", f"data.sources={sources}", "trainer.max_steps=6", "sparsity.target=0"]
+
+    train_on_ranks(1, mixture("seven", (7, 3)))
+    state = json.loads((runs / "seven/checkpoints/checkpoint-4/state.json").read_text())
+    tokenizer = f"tokenizer={state['carried']['tokenizer']}"
+    train_on_ranks(1, mixture("one", (1, 999), f"branch_from={runs}/seven@4", tokenizer))
+    before = {record["train/global_step"]: record for record in records_of(runs / "seven")}
+    found = summary_of(runs / "one")["tokens_by_source"]
+    # The last two steps of eight blocks of 32 tokens are nearly all from the second source.
+    assert found["text"] - before[4]["train/tokens/text"] <= 32
+    assert sum(found.values()) == 6 * 256
+    assert read_branch(runs / "one").blocks == {
+        name: before[4][f"train/tokens/{name}"] // 32 for name in ("text", "few")
+    }
 
 
 def test_a_branch_that_was_interrupted_goes_on_as_a_branch(folder):
@@ -182,6 +235,62 @@ def test_the_length_of_a_decay_follows_from_where_it_branches(folder):
     assert steps("branch_from=runs/a@80", "trainer.max_steps=null", "optim.decay_steps=0.2") == 100
     assert steps("branch_from=runs/a@80", "optim.decay_steps=0.2") is None
     assert steps("trainer.max_steps=null", "optim.decay_steps=0.2") is None
+
+
+def rates(folder: Path, *changes: str) -> list[float]:
+    """Return the rate of each step as a share of the peak."""
+    config = composed(
+        "train", command(folder, "x", "optim=wsd", "optim.learning_rate=1", "sparsity.target=0", *changes)
+    )
+    arguments = training_arguments(config, plan_run(config, 1), Path("x"))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup = arguments.get_warmup_steps(arguments.max_steps)
+    scheduler = get_scheduler(
+        arguments.lr_scheduler_type, optimizer, warmup, arguments.max_steps, arguments.lr_scheduler_kwargs
+    )
+    return [scheduler.lr_lambdas[0](step) for step in range(arguments.max_steps)]
+
+
+@pytest.mark.parametrize("decay", ["4", "0.4"])
+def test_the_rate_rises_in_the_warm_up_stays_and_falls_by_the_square_root(folder, decay):
+    found = rates(folder, "trainer.max_steps=10", "optim.warmup_steps=2", f"optim.decay_steps={decay}")
+    assert found == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.5, 0.292893, 0.133975], abs=1e-6)
+    assert rates(folder, "trainer.max_steps=5", "optim.warmup_steps=2", "optim.decay_steps=0") == [0, 0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["optim.decay_steps=10", "optim.warmup_steps=3"], "optim.warmup_steps=3 ends at step 3, after the decay of "
+         "optim.decay_steps=10 begins at step 2 of 12"),
+        (["optim.decay_steps=13"], "optim.decay_steps=13 is longer than the run of 12 steps"),
+        (["+optim.lr_scheduler_kwargs.num_stable_steps=3"], "has num_stable_steps, .* set only optim.decay_steps"),
+        (["trainer.keep_steps=[4,13]"], "trainer.keep_steps has 13, but the run has only 12 steps"),
+    ],
+)  # fmt: skip
+def test_a_decay_and_steps_to_keep_must_fit_the_run(folder, changes, words):
+    with pytest.raises(ValueError, match=words):
+        plan_run(composed("train", command(folder, "x", "optim=wsd", "sparsity.target=0", *changes)), 1)
+
+
+def test_a_schedule_that_follows_evaluations_resumes_and_branches_as_it_was():
+    def plateau() -> Any:
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    before, cosine = plateau(), torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for loss in (2.0, 3.0, 4.0):
+        before.step(loss)
+    saved = before.state_dict()
+    for branches in (False, True):
+        after = plateau()
+        assert keeps_rates(after, saved, branches)
+        load_rates(after, saved, 8, branches)
+        assert (after.best, after.last_epoch) == (2.0, 3)
+    # A branch with another kind of schedule has the rate of its own step.
+    assert not keeps_rates(cosine, saved, True)
+    load_rates(cosine, saved, 8, True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 9)
 
 
 def test_a_window_ends_before_the_decay_begins(folder):

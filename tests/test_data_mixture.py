@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,26 @@ def test_a_source_that_is_through_repeats_in_another_order(two):
     assert size < 150
     assert [sorted(epoch) for epoch in epochs] == [list(range(size))] * 2
     assert epochs[0] != epochs[1]
+
+
+def test_sources_continue_after_the_blocks_that_a_branch_took_over(two):
+    first = mixture_blocks(two, 40, seed=0)
+    places = [first.order.source_at(place) for place in range(20)]
+    taken = {name: sum(source == number for source, _ in places) for number, name in enumerate(first.names)}
+    seen = [(source, first.block_of(source, number)) for source, number in places]
+
+    second = mixture_blocks(replace(two, sources=two.sources[::-1]), 40, seed=0)
+    second.continue_from(20, {**taken, "gone": 5})
+    rest = [second.order.source_at(place) for place in range(20, 40)]
+    for place, (source, _) in enumerate(rest, start=20):
+        number = taken[second.names[source]] + sum(one == source for one, _ in rest[: place - 20])
+        expected = second.blocks[source][second.block_of(source, number)]["input_ids"]
+        assert second[place]["input_ids"].tolist() == expected.tolist()
+        # No block of the long source comes again, although the sources are in another order now.
+        assert (1 - source, second.block_of(source, number)) not in seen or source == 0
+    figures = second.figures(40)
+    assert figures["tokens/gone"] == 5 * LENGTH
+    assert sum(figures[f"tokens/{name}"] for name in second.names) == 40 * LENGTH
 
 
 def test_held_out_text_is_that_of_all_sources_and_is_read_as_one(two):

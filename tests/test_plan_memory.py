@@ -17,6 +17,7 @@ from train.plan.assumed import memory_of, peak_of
 from train.plan.compute import event_network_bytes, flops_per_token, step_network_bytes, training_days
 from train.plan.counts import count_parameters
 from train.plan.devices import PEAK_TFLOPS
+from train.plan.disk import checkpoint_bytes
 from train.plan.figure import density_curve, draw_density
 from train.plan.forecast import forecast
 from train.plan.gathering import must_reshard
@@ -42,6 +43,15 @@ def test_state_is_shared_out_over_the_ranks():
     )
     assert many.weights == 4 * -(-1_204_881_408 // 64)
     assert many.activations == one.activations
+
+
+def test_muon_has_one_state_for_the_matrices_of_the_blocks_and_gathers_one_at_a_time():
+    blocks = 16 * (4 * 2048 * 2048 + 3 * 2048 * 8192)
+    found = gpu_memory(ONE_B, LINEAR, Setting(1, 1, 2048, uses_muon=True))
+    assert found.moments == 8 * 1_204_881_408 - 4 * blocks
+    assert found.transients["an update by Muon"] == 10 * 2048 * 8192 + 4 * 2048 * 2048
+    adamw = checkpoint_bytes(ONE_B, LINEAR)
+    assert adamw - checkpoint_bytes(ONE_B, LINEAR, uses_muon=True) == 4 * blocks
 
 
 def test_activations_by_hand_at_1b():

@@ -26,7 +26,7 @@ from train.plan.run import RunPlan
 from train.pruning import sparsity_callback
 from train.record.directory import RunDirectory
 from train.record.metrics import ProgressBar, Recorder
-from train.record.wandb_run import start_wandb
+from train.record.wandb_run import ID_FILE, start_wandb
 from train.speed.compiled import compile_by_blocks
 from train.speed.fp8 import check_fp8, convert_to_fp8
 from train.speed.profiler import StepProfiler
@@ -179,6 +179,7 @@ def make_recorder(
     """
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     schedule = {"schedule": schedule_record(plan.schedule)} if plan.schedule else {}
+    is_wandb_new = not (directory.wandb / ID_FILE).exists()
     with user_errors():
         wandb_run = start_wandb(config, plan, {**values, **schedule, "world_size": plan.world_size}, initial_sparsity)
     return Recorder(
@@ -188,6 +189,7 @@ def make_recorder(
         wandb_run,
         clock,
         speedometer(plan, device, "fp8" if config.trainer.fp8 else "bf16"),
+        is_wandb_new,
     )
 
 

@@ -17,6 +17,7 @@ from train.checkpoints.branch import check_branch, read_state
 from train.checkpoints.resume import check_data
 from train.data.mixture import MixedOrder
 from train.data.sources import sources_of
+from train.data.tokenizer import load_tokenizer
 from train.plan.branch import BRANCH, Branch, branch_text, branch_words, parse_branch, read_branch
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory
@@ -120,11 +121,20 @@ def check_same_tokenizer(config: Config, before: str | None, now: str) -> None:
     Raises:
         ValueError: The tokenizers differ; the message names the other run's.
     """
-    if before is not None and Path(before).name != Path(now).name:
+    if before is not None and not _have_same_ids(Path(before), Path(now)):
         raise ValueError(
             f"branch_from={config.branch_from} was trained with the tokenizer {before}, but this run would use another "
             f"one with the same embeddings: set tokenizer={before}."
         )
+
+
+def _have_same_ids(one: Path, other: Path) -> bool:
+    # A folder's name is a hash of all its files, of which one changes when a tokenizer is loaded and saved again.
+    if one.name == other.name:
+        return True
+    if not one.is_dir():
+        return False
+    return load_tokenizer(str(one)).get_vocab() == load_tokenizer(str(other)).get_vocab()
 
 
 def take_over_checkpoint(source: Path, checkpoints: Path) -> Path:

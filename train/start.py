@@ -37,7 +37,7 @@ class Start:
     prunable: tuple[str, ...]
     """The names of the weights that may be pruned."""
     sparsity: float
-    """The share of zeros in the prunable weights of `init_from`."""
+    """The share of pruned weights at the branch, or of zeros in the prunable weights of `init_from`."""
     fingerprint: dict[str, Any]
     """The fingerprint of the data, which is compared when the run is resumed."""
     branch: Branch | None = None
@@ -69,6 +69,8 @@ def find_start(
     with user_errors(quiet=not world.is_main):
         fill = filling(config, plan, model, tokenizer, checkpoint)
         sparsity = world.on_main(inherited_sparsity, config, model, prunable)
+    if branch is not None and branch.past is not None:
+        sparsity = 1.0 - branch.past.density
     return Start(checkpoint, fill, prunable, sparsity, fingerprint, branch)
 
 

@@ -83,6 +83,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
         "memory": {
             **_memory(gpu_memory(plan.model, num_prunable, setting)),
             "reshard_after_forward": setting.reshard_after_forward,
+            "optimizer": "Muon and AdamW" if setting.uses_muon else "AdamW",
         },
         "host_memory": _host(
             host_memory(plan.model, plan.world_size, config.export.dtype, config.export.max_shard_size)
@@ -99,7 +100,7 @@ def forecast(config: Config, plan: RunPlan, request: PlanConfig) -> dict[str, An
             "bytes_per_prune_event": sum(event_network_bytes(len(pool.names), plan.world_size) for pool in plan.pools),
         },
         "disk": {
-            "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable, plan.update.state_bytes),
+            "checkpoint_bytes": checkpoint_bytes(plan.model, num_prunable, plan.update.state_bytes, setting.uses_muon),
             "export_bytes": export_bytes(plan.model, config.export.dtype),
             "export_dtype": config.export.dtype,
         },

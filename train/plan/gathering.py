@@ -34,6 +34,7 @@ def run_setting(config: Config, plan: RunPlan, device_bytes: int | None, headroo
         fused_loss=trainer.use_liger_kernel,
         update_state_bytes=plan.update.state_bytes,
         update_move_bytes=plan.update.move_bytes,
+        uses_muon=trainer.optim == "muon",
     )
     asked = config.launch.reshard_after_forward
     if asked == "auto":

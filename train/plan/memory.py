@@ -61,6 +61,8 @@ class Setting:
     """The bytes per prunable weight that the update of the masks keeps in addition to the mask."""
     update_move_bytes: int = 0
     """The bytes per prunable weight while masks move by the gradients of a step."""
+    uses_muon: bool = False
+    """Whether Muon updates the matrices of the blocks, with one state for each weight instead of two."""
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +155,7 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
     world, c, tokens = setting.world_size, setting.compute_bytes, setting.num_tokens
     shard = -(-counts.total // world)
     prunable = -(-num_prunable // world)
+    muon = muon_weights(model)
     gradients = FLOAT32_BYTES * shard
     # Under accelerate's no_sync, FSDP2 reduces nothing until the last micro-batch: until then each rank keeps the gradients
     # of the whole model, in the dtype in which they are summed over the ranks.
@@ -186,6 +189,9 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
         "the first block's backward": gradients + waiting,
         "a prune event": 0,
     }
+    if setting.uses_muon:
+        transients["an update by Muon"] = muon_bytes(model.hidden_size, model.intermediate_size)
+        held["an update by Muon"] = gradients
     if setting.update_move_bytes:
         transients["a move of the masks"] = selection + setting.update_move_bytes * prunable
         held["a move of the masks"] = gradients
@@ -193,12 +199,22 @@ def gpu_memory(model: ModelConfig, num_prunable: int, setting: Setting) -> GpuMe
         weights=FLOAT32_BYTES * shard,
         gradients=gradients,
         waiting_gradients=waiting if setting.fsdp else 0,
-        moments=2 * FLOAT32_BYTES * shard,
+        moments=2 * FLOAT32_BYTES * shard - (FLOAT32_BYTES * -(-muon // world) if setting.uses_muon else 0),
         masks=(MASK_BYTES + setting.update_state_bytes) * prunable,
         activations=activations,
         transients=transients,
         held=held,
     )
+
+
+def muon_weights(model: ModelConfig) -> int:
+    """Return the number of weights that Muon updates: the matrices of the blocks."""
+    return model.num_hidden_layers * count_parameters(model).linear_per_layer
+
+
+def muon_bytes(rows: int, columns: int) -> int:
+    """Return the bytes of an update of one matrix: its gathered momentum in float32, three bfloat16 copies, two products."""
+    return (FLOAT32_BYTES + 3 * 2) * rows * columns + 2 * 2 * min(rows, columns) ** 2
 
 
 def block_bytes_per_token(model: ModelConfig, c: int, compiled: bool = False) -> int:

@@ -197,7 +197,7 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
         "weights_bytes": "weights, float32",
         "gradients_bytes": "gradients, float32",
         "waiting_gradients_bytes": "whole gradients between micro-batches",
-        "moments_bytes": "AdamW moments",
+        "moments_bytes": f"moments of {memory['optimizer']}",
         "masks_bytes": "masks",
         "activations_bytes": "activations",
         "largest_transient_bytes": f"largest transient: {memory['peak_phase']}",

@@ -35,6 +35,7 @@ class Recorder(TrainerCallback):
         wandb_run: Any | None,
         clock: StepClock,
         speedometer: Speedometer,
+        is_wandb_new: bool = False,
     ) -> None:
         self.plan = plan
         self.sparsity = sparsity
@@ -44,6 +45,10 @@ class Recorder(TrainerCallback):
         self.figures_of_data: Callable[[int], dict[str, Any]] = lambda step: {}
         """Returns the tokens and epochs of each source of a mixture after a number of steps."""
         self._earlier = keep_whole_records(metrics)
+        if wandb_run is not None and is_wandb_new:
+            # A branch has the records of the other run, which its own wandb run does not know yet.
+            for number, record in enumerate(self._earlier):
+                wandb_run.log(record, step=number, commit=True)
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run
         self._unwritten = b""
         self._written = {_identity(record) for record in self._earlier}

@@ -12,6 +12,8 @@ from train.plan.run import RunPlan
 from train.record.siblings import SHARE_BY_CHANCE
 from train.record.wandb_key import has_wandb_key
 
+ID_FILE = "id.txt"
+"""The file in a run's folder `wandb` that keeps the id, so that a resumed run continues there."""
 MAX_TAG_LENGTH = 64
 """The longest tag that wandb accepts."""
 
@@ -37,7 +39,7 @@ def start_wandb(config: Config, plan: RunPlan, values: dict[str, Any], initial_s
 
     logger, run_dir = config.logger, plan.run_dir
     mode = os.environ.get("WANDB_MODE") if logger.mode == "auto" else logger.mode
-    id_file = run_dir / "wandb" / "id.txt"
+    id_file = run_dir / "wandb" / ID_FILE
     if not id_file.exists():
         id_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(id_file, uuid.uuid4().hex[:8] + "\n")
