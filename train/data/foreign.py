@@ -85,8 +85,9 @@ def find_spans(path: str | Path, vocab_size: int, dtype: str | None) -> list[Spa
         ValueError: There are no ids, or a file does not have the format that its name suggests.
     """
     path = Path(path).expanduser()
+    files = find_token_files(path)
     # An index names these files, and is not in the folder from which the run was started.
-    files = [file.absolute() for file in find_token_files(path)]
+    path, files = path.absolute(), [file.absolute() for file in files]
     with explained(path):
         if path.is_dir() and _is_dataset(path):
             return [span for file in files for span in dataset_spans(file)]
