@@ -209,7 +209,7 @@ def block_names(model: Any) -> set[str]:
     return named or {type(block).__name__ for block in _members(model, ModuleList)}
 
 
-def _members(module: Any, kind: type) -> Iterator[Any]:
+def _members(module: Any, kind: Any) -> Iterator[Any]:
     """Yield the members of the outermost modules of a kind."""
     for child in module.children():
         yield from child.children() if isinstance(child, kind) else _members(child, kind)
