@@ -14,6 +14,7 @@ from conf.schema import DataConfig
 from tests.small_models import gpt2, saved
 from train.data import PreparedData, TokenStream, heldout_tokens, load_tokenizer, prepare, training_blocks
 from train.data.foreign import MEGATRON_MAGIC, find_spans
+from train.data.spans import dataset_spans
 from train.data.tokenizer import train_bpe
 
 LENGTH = 16
@@ -256,3 +257,19 @@ def test_rows_of_several_batches_keep_their_order_and_their_documents(tmp_path, 
     assert all(document in rows for document in documents[::50])
     assert data.train.num_documents + data.heldout.num_documents == 2_300
     assert data.train.num_tokens + data.heldout.num_tokens == sum(map(len, rows))
+
+
+def test_rows_whose_offsets_do_not_begin_at_0_begin_at_their_own_ids(tmp_path):
+    """pyarrow writes offsets from 0, but the format also allows others, as writers of slices make them."""
+    import pyarrow as pa
+
+    file = tmp_path / "data-00000-of-00001.arrow"
+    rows = pa.record_batch({"input_ids": pa.array([[9], [5, 6, 7]], pa.list_(pa.int32()))})
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_batch(rows)
+    offsets, shifted = np.array([0, 1, 4], np.int32).tobytes(), np.array([1, 2, 4], np.int32).tobytes()
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, shifted))
+    (span,) = dataset_spans(file)
+    assert span.starts is not None
+    assert (span.read().tolist(), span.starts.tolist()) == ([5, 6, 7], [0, 1])
