@@ -41,9 +41,13 @@ def start_run(config: Config, overrides: Sequence[str], agent: AgentAhead | None
     if config.dry_run:
         print(printable(command))
         return 0
+    # The ranks also refuse a folder in use or with another config, but only seconds later, when they hold the GPUs.
+    directory = RunDirectory(plan.run_dir)
+    if machines.rank == 0:
+        # Rank 0, which claims the folder, is on this machine; the other machines may start later than it.
+        directory.check_free()
     if not config.overwrite:
-        # The ranks also refuse a folder with another config, but only seconds later.
-        RunDirectory(plan.run_dir).finished(config)
+        directory.finished(config)
     print(f"$ {printable(command)}", file=sys.stderr, flush=True)
     return run_child(command, child_environment(os.environ, gpus), agent)
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from conf.cli import sentence
 from conf.compose import composed
 from conf.schema import Config
+from launch.run import start_run
 from tests.test_run import tiny
 from train.record.directory import RunDirectory
 
@@ -36,6 +37,23 @@ def test_a_folder_in_use_by_a_live_process_is_refused_even_to_overwrite(tmp_path
     with FileLock(directory.path / ".lock"), pytest.raises(ValueError, match="in use by a live process"):
         directory.claim(config_of(tmp_path, "overwrite=true"), 0)
     assert directory.config.exists()
+
+
+def test_a_second_launch_is_refused_before_it_starts_processes(tmp_path, monkeypatch):
+    directory, started = begun(tmp_path), []
+    monkeypatch.setattr("train.record.directory.LAUNCH_PATIENCE_S", 0.1)
+    monkeypatch.setattr("launch.run.run_child", lambda *args: started.append(args) or 0)
+    overrides = tiny(tmp_path, "logger=none")
+    with FileLock(directory.path / ".lock"), pytest.raises(ValueError, match="tiny is in use by a live process: wait"):
+        start_run(config_of(tmp_path, "logger=none"), overrides)
+    assert started == []
+    # The other machines of a run may start after rank 0 has claimed the folder.
+    meeting = ("launch.num_machines=2", "launch.main_process_ip=node0", "launch.main_process_port=29500")
+    second = config_of(tmp_path, "logger=none", *meeting, "launch.machine_rank=1", "overwrite=true")
+    with FileLock(directory.path / ".lock"):
+        assert start_run(second, overrides) == 0
+    assert start_run(config_of(tmp_path, "logger=none", "overwrite=true"), overrides) == 0
+    assert len(started) == 2
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

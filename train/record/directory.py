@@ -33,6 +33,9 @@ NOT_PART_OF_A_RUN = (
 """Keys that may differ when a run is started again. Those on which a step depends are checked against the checkpoint."""
 
 LOCK_PATIENCE_S = 3.0
+"""The seconds to wait for a lock: after a run is killed, its ranks still hold it for a moment."""
+LAUNCH_PATIENCE_S = 10.0
+"""The same before the ranks start, which themselves would take seconds to find the lock."""
 
 
 class RunDirectory:
@@ -64,13 +67,7 @@ class RunDirectory:
                 disk has no room for `needed_bytes`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            # After a run is killed, its ranks still hold the lock for a moment.
-            self._lock.acquire(timeout=LOCK_PATIENCE_S)
-        except Timeout:
-            raise ValueError(
-                f"{self.path} is in use by a live process: wait for it or end it, or use another run_name."
-            ) from None
+        self._acquire(LOCK_PATIENCE_S)
         again = is_restart(os.environ)
         if config.overwrite and not again:
             self._empty()
@@ -99,6 +96,24 @@ class RunDirectory:
             "lower trainer.save_total_limit, or choose another runs_dir",
         )  # fmt: skip
         return None
+
+    def check_free(self) -> None:
+        """Check that no live process has claimed the folder, before processes start that would be refused.
+
+        Raises:
+            ValueError: One has.
+        """
+        if Path(self._lock.lock_file).exists():
+            self._acquire(LAUNCH_PATIENCE_S)
+            self._lock.release()
+
+    def _acquire(self, patience_s: float) -> None:
+        try:
+            self._lock.acquire(timeout=patience_s)
+        except Timeout:
+            raise ValueError(
+                f"{self.path} is in use by a live process: wait for it or end it, or use another run_name."
+            ) from None
 
     def is_in_use(self) -> bool:
         """Return whether a live process has claimed the folder."""
