@@ -36,6 +36,7 @@ QUICK = (
     Benchmark("overhead", needs=RUNS),
     Benchmark("compact"),
     Benchmark("demo", needs=RUNS),
+    Benchmark("documents"),
     Benchmark("around", needs=(*RUNS, "wandb")),
 )
 LONG = (

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from conf.compose import composed
 from sparsity import Geometric, SparsityCallback
-from tests.benchmarks.common import RESULTS, Comparison, can_compile, finish, in_process, publish
+from tests.benchmarks.common import RESULTS, Comparison, beside, can_compile, finish, in_process, publish
 from tests.benchmarks.turns import ALWAYS, EVENTS, WARM_UP, Turns, make_model, make_trainer, random_tokens, run_in_turns
 from train.distributed import join_world
 from train.plan.run import RunPlan, plan_run
@@ -89,7 +89,7 @@ def measure(pairs: int, overrides: Sequence[str] = ()) -> list[Comparison]:
 
 def compare(run: list[float], loop: list[float], details: dict[str, Any]) -> Comparison:
     """Return the row of the laps: `ratio` is the run's tokens per second divided by the loop's."""
-    ratios = [2 * lap / (before + after) for lap, before, after in zip(run, loop, loop[1:], strict=False)]
+    ratios = beside(run, loop)
     ratio, step = statistics.median(ratios), statistics.median(loop)
     speed = {"pairs": len(ratios), "tokens_per_second": details["batch_tokens"] / (step * ratio)}
     return Comparison("step of the demo", step * ratio, "plain loop, not compiled", step, {**speed, **details})

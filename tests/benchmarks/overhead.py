@@ -31,7 +31,7 @@ from transformers.utils import logging
 from conf.compose import composed
 from launch.command import CONFIGS, DEFAULT_CPU_PROCESSES, child_environment, num_gpus
 from sparsity import Geometric, SparsityCallback
-from tests.benchmarks.common import RESULTS, Comparison, clock, finish, publish, synchronize
+from tests.benchmarks.common import RESULTS, Comparison, beside, clock, finish, publish, synchronize
 from tests.benchmarks.turns import ALWAYS, EVENTS, WARM_UP, Turns, make_trainer, random_tokens, run_in_turns
 from train.distributed import join_world
 from train.faults.process import end_process
@@ -120,7 +120,7 @@ def compare(dense: list[float], sparse: list[float], events: list[float], detail
     The seconds of a sparse step are those of a dense one times the median of the paired ratios, because the two medians
     would also differ by other work on the machine.
     """
-    ratios = [2 * lap / (before + after) for lap, before, after in zip(sparse, dense, dense[1:], strict=False)]
+    ratios = beside(sparse, dense)
     # The standard error of a median is 1.2533 times that of a mean. The deviation comes from the quartiles, so that single
     # slow steps do not count.
     quartiles = statistics.quantiles(ratios, n=4)

@@ -125,6 +125,7 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     ),
     "overhead": ("A sparse step", pairs("overhead", "overhead_error", "pairs", "tokens_per_second", "device", "ranks")),
     "demo": ("The demo beside a plain loop", pairs("pairs", "tokens_per_second")),
+    "documents": ("A step by document", pairs("cost", "pairs", "hidden", "layers", "length", "batch")),
     "throughput": ("Training throughput", throughput),
     "memory": ("Peak memory of a step", memory),
     "around": ("Around a step", pairs("per_second", "unit", "processes", "extra_bytes", "model_bytes")),
