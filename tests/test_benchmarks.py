@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.benchmarks import __main__ as everything
@@ -25,11 +23,8 @@ from tests.benchmarks import (
     peers,
     scale,
     selection,
-    startup,
-    throughput,
 )
 from tests.benchmarks.common import EXACT_MEMORY, Comparison, can_compile, in_process, peak_beyond, publish
-from tests.distributed import run_ranks
 
 CONTRACT = {"name", "seconds", "baseline", "baseline_seconds", "ratio"}
 
@@ -120,7 +115,7 @@ def test_memory_that_malloc_kept_hides_nothing():
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 def test_a_selection_takes_less_than_a_hundredth_of_the_weights_memory(dtype, itemsize):
     numel = 100_000_000
-    extra = in_process("tests.benchmarks.selection", "extra_bytes", numel, 0.8, "cpu", dtype, [], **EXACT_MEMORY)
+    extra = in_process("tests.benchmarks.selection_times", "extra_bytes", numel, 0.8, "cpu", dtype, [], **EXACT_MEMORY)
     if extra["prune_smallest_"] is None:
         pytest.skip("this system does not let a process forget its peak")
     assert 0 < extra["prune_smallest_"] < numel * itemsize / 100
@@ -252,43 +247,6 @@ def test_an_event_s_traffic_grows_by_one_count_a_rank():
     assert scale.event_traffic(113, 4096)[0] == scale.event_traffic(113, 2)[0]
 
 
-def test_the_throughput_of_the_1b_counts_the_flops_of_the_plan():
-    assert throughput.Workload().flops_per_token() == pytest.approx(7.64e9, rel=1e-3)
-
-
-def test_a_variant_that_cannot_run_is_a_result_with_the_reason():
-    work = throughput.Workload(hidden=16, layers=1, heads=2, vocabulary=32, length=8, batch=2, steps=1)
-    missing = throughput.Variant("none", attention="flash_attention_3", compiled=False)
-    assert throughput.measure(work, missing, "cpu", 1.0).skipped
-    found = throughput.measure(work, throughput.Variant("chunked", loss="chunked", compiled=False), "cpu", 1.0)
-    plain = throughput.measure(work, throughput.Variant("plain", compiled=False), "cpu", 1.0)
-    by_document = throughput.measure(work, throughput.Variant("", attention="document", compiled=False), "cpu", 1.0)
-    assert by_document.skipped is None
-    assert (found.skipped, plain.skipped) == (None, None)
-    assert found.last_loss == pytest.approx(plain.last_loss, rel=1e-3)
-    assert found.tokens_per_second > 0
-
-
-def losses(precision: str) -> list[float]:
-    """Return the losses of ten steps on the same batch."""
-    work = throughput.Workload(hidden=16, layers=1, heads=2, vocabulary=32, length=8, batch=2)
-    step = throughput.make_step(work, throughput.Variant("", precision=precision, compiled=False), "cpu")
-    return [float(step(work.batches("cpu")[0])) for _ in range(10)]
-
-
-def test_a_variant_under_fsdp2_trains_as_one_by_autocast_does():
-    (found,) = run_ranks(losses, 1, "fsdp2")
-    assert found == pytest.approx(losses("autocast"), abs=0.003)
-    assert found[-1] < found[0] - 0.01
-
-
-@pytest.mark.skipif(find_spec("torchtitan") is not None, reason="torchtitan is installed")
-def test_torchtitan_is_left_out_with_the_reason_where_it_is_not_installed():
-    (variant,) = [variant for variant in throughput.VARIANTS if variant.trained_by == "torchtitan"]
-    found = throughput.measure(throughput.Workload(), variant, "cpu", 1.0)
-    assert found.skipped == "ModuleNotFoundError: No module named 'torchtitan'"
-
-
 def test_a_peer_that_memory_is_not_enough_for_is_named_and_left_out(capsys):
     assert selection.that_fit({"small": 1e-9, "large": 1e9}, 10**6, "cpu") == ["small"]
     assert (
@@ -299,25 +257,6 @@ def test_a_peer_that_memory_is_not_enough_for_is_named_and_left_out(capsys):
 def test_what_a_peer_took_counts_the_weights_and_masks_as_well():
     row = Comparison("", 1.0, "sort", 1.0, {"numel": 100, "dtype": "bfloat16", "baseline_extra_bytes": 400})
     assert selection.bytes_per_weight([row]) == {"sort": 4 + 2 + 1}
-
-
-def test_a_command_is_timed_until_its_sign_and_runs_on(tmp_path):
-    sign, end = tmp_path / "sign", tmp_path / "end"
-    sign.write_text("of a run before")
-    code = (
-        f"import pathlib, time; time.sleep(0.2); p = pathlib.Path; p({str(sign)!r}).write_text('x'); time.sleep(0.5); "
-    )
-    taken, processor = startup.seconds_until(
-        [sys.executable, "-c", f"{code} p({str(end)!r}).touch()"], sign, dict(os.environ)
-    )
-    assert taken > 0.2
-    assert processor > 0
-    assert end.exists()
-
-
-def test_a_command_that_fails_says_why(tmp_path):
-    with pytest.raises(RuntimeError, match="no such luck"):
-        startup.seconds_until([sys.executable, "-c", "raise SystemExit('no such luck')"], tmp_path / "sign", {})
 
 
 def test_each_benchmark_runs_once_in_its_longest_form():
@@ -333,26 +272,3 @@ def test_each_benchmark_runs_once_in_its_longest_form():
 def test_a_benchmark_is_left_out_or_reported_and_never_ends_the_others():
     assert everything.run(everything.Benchmark("x", needs=("no_such",))) == "left out: no_such not installed"
     assert everything.run(everything.Benchmark("no_such_benchmark")).startswith("FAILED OR MISSED A GOAL in ")
-
-
-def test_a_trainer_of_the_throughput_is_measured_after_its_warm_up():
-    work = throughput.Workload(hidden=16, layers=1, heads=2, vocabulary=32, length=8, batch=2, steps=2)
-    (plain,) = [variant for variant in throughput.VARIANTS if variant.name == "plain Trainer, bf16"]
-    found = throughput.measure(work, plain, "cpu", 1.0)
-    assert found.skipped is None
-    assert found.last_loss == pytest.approx(np.log(32), abs=0.3)
-    assert found.settings == {"trained_by": "Trainer"}
-
-
-def test_a_command_that_says_a_lot_before_its_first_step_is_not_held_up(tmp_path):
-    sign = tmp_path / "sign"
-    code = f"import pathlib; print('x' * 300_000, flush=True); pathlib.Path({str(sign)!r}).write_text('x')"
-    assert startup.seconds_until([sys.executable, "-c", code], sign, dict(os.environ))[0] > 0
-
-
-def test_a_command_that_ends_with_its_first_step_has_made_it(tmp_path):
-    sign = tmp_path / "sign"
-    for _ in range(10):
-        assert startup.seconds_until(["sh", "-c", f"echo x > '{sign}'"], sign, dict(os.environ))[0] > 0
-    with pytest.raises(RuntimeError, match="failed:\nno step"):
-        startup.seconds_until(["sh", "-c", "echo no step"], sign, dict(os.environ))

@@ -22,7 +22,8 @@ import torch
 
 from sparsity.compact.packed import pack, rounded
 from tests.benchmarks.common import RESULTS, Comparison
-from tests.benchmarks.decode import Layer, Rows, copies, seconds_of_each, turns
+from tests.benchmarks.decode_layers import Layer
+from tests.benchmarks.decode_timing import Rows, copies, seconds_of_each, turns
 from tests.benchmarks.event import copy_bandwidth
 
 LAYERS = [

@@ -46,7 +46,11 @@ def compare(by_document: Sequence[float], causal: Sequence[float], work: Workloa
     ratios = beside(by_document, causal)
     cost, step = statistics.median(ratios), statistics.median(causal)
     details: dict[str, Any] = {"cost": cost, "pairs": len(ratios), "hidden": work.hidden, "layers": work.layers}
-    details |= {"length": work.length, "batch": work.batch, "tokens_per_second": work.batch * work.length / (step * cost)}
+    details |= {
+        "length": work.length,
+        "batch": work.batch,
+        "tokens_per_second": work.batch * work.length / (step * cost),
+    }
     return Comparison(f"by document, blocks of {work.length}", step * cost, "causal", step, details)
 
 
