@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -142,6 +143,8 @@ def train(folder: Path, environment: dict[str, str], resumes: bool = False, **ch
         "before": watch.before,
         "losses": trainer.step_losses().tolist(),
         "weights": {name: whole(param) for name, param in trainer._module.named_parameters()},
+        "precision": trainer.accelerator.mixed_precision,
+        "num_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "placements": {str(getattr(param, "placements", "plain")) for param in trainer._module.parameters()},
     }
 
@@ -193,14 +196,16 @@ def test_replicas_update_as_torchs_optimizers_do_and_stay_equal(tmp_path, alone,
         assert all(torch.equal(found["weights"][name], weight) for name, weight in ranks[0]["weights"].items())
 
 
+def train_with(folder: Path, environment: dict[str, str], changes: dict[str, Any]) -> dict[str, Any]:
+    return train(folder, environment, **changes)
+
+
 def test_bf16_and_compiled_blocks_update_float32_weights_as_torchs_optimizers_do(tmp_path, alone):
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "bf16": True}
     for found in run_ranks(train_with, 2, tmp_path, fsdp(), compiled, joined=False, timeout_s=280):
         check(found, "(Shard(dim=0),)", alone[1], 0.03)
-
-
-def train_with(folder: Path, environment: dict[str, str], changes: dict[str, Any]) -> dict[str, Any]:
-    return train(folder, environment, **changes)
+        assert found["precision"] == "bf16"
+        assert found["num_graphs"] > 0
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -178,7 +178,8 @@ def kill_in_an_event(chance: random.Random, run: LaunchedRun) -> Container[int]:
     watch(run, lambda: begun.exists() and begun.read_text() == str(number))
     time.sleep(chance.uniform(0, 0.2))
     run.kill_all()
-    return ANY
+    # Without an event, tests.slow_events patches a function that nobody calls.
+    return ANY if begun.exists() else ()
 
 
 def kill_while_exporting(chance: random.Random, run: LaunchedRun) -> Container[int]:
