@@ -12,7 +12,9 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from conf.schema import Config
 from conf.schema.checks import check
+from conf.schema.passed_on import check_extra
 from conf.values import NAME_LISTS, TEXT_LISTS, kind_of, split_at_commas
 
 CONF = Path(__file__).parent
@@ -105,6 +107,8 @@ def checked(config: DictConfig) -> Any:
         built = OmegaConf.to_object(config)
         for path in empty_texts(config):
             raise ValueError(empty_value(path))
+        if isinstance(built, Config):
+            check_extra(built.trainer.extra)
     except MissingMandatoryValue as error:
         raise ValueError(missing_value(error.full_key or str(error).rsplit(" ", 1)[-1])) from error
     except OmegaConfBaseException as error:

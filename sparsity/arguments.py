@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -28,16 +28,16 @@ def check_number(name: str, value: Any, example: float) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise a ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
+    """Raise a ValueError unless `value` is True or False, also numpy's."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
         raise ValueError(f"{name}={value!r} is neither True nor False: give one of them.")
 
 
 def check_patterns(name: str, value: Any) -> None:
-    """Raise a ValueError unless `value` is a sequence of name patterns; a single text would be read letter by letter."""
+    """Raise a ValueError unless `value` is a list, tuple or set of name patterns; one text would be read letter by letter."""
     if isinstance(value, str):
         raise ValueError(f"{name}={value!r} is one text, not a list of name patterns: give [{value!r}].")
-    if not isinstance(value, Sequence) or not all(isinstance(pattern, str) for pattern in value):
+    if not isinstance(value, Collection) or not all(isinstance(pattern, str) for pattern in value):
         raise ValueError(f"{name}={value!r} is not a list of name patterns: give one, such as ['*mlp*'].")
 
 

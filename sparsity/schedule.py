@@ -81,7 +81,7 @@ class Ramp(Staircase, Method):
 
     def __post_init__(self) -> None:
         kinds = type(self).__mro__
-        if not {"kept", "kept_after", "density_after"} & {
+        if not {"kept", "kept_after", "density_after", "density"} & {
             name for kind in kinds[: kinds.index(Ramp)] for name in vars(kind)
         }:
             raise ValueError(

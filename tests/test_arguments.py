@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from torch import nn
 
 from sparsity import (
@@ -132,3 +133,37 @@ def test_numbers_of_numpy_are_numbers() -> None:
     )
     assert callback.pruner.events == {0, 100, 200}
     assert SparsityCallback(Fixed()).keep_zeros
+
+
+class Halved(Ramp):
+    """A schedule that gives its densities directly."""
+
+    def density(self, step: int) -> float:
+        return 0.5 if step >= self.start_step else 1.0
+
+
+class OwnSchedule:
+    """A schedule of a user's, which extends nothing of ours; numpy computes its steps."""
+
+    def density(self, step: int) -> float:
+        return np.float64(0.5 ** (step / 10))
+
+    def events(self) -> Any:
+        return np.linspace(10, 30, 3).astype(int)
+
+    def average_density(self, num_steps: int) -> float:
+        return 0.5
+
+
+def test_what_has_the_methods_of_a_schedule_is_one() -> None:
+    assert SparsityCallback(OwnSchedule()).pruner.events == {10, 20, 30}
+    assert SparsityCallback(Halved(0.5, 10, 30, 10)).pruner.events == {10, 20, 30}
+
+
+def test_name_patterns_may_be_any_collection() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    patterns = OmegaConf.create(["0.*"])
+    for given in (["0.*"], ("0.*",), {"0.*"}, frozenset({"0.*"}), {"0.*": 1}.keys(), np.array(["0.*"]), patterns):
+        callback = SparsityCallback(USUAL, requires_dense=given, keep_zeros=np.False_)
+        callback.bind(model)
+        assert list(callback.kept) == ["1.weight"], type(given)

@@ -26,7 +26,8 @@ from tests.small_trainer import small_trainer
 from tests.test_checkpoint import ALONE, world_here, write_trainer_state
 from train.checkpoints import layout, write
 from train.checkpoints.background import BackgroundWriter
-from train.checkpoints.write import Checkpoint, Pieces, write_checkpoint
+from train.checkpoints.contents import Pieces
+from train.checkpoints.write import Checkpoint, write_checkpoint
 from train.distributed import World
 from train.faults.stop import RunStopped
 

@@ -16,9 +16,10 @@ from sparsity.schedule import Geometric
 from sparsity.shards import ParameterShard
 from tests.distributed import run_ranks
 from train.checkpoints import layout
+from train.checkpoints.contents import Pieces
 from train.checkpoints.read import CheckpointReader, load_masks
 from train.checkpoints.tensorfile import file_bytes, write_tensors
-from train.checkpoints.write import Checkpoint, Pieces, write_checkpoint
+from train.checkpoints.write import Checkpoint, write_checkpoint
 from train.distributed import World
 from train.faults.stop import RunStopped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -45,3 +46,11 @@ def test_another_index_is_said(tokens):
     index.write_text(index.read_text().replace('"separator": 0', '"separator": 1'))
     with pytest.raises(ValueError, match="The training data has changed since the run began"):
         check_data(before, str(tokens))
+
+
+def test_an_index_that_only_lacks_what_was_added_since_is_the_same(tokens):
+    before = data_fingerprint(str(tokens))
+    index = tokens / "index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "first_id": 1}, indent=1))
+    assert data_fingerprint(str(tokens))["index"] != before["index"]
+    check_data(before, str(tokens))

@@ -109,6 +109,12 @@ def test_sources_continue_after_the_blocks_that_a_branch_took_over(two):
     assert sum(figures[f"tokens/{name}"] for name in second.names) == 40 * LENGTH
 
 
+def test_a_branch_of_an_earlier_version_keeps_its_order(two):
+    order, branch = mixture_blocks(two, 40, seed=0), mixture_blocks(two, 40, seed=0)
+    branch.continue_from(20, {})
+    assert all(branch[place]["input_ids"].tolist() == order[place]["input_ids"].tolist() for place in range(20, 40))
+
+
 def test_held_out_text_is_that_of_all_sources_and_is_read_as_one(two):
     from train.data import TokenStream, heldout_tokens, training_blocks
 

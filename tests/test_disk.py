@@ -16,7 +16,8 @@ from tests.commands import ROOT, quiet_environment
 from tests.test_checkpoint import ALONE, write_trainer_state
 from tests.test_directory import config_of
 from train.checkpoints import layout
-from train.checkpoints.write import Checkpoint, Pieces, write_checkpoint
+from train.checkpoints.contents import Pieces
+from train.checkpoints.write import Checkpoint, write_checkpoint
 from train.faults.stop import RunStopped
 from train.record.directory import RunDirectory
 

@@ -35,8 +35,9 @@ from tests.methods import (
     schedule_of,
 )
 from tests.test_run import tiny, write_text
+from train.checkpoints.contents import optimizer_figures, parameters_of, rank_tensors
 from train.checkpoints.read import CheckpointReader, load_masks, load_optimizer, load_weights
-from train.checkpoints.write import Checkpoint, optimizer_figures, parameters_of, rank_tensors, write_checkpoint
+from train.checkpoints.write import Checkpoint, write_checkpoint
 from train.distributed import World
 from train.model.export import export_model, full_tensor
 from train.resumable import row_size

@@ -30,7 +30,7 @@ from train.model.weights import allocate, draw_weights, shard_and_allocate
 from train.plan.architecture import describe, resolved
 from train.plan.config_json import hf_config
 from train.plan.counts import count_parameters, flops_per_token
-from train.plan.memory import host_memory
+from train.plan.host_memory import host_memory
 from train.plan.names import dense_words, prunable_shapes
 from train.plan.run import plan_run
 from train.plan.twin import dense_twin

@@ -38,8 +38,9 @@ from conf.schema import ModelConfig, SparsityConfig
 from sparsity.prunable import own_linear_weights, prunable_parameters
 from tests.architectures import SIZES, by_path
 from tests.small_models import VOCABULARY, saved
+from train.checkpoints.contents import buffers_of, parameters_of, rank_tensors
 from train.checkpoints.read import CheckpointReader, load_buffers
-from train.checkpoints.write import Checkpoint, buffers_of, parameters_of, rank_tensors, write_checkpoint
+from train.checkpoints.write import Checkpoint, write_checkpoint
 from train.distributed import World
 from train.model.build import build_skeleton
 from train.model.documents import check_keeps_documents_apart

@@ -75,7 +75,6 @@ def test_batches_are_copied_to_a_gpu_from_pinned_memory_without_waiting(monkeypa
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(arguments, "TrainingArguments", lambda **options: options)
-    monkeypatch.setattr(arguments, "check_extra", lambda extra: None)
     config = composed("train", ["experiment=demo"])
     found = arguments.training_arguments(config, plan_run(config, 1), Path("nowhere"))
     assert found["dataloader_pin_memory"] is has_gpu

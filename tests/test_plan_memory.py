@@ -21,7 +21,8 @@ from train.plan.disk import checkpoint_bytes
 from train.plan.figure import density_curve, draw_density
 from train.plan.forecast import forecast
 from train.plan.gathering import must_reshard
-from train.plan.memory import Setting, gpu_memory, host_memory, largest_micro_batch, parse_bytes
+from train.plan.host_memory import host_memory, parse_bytes
+from train.plan.memory import Setting, gpu_memory, largest_micro_batch
 from train.plan.run import plan_run
 from train.plan.text import run_text
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -135,6 +137,24 @@ def test_ranks_choose_the_masks_of_one_process(layout, num_ranks):
             assert all(map(torch.equal, found_masks, masks)), scope
             for name, own in norms.items():
                 assert torch.equal(found_norms[name], own), (scope, name)
+
+
+def test_a_collator_that_draws_random_numbers_does_not_change_those_of_the_run():
+    def masked(items: list[Tensor]) -> Tensor:
+        kept = torch.rand(items[0].shape) > 0.1
+        return items[0] * kept * (random.random() + np.random.rand())  # noqa: NPY002 - a user's collator
+
+    model, callback = make_model(), callback_of(OneShot(0.5, 0))
+    callback.bind(model)
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    expected = torch.rand(1).item(), random.random(), np.random.rand()  # noqa: NPY002
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    callback.calibrate(model, SimpleNamespace(dataset=SEQUENCES, collate_fn=masked))
+    assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected  # noqa: NPY002
 
 
 # --- a Trainer ---

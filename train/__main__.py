@@ -20,7 +20,8 @@ from train.determinism import compute_deterministically
 from train.faults.error import FAILED_CODE, hand_over
 from train.faults.process import AGENT, collect_again, die_with_parent, end_process, end_process_after
 from train.faults.stop import RunStopped
-from train.plan.run import plan_run, world_size_asked
+from train.plan.batch import world_size_asked
+from train.plan.run import plan_run
 from train.record.wandb_key import check_wandb
 
 USAGE = """accelerate launch --config_file launch/accelerate/cpu.yaml -m train experiment=demo [key=value ...]

@@ -15,7 +15,8 @@ from transformers.training_args import OptimizerNames
 
 from conf.schema import Config
 from conf.schema.trainer import OWN_KEYS
-from train.plan.run import RunPlan, decay_length
+from train.plan.rate import decay_length
+from train.plan.run import RunPlan
 
 MUON = "muon"
 

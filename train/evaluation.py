@@ -97,14 +97,19 @@ def heldout_figures(score: Score, data: PreparedData) -> dict[str, float]:
     }
 
 
-def check_evaluation(config: Config) -> None:
+def check_evaluation(config: Config, is_new: bool = True) -> None:
     """Check that the held-out sets and tasks exist, before the run's text is prepared.
 
     One process calls it.
 
+    Args:
+        config: The run's configuration.
+        is_new: Whether the run begins. One that is resumed keeps the sets with which it began.
+
     Raises:
         ValueError: A set cannot be found or is trained on, or a task is unknown.
     """
-    check_sets(config)
+    if is_new:
+        check_sets(config)
     if config.eval.tasks:
         check_tasks(config.eval.tasks, config.eval.task_path, prefix="eval.")

@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 
 from sparsity.prunable import linear_weights, own_linear_weights, plain_name
 from sparsity.shards import local_tensor, shard_dim
-from train.checkpoints.write import local_rows
+from train.checkpoints.contents import local_rows
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """The coefficients of the quintic Newton-Schulz iteration (Keller Jordan's Muon), as in torch.optim.Muon."""

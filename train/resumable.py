@@ -17,17 +17,11 @@ from transformers import Trainer
 from sparsity import SparsityCallback
 from train.checkpoints import layout
 from train.checkpoints.background import BackgroundWriter
+from train.checkpoints.contents import buffers_of, optimizer_figures, parameters_of, rank_tensors
 from train.checkpoints.rates import keeps_rates, load_rates
 from train.checkpoints.read import CheckpointReader, load_buffers, load_masks, load_optimizer, load_weights
 from train.checkpoints.rng import rng_state, set_rng_state
-from train.checkpoints.write import (
-    Checkpoint,
-    buffers_of,
-    optimizer_figures,
-    parameters_of,
-    rank_tensors,
-    write_checkpoint,
-)
+from train.checkpoints.write import Checkpoint, write_checkpoint
 from train.distributed import World, set_group_timeouts
 from train.faults.guard import StepGuard
 from train.faults.stop import RunStopped

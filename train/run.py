@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from conf.cli import user_errors
 from conf.schema import Config, tokenizer_of
 from train.assembly import build, checked_arguments, make_trainer
-from train.checkpoints.write import parameters_of
+from train.checkpoints.contents import parameters_of
 from train.data import prepare, unigram_bits_per_byte
 from train.data.mixture import MixtureBlocks
 from train.data.sets import prepare_sets
@@ -63,7 +63,7 @@ def run(config: Config, plan: RunPlan, world: World, preemption: Preemption, hea
         repeat_ending(config, plan, directory, world, finished)
         return
     world.on_main(check_beginning, config, plan, directory)
-    world.on_main(check_evaluation, config)
+    world.on_main(check_evaluation, config, not directory.config.exists())
     data = world.on_main(prepare, config.data, tokenizer_of(config), plan.model.vocab_size, plan.sequence_length)
     sets = world.on_main(prepare_sets, config, data)
     model, tokenizer, blocks = build(config, plan, data, arguments, world)

@@ -81,24 +81,34 @@ def accepts(annotation: str, value: Any) -> bool:
     return False
 
 
-def check_extra(extra: Mapping[str, Any], own: Collection[str]) -> None:
-    """Check the keys and values of `trainer.extra`.
+def check_own_names(extra: Mapping[str, Any], own: Collection[str]) -> None:
+    """Check that `trainer.extra` has no argument that is set elsewhere.
 
     Args:
         extra: The arguments of TrainingArguments that are passed on.
         own: The keys of the group `trainer`.
 
     Raises:
-        ValueError: A key is unknown or is set elsewhere, or a value has the wrong type.
+        ValueError: It has one.
     """
-    types = training_argument_types() if extra else {}
-    for name, value in extra.items():
+    for name in extra:
         check(name not in SET_HERE, f"trainer.extra.{name} is set by the framework itself: remove it.")
         check(name not in own, f"trainer.extra.{name} has its own key: set trainer.{name}.")
-        if types:
-            words = f"trainer.extra.{name} is not an argument of transformers.TrainingArguments: "
-            check(name in types, words + _hint(name, types, "see transformers' documentation for the available names."))
-            _check_type(f"trainer.extra.{name}", types[name], value)
+
+
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """Check the names and values of `trainer.extra` against the installed transformers.
+
+    This is done for a command's own config only: a finished run may have been trained with another version.
+
+    Raises:
+        ValueError: A name is unknown, or a value has the wrong type.
+    """
+    types = training_argument_types() if extra else {}
+    for name, value in extra.items() if types else ():
+        words = f"trainer.extra.{name} is not an argument of transformers.TrainingArguments: "
+        check(name in types, words + _hint(name, types, "see transformers' documentation for the available names."))
+        _check_type(f"trainer.extra.{name}", types[name], value)
 
 
 def check_schedule_arguments(schedule: str, arguments: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from conf.schema.checks import MAX_STEPS, check
 from conf.schema.choices import check_trainer
-from conf.schema.passed_on import check_extra, check_schedule_arguments
+from conf.schema.passed_on import check_own_names, check_schedule_arguments
 
 OWN_KEYS = ("fp8", "profile_steps", "async_save", "decay_steps", "keep_steps")
 """Keys of the group `trainer` that TrainingArguments does not have."""
@@ -135,7 +135,7 @@ class TrainerConfig(OptimConfig):
             0 < self.learning_rate < math.inf, f"trainer.learning_rate={self.learning_rate} must be a number above 0."
         )
         check_trainer(self)
-        check_extra(self.extra, self.__dataclass_fields__)
+        check_own_names(self.extra, self.__dataclass_fields__)
         check_schedule_arguments(self.lr_scheduler_type, self.lr_scheduler_kwargs)
 
     def _check_profile_steps(self) -> None:

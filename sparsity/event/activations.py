@@ -7,12 +7,14 @@ fraction and rounded to integers, whose sums over sequences and ranks do not dep
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ def input_norms(
     model = model.module if isinstance(model, DistributedDataParallel) else model
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     sums = {name: _Sums(parameters[name].shape[-1], device) for name in parameters}
-    with _evaluating(model), _watching(model, sums):
+    with _evaluating(model), _watching(model, sums), _own_random_numbers(device):
         for first in range(0, calibration.num_sequences, world):
             # Under FSDP2 all ranks must compute, so those without a sequence repeat the last one and count nothing.
             index, last = first + rank, calibration.num_sequences - 1
@@ -169,6 +171,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
         # FSDP2 keeps the root's gathered weights after a forward pass without gradients, and the event changes the shards.
         _reshard(model)
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave the random generators as they were, because a collator or a dataset may draw from them, as for masked words."""
+    python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one that others draw from
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 def _reshard(model: nn.Module) -> None:

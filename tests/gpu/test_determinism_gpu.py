@@ -32,7 +32,7 @@ def six_steps(folder: Path, resume_from: Path | None) -> dict[str, Any]:
 
     from sparsity import Geometric, SparsityCallback
     from tests.small_trainer import random_rows, small_llama, small_trainer
-    from train.checkpoints.write import parameters_of
+    from train.checkpoints.contents import parameters_of
     from train.distributed import join_world
     from train.trainer import PretrainingTrainer
 

@@ -16,7 +16,9 @@ from conf.schema.trainer import OptimConfig
 from sparsity.registry import name_of
 from train.checkpoints import layout
 from train.plan.branch import CONFIG, Branch, Past, parse_branch, read_branch, run_folder
-from train.plan.run import RunPlan, decay_start
+from train.plan.rate import decay_start
+from train.plan.run import RunPlan
+from train.plan.settings import plain_settings
 
 KEPT = ("init_from", "sparsity.include", "sparsity.requires_dense", "optim.optim")
 """Keys that a branch cannot change, in addition to the model, the batch size and the sequence length."""
@@ -76,7 +78,7 @@ def check_branch(config: Config, plan: RunPlan) -> Branch:
     where = f"branch_from={config.branch_from}"
     parent = run_folder(config)
     state = read_state(branch_checkpoint(config))
-    before, now = _settings_of(where, parent), _plain(OmegaConf.structured(config))
+    before, now = _settings_of(where, parent), _plain(config)
     changes = _changes(before, now)
     step = int(state["step"])
     for key, (old, new) in changes.items():
@@ -241,9 +243,7 @@ def _settings_of(where: str, parent: Path) -> dict[str, Any]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), config))
-    # A null tokenizer means one of these, and a run saves which one it used.
-    merged["tokenizer"] = merged["tokenizer"] or merged["init_from"] or merged["model"]["path"] or "train"
+    merged = plain_settings(config)
     # The values of the group optim are copied into the group trainer, and only those count.
     del merged["optim"]
     return {_typed(key): value for key, value in _flat(merged) if key.split(".")[0] not in NOT_CHANGES}

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsity.mask import state_holder, unpack_mask
 from sparsity.shards import ParameterShard, local_tensor
 from train.checkpoints import layout
-from train.checkpoints.write import Pieces, local_rows
+from train.checkpoints.contents import Pieces, local_rows
 
 
 class CheckpointReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def check_data(before: dict[str, Any], folder: str) -> None:
         ValueError: The data has changed since the fingerprint `before` was taken.
     """
     now = data_fingerprint(folder)
-    if now["index"] != before["index"]:
+    if before["index"] not in (now["index"], _older_index(folder)):
         raise ValueError(
             f"The training data has changed since the run began ({folder} has another index): restore the data, or set "
             "overwrite=true to start over."
@@ -100,3 +101,9 @@ def check_data(before: dict[str, Any], folder: str) -> None:
                 f"{Path(folder, name)} has changed since the run began: delete {folder} so that it is prepared again, or "
                 "set overwrite=true to start over."
             )
+
+
+def _older_index(folder: str) -> str:
+    """Return the sha256 that the index had before `first_id` was added to it, so that runs that began then resume."""
+    index = {key: value for key, value in read_index(folder).items() if key != "first_id"}
+    return hashlib.sha256(json.dumps(index, indent=1).encode()).hexdigest()

@@ -112,8 +112,11 @@ class MixtureBlocks(Dataset[dict[str, torch.Tensor]]):
 
         Args:
             place: The number of blocks that the run has taken by then.
-            taken: The number of blocks from each source by name, in the order of the sources' numbers.
+            taken: The number of blocks from each source by name, in the order of the sources' numbers. If it is empty, an
+                earlier version recorded the branch, and this order is continued as that version did.
         """
+        if not taken:
+            return
         numbers = {name: number for number, name in enumerate([*taken, *(n for n in self.names if n not in taken)])}
         self._keys = [numbers[name] for name in self.names]
         before = np.array([taken.get(name, 0) for name in self.names], dtype=np.int64)

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from sparsity.common.files import publish_folder, write_atomically
 from sparsity.prunable import plain_name
+from train.checkpoints.contents import buffers_of
 from train.checkpoints.tensorfile import write_tensors
-from train.checkpoints.write import buffers_of
 from train.distributed import World
 from train.model.parametrisation import query_folds, unfolded
 from train.model.portable import make_portable

@@ -16,7 +16,7 @@ from conf.schema import ModelConfig
 from sparsity.compact.contents import METHOD
 from sparsity.prunable import plain_name
 from sparsity.shards import local_tensor
-from train.checkpoints.write import buffers_of, local_rows
+from train.checkpoints.contents import buffers_of, local_rows
 from train.model.export import full_names
 from train.model.initial_config import check_config
 from train.model.parametrisation import folded, query_folds

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsity.prunable import plain_name
-from train.checkpoints.write import buffers_of
+from train.checkpoints.contents import buffers_of
 
 STACKS = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 """The conversions that stack experts along dim 0, after concatenating the parts of each along its rows."""

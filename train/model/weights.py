@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from sparsity.shards import local_tensor
 from sparsity.wrappers import fsdp2_groups
-from train.checkpoints.write import local_rows
+from train.checkpoints.contents import local_rows
 from train.model.export import full_names
 from train.model.parametrisation import INITS, fold_drawn_
 from train.plan.architecture import block_names

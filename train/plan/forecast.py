@@ -18,8 +18,10 @@ from train.plan.compute import (
 )
 from train.plan.disk import checkpoint_bytes, export_bytes
 from train.plan.gathering import run_setting
-from train.plan.memory import GpuMemory, HostMemory, Setting, gpu_memory, host_memory, largest_micro_batch, parse_bytes
-from train.plan.run import RunPlan, decay_start, warmup_length
+from train.plan.host_memory import HostMemory, host_memory, parse_bytes
+from train.plan.memory import GpuMemory, Setting, gpu_memory, largest_micro_batch
+from train.plan.rate import decay_start, warmup_length
+from train.plan.run import RunPlan
 from train.plan.series import table_row
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import Config, ModelConfig
-from conf.schema.trainer import TrainerConfig
 from sparsity.choices import Choices
 from sparsity.mixed import Mixed
 from sparsity.pattern import Blocks, Pattern, parse_pattern
@@ -18,9 +16,11 @@ from sparsity.score import SCORES, Score
 from sparsity.update import Update
 from sparsity.window import compute_window, schedule_of_window
 from train.plan.architecture import default_length, describe, resolved
+from train.plan.batch import split_batch
 from train.plan.branch import Past, planned_steps
 from train.plan.counts import ParameterCounts, count_parameters
 from train.plan.names import planned_pools, prunable_shapes, pruned_groups
+from train.plan.rate import check_decay, check_window_and_decay
 from train.plan.twin import DenseTwin, dense_twin
 
 
@@ -139,10 +139,10 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"model.max_position_embeddings={model.max_position_embeddings}: use a shorter length or a longer context."
         )
     pools = planned_pools(model, config.sparsity)
-    batch_size, micro, accumulation = _split_batch(config, world_size)
+    batch_size, micro, accumulation = split_batch(config, world_size)
     _check_shards(model, config, world_size)
     schedule, num_steps = _schedule_and_steps(config, pools, batch_size * sequence_length)
-    _check_decay(config, num_steps)
+    check_decay(config.trainer, num_steps)
     _check_keep_steps(config, num_steps)
     target_sparsity = schedule.sparsity if schedule else None
     twin = None
@@ -208,7 +208,7 @@ def _schedule_and_steps(config: Config, pools: Sequence[Pool], batch_tokens: int
             kind=kind,
             shares=shares,
         )
-    _check_window_and_decay(config, schedule, num_steps)
+    check_window_and_decay(config.trainer, schedule, num_steps)
     choices = Choices(
         schedule,
         score=SCORES.find(sparsity.score),
@@ -236,59 +236,6 @@ def _check_shards(model: ModelConfig, config: Config, world_size: int) -> None:
             pattern.check_shards(name, shape, num_ranks)
 
 
-def decay_length(decay_steps: float, num_steps: int) -> int:
-    """Return the number of steps that optim.decay_steps stands for: a value below 1 is a share of the run."""
-    return round(decay_steps * num_steps) if decay_steps < 1 else round(decay_steps)
-
-
-def warmup_length(trainer: TrainerConfig, num_steps: int) -> int:
-    """Return the number of steps that optim.warmup_steps stands for, as transformers computes it."""
-    steps = trainer.warmup_steps
-    return math.ceil(steps * num_steps) if steps < 1 else int(steps)
-
-
-def decay_start(trainer: TrainerConfig, num_steps: int) -> int | None:
-    """Return the step before which the decay of optim=wsd begins; None if the run has no such decay.
-
-    Raises:
-        ValueError: The decay is longer than the run.
-    """
-    decay = trainer.lr_scheduler_kwargs.get("num_decay_steps") if trainer.decay_steps is None else trainer.decay_steps
-    length = decay_length(decay or 0, num_steps)
-    if length > num_steps:
-        raise ValueError(
-            f"{decay_words(trainer)} is longer than the run of {num_steps} steps: give fewer steps, or a share below 1."
-        )
-    return num_steps - length if length else None
-
-
-def decay_words(trainer: TrainerConfig) -> str:
-    """Return the setting that gives the decay its length, with its value."""
-    if trainer.decay_steps is None:
-        return f"optim.lr_scheduler_kwargs.num_decay_steps={trainer.lr_scheduler_kwargs.get('num_decay_steps')}"
-    return f"optim.decay_steps={trainer.decay_steps:g}"
-
-
-def _check_decay(config: Config, num_steps: int) -> None:
-    """Refuse a warm-up and a decay that overlap: the rate would never reach its peak."""
-    begin, warmup = decay_start(config.trainer, num_steps), warmup_length(config.trainer, num_steps)
-    if begin is not None and warmup > begin:
-        raise ValueError(
-            f"optim.warmup_steps={config.trainer.warmup_steps:g} ends at step {warmup}, after the decay of "
-            f"{decay_words(config.trainer)} begins at step {begin} of {num_steps}: shorten one of them, or train longer."
-        )
-
-
-def _check_window_and_decay(config: Config, schedule: Ramp, num_steps: int) -> None:
-    """Refuse to prune while the learning rate decays: the model would have no time to recover."""
-    begin = decay_start(config.trainer, num_steps)
-    if begin is not None and schedule.end_step > begin:
-        raise ValueError(
-            f"The prune window ends at step {schedule.end_step}, after the decay of {decay_words(config.trainer)} begins at "
-            f"step {begin}: end the window earlier (sparsity.window.end), or decay later."
-        )
-
-
 def _check_keep_steps(config: Config, num_steps: int) -> None:
     """Refuse to keep checkpoints of steps that the run does not have."""
     if late := [step for step in config.trainer.keep_steps if step > num_steps]:
@@ -306,48 +253,8 @@ def _average_linear(model: ModelConfig, pools: Sequence[Pool], schedule: Ramp | 
     return 1.0 - (1.0 - schedule.average_density(num_steps)) * prunable / count_parameters(model).linear
 
 
-def world_size_asked(config: Config, environment: Mapping[str, str]) -> int:
-    """Return the number of processes that the launcher started.
-
-    Raises:
-        ValueError: The config asks for another number.
-    """
-    local, asked = int(environment.get("LOCAL_WORLD_SIZE", "1")), config.launch.num_processes
-    if asked is not None and asked != local:
-        raise ValueError(
-            f"launch.num_processes={asked}, but {local} {'was' if local == 1 else 'were'} started on this machine: start the "
-            f"run with `python -m launch`, or give accelerate --num_processes {asked} and a config of launch/accelerate."
-        )
-    return int(environment.get("WORLD_SIZE", "1"))
-
-
 def run_directory(config: Config) -> Path:
     """Return runs_dir/run_name, or in a sweep runs_dir/sweep_name/job; a dense twin has its own name."""
     sparsity = f"{100 * config.sparsity.target:g}p" if config.sparsity.target else "dense"
     name = config.run_name or f"{config.model.name}-{sparsity}"
     return Path(config.runs_dir) / (f"{name}-twin" if config.model.match else name)
-
-
-def _split_batch(config: Config, world_size: int) -> tuple[int, int, int]:
-    """Return (sequences per step, sequences per micro-batch and process, micro-batches per step)."""
-    trainer = config.trainer
-    micro, accumulation = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
-    if config.batch_size is None:
-        accumulation = accumulation or 1
-        return world_size * micro * accumulation, micro, accumulation
-    if config.batch_size % world_size:
-        raise ValueError(
-            f"batch_size={config.batch_size} cannot be divided among {world_size} processes: use a multiple of "
-            f"{world_size}, or another number of processes."
-        )
-    share = config.batch_size // world_size
-    if accumulation is None:
-        micro = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
-        return config.batch_size, micro, share // micro
-    if micro * accumulation != share:
-        raise ValueError(
-            f"batch_size={config.batch_size} is not {world_size} processes x trainer.per_device_train_batch_size={micro} "
-            f"x trainer.gradient_accumulation_steps={accumulation}: set trainer.gradient_accumulation_steps=null to "
-            "derive it, or batch_size=null."
-        )
-    return config.batch_size, micro, accumulation

@@ -21,6 +21,7 @@ from sparsity.common.files import check_room, write_atomically
 from train.checkpoints.layout import checkpoints, remove_leftovers
 from train.plan.branch import BRANCH
 from train.plan.disk import bytes_below
+from train.plan.settings import plain_settings
 from train.record.read import CONFIG, METRICS, SAMPLE, SUMMARY, read_summary
 
 NOT_PART_OF_A_RUN = (
@@ -169,9 +170,8 @@ class RunDirectory:
 
     def _check_same(self, config: Config) -> None:
         try:
-            # OmegaConf's loader creates no objects from tags, and interpolations are not resolved. A key that was added
-            # after the run began gets its default here.
-            before = run_identity(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(self.config)))
+            # OmegaConf's loader creates no objects from tags, and interpolations are not resolved.
+            before = run_identity(OmegaConf.load(self.config))
         except Exception as error:
             if isinstance(error, OSError) and error.errno:
                 raise
@@ -193,14 +193,11 @@ def is_restart(environment: Mapping[str, str]) -> bool:
 
 def run_identity(config: Any) -> dict[str, Any]:
     """Return the settings that must match for two commands to mean the same run."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config) if isinstance(config, Config) else config)
-    assert isinstance(plain, dict)
+    plain = plain_settings(config)
     for path in NOT_PART_OF_A_RUN:
         group, _, key = path.rpartition(".")
         (plain[group] if group else plain).pop(key, None)
-    # A null tokenizer means one of these, so a run with that value given explicitly is the same run.
-    plain["tokenizer"] = plain.get("tokenizer") or plain.get("init_from") or plain["model"].get("path") or "train"
-    return {str(key): value for key, value in plain.items()}
+    return plain
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
