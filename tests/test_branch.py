@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import get_scheduler
 
 from conf.compose import composed
@@ -242,6 +243,7 @@ def rates(folder: Path, *changes: str) -> list[float]:
     config = composed(
         "train", command(folder, "x", "optim=wsd", "optim.learning_rate=1", "sparsity.target=0", *changes)
     )
+    PartialState(cpu=True)
     arguments = training_arguments(config, plan_run(config, 1), Path("x"))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup = arguments.get_warmup_steps(arguments.max_steps)

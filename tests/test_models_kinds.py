@@ -238,7 +238,6 @@ def test_a_model_that_cannot_start_from_random_weights_is_refused_before_text_is
         check_drawable(resolved(by_path(tmp_path)))
 
 
-@pytest.mark.parametrize("kind", ["transformers", "authors"])
 @pytest.mark.parametrize(
     "config", [lambda: LlamaConfig(**SIZES), lambda: MixtralConfig(**SIZES, **EXPERTS), deepseek_v3]
 )
