@@ -236,6 +236,21 @@ def test_a_tokenizer_larger_than_the_model_is_refused(source: Path, tmp_path: Pa
         run(source, tmp_path / "cache", tokenizer=saved, vocab_size=299)
 
 
+def test_a_tokenizer_that_does_not_fit_is_refused_before_the_text_is_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = run(source, tmp_path / "cache").tokenizer
+
+    def read(*_: Any) -> None:
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr("train.data.pipeline.find_corpus", read)
+    with pytest.raises(ValueError, match=r"has 300 tokens, more than model\.vocab_size=299"):
+        run(source, tmp_path / "cache", tokenizer=saved, vocab_size=299)
+    with pytest.raises(ValueError, match=r"model\.vocab_size=256 is too small to train a tokenizer"):
+        run(source, tmp_path / "cache", vocab_size=256)
+
+
 def test_unigram_bits_per_byte_equals_an_independent_count(source: Path, tmp_path: Path) -> None:
     prepared = run(source, tmp_path / "cache")
     train, heldout = streams(prepared)

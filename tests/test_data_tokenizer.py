@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from train.data import hub
+from train.data.own_tokenizer import check_trainable
 from train.data.pack import encoder
 from train.data.tokenizer import check_vocabulary, load_tokenizer, separator_of, train_bpe, without_long_runs, wrap_bpe
 
@@ -53,9 +54,9 @@ def test_workers_encode_as_transformers_does_and_read_no_special_token_from_text
     assert 0 not in ids
 
 
-def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path: Path) -> None:
+def test_a_vocabulary_too_small_for_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.vocab_size=256 is too small .*: give at least 257"):
-        train_bpe(TEXTS, 256, tmp_path / "tokenizer.json")
+        check_trainable([], 256)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path) -> None:

@@ -211,6 +211,14 @@ def config_of(*overrides: str) -> Config:
     return config
 
 
+def test_a_tokenizer_larger_than_the_model_is_refused_before_anything_is_started(tmp_path):
+    tokenizer(*(f"word {index}" for index in range(300))).save_pretrained(tmp_path / "tokenizer")
+    arguments = tiny(tmp_path, f"tokenizer={tmp_path}/tokenizer")
+    config = composed("train", arguments)
+    with pytest.raises(ValueError, match=r"tokenizer has 301 tokens, more than model\.vocab_size=300"):
+        check_start(config, plan_run(config, 2), arguments)
+
+
 def test_the_tokenizer_is_the_folders_unless_another_is_named():
     assert tokenizer_of(config_of()) == "train"
     assert tokenizer_of(config_of("init_from=runs/a/model")) == "runs/a/model"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BambaConfig,
@@ -28,6 +29,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     OlmoHybridConfig,
+    OpenAIGPTConfig,
     PhimoeConfig,
     StableLmConfig,
     XLNetConfig,
@@ -44,6 +46,7 @@ from train.checkpoints.write import Checkpoint, write_checkpoint
 from train.distributed import World
 from train.model.build import build_skeleton
 from train.model.documents import check_keeps_documents_apart
+from train.model.drawable import check_drawable
 from train.model.export import export_model
 from train.model.initial import initial_weights, load_initial_weights
 from train.model.weights import allocate
@@ -55,6 +58,7 @@ from train.plan.names import planned_pools, prunable_shapes
 ALONE = World(0, 1, torch.device("cpu"))
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -200,6 +204,7 @@ KEPT_APART: dict[str, tuple[Callable[[], Any], str | None]] = {
     "gpt2": (lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, pad_token_id=0), None),
     "mistral": (lambda: MistralConfig(**SIZES, sliding_window=16), None),
     "deepseek_v3": (deepseek_v3, None),
+    "dynamic": (lambda: LlamaConfig(**SIZES, rope_parameters=DYNAMIC), None),
     "bamba": (lambda: BambaConfig(**SIZES, **MAMBA), "mixes tokens by a convolution too"),
     "falcon": (lambda: FalconConfig(**SMALL, num_attention_heads=2), "does not pass the ends"),
     "stablelm": (lambda: StableLmConfig(**SIZES), "does not pass the ends"),
@@ -219,6 +224,27 @@ def test_documents_are_refused_where_a_model_would_mix_them(name):
         ValueError, match=f"data.attention=document does not work with .*{reason}.* use data.attention=causal"
     ):
         check_keeps_documents_apart(config())
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (lambda: ApertusConfig(**SIZES), r"model\.layers\.0\.mlp\.act_fn\.alpha_p"),
+        (lambda: OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2), r"transformer\.h\.0\.attn.*"),
+    ],
+)
+def test_a_model_that_cannot_start_from_random_weights_is_refused_before_text_is_read(tmp_path, config, name):
+    config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"_init_weights gives {name} no values, .*: set init_from"):
+        check_drawable(resolved(by_path(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "config", [lambda: LlamaConfig(**SIZES), lambda: MixtralConfig(**SIZES, **EXPERTS), deepseek_v3]
+)
+def test_a_model_that_can_start_from_random_weights_is_not_refused(tmp_path, config):
+    config().save_pretrained(tmp_path)
+    check_drawable(resolved(by_path(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from train.checkpoints import layout
 from train.checkpoints.branch import check_branch, read_state
 from train.checkpoints.resume import check_data
 from train.data.mixture import MixedOrder
-from train.data.sources import sources_of
 from train.data.tokenizer import load_tokenizer
 from train.plan.branch import BRANCH, Branch, branch_text, branch_words, parse_branch, read_branch
 from train.plan.run import RunPlan
@@ -93,21 +92,25 @@ def blocks_taken(run: Path, step: int) -> dict[str, int]:
     config, inner = read_config(run / CONFIG), read_branch(run)
     state = read_state(layout.folder_of(run / "checkpoints", step))
     taken, begin = ({}, 0) if inner is None else (dict(inner.blocks), inner.step)
-    batch, sources = int(state["identity"]["batch_size"]), sources_of(config.data)
+    batch, sources = int(state["identity"]["batch_size"]), _shares(config.data)
     seed = config.trainer.seed if config.trainer.data_seed is None else config.trainer.data_seed
-    order = MixedOrder([source.weight for source in sources], step * batch + 1, seed)
+    order = MixedOrder(list(sources.values()), step * batch + 1, seed)
     counts = order.counts_before(step * batch) - order.counts_before(begin * batch)
-    for source, count in zip(sources, counts.tolist(), strict=True):
-        name = source.name if config.data.source == "mixture" else _stem(config.data)
+    for name, count in zip(sources, counts.tolist(), strict=True):
         taken[name] = taken.get(name, 0) + count
     return taken
 
 
-def _stem(data: DataConfig) -> str:
-    """Return the name that a run's only source of text would have in a mixture."""
+def _shares(data: DataConfig) -> dict[str, float]:
+    """Return the weight of each source by name; a run's only source has the name that it would have in a mixture.
+
+    The files are not looked at, because that run may have had others, or another working directory.
+    """
+    if data.source == "mixture":
+        return {source.stem: source.weight for source in data.sources}
     if data.path is None and data.name is None:
-        return data.source
-    return SourceConfig(path=data.path, hub=None if data.path else data.name).stem
+        return {data.source: 1.0}
+    return {SourceConfig(path=data.path, hub=None if data.path else data.name).stem: 1.0}
 
 
 def check_same_tokenizer(config: Config, before: str | None, now: str) -> None:

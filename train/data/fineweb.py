@@ -43,12 +43,12 @@ def hub_files(subset: str | None, max_documents: int | None, cache: Path) -> tup
     Raises:
         ValueError: The hub does not answer, or the files cannot be read.
     """
+    if max_documents is not None:
+        return dataset.streamed(dataset.Asked(REPOSITORY, subset or "default", "train"), "text", max_documents, cache)
     try:
         if not hub.is_reachable():
             raise ConnectionError("it does not answer")
-        if max_documents is None:
-            return _download(subset)
-        return dataset.streamed(dataset.Asked(REPOSITORY, subset or "default", "train"), "text", max_documents, cache)
+        return _download(subset)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -15,15 +15,34 @@ from train.data.pool import Progress
 from train.data.skipped import Skipped
 from train.data.sources import Source
 from train.data.split import is_heldout
-from train.data.tokenizer import train_bpe, wrap_bpe
+from train.data.tokenizer import END_OF_TEXT, MIN_TRAINED_VOCABULARY, train_bpe, wrap_bpe
 
-FORMAT = 2
+FORMAT = 3
 """A part of a trained tokenizer's key. Increase it when a change of code makes other bytes from the same input."""
 BPE_BYTES = 50_000_000
 BPE_PARTS = 256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def check_trainable(sources: Sequence[Source], vocab_size: int) -> None:
+    """Refuse to train a tokenizer on tokens, or of too few tokens, before any text is read.
+
+    Args:
+        sources: The sources.
+        vocab_size: The number of tokens.
+
+    Raises:
+        ValueError: A source holds tokens, or `vocab_size` is too small.
+    """
+    if any(source.config.source == "tokens" for source in sources):
+        raise ValueError("data=tokens needs the tokenizer that wrote the tokens: give its folder or name in tokenizer.")
+    if vocab_size < MIN_TRAINED_VOCABULARY:
+        raise ValueError(
+            f"model.vocab_size={vocab_size} is too small to train a tokenizer: "
+            f"give at least {MIN_TRAINED_VOCABULARY}, the 256 bytes and {END_OF_TEXT}."
+        )
 
 
 def train_tokenizer(
@@ -45,11 +64,9 @@ def train_tokenizer(
         max_length: The longest input, in tokens, that the tokenizer declares.
 
     Raises:
-        ValueError: A source holds tokens, or the text cannot be read.
+        ValueError: The text cannot be read.
     """
     texts = [(source.weight, corpus) for source, corpus in zip(sources, corpora, strict=True) if corpus is not None]
-    if len(texts) < len(sources):
-        raise ValueError("data=tokens needs the tokenizer that wrote the tokens: give its folder or name in tokenizer.")
     total = sum(weight for weight, _ in texts)
 
     def build(folder: Path) -> None:

@@ -21,13 +21,15 @@ from train.data.corpus import find_corpus
 from train.data.files import digest, lock
 from train.data.folders import TOKENS_FORMAT, Storage, TokenFolder, in_place, tokenized
 from train.data.index import is_complete, read_index, write_mixture_index
-from train.data.own_tokenizer import save_tokenizer, train_tokenizer
+from train.data.own_tokenizer import check_trainable, save_tokenizer, train_tokenizer
 from train.data.pack import Frame
 from train.data.prepared import PreparedData, PreparedSource, SplitCounts
 from train.data.sources import check_sources, sources_of, tell_uncut
 from train.data.tokenizer import bos_of, check_vocabulary, load_tokenizer, separator_of, vocabulary_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from conf.schema import DataConfig
 
 
@@ -112,26 +114,37 @@ def plan_preparation(
     sources = sources_of(config)
     check_sources(sources)
     tell_uncut(config)
+    # A tokenizer that does not fit is refused before text is fetched or hashed, which may take hours.
+    if tokenizer == "train":
+        check_trainable(sources, vocab_size)
+    else:
+        loaded = load_tokenizer(tokenizer)
+        check_vocabulary(loaded, vocab_size, tokenizer)
+        frame = _frame(config, loaded, tokenizer)
     corpora = [None if source.config.source == "tokens" else find_corpus(source.config, root) for source in sources]
     if tokenizer == "train":
         loaded = train_tokenizer(root, sources, corpora, heldout_share, vocab_size, max_length)
-    else:
-        loaded = load_tokenizer(tokenizer)
-    check_vocabulary(loaded, vocab_size, tokenizer)
-    separator = separator_of(loaded, tokenizer)
-    frame = Frame(
-        bos=bos_of(loaded, tokenizer) if config.bos else None,
-        eos=separator if config.eos else None,
-        max_tokens=config.max_document_tokens,
-    )
+        frame = _frame(config, loaded, tokenizer)
     saved, tokenizer_key = save_tokenizer(loaded, root)
-    storage = Storage(saved, tokenizer_key, vocabulary_of(loaded), separator, frame, heldout_share)
+    storage = Storage(
+        saved, tokenizer_key, vocabulary_of(loaded), separator_of(loaded, tokenizer), frame, heldout_share
+    )
     streams = tuple(
         in_place(source, root, storage, loaded) if corpus is None else tokenized(source, corpus, root, storage)
         for source, corpus in zip(sources, corpora, strict=True)
     )
     _check_different(streams)
     return Preparation(streams, root, storage)
+
+
+def _frame(config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: str) -> Frame:
+    """Return what is put around each document; raise if the tokenizer `spec` has no such token."""
+    separator = separator_of(tokenizer, spec)
+    return Frame(
+        bos=bos_of(tokenizer, spec) if config.bos else None,
+        eos=separator if config.eos else None,
+        max_tokens=config.max_document_tokens,
+    )
 
 
 def _cache_folder(cache_dir: str) -> Path:

@@ -63,7 +63,7 @@ def _check_only_tokens(path: Path) -> None:
 
 
 def check_sources(sources: Sequence[Source]) -> None:
-    """Check that all sources exist before any of them is read, and tell which keys do not apply to tokens.
+    """Check that all sources exist before any of them is read.
 
     Raises:
         ValueError: A file or folder does not exist.

@@ -30,17 +30,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
 
     Args:
         texts: The texts to train on.
-        vocab_size: The largest number of tokens.
+        vocab_size: The largest number of tokens, at least `MIN_TRAINED_VOCABULARY`.
         file: The file to write.
-
-    Raises:
-        ValueError: `vocab_size` is too small.
     """
-    if vocab_size < MIN_TRAINED_VOCABULARY:
-        raise ValueError(
-            f"model.vocab_size={vocab_size} is too small to train a tokenizer: "
-            f"give at least {MIN_TRAINED_VOCABULARY}, the 256 bytes and {END_OF_TEXT}."
-        )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -203,12 +195,12 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, spec: str) -> int:
     return int(tokenizer.bos_token_id)
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> int:
     """Return one more than the largest id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, spec: str) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase | Tokenizer, vocab_size: int, spec: str) -> None:
     """Check that a tokenizer has no more tokens than the model.
 
     Args:

@@ -63,6 +63,7 @@ def _reason(config: Any) -> str | None:
     config = deepcopy(config)
     # Otherwise transformers would look for padding in the tokens.
     config.pad_token_id = None
+    _fix_frequencies(config)
     try:
         # transformers multiplies experts on the meta device in bfloat16 only.
         with torch.device("meta"), torch.no_grad():
@@ -83,6 +84,14 @@ def _reason(config: Any) -> str | None:
         if not all(told.get(module, True) for module in inside) or not any(module in told for module in inside):
             return f"{name} does not pass the ends of the documents and its window on to transformers' attention"
     return None if told else "its attention is its own"
+
+
+def _fix_frequencies(config: Any) -> None:
+    """Replace rotary frequencies that grow with the length: the meta device has no positions to compute them from."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *rope.values()):
+        if isinstance(one, dict) and one.get("rope_type") == "dynamic":
+            one["rope_type"] = "default"
 
 
 def _is_windowed(config: Any, layer: int) -> bool:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from conf.schema import Config
+from conf.schema import Config, tokenizer_of
 from train.checkpoints.branch import check_branch
 from train.plan.branch import run_folder
 from train.plan.run import RunPlan
@@ -15,9 +15,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None:
-    """Check that `init_from` or `branch_from` fits the run, that there is a tokenizer, and that documents can be kept apart.
+    """Check that `init_from` or `branch_from` fits the run, that a tokenizer fits, and what the model can do.
 
-    Only configs and headers are read.
+    Only configs, headers and a local tokenizer.json are read.
 
     A run that has already started is not checked: its weights come from its checkpoints.
 
@@ -31,6 +31,7 @@ def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None
     """
     if not config.overwrite and (plan.run_dir / "config.yaml").exists():
         return
+    check_tokenizer_size(config, plan.model.vocab_size)
     if plan.model.path is not None and config.data.attention == "document":
         # The import loads torch; a launch of one of our LLaMAs saves that time.
         from train.model.build import transformers_config
@@ -44,6 +45,10 @@ def check_start(config: Config, plan: RunPlan, overrides: Sequence[str]) -> None
         return
     if config.init_from is None:
         check_tokenizer_of_path(config)
+        if plan.model.path is not None:
+            from train.model.drawable import check_drawable
+
+            check_drawable(plan.model)
         return
     # The import loads torch; a launch without init_from saves that time.
     from train.model.initial import check_initial_model
@@ -85,6 +90,28 @@ def check_tokenizer_of_path(config: Config) -> None:
             f"model.path={path} holds no tokenizer: give one, tokenizer=FOLDER_OR_NAME, or tokenizer=train to train one "
             "of the model's vocabulary size."
         )
+
+
+def check_tokenizer_size(config: Config, vocab_size: int) -> None:
+    """Refuse a tokenizer with more tokens than the model; any other kind than a folder's is checked when it is loaded.
+
+    Raises:
+        ValueError: It has more tokens.
+    """
+    spec = tokenizer_of(config)
+    file = Path(spec).expanduser() / "tokenizer.json"
+    if not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    from train.data.tokenizer import check_vocabulary
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:
+        # A file that cannot be read is reported in a sentence when it is loaded.
+        return
+    check_vocabulary(tokenizer, vocab_size, spec)
 
 
 def check_tokenizer(config: Config, overrides: Iterable[str]) -> None:

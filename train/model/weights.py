@@ -84,16 +84,13 @@ def draw_weights(model: nn.Module, template: PreTrainedModel, seed: int, init: s
         _materialise(unit, recurse, scratch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed_of(seed, name))
-            _initialise(unit, owner, recurse, init)
+            initialise(unit, owner, recurse, init)
         fold_drawn_(unit)
         for inner, full in unit.named_parameters(recurse=recurse):
             if (target := wanted.get(f"{prefix}{inner}")) is None:
                 continue
             if full.sum().isnan():
-                raise ValueError(
-                    f"{type(owner).__name__}._init_weights gives {prefix}{inner} no values, so this model cannot start "
-                    "from random weights: set init_from."
-                )
+                raise no_values(owner, f"{prefix}{inner}")
             start, stop = local_rows(target)
             local_tensor(target).copy_(full[start:stop])
         _discard(unit, recurse)
@@ -149,11 +146,26 @@ def _units(
         yield name, module, owner, False
 
 
-def _initialise(module: nn.Module, owner: PreTrainedModel, recurse: bool, init: str) -> None:
-    """Draw in transformers' order: children first, each by the innermost PreTrainedModel around it."""
+def no_values(owner: PreTrainedModel, name: str) -> ValueError:
+    """Return the error about a parameter that stays without values."""
+    return ValueError(
+        f"{type(owner).__name__}._init_weights gives {name} no values, so this model cannot start from random weights: set "
+        "init_from."
+    )
+
+
+def initialise(module: nn.Module, owner: PreTrainedModel, recurse: bool, init: str) -> None:
+    """Draw parameters in transformers' order: children first, each by the innermost PreTrainedModel around it.
+
+    Args:
+        module: The module.
+        owner: The innermost PreTrainedModel around it.
+        recurse: Whether to draw the parameters of submodules too.
+        init: The distribution, one of `train.model.parametrisation.INITS`.
+    """
     if recurse:
         for child in module.children():
-            _initialise(child, child if isinstance(child, PreTrainedModel) else owner, recurse, init)
+            initialise(child, child if isinstance(child, PreTrainedModel) else owner, recurse, init)
     INITS[init](module, owner)
 
 
