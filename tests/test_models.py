@@ -178,9 +178,7 @@ def test_what_is_no_plain_causal_language_model_is_refused_in_a_sentence(folders
 
 
 def test_keys_of_the_llama_group_are_refused_beside_a_path(folders):
-    with pytest.raises(
-        ValueError, match=r"model\.hidden_size=64 has no effect .* model\.overrides=\{hidden_size: 64\}"
-    ):
+    with pytest.raises(ValueError, match=r"model\.hidden_size=64 has no effect .*model\.overrides=\{hidden_size: 64\}"):
         resolved(by_path(folders["qwen3"], hidden_size=64))
     with pytest.raises(ValueError, match=r"model\.init=authors"):
         by_path(folders["qwen3"], init="authors")

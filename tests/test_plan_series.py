@@ -144,7 +144,7 @@ def test_text_fits_into_100_columns(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "named"),
     [
-        ("experiment=nope", "experiment/nope"),
+        ("experiment=nope", "experiment=nope is not known"),
         ("trainer.max_stps=3", "did you mean trainer.max_steps?"),
         ("seed=1", "did you mean trainer.seed?"),
         ("trainer.max_steps=x", "max_steps"),
