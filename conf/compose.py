@@ -37,7 +37,7 @@ WANTED = {
     "Float": "a number", "Integer": "a whole number", "bool": "true or false", "ListConfig": "a list, [a,b]",
     "DictConfig": "a group of keys, {a:1,b:2}", "null": "a value, because it cannot be null",
 }  # fmt: skip
-"""What to give instead of a value that OmegaConf cannot convert, by a word of its message."""
+"""The remedy for a value that OmegaConf cannot convert, by a word of its message."""
 
 
 def choice_sentence(said: str) -> str | None:

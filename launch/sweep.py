@@ -67,7 +67,7 @@ class Sweep:
 
     @property
     def is_local(self) -> bool:
-        """Whether there are jobs and they run on this machine."""
+        """True if there are jobs and they run on this machine."""
         return self.launcher["name"] == "basic" and bool(self.jobs)
 
 

@@ -1,4 +1,4 @@
-"""How much text gives the activation norms that a score asks for. Importing this needs no torch."""
+"""The amount of text for the activation norms that a score asks for. Importing this needs no torch."""
 
 from __future__ import annotations
 

@@ -36,14 +36,14 @@ class SparsityCallback(TrackedPruner, TrainerCallback):
         schedule: The share of weights to keep at each step, such as `Geometric`; `Fixed()` only keeps the model's zeros.
         report: Add the figures to the Trainer's log history, and to wandb if a run is open there.
         keep_zeros: Keep the zeros of a model that is already sparse; events then prune further weights.
-        choices: The arguments of `Pruner`: scope, groups, pattern, score, factors, seed, include, requires_dense.
+        choices: The other arguments of `sparsity.choices.Choices`: scope, groups, pattern, score, factors and so on.
 
     Raises:
         ValueError: Some choices cannot be combined; the message names them.
     """
 
     way_on = "resume from the checkpoint of step {step} with that change"
-    """How a run continues that stopped because its calibration failed."""
+    """The remedy that a run names if it stops because its calibration failed; {step} is the step of its checkpoint."""
 
     def __init__(self, schedule: Schedule, *, report: bool = True, keep_zeros: bool = False, **choices: Any) -> None:
         check_flag("report", report)
@@ -54,10 +54,10 @@ class SparsityCallback(TrackedPruner, TrainerCallback):
         self.keep_zeros = keep_zeros or not self.pruner.events
         self._is_loaded = False
         self._is_new = True
-        """Whether training begins, rather than resumes."""
+        """True if training begins, rather than resumes."""
         self._calibrated_step = -1
         self._refusal: ValueError | None = None
-        """Why the calibration before the next event failed."""
+        """The error of the calibration before the next event; None if it has not failed."""
         if keep_zeros and self.pruner.choices.update.lets_return:
             raise ValueError(
                 f"keep_zeros=True keeps the zeros of a sparse model, but update={self.pruner.choices.update.name} lets "

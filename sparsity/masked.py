@@ -44,7 +44,7 @@ class MaskedParameters:
         """Called with each gradient before it is masked; returns whether to mask it."""
         self._hooks: list[RemovableHandle] = []
         self._updates_leave_zeros = False
-        """Whether the optimizer keeps zeros at 0, and its states were zeroed under the current masks."""
+        """True if the optimizer keeps zeros at 0, and its states were zeroed under the current masks."""
 
     @property
     def density(self) -> float:

@@ -73,11 +73,11 @@ class Scope(Method):
     """The rule that says which weights compete. A subclass divides parameters into pools in `split`."""
 
     compares_parameters: bool = True
-    """Whether weights of different parameters compete; only then do factors and norms have an effect."""
+    """True if weights of different parameters compete; only then do factors and norms have an effect."""
     is_even: bool = True
-    """Whether every layer can end at its group's sparsity, as a pattern requires."""
+    """True if every layer can end at its group's sparsity, as a pattern requires."""
     is_by_row: bool = False
-    """Whether a weight competes only with those of its own row, the inputs of one neuron."""
+    """True if a weight competes only with those of its own row, the inputs of one neuron."""
 
     def split(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """Divide the parameters `names` of a group into pools; return the names of each pool."""

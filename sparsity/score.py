@@ -35,11 +35,11 @@ class Score(Method):
     of the step before the event; "state" for `shard.state`, the optimizer's state by name; "activations" for
     `shard.input_norms`, the norm of each of the layer's inputs over calibration text."""
     has_values: bool = True
-    """Whether keys are the bits of float32 numbers; only then do factors, norms and the threshold have a meaning."""
+    """True if keys are the bits of float32 numbers; only then do factors, norms and the threshold have a meaning."""
     is_zero_first: bool = False
-    """Whether a weight of 0 scores 0, so that a parameter of all zeros would be pruned before all others."""
+    """True if a weight of 0 scores 0, so that a parameter of all zeros would be pruned before all others."""
     is_placeless: bool = False
-    """Whether keys do not depend on positions, so that weights can be ranked outside their tensor, as a pattern requires."""
+    """True if keys do not depend on positions, so that weights can be ranked outside their tensor, as a pattern requires."""
 
     def values(self, shard: ParameterShard, part: slice) -> Tensor:
         """Return the scores of a slice of the shard's local weights, numbers [stop - start] of at least 0.

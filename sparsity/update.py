@@ -24,7 +24,7 @@ class Update(Method):
     """The rule by which masks change in addition to the schedule's events."""
 
     lets_return = False
-    """Whether a pruned weight may come back."""
+    """True if a pruned weight may come back."""
     gradients = "masked"
     """Weights whose gradients are used: the kept ones ("masked"), all at moves ("at moves"), or always all ("dense")."""
     state_bytes = 0

@@ -1,4 +1,4 @@
-"""Which point of the authors' recipe matters: the runs, their learning rates, and the page of their results."""
+"""The points of the authors' recipe: the runs, their learning rates, and the page of their results."""
 
 from __future__ import annotations
 

@@ -108,3 +108,12 @@ def test_planning_a_run_and_the_schedules_import_no_torch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_constants_kept_where_torch_is_not_imported_are_those_of_the_modules_that_need_torch():
+    from sparsity.compact import METHOD
+    from sparsity.event.gradients import STATE
+    from train.checkpoints.branch import DENSE_GRADIENT
+    from train.plan.config_json import COMPACT
+
+    assert (COMPACT, DENSE_GRADIENT) == (METHOD, STATE)

@@ -1,4 +1,4 @@
-"""What one rank alone meets, bad numbers or a peer that is lost, is decided or named by all."""
+"""Bad numbers or a lost peer that only one rank sees are acted on or named by all ranks."""
 
 from __future__ import annotations
 

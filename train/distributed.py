@@ -36,7 +36,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes records."""
+        """True if this is rank 0, which alone prints and writes records."""
         return self.rank == 0
 
     def on_main(self, function: Callable[..., Result], *args: Any) -> Result:

@@ -36,5 +36,5 @@ class DuringConfig:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to evaluate except the run's own held-out documents."""
+        """True if there is nothing to evaluate except the run's own held-out documents."""
         return not self.sets and not self.tasks

@@ -42,7 +42,7 @@ class PredictConfig:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the command asks for a prediction."""
+        """True if the command asks for a prediction."""
         return self.experiment is not None or self.avg_linear_params is not None
 
 

@@ -32,7 +32,7 @@ class Run:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether its weights have zeros from a mask, or will have if the run is not finished."""
+        """True if its weights have zeros from a mask, or will have if the run is not finished."""
         return has_sparse_weights(self.figures) or any("sparsity/density" in r for r in self.records)
 
 

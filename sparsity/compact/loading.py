@@ -82,12 +82,12 @@ class CompactLoader(HfQuantizer):
         self.dtypes: dict[str, torch.dtype] = {}
 
     def is_serializable(self) -> bool:
-        """Whether transformers may save the model: only if it is loaded dense."""
+        """True if transformers may save the model, which must be loaded dense for that."""
         return bool(self.quantization_config.dequantize)
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the model can be trained: only if it is loaded dense."""
+        """True if the model can be trained, which must be loaded dense for that."""
         return bool(self.quantization_config.dequantize)
 
     @property

@@ -82,7 +82,7 @@ def block_masks(mask: Tensor, shape: Sequence[int], pattern: Blocks) -> Tensor:
 
 
 def keep_whole_blocks_(shards: Sequence[ParameterShard], pattern: Blocks) -> None:
-    """Keep all weights of each block that has a kept one, as where a single weight of a dense block is 0 by chance."""
+    """Keep all weights of each block that has a kept one, because a single weight of a dense block may be 0 by chance."""
     for shard in shards:
         blocks = block_masks(shard.mask, shard.shape, pattern)
         _grid(shard.mask, shard.shape, pattern).copy_(blocks.view(-1, 1, shard.shape[-1] // pattern.columns, 1))

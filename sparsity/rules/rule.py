@@ -18,7 +18,7 @@ class Rule:
     """Masks that only shrink, at the schedule's events. Other rules extend it."""
 
     masks_gradients = True
-    """Whether gradients of pruned weights are set to 0."""
+    """True if gradients of pruned weights are set to 0."""
 
     def __init__(self, pruner: Pruner) -> None:
         self.pruner = pruner

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,19 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALL
 # One memory arena, in which every block of more than a few pages is mapped by itself, so that freed memory leaves the
 # resident set. In the heap such a block would use other free pages each time, and all of these would stay resident.
 EXACT_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "32768"}
+
+
+def interpret_kernels(module: str) -> None:
+    """Run this command again with Triton's interpreter and exit, if Triton is installed and does not interpret yet.
+
+    Triton reads the variable when it is imported, and torch may have imported it already.
+
+    Args:
+        module: The name of the module that was started with `python -m`.
+    """
+    if find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
 
 
 @dataclass(frozen=True)

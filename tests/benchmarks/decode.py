@@ -18,17 +18,13 @@ Triton is installed: its seconds mean nothing. Missed goals are named at the end
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks.common import RESULTS, finish
+from tests.benchmarks.common import RESULTS, finish, interpret_kernels
 from tests.benchmarks.decode_cpu import measure_on_cpu
 from tests.benchmarks.decode_generate import measure_generation
 from tests.benchmarks.decode_layers import Layer, measure_csr, measure_layer, measure_pairs, measure_vectors
@@ -101,12 +97,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="no part begins later")
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()
-    if options.rehearse and find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
-        # Triton reads the variable when it is imported, and torch may have imported it already.
-        command = [sys.executable, "-m", "tests.benchmarks.decode", *sys.argv[1:]]
-        sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
     rows = Rows(options.output, options.seconds)
     if options.rehearse:
+        interpret_kernels("tests.benchmarks.decode")
         (generate if options.generate else measure)(rows, TINY, "cpu")
         return
     if options.cpu:

@@ -9,19 +9,15 @@ late gives a line with the reason. `python -m tests.benchmarks.decode` measures 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsity.compact.packed import pack, rounded
-from tests.benchmarks.common import RESULTS, Comparison
+from tests.benchmarks.common import RESULTS, Comparison, interpret_kernels
 from tests.benchmarks.decode_layers import Layer
 from tests.benchmarks.decode_timing import Rows, copies, seconds_of_each, turns
 from tests.benchmarks.event import copy_bandwidth
@@ -95,12 +91,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="no part begins later")
     parser.add_argument("--output", type=Path, default=RESULTS / "decode_variants.json")
     options = parser.parse_args()
-    if options.rehearse and find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
-        # Triton reads the variable when it is imported, and torch may have imported it already.
-        command = [sys.executable, "-m", "tests.benchmarks.decode_variants", *sys.argv[1:]]
-        sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
     rows = Rows(options.output, options.seconds)
     if options.rehearse:
+        interpret_kernels("tests.benchmarks.decode_variants")
         measure(rows, "cpu")
         return
     if not torch.cuda.is_available():

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +28,7 @@ from torch import Tensor
 
 from sparsity import devices
 from sparsity.select import prune_smallest_
-from tests.benchmarks.common import RESULTS, Comparison, finish, write_rows
+from tests.benchmarks.common import RESULTS, Comparison, finish, interpret_kernels, write_rows
 from tests.benchmarks.event_model import NUM_EVENTS, ONE_B, TINY, Model, Size, copy_bandwidth, peak, synchronize, timer
 from tests.benchmarks.event_sweep import REHEARSED, SWEPT, Shapes, sweep
 
@@ -260,10 +257,7 @@ def main() -> None:
         write_rows([row.row() for row in rows], options.output)
         finish(missed_goals(rows))
         return
-    if find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
-        # Triton reads the variable when it is imported, and torch may have imported it already.
-        command = [sys.executable, "-m", "tests.benchmarks.event", "--rehearse", "--output", str(options.output)]
-        sys.exit(subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode)
+    interpret_kernels("tests.benchmarks.event")
     with mock.patch.object(devices, "_is_gpu", return_value=find_spec("triton") is not None):
         rows = measure(TINY, "cpu", REHEARSED)
     write_rows([row.row() for row in rows], options.output)

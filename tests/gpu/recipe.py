@@ -20,7 +20,7 @@ POINTS: Mapping[str, tuple[str, ...]] = {
     "authors": ("recipe=authors",),
     "normalized": ("recipe=plain", "sparsity.normalize=rms"),
 }
-"""What each arm changes, by its name."""
+"""The settings that each arm changes, by its name."""
 DENSE_OF = {"normalized": "plain"}
 """Arms that change the sparse run alone share the dense runs of another."""
 RATES = (3e-3, 6e-3, 1.2e-2)

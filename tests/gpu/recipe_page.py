@@ -32,7 +32,7 @@ WORDS = {
     "authors": "recipe=authors",
     "normalized": "sparsity.normalize=rms",
 }
-"""What each arm changes of recipe=plain, as the page says it."""
+"""The change of each arm to recipe=plain, in the words of the page."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 POWER = (1.960 + 0.842) ** 2
 """Squared sum of the normal quantiles of a test at 5 % from both sides that finds a difference 80 times of 100."""

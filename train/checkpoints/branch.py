@@ -27,7 +27,7 @@ NOT_CHANGES = (
     "logger", "card",
 )  # fmt: skip
 DENSE_GRADIENT = "dense_gradient"
-"""`sparsity.gradients.STATE`; importing it would import torch."""
+"""`sparsity.event.gradients.STATE`; importing it would import torch."""
 TEXT_KEYS = tuple(
     f"data.{key}"
     for key in ("source", "path", "name", "subset", "split", "text_field", "sources", "max_documents", "heldout_share")

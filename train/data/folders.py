@@ -33,7 +33,7 @@ LEFTOVER_S = 3600.0
 
 @dataclass(frozen=True)
 class Storage:
-    """How all sources of a run are stored as tokens."""
+    """The tokenizer and the layout in which all sources of a run are stored."""
 
     tokenizer_folder: Path
     tokenizer_key: str

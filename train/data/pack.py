@@ -65,7 +65,7 @@ class Job:
     frame: Frame
     vocab_size: int
     skips_errors: bool = False
-    """Whether documents that cannot be read are skipped."""
+    """True if documents that cannot be read are skipped."""
 
     @property
     def sidecar(self) -> Path:

@@ -44,7 +44,7 @@ class PreparedData:
     bos: int | None = None
     """The id that begins every document, or None."""
     by_document: bool = False
-    """Whether a document is read and scored without the documents before it in its block: data.attention=document."""
+    """True if a document is read and scored without the documents before it in its block: data.attention=document."""
     sources: tuple[PreparedSource, ...] = ()
     """The sources of a mixture; empty for a single source."""
 

@@ -61,7 +61,7 @@ class Branch:
     changes: tuple[str, ...]
     """`key was VALUE, is VALUE` for every key that differs."""
     is_sparse: bool
-    """Whether the checkpoint has masks."""
+    """True if the checkpoint has masks."""
     past: Past | None = None
     """The steps before the branch."""
     blocks: Mapping[str, int] = field(default_factory=dict)

@@ -46,22 +46,22 @@ class Setting:
     sequence_length: int
     compute_bytes: int = 2
     accumulates: bool = False
-    """Whether a step has several micro-batches; accelerate then keeps whole, unsharded gradients between them."""
+    """True if a step has several micro-batches; accelerate then keeps whole, unsharded gradients between them."""
     gradient_checkpointing: bool = False
     compiled: bool = False
-    """Whether blocks and loss are compiled by torch.compile."""
+    """True if blocks and loss are compiled by torch.compile."""
     fused_loss: bool = False
-    """Whether the loss is Liger's cross-entropy, which never holds all logits."""
+    """True if the loss is Liger's cross-entropy, which never holds all logits."""
     fsdp: bool = True
     reshard_after_forward: bool = True
-    """Whether FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
+    """True if FSDP2 frees gathered weights after a block's forward and gathers them again for its backward."""
     selection_chunk: int = SELECTION_CHUNK
     update_state_bytes: int = 0
     """The bytes per prunable weight that the update of the masks keeps in addition to the mask."""
     update_move_bytes: int = 0
     """The bytes per prunable weight while masks move by the gradients of a step."""
     uses_muon: bool = False
-    """Whether Muon updates the matrices of the blocks, with one state for each weight instead of two."""
+    """True if Muon updates the matrices of the blocks, with one state for each weight instead of two."""
 
     @property
     def num_tokens(self) -> int:

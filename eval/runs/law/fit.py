@@ -58,7 +58,7 @@ class Problem:
 
     @property
     def has_floor(self) -> bool:
-        """Whether the form has an irreducible loss as its constant term."""
+        """True if the form has an irreducible loss as its constant term."""
         return self.form != "power"
 
 

@@ -32,7 +32,7 @@ class Panel:
 
     @property
     def of_records(self) -> bool:
-        """Whether the keys are those of metrics.jsonl; if not, they are those of summary.json."""
+        """True if the keys are those of metrics.jsonl; otherwise they are those of summary.json."""
         return self.kind in ("lines", "stairs", "layers")
 
 
