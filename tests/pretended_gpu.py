@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -122,17 +123,17 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 @contextmanager
 def pretended_gpu() -> Iterator[torch.device]:
     """Yield the device; inside, tensors can be made on it or moved to it."""
-    synchronize, lazy_init, overwrites = (
-        torch.cuda.synchronize,
-        torch.cuda._lazy_init,
-        torch.__future__.get_overwrite_module_params_on_conversion(),
-    )
-    torch.cuda._lazy_init = lambda: None
-    torch.cuda.synchronize = lambda device=None: None
+    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+    # The device's random numbers have one state, which nothing here changes.
+    own = {
+        "_lazy_init": lambda: None,
+        "synchronize": lambda device=None: None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8, device=CPU),
+        "set_rng_state": lambda state, device=None: None,
+    }
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with _FromNumbers(), _Factories():
+        with mock.patch.multiple(torch.cuda, **own), _FromNumbers(), _Factories():
             yield GPU
     finally:
-        torch.cuda._lazy_init, torch.cuda.synchronize = lazy_init, synchronize
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)

@@ -77,7 +77,7 @@ class Watch(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         from sparsity.shards import local_tensor
-        from train.checkpoints.write import local_rows
+        from train.checkpoints.contents import local_rows
 
         for name, param, states, _ in self.parts(model, optimizer):
             start, stop = local_rows(param)
