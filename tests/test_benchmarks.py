@@ -217,6 +217,12 @@ def test_the_launcher_misses_its_goal_above_six_tenths_of_a_second(seconds, num_
     assert len(around.missed_goals([Comparison("import", seconds, "python", 0.1)])) == num_missed
 
 
+def test_scoring_is_compared_on_tokens_that_the_model_has():
+    row = around.scoring(scale=0.01, rounds=1).row()
+    assert (row["unit"], row["baseline"]) == ("tokens", "forward and cross entropy")
+    assert row["ratio"] > 0
+
+
 @pytest.mark.parametrize("shard_ranks", [64, 16])
 def test_a_rank_of_a_fake_world_holds_its_share_of_its_copy(shard_ranks):
     tiny = {

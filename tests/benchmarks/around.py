@@ -113,7 +113,7 @@ def scoring(scale: float, rounds: int) -> Comparison:
     from train.scoring import score_stream
 
     model, window, batch = small_llama().eval(), 256, 8
-    tokens = np.random.default_rng(0).integers(4096, size=max(4, int(32 * scale)) * window + 1)
+    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=max(4, int(32 * scale)) * window + 1)
     world = World(0, 1, torch.device("cpu"))
 
     def ours() -> Any:
