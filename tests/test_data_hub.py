@@ -13,7 +13,7 @@ import pytest
 
 from conf.compose import composed
 from conf.schema import DataConfig
-from train.data import PreparedData, dataset, hub, prepare
+from train.data import PreparedData, dataset, fineweb, hub, prepare
 
 README = """---
 configs:
@@ -154,3 +154,16 @@ def test_a_split_that_is_missing_is_named_without_a_readme_too(tmp_path, monkeyp
     (tmp_path / "own" / "train.jsonl").write_text('{"text": "x"}')
     with pytest.raises(ValueError, match=r"has no split test, only train: give one of its splits in data\.split"):
         prepared(tmp_path / "own", tmp_path / "cache", split="test")
+
+
+def test_fineweb_streamed_by_name_skips_rows_without_text_if_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    file = tmp_path / "copy" / "sample-10BT" / "000_00000.parquet"
+    file.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"text": [None] + [f"row {number} " * 9 for number in range(59)]}), file)
+    monkeypatch.setattr(fineweb, "REPOSITORY", str(tmp_path / "copy"))
+    settings = {"source": "fineweb_edu", "name": None, "subset": "sample-10BT", "max_documents": 60}
+    with pytest.raises(ValueError, match="row 0 "):
+        prepared(tmp_path, tmp_path / "cache", **settings)
+    assert num_documents(prepared(tmp_path, tmp_path / "cache", on_error="skip", **settings)) == 59
+    assert "data.on_error=skip left out 1 document of fineweb_edu" in capsys.readouterr().err

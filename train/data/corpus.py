@@ -46,19 +46,18 @@ def find_corpus(config: DataConfig, cache: Path) -> Corpus:
 
 def _key_and_files(config: DataConfig, cache: Path) -> tuple[str, Sequence[Path], str]:
     """Return (key of the content, files, field of the text)."""
+    skips_errors = config.on_error == "skip"
     if config.source == "pydocs":
         return *pydocs_files(pydocs.default_roots(), cache, config.num_workers), "text"
     if config.source == "hub":
         assert config.name is not None
         asked = dataset.Asked(config.name, config.subset, config.split)
         if config.stream:
-            return *dataset.streamed(
-                asked, config.text_field, config.max_documents, cache, config.on_error == "skip"
-            ), "text"
+            return *dataset.streamed(asked, config.text_field, config.max_documents, cache, skips_errors), "text"
         key, files = dataset.data_files(asked)
         return key or content_key(files, cache), files, config.text_field
     if config.source == "fineweb_edu" and config.path is None:
-        return *fineweb.hub_files(config.subset, config.max_documents, cache), "text"
+        return *fineweb.hub_files(config.subset, config.max_documents, cache, skips_errors), "text"
     assert config.path is not None
     if config.source == "fineweb_edu":
         files = fineweb.local_files(config.path, config.subset)

@@ -32,19 +32,23 @@ def local_files(path: str, subset: str | None) -> list[Path]:
     return files
 
 
-def hub_files(subset: str | None, max_documents: int | None, cache: Path) -> tuple[str, list[Path]]:
+def hub_files(
+    subset: str | None, max_documents: int | None, cache: Path, skips_errors: bool = False
+) -> tuple[str, list[Path]]:
     """Return (key of the content, files): the subset's parquet files from the hub, or its first documents as jsonl.
 
     Args:
         subset: The subset, such as `sample-10BT`; None for the default one.
         max_documents: Stream only this many documents; None downloads the whole files.
         cache: The cache folder, in which the jsonl files are written once.
+        skips_errors: True if streamed documents without text are skipped; see `dataset.streamed`.
 
     Raises:
         ValueError: The hub does not answer, or the files cannot be read.
     """
     if max_documents is not None:
-        return dataset.streamed(dataset.Asked(REPOSITORY, subset or "default", "train"), "text", max_documents, cache)
+        asked = dataset.Asked(REPOSITORY, subset or "default", "train")
+        return dataset.streamed(asked, "text", max_documents, cache, skips_errors)
     try:
         if not hub.is_reachable():
             raise ConnectionError("it does not answer")
