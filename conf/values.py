@@ -68,6 +68,22 @@ def override_of(key: str, text: str) -> str:
     return f"{key}={_quoted(value) if value == 'null' else value}"
 
 
+def as_swept(override: str, *schemas: Any) -> str:
+    """Return one job's override, as Hydra's sweeper wrote it, in the form of `as_typed`.
+
+    The sweeper puts a backslash before spaces and punctuation, which `as_typed` would take for typed ones.
+
+    Args:
+        override: `key=value` in Hydra's grammar.
+        schemas: The config classes whose keys the command accepts.
+    """
+    key, _, value = override.partition("=")
+    kinds = [kind_of(key.lstrip("+"), schema) for schema in schemas]
+    if "\\" not in value or QUOTED.fullmatch(value) or not any(kind in TEXT for kind in kinds):
+        return override
+    return override_of(key, text_of(value))
+
+
 def text_of(value: str) -> str:
     """Return a value of the command line as text, without its quotes if it has any."""
     return str(OverridesParser.create().parse_override(f"text={value}").value())
@@ -98,8 +114,8 @@ def text_value(name: str, value: str) -> str:
         is_read = False
     if not is_read:
         return _quoted(value.replace("${", r"\${"))
-    # Hydra rewrites a sweep's values and would put a backslash before each space.
-    return _quoted(value) if re.search(r"\s", value) else value
+    # Hydra rewrites a sweep's values and would put a backslash before each space; one at the end would escape a comma.
+    return _quoted(value) if re.search(r"\s|\\$", value) else value
 
 
 def _quoted(text: str) -> str:

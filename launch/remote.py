@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from conf import cli
 from conf.compose import composition_sentence
 from conf.schema import Config
-from conf.values import override_of
+from conf.values import as_swept, override_of
 from launch.alive import wait_for_live_jobs
 from launch.command import import_environment, num_gpus, num_processes, printable
 from launch.local import command_of, plan_jobs, say
@@ -171,7 +171,7 @@ def run_here(cfg: DictConfig, overrides: Sequence[str]) -> int:
 def run_trial(cfg: DictConfig) -> float | None:
     """Run one trial of a search, named after its values; return its held-out loss, or None if it did not finish or diverged."""
     settings = HydraConfig.get()
-    overrides = list(settings.overrides.task)
+    overrides = [as_swept(item, Config) for item in settings.overrides.task]
     swept = {key_of(item) for item in overrides} - set(settings.job.config.override_dirname.exclude_keys)
     cfg.run_name = f"{cfg.sweep_name}/{job_name(overrides, swept)}"
     code = run_here(cfg, [*overrides, override_of("run_name", cfg.run_name)])

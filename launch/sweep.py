@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from conf import schema
 from conf.compose import composed, composition_sentence, prepared
 from conf.schema import Config, LaunchConfig
-from conf.values import override_of, text_of
+from conf.values import as_swept, override_of, text_of
 from train.plan.run import RunPlan
 from train.record.directory import RunDirectory, is_restart
 
@@ -93,9 +93,10 @@ def read_sweep(arguments: Sequence[str]) -> Sweep:
         listed = [
             item for item in overrides if not is_search or not item.is_sweep_override() or item.is_discrete_sweep()
         ]
-        (combinations,) = BasicSweeper.split_arguments(listed, None)
+        (written,) = BasicSweeper.split_arguments(listed, None)
     except HydraException as error:
         raise ValueError(composition_sentence(error, Config)) from error
+    combinations = [[as_swept(item, Config) for item in job] for job in written]
     keys = {key_of(override.get_key_element()) for override in overrides} | {"sweep_name"}
     name = next((text_of(item.split("=", 1)[1]) for item in own if is_key(item, "sweep_name")), None)
     has_own_name = name is None or any(is_key(item, "run_name") for item in own)

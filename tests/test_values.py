@@ -27,6 +27,24 @@ def test_every_text_key_takes_what_was_typed(text):
     assert composed("train", [override_of("run_name", f"{text}x")]).run_name == f"{text}x"
 
 
+@pytest.mark.parametrize(
+    "text", [text for text in ODD_TEXTS if "," not in text and text != " lead"] + ["a:b c=[1]", "C:\\x"]
+)
+def test_a_sweep_takes_what_was_typed_for_shared_and_for_swept_keys(text):
+    sweep = read_sweep(["experiment=demo", f"prompt={text}", f"init_from={text},x"])
+    assert [job.config.prompt for job in sweep.jobs] == [text, text]
+    assert [job.config.init_from for job in sweep.jobs] == [text, "x"]
+    for job in sweep.jobs:
+        assert composed("train", job.overrides) == job.config
+
+
+def test_the_choices_of_a_sweep_may_name_own_methods():
+    name = "examples.own_score:Momentum"
+    for typed in (f"magnitude,{name}", f"choice(magnitude,{name})", f"'magnitude','{name}'"):
+        sweep = read_sweep(["experiment=demo", f"sparsity.score={typed}"])
+        assert [job.config.sparsity.score for job in sweep.jobs] == ["magnitude", name]
+
+
 def test_quotes_null_and_references_mean_what_they_mean_to_hydra():
     config = composed(
         "train", ["prompt='a, b'", "run_name=null", "sweep_name='null'", "logger.project=${model.name}-x"]
