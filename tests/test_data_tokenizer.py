@@ -60,7 +60,9 @@ def test_a_vocabulary_too_small_for_bytes_is_refused() -> None:
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"has 290 tokens, more than the model's 289: .* set model\.vocab_size=290"):
+    with pytest.raises(
+        ValueError, match=r"has 290 tokens, more than model\.vocab_size=289: .* set model\.vocab_size=290"
+    ):
         check_vocabulary(load_tokenizer(str(folder)), 289, "x")
 
 

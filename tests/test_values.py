@@ -31,9 +31,9 @@ def test_every_text_key_takes_what_was_typed(text):
     "text", [text for text in ODD_TEXTS if "," not in text and text != " lead"] + ["a:b c=[1]", "C:\\x"]
 )
 def test_a_sweep_takes_what_was_typed_for_shared_and_for_swept_keys(text):
-    sweep = read_sweep(["experiment=demo", f"prompt={text}", f"init_from={text},x"])
+    sweep = read_sweep(["experiment=demo", f"prompt={text}", f"init_from={text},other"])
     assert [job.config.prompt for job in sweep.jobs] == [text, text]
-    assert [job.config.init_from for job in sweep.jobs] == [text, "x"]
+    assert [job.config.init_from for job in sweep.jobs] == [text, "other"]
     for job in sweep.jobs:
         assert composed("train", job.overrides) == job.config
 

@@ -213,8 +213,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase | Tokenizer, vocab_size:
     """
     if (size := vocabulary_of(tokenizer)) > vocab_size:
         raise ValueError(
-            f"tokenizer={spec} has {size} tokens, more than the model's {vocab_size}: use a smaller tokenizer, or set "
-            f"model.vocab_size={size} (with model.path: model.overrides={{vocab_size: {size}}})."
+            f"tokenizer={spec} has {size} tokens, more than model.vocab_size={vocab_size}: use a smaller tokenizer, or "
+            f"set model.vocab_size={size} (with model.path: model.overrides={{vocab_size: {size}}})."
         )
 
 
