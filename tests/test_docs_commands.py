@@ -21,8 +21,8 @@ from tests.commands import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {command.module: command.config for command in COMMANDS.values()}
 PLACEHOLDERS = {"NAME": "demo", "DIR": "dir", "DIR2": "dir2", "DIR3": "dir3", "FOLDER": "dir"}
-INSTALLED_BY_EXTRAS = {"submitit", "optuna"}
-"""Launchers and sweepers of Hydra that an extra installs; without it, Hydra does not know their keys."""
+PLUGINS = {"submitit": ("hydra_submitit_launcher", "slurm"), "optuna": ("hydra_optuna_sweeper", "search")}
+"""Plugins of Hydra by a word of the commands that need them, and the extra that installs each."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ def test_commands_are_found_on_many_pages():
 def test_a_printed_command_is_accepted(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if command.page == "own_methods.md" and "my.module" in str(command):
         pytest.skip("the page's own module is not there")
-    if any(name in str(command) for name in INSTALLED_BY_EXTRAS) and find_spec("hydra_plugins") is None:
-        pytest.skip("Hydra's plugins of the extras slurm and search are not installed")
+    for word, (plugin, extra) in PLUGINS.items():
+        if word in str(command):
+            pytest.importorskip(f"hydra_plugins.{plugin}", reason=f"pip install 'sparsellm[{extra}]'")
     monkeypatch.chdir(tmp_path)
     accept(command)
 
